@@ -1,0 +1,184 @@
+"""Cohorts: members trained in lockstep, so that each batch is decoded and its views are made once for all.
+
+Members start from equal networks and see equal batches (common random numbers): what differs between their
+fitnesses comes from their losses. A member that fails leaves; the others never notice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from engine.features import LabelledClips
+from engine.fitness import FitnessResult, kmeans_fitness
+from engine.objective.terms import LossWeights
+from engine.train import Member, NonFiniteLoss, Trainer
+
+OnStep = Callable[[int, Sequence[float]], None]
+"""Called after each step with the step and the members' losses (nan for those that left)."""
+
+
+@dataclass(frozen=True)
+class MemberResult:
+    """What training and clustering one loss gave."""
+
+    fitness: float | None
+    """Mean over repeats; None for a member that failed."""
+    reason: str | None
+    """Why it failed."""
+    results: tuple[FitnessResult, ...]
+    """One per repeat."""
+    seeds: tuple[int, ...]
+    seconds: float
+    """Of its own steps and clustering, with its share of the common input."""
+    clips_per_second: float
+    terms: dict[str, float]
+    """Unweighted terms near the end of training, running mean; of the last repeat."""
+    rgb: dict[str, Tensor] | None
+    """The RGB network's weights; of the last repeat."""
+
+
+def evaluate_cohort(
+    trainer: Trainer,
+    labelled: LabelledClips,
+    *,
+    losses: Sequence[LossWeights],
+    seeds: Sequence[int],
+    on_step: OnStep | None = None,
+) -> list[MemberResult]:
+    """Train each loss, once a seed, and measure its fitness; results in the order of ``losses``."""
+    runs = [_evaluate_once(trainer, labelled, losses=losses, seed=seed, on_step=on_step) for seed in seeds]
+    return [_merged(repeats) for repeats in zip(*runs, strict=True)]
+
+
+def untrained_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -> FitnessResult:
+    """Fitness of the RGB network as it is initialised."""
+    network = trainer.initial_loss(seed).rgb
+    with trainer.clock("fitness"):
+        (features,) = labelled.features([network])
+        return _cluster(trainer, labelled, features, seed)
+
+
+def _evaluate_once(
+    trainer: Trainer,
+    labelled: LabelledClips,
+    *,
+    losses: Sequence[LossWeights],
+    seed: int,
+    on_step: OnStep | None,
+) -> list[MemberResult]:
+    began = time.perf_counter()
+    members: list[Member | None] = []
+    failed: dict[int, str] = {}
+    with trainer.clock("train"):
+        for i, weights in enumerate(losses):
+            try:
+                members.append(trainer.member(weights, seed=seed))
+            except ValueError as error:
+                failed[i] = str(error)
+                members.append(None)
+    _train(trainer, members, failed, seed=seed, on_step=on_step)
+    alive = [member for member in members if member is not None]
+    results = iter(_cluster_all(trainer, labelled, alive, seed))
+    shared = (time.perf_counter() - began - sum(m.seconds for m in alive)) / max(len(losses), 1)
+    finished = []
+    for i, member in enumerate(members):
+        result = failed[i] if member is None else next(results)
+        if member is None or isinstance(result, str):
+            finished.append(_failed(str(result), seed, shared))
+        else:
+            finished.append(_finished(member, result, trainer, seed, shared))
+    return finished
+
+
+def _train(
+    trainer: Trainer,
+    members: list[Member | None],
+    failed: dict[int, str],
+    *,
+    seed: int,
+    on_step: OnStep | None,
+) -> None:
+    alive = [member for member in members if member is not None]
+    if not alive:
+        return
+    for step, views in trainer.rounds(alive, seed=seed):
+        losses = [float("nan")] * len(members)
+        for i, member in enumerate(members):
+            if member is None:
+                continue
+            start = time.perf_counter()
+            try:
+                with trainer.clock("train"):
+                    losses[i] = trainer.step(member, views)
+            except NonFiniteLoss as error:
+                members[i], failed[i] = None, str(error)
+            member.seconds += time.perf_counter() - start
+        if on_step is not None:
+            on_step(step, losses)
+        if all(member is None for member in members):
+            return
+
+
+def _cluster_all(
+    trainer: Trainer, labelled: LabelledClips, members: Sequence[Member], seed: int
+) -> list[FitnessResult | str]:
+    """Fitness of each member, or why it has none: features that are not finite."""
+    if not members:
+        return []
+    results: list[FitnessResult | str] = []
+    with trainer.clock("fitness"):
+        for rows in labelled.features([member.loss.rgb for member in members]):
+            try:
+                results.append(_cluster(trainer, labelled, rows, seed))
+            except ValueError as error:
+                results.append(str(error))
+    return results
+
+
+def _cluster(trainer: Trainer, labelled: LabelledClips, features: np.ndarray, seed: int) -> FitnessResult:
+    return kmeans_fitness(
+        features,
+        labelled.labels,
+        settings=trainer.recipe.fitness,
+        num_classes=labelled.num_classes,
+        seed=seed,
+        device=trainer.runtime.device.type,
+    )
+
+
+def _finished(member: Member, result: FitnessResult, trainer: Trainer, seed: int, shared: float) -> MemberResult:
+    clips = member.step * trainer.recipe.optim.batch_size
+    return MemberResult(
+        fitness=result.value,
+        reason=None,
+        results=(result,),
+        seeds=(seed,),
+        seconds=member.seconds + shared,
+        clips_per_second=clips / (member.seconds + shared),
+        terms=member.term_values(),
+        rgb={name: tensor.detach().cpu().clone() for name, tensor in member.loss.rgb.state_dict().items()},
+    )
+
+
+def _failed(reason: str, seed: int, seconds: float) -> MemberResult:
+    return MemberResult(None, reason, (), (seed,), seconds, 0.0, {}, None)
+
+
+def _merged(repeats: Sequence[MemberResult]) -> MemberResult:
+    bad = next((r for r in repeats if r.fitness is None), None)
+    last = bad or repeats[-1]
+    return MemberResult(
+        fitness=None if bad else float(np.mean([r.fitness for r in repeats])),
+        reason=last.reason,
+        results=tuple(result for r in repeats for result in r.results),
+        seeds=tuple(seed for r in repeats for seed in r.seeds),
+        seconds=sum(r.seconds for r in repeats),
+        clips_per_second=float(np.mean([r.clips_per_second for r in repeats])),
+        terms=last.terms,
+        rgb=last.rgb,
+    )

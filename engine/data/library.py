@@ -1,0 +1,58 @@
+"""What a command is given, shards or folders of raw videos, as one data set of clips."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.data.demo import default_cache, make_demo
+from engine.data.ingest import Reject, ingest
+from engine.data.shards import ClipIndex, is_shards
+
+Report = Callable[[str, int, int], None]
+"""Called while something is prepared: what, done, total."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """Opened data and how it came about."""
+
+    index: ClipIndex
+    shards: tuple[Path, ...]
+    rejects: tuple[Reject, ...]
+    """Sources that could not be used; only of folders that were ingested now or before by this engine."""
+
+
+def demo_folders(report: Report) -> tuple[list[Path], list[Path]]:
+    """The built-in set's folders, made on first use: (videos to train on, labelled videos)."""
+    demo = make_demo(default_cache(), progress=lambda done, total: report("drawing the demo's clips", done, total))
+    return [demo.unlabelled, demo.labelled], [demo.labelled]
+
+
+def open_library(paths: Sequence[Path], *, cache: Path, report: Report, workers: int | None = None) -> Library:
+    """Open shard folders as they are, and raw videos by way of shards that ``cache`` keeps.
+
+    Raises ValueError for a path that is absent or holds no videos.
+    """
+    shards: list[Path] = []
+    rejects: list[Reject] = []
+    for path in dict.fromkeys(p.expanduser().resolve() for p in paths):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        if is_shards(path):
+            shards.append(path)
+            continue
+        out = cache / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:10]}"
+        result = ingest(
+            [path], out, workers=workers, progress=lambda done, total, _: report(f"reading {path.name}", done, total)
+        )
+        rejects += result.rejects
+        shards.append(out)
+    return Library(ClipIndex(shards), tuple(shards), tuple(rejects))
+
+
+def default_shard_cache() -> Path:
+    """Where shards of raw folders are kept between runs: beside the demo's set in the user's cache."""
+    return default_cache().parent / "shards"

@@ -1,0 +1,131 @@
+"""Features of labelled clips: what fitness clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from engine.data.pipeline import InputPipeline
+from engine.data.plan import plan_views
+from engine.data.shards import ClipIndex
+from engine.data.views import ViewMaker
+from engine.recipe import Recipe
+from engine.runtime import Runtime
+
+BANK_BYTES = 256 * 2**20
+"""Labelled frames up to this size stay decoded between members."""
+
+
+class LabelledClips:
+    """The labelled clips of a data set, decoded for evaluation: central crops, views spread over time."""
+
+    def __init__(self, index: ClipIndex, recipe: Recipe, *, runtime: Runtime) -> None:
+        """Raises ValueError where classes are missing, or there are fewer labelled clips than classes."""
+        (self.clips,) = np.nonzero(index.label >= 0)
+        if len(self.clips) == 0:
+            raise ValueError(
+                "no labelled clips: labels come from class folders, VIDEOS/CLASS/clip.mp4; "
+                "put each class's videos into a folder of its own"
+            )
+        self.labels: NDArray[np.int64] = np.unique(index.label[self.clips], return_inverse=True)[1]
+        self.num_classes = int(self.labels.max()) + 1
+        if self.num_classes < 2:
+            raise ValueError("the labelled clips are all of one class; fitness needs two classes or more")
+        if len(self.clips) <= self.num_classes:
+            raise ValueError(
+                f"{len(self.clips)} labelled clips for {self.num_classes} classes: fitness needs more clips than classes"
+            )
+        # Batch statistics must not tell classes apart by the order in which folders were read.
+        self._order = np.random.Generator(np.random.Philox(key=[0, 0xFEA7])).permutation(len(self.clips))
+        self.index, self.recipe, self.runtime = index, recipe, runtime
+        self._views = ViewMaker(recipe.clip, recipe.audio).to(runtime.device)
+        clip, views = recipe.clip, recipe.fitness.views_per_clip
+        size = len(self.clips) * views * clip.num_frames * clip.size**2 * 3
+        self._bank: list[Tensor] | None = [] if size <= BANK_BYTES else None
+
+    def features(self, networks: Sequence[nn.Module]) -> list[NDArray[np.float32]]:
+        """Pooled features of each network, float32 (clips, D) in ``labels``' order, from one decode.
+
+        A clip's features are the mean over its views. Batch norm uses each batch's own statistics or the
+        running ones, as the recipe says; either way nothing in the networks changes.
+        """
+        num_views = self.recipe.fitness.views_per_clip
+        sums = [np.zeros((len(self.clips), network.feature_dim), np.float32) for network in networks]
+        done = 0
+        with torch.no_grad(), _evaluating(networks, batch_norm=self.recipe.fitness.batch_norm):
+            for frames in self._batches():
+                rgb = self._views.rgb_only(frames)
+                rows = self._order[np.arange(done, done + len(frames)) % len(self.clips)]
+                for network, total in zip(networks, sums, strict=True):
+                    with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
+                        pooled = network(rgb)
+                    total[rows] += pooled.float().cpu().numpy() / num_views
+                done += len(frames)
+        return sums
+
+    def _batches(self) -> Iterator[Tensor]:
+        """uint8 (n, T, H, W, 3): all clips at view 0, then all at view 1, and so on; no batch spans views."""
+        if self._bank:
+            yield from self._bank
+            return
+        clip, fitness = self.recipe.clip, self.recipe.fitness
+        size = balanced(len(self.clips), fitness.batch_size)
+        pipeline = InputPipeline(
+            self.index,
+            clip,
+            audio=self.recipe.audio,
+            device=self.runtime.device,
+            batch_size=max(size),
+            num_frames=clip.num_frames,
+            threads=self.runtime.threads,
+            flow=False,
+            sound=False,
+        )
+        ordered = self.clips[self._order]
+        parts = np.split(ordered, np.cumsum(size)[:-1])
+        plans = (
+            plan_views(self.index, clip, clips=part, view=view, num_views=fitness.views_per_clip)
+            for view in range(fitness.views_per_clip)
+            for part in parts
+        )
+        kept: list[Tensor] = []
+        for batch in pipeline.batches(plans):
+            if self._bank is not None:
+                kept.append(batch.rgb)
+            yield batch.rgb
+        if self._bank is not None:
+            self._bank = kept
+
+
+def balanced(count: int, largest: int) -> list[int]:
+    """Split ``count`` into the fewest batches of at most ``largest``, sizes equal within one.
+
+    A small last batch would have unlike batch statistics.
+    """
+    batches = -(-count // largest)
+    return [count // batches + (i < count % batches) for i in range(batches)]
+
+
+@contextmanager
+def _evaluating(networks: Sequence[nn.Module], *, batch_norm: str) -> Iterator[None]:
+    """Put networks into evaluation, batch norm on batch or running statistics, and back."""
+    before = [(module, module.training) for network in networks for module in network.modules()]
+    tracked = []
+    for module, _ in before:
+        module.training = False
+        if batch_norm == "batch" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = True
+            tracked.append((module, module.track_running_stats, module.running_mean, module.running_var))
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+    try:
+        yield
+    finally:
+        for module, tracks, mean, var in tracked:
+            module.track_running_stats, module.running_mean, module.running_var = tracks, mean, var
+        for module, training in before:
+            module.training = training

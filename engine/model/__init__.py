@@ -1,0 +1,1 @@
+"""The networks: one backbone per modality, decoders, and the loading of pretrained weights."""

@@ -1,0 +1,279 @@
+"""3D and (2+1)D residual networks for clips, and the trunk that they share with the audio network.
+
+Shape letters: N clips, C channels, T frames, H W pixels, D features. Parameter names are those of
+torchvision's video networks (``stem.0.weight``, ``layer1.0.conv1.0.weight``, ...), so that weights
+trained on Kinetics with them load unchanged; see ``engine.model.pretrained``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+DEPTHS: dict[str, tuple[int, int, int, int]] = {
+    "r3d_18": (2, 2, 2, 2),
+    "r3d_34": (3, 4, 6, 3),
+    "r3d_50": (3, 4, 6, 3),
+    "r2plus1d_18": (2, 2, 2, 2),
+    "r2plus1d_50": (3, 4, 6, 3),
+}
+"""Residual blocks per stage, by architecture."""
+
+STEM_CHANNELS = 64
+STEM_FRAMES = {"r3d_18": 3, "r3d_34": 3, "r3d_50": 7}
+"""Frames that a 3D stem's kernel covers: torchvision's choice, and Hara et al.'s for 50 layers."""
+STEM_MIDDLE = 45
+"""Channels between the two convolutions of the (2+1)D stem, at width 1."""
+STAGE_PLANES = (64, 128, 256, 512)
+
+
+def is_bottleneck(arch: str) -> bool:
+    """Whether an architecture's blocks are 1x1x1, 3x3x3, 1x1x1, with 4 times the channels out."""
+    return arch.endswith("_50")
+
+
+def scaled(channels: int, width: float) -> int:
+    """Channels times width, rounded to the nearest multiple of 8, at least 8."""
+    return max(8, int(channels * width / 8 + 0.5) * 8)
+
+
+def stage_planes(arch: str, width: float) -> tuple[int, ...]:
+    """Channels inside the four stages' blocks; ValueError for an unknown arch or a bad width."""
+    if arch not in DEPTHS:
+        raise ValueError(f"unknown architecture {arch!r}; use one of {', '.join(DEPTHS)}")
+    if not 0.0 < width < float("inf"):
+        raise ValueError(
+            f"{arch}: width is {width}; it must be a positive factor, such as 1.0 or 0.25"
+        )
+    return tuple(scaled(planes, width) for planes in STAGE_PLANES)
+
+
+def factorized_channels(inputs: int, planes: int) -> int:
+    """Channels inside a (2+1)D convolution that give it as many parameters as a 3x3x3 one.
+
+    Tran et al., "A Closer Look at Spatiotemporal Convolutions for Action Recognition", Sec. 3.5. As
+    in torchvision, ``inputs`` are the block's channels, for every convolution in the block.
+    """
+    return (inputs * planes * 27) // (inputs * 9 + planes * 3)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a residual block is built of, so that 2-D, 3D and (2+1)D networks share the blocks."""
+
+    conv: Callable[[int, int, int, int], nn.Module]
+    """(inputs, outputs, channels inside a (2+1)D one, stride) -> convolution of 3 per axis."""
+    point: Callable[[int, int, int], nn.Module]
+    """(inputs, outputs, stride) -> convolution over single positions."""
+    norm: Callable[[int], nn.Module]
+
+
+def _conv3d(inputs: int, outputs: int, middle: int, stride: int) -> nn.Module:
+    return nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+def _conv2plus1d(inputs: int, outputs: int, middle: int, stride: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(
+            inputs, middle, (1, 3, 3), stride=(1, stride, stride), padding=(0, 1, 1), bias=False
+        ),
+        nn.BatchNorm3d(middle),
+        nn.ReLU(inplace=True),
+        nn.Conv3d(middle, outputs, (3, 1, 1), stride=(stride, 1, 1), padding=(1, 0, 0), bias=False),
+    )
+
+
+def _point3d(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return nn.Conv3d(inputs, outputs, 1, stride=stride, bias=False)
+
+
+LAYERS_3D = Layers(conv=_conv3d, point=_point3d, norm=nn.BatchNorm3d)
+LAYERS_2PLUS1D = Layers(conv=_conv2plus1d, point=_point3d, norm=nn.BatchNorm3d)
+
+
+class ResidualBlock(nn.Module):
+    """A residual block, basic or bottleneck: relu(branch(x) + shortcut(x)).
+
+    The shortcut is a strided convolution over single positions where the shape changes, else the
+    identity. In-place operations touch only what the block itself made, never its input.
+    """
+
+    conv3: nn.Sequential | None
+
+    def __init__(
+        self, inputs: int, planes: int, *, layers: Layers, stride: int, bottleneck: bool
+    ) -> None:
+        super().__init__()
+        middle = factorized_channels(inputs, planes)
+        outputs = planes * (4 if bottleneck else 1)
+        if bottleneck:
+            self.conv1 = nn.Sequential(
+                layers.point(inputs, planes, 1), layers.norm(planes), nn.ReLU(inplace=True)
+            )
+            self.conv2 = nn.Sequential(
+                layers.conv(planes, planes, middle, stride),
+                layers.norm(planes),
+                nn.ReLU(inplace=True),
+            )
+            self.conv3 = nn.Sequential(layers.point(planes, outputs, 1), layers.norm(outputs))
+        else:
+            self.conv1 = nn.Sequential(
+                layers.conv(inputs, planes, middle, stride),
+                layers.norm(planes),
+                nn.ReLU(inplace=True),
+            )
+            self.conv2 = nn.Sequential(layers.conv(planes, planes, middle, 1), layers.norm(planes))
+            self.conv3 = None
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                layers.point(inputs, outputs, stride), layers.norm(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output, of half the size in every axis where it has a stride."""
+        out: Tensor = self.conv2(self.conv1(x))
+        if self.conv3 is not None:
+            out = self.conv3(out)
+        out += x if self.downsample is None else self.downsample(x)
+        return torch.relu_(out)
+
+
+class ResNet(nn.Module):
+    """A stem, four stages of residual blocks and a global average: every modality's network.
+
+    ``channels`` are those of the stem and the four stages; ``feature_dim`` is the last of them.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        stem: nn.Sequential,
+        *,
+        in_channels: int,
+        width: float,
+        layers: Layers,
+        pool: nn.Module,
+    ) -> None:
+        super().__init__()
+        planes = stage_planes(arch, width)
+        expansion = 4 if is_bottleneck(arch) else 1
+        self.arch = arch
+        self.in_channels = in_channels
+        self.width = width
+        self.channels: tuple[int, ...] = (
+            scaled(STEM_CHANNELS, width),
+            *(p * expansion for p in planes),
+        )
+        self.feature_dim: int = self.channels[4]
+        self.stem = stem
+        self.pool = pool
+        stages = []
+        for stage, (depth, inside) in enumerate(zip(DEPTHS[arch], planes, strict=True)):
+            blocks = [
+                ResidualBlock(
+                    self.channels[stage if block == 0 else stage + 1],
+                    inside,
+                    layers=layers,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    bottleneck=is_bottleneck(arch),
+                )
+                for block in range(depth)
+            ]
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        _initialize(self)
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """The six activations that the tasks read: stem, the four stages, and their average (N, D).
+
+        Activation 0 is what enters the first stage, that is the stem's output after the pool where
+        there is one: it is an eighth of the size there, and distils more cheaply. The first five
+        have the network's compute dtype, the average at least float32. None of them is altered
+        after it is returned.
+        """
+        activations: list[Tensor] = [self.pool(self.stem(x))]
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            activations.append(stage(activations[-1]))
+        last = activations[-1]
+        # A plain mean: the backward of adaptive average pooling is not deterministic on CUDA.
+        dtype = torch.promote_types(last.dtype, torch.float32)
+        activations.append(last.mean(dim=tuple(range(2, last.ndim)), dtype=dtype))
+        return activations
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features of clips: the global average (N, D) of the last stage."""
+        return self.forward_features(x)[-1]
+
+
+class ResNet3D(ResNet):
+    """A video network over clips (N, C, T, H, W) of floats, for any T >= 2 and H, W >= 16.
+
+    ``arch`` is in torchvision's naming: ``r3d_18``, ``r3d_34``, ``r3d_50`` with 3x3x3 convolutions,
+    ``r2plus1d_18``, ``r2plus1d_50`` with them factorized (Tran et al., arXiv 1711.11248). The
+    18-layer ones at width 1 and without pool are torchvision's, less ``fc``. ``width`` multiplies
+    all channels, each rounded to a multiple of 8. ``pool`` adds a 3x3x3 max pool of stride 2 after
+    the stem, as in the ImageNet networks that r3d_* can be inflated from. ``r3d_50`` with pool is
+    Hara et al.'s 3D ResNet-50, stem 7x7x7 (arXiv 1711.09577): 41 GFLOP forward for a clip of
+    8x224x224, against 226 without pool. The pool's backward is not bit-deterministic on CUDA.
+
+    The stem halves H and W; the stages 2 to 4 halve T, H and W each (rounded up). Weights are drawn
+    by He et al. from torch's global generator, so that ``torch.manual_seed`` determines them. For
+    speed call ``.to(memory_format=torch.channels_last_3d)``. Raises ValueError for an unknown
+    ``arch`` or a bad number.
+    """
+
+    def __init__(
+        self, arch: str, in_channels: int, *, width: float = 1.0, pool: bool = False
+    ) -> None:
+        stage_planes(arch, width)  # a bad arch or width ends here, before any layer is made
+        if in_channels < 1:
+            raise ValueError(f"{arch}: in_channels is {in_channels}; a clip has at least one")
+        factorized = arch.startswith("r2plus1d")
+        super().__init__(
+            arch,
+            _stem2plus1d(in_channels, width)
+            if factorized
+            else _stem3d(in_channels, width, STEM_FRAMES[arch]),
+            in_channels=in_channels,
+            width=width,
+            layers=LAYERS_2PLUS1D if factorized else LAYERS_3D,
+            pool=nn.MaxPool3d(3, stride=2, padding=1) if pool else nn.Identity(),
+        )
+
+
+def _stem3d(inputs: int, width: float, frames: int) -> nn.Sequential:
+    outputs = scaled(STEM_CHANNELS, width)
+    kernel, padding = (frames, 7, 7), (frames // 2, 3, 3)
+    return nn.Sequential(
+        nn.Conv3d(inputs, outputs, kernel, stride=(1, 2, 2), padding=padding, bias=False),
+        nn.BatchNorm3d(outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _stem2plus1d(inputs: int, width: float) -> nn.Sequential:
+    outputs = scaled(STEM_CHANNELS, width)
+    middle = max(8, round(STEM_MIDDLE * width))
+    return nn.Sequential(
+        nn.Conv3d(inputs, middle, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
+        nn.BatchNorm3d(middle),
+        nn.ReLU(inplace=True),
+        nn.Conv3d(middle, outputs, (3, 1, 1), padding=(1, 0, 0), bias=False),
+        nn.BatchNorm3d(outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _initialize(network: nn.Module) -> None:
+    """He et al.'s normal draw for convolutions; every batch norm starts at scale 1, shift 0.
+
+    The last scale of a block is 1 too, not 0: the features of an untrained network are compared
+    with others.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,0 +1,1 @@
+"""Tasks, terms and Eq. 1."""

@@ -1,0 +1,81 @@
+"""Contrastive tasks: audio alignment (A) and joint embedding (E), with a margin on cosine similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.data.views import Views
+from engine.objective.task import Activations, Scalar, Task, TermValue, masked_mean
+
+
+class AlignAudioTask(Task):
+    """Is the sound this clip's? Negatives: the same clip's sound, shifted in time, and another clip's.
+
+    Max-margin: mean of max(0, margin - s(v, a) + s(v, a')) over the negatives a' there are, s the cosine of
+    projected features; after Korbar et al., NeurIPS 2018. Clips without sound take no part.
+    """
+
+    def __init__(self, modality: str, feature_dim: int, *, embed_dim: int, margin: float) -> None:
+        super().__init__()
+        self.modality, self.margin = modality, margin
+        self.terms = (f"{modality}/align_audio",)
+        self.video = nn.Linear(feature_dim, embed_dim)
+        self.audio = nn.Linear(feature_dim, embed_dim)
+
+    def forward(
+        self, views: Views, activations: Activations, active: Collection[str]
+    ) -> list[TermValue]:
+        """The margin loss; 0 where no clip of the batch has sound."""
+        if self.terms[0] not in active:
+            return []
+        assert activations.shifted_audio is not None
+        video = embedded(self.video, activations.clip[self.modality][-1])
+        sound = embedded(self.audio, activations.clip["audio"][-1])
+        shifted = embedded(self.audio, activations.shifted_audio)
+        aligned = (video * sound).sum(1)
+        in_time = self.margin - aligned + (video * shifted).sum(1)
+        of_clip = self.margin - aligned + (video * sound.roll(1, 0)).sum(1)
+        mask = torch.cat([views.has_shift, views.has_audio & views.has_audio.roll(1, 0)])
+        return [Scalar(self.terms[0], masked_mean(torch.cat([in_time, of_clip]).relu(), mask))]
+
+
+class EmbedTask(Task):
+    """Are RGB and another modality of one clip nearer than those of different clips?
+
+    Max-margin over all other clips of the batch, both ways: mean over i != j of
+    max(0, margin - s(i, i) + s(i, j)), s the cosine of projected features.
+    """
+
+    def __init__(self, other: str, feature_dim: int, *, embed_dim: int, margin: float) -> None:
+        super().__init__()
+        self.other, self.margin = other, margin
+        self.terms = (f"rgb+{other}/embed",)
+        self.rgb = nn.Linear(feature_dim, embed_dim)
+        self.with_rgb = nn.Linear(feature_dim, embed_dim)
+
+    def forward(
+        self, views: Views, activations: Activations, active: Collection[str]
+    ) -> list[TermValue]:
+        """The margin loss; where sound is involved, over clips that have it."""
+        if self.terms[0] not in active:
+            return []
+        rgb = embedded(self.rgb, activations.clip["rgb"][-1])
+        other = embedded(self.with_rgb, activations.clip[self.other][-1])
+        similarity = rgb @ other.T
+        own = similarity.diagonal()
+        n = len(own)
+        mask = ~torch.eye(n, dtype=torch.bool, device=own.device)
+        if self.other == "audio":
+            mask = mask & views.has_audio[:, None] & views.has_audio[None, :]
+        to_other = self.margin - own[:, None] + similarity
+        to_rgb = self.margin - own[None, :] + similarity
+        return [Scalar(self.terms[0], masked_mean(torch.stack([to_other, to_rgb]).relu(), mask.expand(2, n, n)))]
+
+
+def embedded(project: nn.Linear, features: Tensor) -> Tensor:
+    """Project features (N, D) and bring them to unit length, in float32."""
+    return functional.normalize(project(features).float(), dim=1)

@@ -1,0 +1,177 @@
+"""Eq. 1: the networks of all modalities, the tasks that train them, and their weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from engine.data.views import Views, backward, shuffled
+from engine.model.audio_resnet import AudioResNet
+from engine.model.decoder import Decoder
+from engine.model.resnet3d import ResNet3D
+from engine.objective.align import AlignAudioTask, EmbedTask
+from engine.objective.distill import DistillTask
+from engine.objective.order import OrderTask
+from engine.objective.predict import DecodeTask
+from engine.objective.task import Activations, Pair, Scalar, Task, TermValue
+from engine.objective.terms import BY_NAME, MODALITIES, TERM_NAMES, TERMS, VISUAL
+from engine.recipe import Clip, Model, Objective
+
+CHANNELS = {"rgb": 3, "grey": 1, "flow": 2}
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """One evaluation of Eq. 1."""
+
+    total: Tensor
+    """Scalar float32, to be differentiated."""
+    names: tuple[str, ...]
+    """The terms computed."""
+    values: Tensor
+    """float32 (terms,), unweighted, detached; in the order of ``names``."""
+
+
+class EvolvedLoss(nn.Module):
+    """All networks and heads of a member, and the loss L = sum of weight x term over them (Eq. 1).
+
+    ``active`` are the terms with a weight above 0: others are not computed, nor are the networks and copies
+    that only they need. The weights themselves come as a tensor over TERM_NAMES, so that one graph serves
+    every loss with the same active terms.
+    """
+
+    def __init__(
+        self, model: Model, clip: Clip, *, objective: Objective, audio_size: tuple[int, int, int]
+    ) -> None:
+        """``audio_size``: log-mel frames of the clip, of its future, and mels."""
+        super().__init__()
+        self.order_share, self.teacher_grad = objective.order_share, not objective.stop_gradient
+        self.networks = nn.ModuleDict(
+            {m: ResNet3D(model.arch, CHANNELS[m], width=model.width, pool=model.pool) for m in VISUAL}
+        )
+        self.networks["audio"] = AudioResNet(model.arch, width=model.width)
+        feature_dim = self.rgb.channels[4]
+        embed = {"embed_dim": objective.embed_dim, "margin": objective.margin}
+        tasks: list[Task] = []
+        for m in VISUAL:
+            tasks.append(OrderTask(m, feature_dim))
+            tasks.append(AlignAudioTask(m, feature_dim, **embed))  # type: ignore[arg-type]
+        tasks += self._decode_tasks(feature_dim, clip, objective, audio_size)
+        for m in ("grey", "flow", "audio"):
+            tasks.append(EmbedTask(m, feature_dim, **embed))  # type: ignore[arg-type]
+            tasks.append(DistillTask(m, stop_gradient=objective.stop_gradient))
+        self.tasks = nn.ModuleList(tasks)
+        assert sorted(name for task in tasks for name in task.terms) == sorted(TERM_NAMES)
+
+    @property
+    def rgb(self) -> ResNet3D:
+        """The network whose representation is wanted."""
+        network = self.networks["rgb"]
+        assert isinstance(network, ResNet3D)
+        return network
+
+    @staticmethod
+    def _decode_tasks(
+        feature_dim: int, clip: Clip, objective: Objective, audio_size: tuple[int, int, int]
+    ) -> list[Task]:
+        heard, to_come, mels = audio_size
+        side = max(clip.size // objective.decoder_downscale, 4)
+        tasks: list[Task] = []
+        for term in TERMS:
+            if term.task not in ("predict", "reconstruct", "colorize", "cross"):
+                continue
+            m, future = term.modality, term.task == "predict"
+            target = {"colorize": "rgb", "cross": term.name.rpartition("to_")[2]}.get(term.task, m)
+            if target == "audio":
+                size: tuple[int, ...] = (to_come if future else heard, max(mels // 2, 1))
+                channels = 1
+            else:
+                maps = clip.num_future_frames - (target == "flow")
+                size = (maps if future else clip.num_frames, side, side)
+                channels = CHANNELS[target]
+            decoder = Decoder(feature_dim, channels, size, hidden=objective.decoder_width)
+            tasks.append(DecodeTask(term.name, m, target=target, future=future, decoder=decoder))
+        return tasks
+
+    def forward(self, views: Views, weights: Tensor, active: Collection[str]) -> LossOutput:
+        """Evaluate Eq. 1 on a batch; ``weights`` float32 (39,) in TERM_NAMES' order."""
+        activations = self.activate(views, active)
+        values: dict[str, TermValue] = {}
+        for task in self.tasks:
+            if any(name in active for name in task.terms):
+                values.update({value.name: value for value in task(views, activations, active)})
+        pairs = [v for name in TERM_NAMES if isinstance(v := values.get(name), Pair)]
+        scalars = [v for name in TERM_NAMES if isinstance(v := values.get(name), Scalar)]
+        names = tuple(v.name for v in (*pairs, *scalars))
+        which = torch.tensor([TERM_NAMES.index(name) for name in names], device=weights.device)
+        total, each = kernels.weighted_loss(
+            [p.student for p in pairs],
+            [p.teacher for p in pairs],
+            _masks(pairs, views),
+            weights[which],
+            torch.stack([s.value for s in scalars]) if scalars else weights.new_zeros(0),
+            teacher_grad=self.teacher_grad,
+        )
+        return LossOutput(total, names, each)
+
+    def activate(self, views: Views, active: Collection[str]) -> Activations:
+        """Run each network that is needed once, on its clips and their changed copies stacked."""
+        result = Activations(clip={})
+        for m in needed_networks(active):
+            clip, n = views.clip[m], len(views)
+            if m == "audio":
+                misaligned = any(BY_NAME[name].task == "align_audio" for name in active)
+                assert views.shifted_audio is not None
+                stack = torch.cat([clip, views.shifted_audio]) if misaligned else clip
+                *layers, pooled = self.networks[m].forward_features(stack)
+                result.clip[m] = [*(layer[:n] for layer in layers), pooled[:n]]
+                result.shifted_audio = pooled[n:] if misaligned else None
+                continue
+            copies = max(round(n * self.order_share), 1)
+            parts = [clip]
+            if f"{m}/shuffle" in active:
+                parts.append(shuffled(clip[:copies], views.order[:copies]))
+            if f"{m}/backward" in active:
+                parts.append(backward(clip[-copies:], m))
+            stack = torch.cat(parts).contiguous(memory_format=torch.channels_last_3d)
+            *layers, pooled = self.networks[m].forward_features(stack)
+            result.clip[m] = [*(layer[:n] for layer in layers), pooled[:n]]
+            changed = list(pooled[n:].split(copies))
+            if f"{m}/shuffle" in active:
+                result.shuffled[m] = changed.pop(0)
+            if f"{m}/backward" in active:
+                result.reversed[m] = changed.pop(0)
+        return result
+
+
+def active_terms(weights: Mapping[str, float], *, sound: bool) -> tuple[str, ...]:
+    """Terms with a weight above 0; without any sound in the data, those that need it are left out."""
+    return tuple(
+        t.name for t in TERMS if weights[t.name] > 0.0 and (sound or "audio" not in t.networks)
+    )
+
+
+def needed_networks(active: Collection[str]) -> tuple[str, ...]:
+    """Networks that the active terms read, in MODALITIES' order."""
+    used = {network for name in active for network in BY_NAME[name].networks}
+    return tuple(m for m in MODALITIES if m in used)
+
+
+def needed_modalities(active: Collection[str]) -> tuple[str, ...]:
+    """Modalities whose clips are inputs or targets of the active terms."""
+    used = set(needed_networks(active))
+    used |= {"rgb" for name in active if BY_NAME[name].task == "colorize"}
+    used |= {name.rpartition("to_")[2] for name in active if BY_NAME[name].task == "cross"}
+    return tuple(m for m in MODALITIES if m in used)
+
+
+def _masks(pairs: list[Pair], views: Views) -> Tensor:
+    """float32 (pairs, N): which clips count in which L2 term."""
+    every = torch.ones(len(views), device=views.has_audio.device)
+    if not pairs:
+        return every.new_zeros(0, len(views))
+    return torch.stack([every if p.mask is None else p.mask.float() for p in pairs])

@@ -1,0 +1,64 @@
+"""What a task is: a module that owns its head and turns activations into terms of Eq. 1."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from engine.data.views import Views
+
+
+@dataclass
+class Activations:
+    """What the networks made of one batch."""
+
+    clip: dict[str, list[Tensor]]
+    """Per modality the stem, the four stages and the pooled features of the N clips."""
+    shuffled: dict[str, Tensor] = field(default_factory=dict)
+    """Pooled features (n, D) of the shuffled copies of the first n clips."""
+    reversed: dict[str, Tensor] = field(default_factory=dict)
+    """Pooled features (n, D) of the reversed copies of the last n clips."""
+    shifted_audio: Tensor | None = None
+    """Pooled features (N, D) of the misaligned sound."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An L2 term: the mean squared difference of two tensors (N, ...), over the clips that the mask keeps."""
+
+    name: str
+    student: Tensor
+    teacher: Tensor
+    mask: Tensor | None = None
+    """bool (N,); None keeps every clip."""
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A term that is a number already: a cross-entropy or a margin."""
+
+    name: str
+    value: Tensor
+
+
+TermValue = Pair | Scalar
+
+
+class Task(nn.Module):
+    """A self-supervised task; its ``terms`` are rows of the term table."""
+
+    terms: tuple[str, ...]
+
+    def forward(
+        self, views: Views, activations: Activations, active: Collection[str]
+    ) -> list[TermValue]:
+        """The values of those of its terms that are in ``active``."""
+        raise NotImplementedError
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of float values where a mask of their shape holds; 0 where it never does."""
+    kept = mask.to(values.dtype)
+    return (values * kept).sum() / kept.sum().clamp(min=1.0)

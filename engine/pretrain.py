@@ -1,0 +1,83 @@
+"""Train one member with a given loss: checkpoints, TensorBoard, exact resume, the RGB network at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from engine.checkpoint import load_member, save_member, save_tensors
+from engine.data.library import Library
+from engine.data.views import RGB_MEAN, RGB_STD
+from engine.display import Display
+from engine.objective.terms import LossWeights
+from engine.recipe import Recipe, load_loss, recipe_hash, save_loss
+from engine.runfolder import RunFolder
+from engine.runtime import Runtime, make_deterministic, provenance
+from engine.train import Trainer, learning_rate
+
+LOG_EVERY = 10
+"""Steps between points in TensorBoard."""
+
+
+def pretrain(
+    recipe: Recipe,
+    library: Library,
+    *,
+    weights: LossWeights | None,
+    run: RunFolder,
+    runtime: Runtime,
+    display: Display,
+    checkpoint_every: int,
+) -> Path:
+    """Train with ``weights`` (None: those that the run began with) and return the RGB network's file.
+
+    A run that is continued equals one that was never interrupted, bit for bit on a CPU. Raises
+    CheckpointError where the last checkpoint does not fit, NonFiniteLoss where training diverges.
+    """
+    make_deterministic(runtime)
+    if weights is None:
+        weights = load_loss(run.path / "loss.toml")
+    save_loss(weights, run.path / "loss.toml", name="loss", about="the loss that this run trains with")
+    digest = recipe_hash(recipe)
+    facts = {**provenance(runtime), "seed": recipe.seed, "recipe_hash": digest, "num_clips": len(library.index)}
+    run.write_json("provenance.json", facts)
+    trainer = Trainer(recipe, library.index, runtime)
+    member = trainer.member(weights, seed=recipe.seed)
+    last = run.checkpoints / "last.safetensors"
+    if last.exists():
+        load_member(last, member, recipe_hash=digest)
+        display.say(f"going on from step {member.step}")
+    board = SummaryWriter(str(run.tensorboard), purge_step=member.step)
+    steps, batch, first, began = recipe.optim.steps, recipe.optim.batch_size, member.step, time.perf_counter()
+    display.start("training", steps)
+    for step, views in trainer.rounds([member], seed=recipe.seed):
+        total = trainer.step(member, views)
+        rate = (member.step - first) * batch / (time.perf_counter() - began)
+        display.update("training", member.step, steps, note=f"loss {total:.3f}  {rate:.0f} clips/s")
+        if step % LOG_EVERY == 0 or member.step == steps:
+            board.add_scalar("train/loss", total, step)
+            board.add_scalar("train/lr", learning_rate(recipe.optim, step), step)
+            board.add_scalar("train/clips_per_second", rate, step)
+            for name, value in member.term_values().items():
+                board.add_scalar(f"terms/{name}", value, step)
+        if member.step % checkpoint_every == 0 or member.step == steps:
+            save_member(last, member, facts={"recipe_hash": digest, "seed": recipe.seed})
+    board.close()
+    card = {
+        "arch": recipe.model.arch,
+        "width": recipe.model.width,
+        "pool": recipe.model.pool,
+        "input": {"num_frames": recipe.clip.num_frames, "frame_stride": recipe.clip.frame_stride, "size": recipe.clip.size},
+        "mean": RGB_MEAN,
+        "std": RGB_STD,
+        "loss": weights,
+        "recipe_hash": digest,
+        "seed": recipe.seed,
+        "versions": facts["versions"],
+        "git_sha": facts["git_sha"],
+    }  # fmt: skip
+    out = run.path / "rgb.safetensors"
+    save_tensors(out, member.loss.rgb.state_dict(), facts=card)
+    return out

@@ -1,0 +1,290 @@
+"""Recipes: frozen, typed sections read from TOML, each handed to the component that uses it.
+
+A recipe names what is run and with which numbers. Unknown keys, wrong types and values out of range are
+errors that name the key; nothing is guessed. ``recipe_hash`` identifies a recipe wherever a number is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tomllib
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+import tomli_w
+from msgspec import Meta, Struct
+
+from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
+
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Meta(gt=0.0)]
+
+RANDOM_LOSS_STREAM = 0x10553
+"""Keeps random losses' draws apart from every other use of the same seed."""
+
+
+class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of a recipe; its fields' types and ranges are checked on reading."""
+
+
+class Clip(Section, frozen=True):
+    """What one training clip is: T input frames, P future frames, and how they are cut."""
+
+    num_frames: Annotated[int, Meta(ge=2)] = 8
+    num_future_frames: Annotated[int, Meta(ge=2)] = 4
+    frame_stride: Positive = 2
+    size: Annotated[int, Meta(ge=16)] = 64
+    """Side in pixels of the square crop."""
+    min_area: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.5
+    """Smallest share of the frame's area that a training crop covers."""
+    flip: bool = True
+
+
+class Audio(Section, frozen=True):
+    """Log-mel features of the sound that goes with a clip."""
+
+    sample_rate: Positive = 16000
+    num_mels: Positive = 40
+    fft_size: Positive = 512
+    hop: Positive = 256
+    min_shift: PositiveFloat = 0.5
+    """Least shift in seconds of the misaligned sound."""
+
+
+class Model(Section, frozen=True):
+    """The networks, one per modality, all of one depth and width."""
+
+    arch: Literal["r3d_18", "r3d_34", "r3d_50", "r2plus1d_18", "r2plus1d_50"] = "r3d_18"
+    width: PositiveFloat = 1.0
+    """Factor on the channels (64 in the stem at 1.0)."""
+    pool: bool = False
+    """Halve time and space again after the stem."""
+
+
+class Objective(Section, frozen=True):
+    """What Eq. 1's terms share."""
+
+    stop_gradient: bool = True
+    """Stop the gradient of the distillation target."""
+    margin: PositiveFloat = 0.5
+    embed_dim: Positive = 64
+    decoder_width: Positive = 32
+    decoder_downscale: Positive = 4
+    """Decoders give frames at the clip's size divided by this."""
+    order_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    """Share of the batch whose shuffled (and, again, reversed) copies enter the networks."""
+
+
+class Optim(Section, frozen=True):
+    """Optimizer and schedule: linear warm-up, then a cosine to zero."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Meta(ge=0.0)] = 0.05
+    momentum: Share = 0.9
+    """SGD's momentum."""
+    steps: Positive = 150
+    warmup_steps: Natural = 15
+    batch_size: Annotated[int, Meta(ge=2)] = 16
+    grad_clip: PositiveFloat = 1.0
+    """Largest norm of the gradient."""
+    amp: Literal["auto", "off", "bf16"] = "auto"
+    """auto: bf16 on a GPU, float32 on a CPU."""
+
+
+class Fitness(Section, frozen=True):
+    """K-means agreement of the RGB network's features with the classes of labelled clips."""
+
+    metric: Literal["hungarian", "nmi", "ari"] = "hungarian"
+    views_per_clip: Positive = 2
+    """Views in time, evenly spread over a clip, whose features are averaged."""
+    kmeans_init: Positive = 10
+    """K-means starts per run; the one with the least inertia counts."""
+    kmeans_seeds: Positive = 3
+    """K-means runs whose agreements are averaged."""
+    batch_norm: Literal["batch", "running"] = "batch"
+    """Statistics of batch norm while features are taken: of the labelled batch, or the running ones."""
+    batch_size: Annotated[int, Meta(ge=2)] = 32
+
+
+class Search(Section, frozen=True):
+    """How weights are proposed."""
+
+    method: Literal["evolution", "random"] = "evolution"
+    population: Annotated[int, Meta(ge=2)] = 12
+    rounds: Natural = 12
+    """Members evaluated after the initial population; the paper runs 2000."""
+    tournament: Positive = 4
+    generation: Positive = 4
+    """Members proposed at once and trained on the same decoded batches."""
+    replace: Literal["worst", "oldest"] = "worst"
+    repeats: Positive = 1
+    """Trainings per member, with different seeds, whose fitnesses are averaged."""
+    confirm_seeds: Annotated[int, Meta(ge=0)] = 3
+    """Fresh seeds with which the best and random losses are trained again at the end."""
+
+
+class Recipe(Section, frozen=True):
+    """Everything that decides a run's numbers, apart from the videos."""
+
+    name: str = "custom"
+    seed: Natural = 0
+    clip: Clip = Clip()
+    audio: Audio = Audio()
+    model: Model = Model()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    fitness: Fitness = Fitness()
+    search: Search = Search()
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be used: the message names the file and the key."""
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a recipe from a TOML file, or by the name of one that comes with the package (``cpu``, ``demo``).
+
+    Raises RecipeError for a missing file, TOML that does not parse, an unknown key, a wrong type or a value
+    out of range; the message names file and key, and the nearest known key.
+    """
+    text, where = _read_toml(name_or_path, folder="")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+    return recipe_from(values, where=where)
+
+
+def recipe_from(values: dict[str, Any], *, where: str) -> Recipe:
+    """Check a nested dict against the recipe's types; raises RecipeError as ``load_recipe`` does."""
+    _reject_unknown(values, Recipe, where, path="")
+    try:
+        recipe = msgspec.convert(values, Recipe)
+    except msgspec.ValidationError as error:
+        what, _, key = str(error).partition(" - at `$.")
+        raise RecipeError(f"{where}: {key.rstrip('`') or 'recipe'}: {what}") from None
+    if recipe.optim.warmup_steps >= recipe.optim.steps:
+        raise RecipeError(f"{where}: optim.warmup_steps must be less than optim.steps")
+    return recipe
+
+
+def override(recipe: Recipe, assignments: list[str]) -> Recipe:
+    """Apply ``section.key=value`` assignments, values in TOML's syntax (a bare word is a string)."""
+    values = msgspec.to_builtins(recipe)
+    for assignment in assignments:
+        key, sign, text = assignment.partition("=")
+        if not sign:
+            raise RecipeError(f"--set {assignment}: write section.key=value")
+        try:
+            value = tomllib.loads(f"value = {text.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        *sections, last = key.strip().split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise RecipeError(f"--set {assignment}: {section!r} is not a section")
+        target[last] = value
+    return recipe_from(values, where="--set")
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The whole recipe as TOML, defaults included."""
+    return tomli_w.dumps(msgspec.to_builtins(recipe))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Twelve hex digits that identify a recipe's values (its name aside)."""
+    values = msgspec.to_builtins(recipe)
+    values.pop("name")
+    return hashlib.sha256(msgspec.json.encode(values, order="sorted")).hexdigest()[:12]
+
+
+def load_loss(name_or_path: str | Path) -> LossWeights:
+    """Read a loss: a TOML file with a ``[weights]`` table, a preset's name, or ``random:SEED``.
+
+    Returns every term's weight; names that the file leaves out get 0. Raises RecipeError as ``load_recipe``.
+    """
+    name = str(name_or_path)
+    if name.startswith("random:"):
+        if not name[7:].isdigit():
+            raise RecipeError(f"loss {name!r}: write random:SEED with a whole number")
+        return random_weights(int(name[7:]))
+    text, where = _read_toml(name_or_path, folder="losses")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+    weights = values.get("weights")
+    if not isinstance(weights, dict):
+        raise RecipeError(f"{where}: no [weights] table; a loss maps term names to numbers in [0, 1]")
+    try:
+        return check_weights(weights, where=where)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def save_loss(weights: LossWeights, path: Path, *, name: str, about: str) -> None:
+    """Write a loss that ``load_loss`` reads."""
+    text = tomli_w.dumps({"name": name, "about": about, "weights": weights})
+    write_text_atomic(path, text)
+
+
+def random_weights(seed: int) -> LossWeights:
+    """A loss drawn uniformly from [0, 1] for every term: the paper's "random loss"."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, RANDOM_LOSS_STREAM]))
+    return dict(zip(TERM_NAMES, rng.random(len(TERM_NAMES)).tolist(), strict=True))
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write text so that a reader, or a run after a kill, sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def preset_names(folder: str = "") -> list[str]:
+    """Names of the recipes (or, with ``losses``, of the losses) that come with the package."""
+    root = files("recipes").joinpath(folder) if folder else files("recipes")
+    return sorted(p.name[:-5] for p in root.iterdir() if p.name.endswith(".toml"))
+
+
+def _read_toml(name_or_path: str | Path, *, folder: str) -> tuple[str, str]:
+    path = Path(name_or_path)
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), str(path)
+    name = str(name_or_path)
+    kind = "loss" if folder else "recipe"
+    if path.suffix == ".toml" or path.parent != Path("."):
+        raise RecipeError(f"{kind} {name}: no such file")
+    known = preset_names(folder)
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(known)}"
+        raise RecipeError(f"{kind} {name!r} is neither a file nor a preset; {hint}")
+    resource = files("recipes").joinpath(folder) if folder else files("recipes")
+    return resource.joinpath(f"{name}.toml").read_text(encoding="utf-8"), f"{kind} {name!r}"
+
+
+def _reject_unknown(values: dict[str, Any], section: type[Section], where: str, *, path: str) -> None:
+    fields = {field.name: field.type for field in msgspec.structs.fields(section)}
+    for key, value in values.items():
+        if key not in fields:
+            near = get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {path}{near[0]}?" if near else f"; known: {', '.join(fields)}"
+            raise RecipeError(f"{where}: unknown key {path}{key}{hint}")
+        kind = fields[key]
+        if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, dict):
+            _reject_unknown(value, kind, where, path=f"{path}{key}.")

@@ -1,0 +1,285 @@
+"""Figures as lists of shapes in CSS pixels, y downwards: one sketch serves the page, SVG files and PNG files.
+
+Colours are names of ``PALETTE``. Inside the page each is a CSS variable, so that one SVG serves light and dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Literal
+
+import numpy as np
+
+from engine.reporting.facts import Array
+
+RAMP_LIGHT = (
+    "#eff2f3 #e4edee #d9e8e9 #cde3e4 #c2dedf #b3d7d9 #a3cfd2 #93c8cc #83c0c6 #6dadbb #579bb1 "
+    "#4089a6 #27779b #246e96 #226591 #1f5d8c #1d5487 #1b4777 #193b67 #162f58 #132449"
+).split()
+RAMP_DARK = (
+    "#1f262d #202c35 #20313d #203745 #1f3d4d #204456 #214c5e #215367 #215b70 #25667b #297285 "
+    "#2e7e90 #328a9b #4699a3 #58a9aa #6ab8b1 #7cc8b8 #9ad4bd #b7e0c1 #d3ebc5 #eef7c9"
+).split()
+TURN = 12
+"""First level of the ramp whose letters are in ``on-high``: there the contrast of both themes turns."""
+PALETTE: dict[str, tuple[str, str]] = {
+    "ink": ("#1b1f24", "#e6e9ec"),
+    "muted": ("#626b75", "#98a2ad"),
+    "rule": ("#dfe3e6", "#2c343c"),
+    "surface": ("#ffffff", "#14181c"),
+    "on-low": ("#1b1f24", "#eef1f3"),
+    "on-high": ("#ffffff", "#0b1014"),
+    "accent": ("#2a7ca3", "#5ab3c4"),
+    "best": ("#0b7a4b", "#5fd39a"),
+    "random": ("#c2571a", "#f0a06a"),
+    "untrained": ("#7b7f86", "#a3a9b1"),
+    "failed": ("#b3261e", "#f2877f"),
+    "grey": ("#5f6670", "#a9b0b8"),
+    "flow": ("#c45a1c", "#f2a36d"),
+    "audio": ("#0f7f78", "#4fcabf"),
+    "task0": ("#72777f", "#9aa0a8"),
+    "task1": ("#96660a", "#e0b050"),
+    "task2": ("#0e7f77", "#4ec9be"),
+    "task3": ("#1f64ad", "#78b4f0"),
+    "task4": ("#8a4fb0", "#c79be6"),
+    "task5": ("#b83a6b", "#f08fb4"),
+    "task6": ("#c5591b", "#f3a46e"),
+    "task7": ("#4c7d1f", "#9fcb6c"),
+    **{f"q{i}": pair for i, pair in enumerate(zip(RAMP_LIGHT, RAMP_DARK, strict=True))},
+}
+"""Every colour that a figure may use, on light and on dark ground."""
+FONT = 'Inter, ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
+Anchor = Literal["start", "middle", "end"]
+Mark = Literal["dot", "ring", "cross", "down"]
+Point = tuple[float, float]
+
+
+def shade(weight: float) -> tuple[str, str]:
+    """The ramp's colour of a weight in [0, 1], and that of letters on it."""
+    level = round(min(max(weight, 0.0), 1.0) * (len(RAMP_LIGHT) - 1))
+    return f"q{level}", "on-high" if level >= TURN else "on-low"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A line of text whose middle is at height y."""
+
+    x: float
+    y: float
+    text: str
+    color: str = "ink"
+    size: float = 12
+    anchor: Anchor = "start"
+    bold: bool = False
+
+    @property
+    def baseline(self) -> float:
+        """Height of the baseline, for letters of about 0.72 of the size."""
+        return self.y + 0.36 * self.size
+
+
+@dataclass(frozen=True)
+class Box:
+    """A filled rectangle."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    color: str
+    radius: float = 0
+    alpha: float = 1
+    title: str = ""
+    """What a pointer that rests on it is told."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A polyline."""
+
+    points: tuple[Point, ...]
+    color: str
+    width: float = 1
+    alpha: float = 1
+    dash: bool = False
+
+
+@dataclass(frozen=True)
+class Marks:
+    """One mark a point."""
+
+    points: tuple[Point, ...]
+    color: str
+    size: float
+    kind: Mark = "dot"
+    alpha: float = 1
+
+
+@dataclass
+class Sketch:
+    """A figure: its size in CSS pixels and its shapes, first one lowest."""
+
+    width: float
+    height: float
+    shapes: list[Text | Box | Line | Marks] = field(default_factory=list)
+
+    def add(self, *shapes: Text | Box | Line | Marks) -> None:
+        """Put shapes on top."""
+        self.shapes.extend(shapes)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A plot's box on a sketch, with the ranges of its axes."""
+
+    sketch: Sketch
+    left: float
+    top: float
+    width: float
+    height: float
+    xlim: tuple[float, float]
+    ylim: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def right(self) -> float:
+        """Right edge in pixels."""
+        return self.left + self.width
+
+    @property
+    def bottom(self) -> float:
+        """Bottom edge in pixels."""
+        return self.top + self.height
+
+    def x(self, value: float) -> float:
+        """Pixel of a value on the x axis."""
+        low, high = self.xlim
+        return self.left + (value - low) / (high - low) * self.width
+
+    def y(self, value: float) -> float:
+        """Pixel of a value on the y axis."""
+        low, high = self.ylim
+        return self.top + (high - value) / (high - low) * self.height
+
+    def rules(self, values: Iterable[float], *, digits: int = 1, dashed: float | None = None) -> None:
+        """Horizontal rules with their values, one of them dashed."""
+        for value in values:
+            y = self.y(value)
+            ends = ((self.left, y), (self.right, y))
+            marked = value == dashed
+            self.sketch.add(
+                Line(ends, "muted" if marked else "rule", dash=marked, alpha=0.7 if marked else 1),
+                Text(self.left - 7, y, f"{value:.{digits}f}", "muted", 11, "end"),
+            )
+
+    def ticks(self, values: Iterable[float], *, name: str = "") -> None:
+        """Whole numbers under the box, and what they count."""
+        for value in values:
+            x = self.x(value)
+            self.sketch.add(
+                Line(((x, self.bottom + 1), (x, self.bottom + 5)), "muted"),
+                Text(x, self.bottom + 14, f"{value:,.0f}", "muted", 11, "middle"),
+            )
+        if name:
+            middle = self.left + self.width / 2
+            self.sketch.add(Text(middle, self.bottom + 31, name, "muted", 11, "middle"))
+
+    def steps(self, at: Array, values: Array, *, color: str, width: float = 2, alpha: float = 1) -> None:
+        """A line that keeps each value until the next."""
+        xs = np.repeat([self.x(float(v)) for v in at], 2)[1:]
+        ys = np.repeat([self.y(float(v)) for v in values], 2)[:-1]
+        self.sketch.add(Line(tuple(zip(xs.tolist(), ys.tolist(), strict=True)), color, width, alpha))
+
+
+def ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:
+    """At most ``count`` or so round values within [low, high], at steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / max(count, 1)
+    power = 10.0 ** np.floor(np.log10(rough)) if rough > 0 else 1.0
+    step = float(next(f * power for f in (1, 2, 5, 10) if f * power >= rough * 0.999))
+    step = max(step, 1.0) if whole else step
+    first = int(np.ceil(low / step - 1e-9))
+    last = int(np.floor(high / step + 1e-9))
+    return [round(k * step, 10) for k in range(first, last + 1)]
+
+
+def spread(wanted: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
+    """Labels' heights moved apart to ``gap`` pixels, in order, within [low, high] as far as they fit."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    placed: list[float] = []
+    for i in order:
+        placed.append(max(wanted[i], placed[-1] + gap if placed else low))
+    limit = high
+    for k in reversed(range(len(placed))):
+        placed[k] = limit = min(placed[k], limit)
+        limit -= gap
+    heights = dict(zip(order, placed, strict=True))
+    return [heights[i] for i in range(len(wanted))]
+
+
+def svg(sketch: Sketch, *, label: str, variables: bool, name: str = "") -> str:
+    """The sketch as SVG text, with ``label`` as its text alternative.
+
+    ``variables`` leaves colours to the page's CSS variables; otherwise they are light ones on white.
+    """
+    size = f'viewBox="0 0 {sketch.width:g} {sketch.height:g}"'
+    if not variables:
+        size = f'xmlns="http://www.w3.org/2000/svg" width="{sketch.width:g}" height="{sketch.height:g}" {size}'
+    style = f' class="{name}"' if name else ""
+    family = "" if variables else f" font-family='{FONT}'"
+    parts = [f'<svg {size} role="img" aria-label="{escape(label)}"{style}{family}>']
+    if not variables:
+        parts.append('<rect width="100%" height="100%" fill="#ffffff"/>')
+    parts.extend(_element(shape, variables=variables) for shape in sketch.shapes)
+    return "\n".join([*parts, "</svg>"])
+
+
+def _n(value: float) -> str:
+    return f"{round(value, 1):g}" if abs(value) < 1e5 else f"{value:.0f}"
+
+
+def _element(shape: Text | Box | Line | Marks, *, variables: bool) -> str:
+    ink = f"var(--{shape.color})" if variables else PALETTE[shape.color][0]
+    if isinstance(shape, Text):
+        weight = ' font-weight="600"' if shape.bold else ""
+        anchor = "" if shape.anchor == "start" else f' text-anchor="{shape.anchor}"'
+        at = f'x="{_n(shape.x)}" y="{_n(shape.baseline)}" font-size="{shape.size:g}"'
+        return f'<text {at}{anchor}{weight} {_ink("fill", ink)}>{escape(shape.text)}</text>'
+    alpha = "" if shape.alpha == 1 else f' opacity="{shape.alpha:g}"'
+    if isinstance(shape, Box):
+        at = f'x="{_n(shape.x)}" y="{_n(shape.y)}" width="{_n(shape.width)}" height="{_n(shape.height)}"'
+        round_ = f' rx="{shape.radius:g}"' if shape.radius else ""
+        head = f"<rect {at}{round_}{alpha} {_ink('fill', ink)}"
+        return f"{head}><title>{escape(shape.title)}</title></rect>" if shape.title else head + "/>"
+    if isinstance(shape, Line):
+        dash = ' stroke-dasharray="3 3"' if shape.dash else ""
+        path = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in shape.points)
+        return (
+            f'<path d="{path}" fill="none" stroke-width="{shape.width:g}" stroke-linejoin="round"'
+            f"{dash}{alpha} {_ink('stroke', ink)}/>"
+        )
+    return _marks(shape, ink=ink, alpha=alpha)
+
+
+def _ink(what: str, ink: str) -> str:
+    """var() is allowed in a style, not in an attribute."""
+    return f'style="{what}:{ink}"' if ink.startswith("var") else f'{what}="{ink}"'
+
+
+def _marks(shape: Marks, *, ink: str, alpha: str) -> str:
+    r = shape.size / 2
+    if shape.kind == "dot":  # a stroke of no length with a round cap is the shortest way to write a disc
+        path = "".join(f"M{_n(x)} {_n(y)}h0" for x, y in shape.points)
+        how = f'stroke-linecap="round" stroke-width="{shape.size:g}"'
+    elif shape.kind == "ring":
+        arc = f"a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0"
+        path = "".join(f"M{_n(x - r)} {_n(y)}{arc}" for x, y in shape.points)
+        how = 'fill="none" stroke-width="1.4"'
+    elif shape.kind == "cross":
+        arms = f"l{2 * r:g} {2 * r:g}m0 {-2 * r:g}l{-2 * r:g} {2 * r:g}"
+        path = "".join(f"M{_n(x - r)} {_n(y - r)}{arms}" for x, y in shape.points)
+        how = 'fill="none" stroke-width="1.6"'
+    else:
+        path = "".join(f"M{_n(x - r)} {_n(y - r)}h{2 * r:g}l{-r:g} {1.6 * r:g}z" for x, y in shape.points)
+        return f'<path d="{path}"{alpha} {_ink("fill", ink)}/>'
+    return f'<path d="{path}" {how}{alpha} {_ink("stroke", ink)}/>'

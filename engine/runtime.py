@@ -1,0 +1,153 @@
+"""Device, number format, seeds and provenance: the only global state that the engine has."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import engine
+
+LIBRARIES = (
+    "torch triton nvidia-dali-cuda130 nvidia-dali-cuda120 torchaudio numpy cupy-cuda13x cupy-cuda12x cuml-cu13 "
+    "cuml-cu12 optuna cmaes av opencv-python-headless scikit-learn safetensors"
+).split()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where tensors live and in which number format the networks run."""
+
+    device: torch.device
+    amp: bool
+    """Autocast the networks to bf16."""
+
+    @property
+    def threads(self) -> int:
+        """Threads for decoding: the cores this process may use, at most 16."""
+        return min(num_cores(), 16)
+
+
+class Clock:
+    """Seconds spent per stage: ``with clock("input"): ...``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to ``stage``; blocks do not nest."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
+    """Pick the device: ``auto`` takes a GPU where there is one.
+
+    ``amp``: ``auto`` autocasts to bf16 on a GPU and stays in float32 on a CPU; ``bf16`` and ``off`` force it.
+    Raises ValueError for a GPU that is asked for and absent.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: no CUDA GPU is visible; use --device cpu or check `engine doctor`")
+    chosen = torch.device(device)
+    return Runtime(chosen, amp == "bf16" or (amp == "auto" and chosen.type == "cuda"))
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and torch; what a member draws at its start is then the same everywhere."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_deterministic(runtime: Runtime) -> None:
+    """Make equal seeds give equal bits on a CPU; on a GPU, let cuDNN pick its fastest kernels."""
+    if runtime.device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.backends.cudnn.benchmark = True
+
+
+def check_kernels_package() -> None:
+    """Raise RuntimeError where another installed package called ``kernels`` hides the engine's own."""
+    import kernels
+
+    if not getattr(kernels, "__engine_kernels__", False):
+        raise RuntimeError(
+            f"the package 'kernels' at {Path(kernels.__file__ or '?').parent} is not the engine's: another "
+            "package of that name is installed; `pip uninstall kernels`, then install the engine again"
+        )
+
+
+def provenance(runtime: Runtime) -> dict[str, Any]:
+    """What every number is written with: code, device and library versions, start time."""
+    gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "engine_version": engine.__version__,
+        "git_sha": _git_sha(),
+        "device": gpu or _cpu_name(),
+        "cpu_count": num_cores(),
+        "amp": runtime.amp,
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git_sha() -> str | None:
+    """The commit of the source tree, with ``+`` where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    try:
+        sha = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (subprocess.CalledProcessError, OSError):
+        return None
+    return sha + ("+" if dirty else "")

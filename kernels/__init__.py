@@ -1,0 +1,229 @@
+"""The engine's fused ops: a Triton kernel on a CUDA tensor, plain PyTorch (``kernels.reference``) elsewhere.
+
+Both ops are ``torch.library`` ops, so that ``torch.compile`` keeps them whole in one graph. Triton is optional.
+Under ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+
+try:
+    from kernels.clip_views import clip_views_forward
+    from kernels.weighted_loss import weighted_loss_forward
+
+    HAS_TRITON = True
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "triton":
+        raise
+    HAS_TRITON = False
+
+__all__ = ["HAS_TRITON", "clip_views", "weighted_loss"]
+
+__engine_kernels__ = True
+"""Tells this package from the registry's package of the same top-level name."""
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def weighted_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    masks: Tensor,
+    weights: Tensor,
+    scalars: Tensor,
+    *,
+    teacher_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 1 of the paper, L = sum_t lambda_t L_t: P squared-error terms and S ready-made scalar terms.
+
+    Pair p's value is the mean over the clips that count of the mean squared difference within a clip,
+    ``sum_n masks[p, n] mean((s_n - t_n)^2) / sum_n masks[p, n]``, and 0 where no clip counts.
+
+    students, teachers: P tensors each, equal shapes (N, ...) of rank 2 or more within a pair, one N for all;
+        float32, bfloat16 or float16, the two sides of a pair independently; accumulated in float32. Any
+        strides: a side that is neither contiguous nor channels-last, or laid out unlike its student, is
+        copied first on a GPU.
+    masks: (P, N) float32, 1 where clip n counts for pair p, 0 where not (such as without sound). What a
+        clip that doesn't count holds, nan included, reaches neither values nor gradients.
+    weights: (P+S,) float32, pairs first. Not differentiated. A term of weight exactly 0 adds nothing to the
+        total and passes no gradient, even where it is nan; its value is computed all the same.
+    scalars: (S,) float32, the values of the terms that are scalars already; their gradient is the weight.
+    teacher_grad: let gradients through to the teachers too.
+
+    Returns the total () and the unweighted values (P+S,), both float32; the values carry no gradient. P or
+    S may be 0. Gradients have their input's dtype and can't be differentiated again. masks, weights and
+    scalars all in float64 accumulate in float64 instead, without a kernel. Raises ValueError that names
+    the argument for shapes, dtypes or devices that don't fit.
+    """
+    _check_weighted_loss(students, teachers, masks, weights, scalars)
+    if not teacher_grad:
+        teachers = [t.detach() for t in teachers]
+    inputs = (*students, *teachers)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    total, values, _, _ = _weighted_loss(
+        list(students), list(teachers), masks.detach(), weights.detach(), scalars, save
+    )
+    return total, values
+
+
+def clip_views(
+    frames: Tensor, mean: Tensor, std: Tensor, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Normalised RGB and grey clips of raw frames, in one pass.
+
+    frames: (N, F, H, W, 3) uint8. Clips may lie apart in memory (such as ``frames[:, :T]``); where a clip
+        is not contiguous in itself, a GPU copies the frames first.
+    mean, std: (3,) float32, of RGB in [0, 1]; std positive.
+    dtype: of the results: float32, bfloat16 or float16; computed in float32.
+
+    Returns rgb (N, 3, F, H, W) = (frames / 255 - mean) / std, and grey (N, 1, F, H, W): the BT.601 luma of
+    frames / 255, less the luma of ``mean``, over the mean of ``std``. Both are channels_last_3d. Not
+    differentiable. Raises ValueError for shapes, dtypes or devices that don't fit.
+    """
+    if frames.dim() != 5 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+        raise ValueError(
+            f"frames must be uint8 (N, F, H, W, 3), not {frames.dtype} {tuple(frames.shape)}"
+        )
+    for name, x in (("mean", mean), ("std", std)):
+        if x.shape != (3,) or x.dtype != torch.float32 or x.device != frames.device:
+            raise ValueError(
+                f"{name} must be float32 (3,) on {frames.device}, "
+                f"not {x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+    if dtype not in _DTYPES[:3]:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    rgb, grey = _clip_views(frames, mean.detach(), std.detach(), dtype)
+    return rgb, grey
+
+
+def _on_kernel(x: Tensor) -> bool:
+    """Whether a Triton kernel takes this tensor."""
+    return HAS_TRITON and (x.is_cuda or _INTERPRETED)
+
+
+def _check_weighted_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    masks: Tensor,
+    weights: Tensor,
+    scalars: Tensor,
+) -> None:
+    pairs = len(students)
+    if len(teachers) != pairs:
+        raise ValueError(f"{pairs} students but {len(teachers)} teachers: give one teacher a student")
+    if masks.dim() != 2 or masks.shape[0] != pairs or (pairs and masks.shape[1] == 0):
+        raise ValueError(f"masks must be (P, N) = ({pairs}, clips), not {tuple(masks.shape)}")
+    if scalars.dim() != 1:
+        raise ValueError(f"scalars must be (S,), not {tuple(scalars.shape)}")
+    if weights.shape != (pairs + len(scalars),):
+        raise ValueError(
+            f"weights must be (P + S,) = ({pairs + len(scalars)},), not {tuple(weights.shape)}"
+        )
+    dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+    for name, x in (("weights", weights), ("masks", masks), ("scalars", scalars)):
+        if x.dtype != dtype or x.device != weights.device:
+            raise ValueError(
+                f"{name} must be {dtype} on {weights.device} (as weights), not {x.dtype} on {x.device}"
+            )
+    for p, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        if s.shape != t.shape or s.dim() < 2 or len(s) != masks.shape[1] or s.numel() == 0:
+            raise ValueError(
+                f"pair {p}: student {tuple(s.shape)} and teacher {tuple(t.shape)} must have one shape "
+                f"(N, ...) of rank 2 or more, none of it 0, with N = {masks.shape[1]} as in masks"
+            )
+        if s.dtype not in _DTYPES or t.dtype not in _DTYPES:
+            raise ValueError(f"pair {p}: {s.dtype} and {t.dtype} must be floats of 16 or 32 bits")
+        if s.device != weights.device or t.device != weights.device:
+            raise ValueError(
+                f"pair {p}: student is on {s.device}, teacher on {t.device}, weights on {weights.device}"
+            )
+
+
+@torch.library.custom_op("engine_kernels::weighted_loss", mutates_args=())
+def _weighted_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    masks: Tensor,
+    weights: Tensor,
+    scalars: Tensor,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    if _on_kernel(weights) and weights.dtype == torch.float32:
+        return weighted_loss_forward(students, teachers, masks, weights, scalars, save)
+    return reference.weighted_loss_forward(students, teachers, masks, weights, scalars, save)
+
+
+@_weighted_loss.register_fake
+def _(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    masks: Tensor,
+    weights: Tensor,
+    scalars: Tensor,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    diffs = [
+        reference.empty_diff(s, t, weights) for s, t in zip(students, teachers, strict=True) if save
+    ]
+    return weights.new_empty(()), torch.empty_like(weights), torch.empty_like(masks), diffs
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    students, teachers, _, weights, _, _ = inputs
+    _, values, coefs, diffs = output
+    ctx.mark_non_differentiable(values, coefs, *diffs)
+    ctx.set_materialize_grads(False)  # else backward would fill zeros shaped like every difference
+    ctx.save_for_backward(weights, coefs, *diffs)
+    ctx.dtypes = [(s.dtype, t.dtype) for s, t in zip(students, teachers, strict=True)]
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    weights, coefs, *diffs = ctx.saved_tensors
+    pairs = len(ctx.dtypes)
+    to_students: list[Tensor | None] = [None] * pairs
+    to_teachers: list[Tensor | None] = [None] * pairs
+    if grad is None:
+        return to_students, to_teachers, None, None, None, None
+    need_student, need_teacher, *_rest = ctx.needs_input_grad
+    scales = coefs * grad
+    for p, diff in enumerate(diffs):
+        scale = scales[p].view(-1, *[1] * (diff.dim() - 1))
+        student_dtype, teacher_dtype = ctx.dtypes[p]
+        if need_student[p]:
+            to_students[p] = _scaled(diff, scale, student_dtype)
+        if need_teacher[p]:
+            to_teachers[p] = _scaled(diff, -scale, teacher_dtype)
+    return to_students, to_teachers, None, None, weights[pairs:] * grad, None
+
+
+def _scaled(diff: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """diff * scale, multiplied in float32 and rounded once; plain PyTorch, so that a compiler can fuse it."""
+    return torch.mul(diff, scale, out=torch.empty_like(diff, dtype=dtype))
+
+
+_weighted_loss.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("engine_kernels::clip_views", mutates_args=())
+def _clip_views(
+    frames: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if _on_kernel(frames):
+        return clip_views_forward(frames, mean, std, dtype)
+    return reference.clip_views(frames, mean, std, dtype=dtype)
+
+
+@_clip_views.register_fake
+def _(frames: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rgb = frames.new_empty(frames.shape, dtype=dtype)
+    grey = frames.new_empty((*frames.shape[:4], 1), dtype=dtype)
+    return rgb.permute(0, 4, 1, 2, 3), grey.permute(0, 4, 1, 2, 3)

@@ -1,0 +1,125 @@
+"""The ops in plain PyTorch: what the kernels compute, the path of tensors off a GPU, and the tests' oracle.
+
+``weighted_loss`` is Eq. 1 as written, differentiated by autograd: read it first. ``weighted_loss_forward``
+gives the same numbers with what the backward pass needs, and is what a CPU runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LUMA = (0.299, 0.587, 0.114)
+"""ITU-R BT.601 weights of red, green and blue."""
+
+
+def weighted_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    masks: Tensor,
+    weights: Tensor,
+    scalars: Tensor,
+    *,
+    teacher_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 1, L = sum_t lambda_t L_t, left to autograd; arguments and results as ``kernels.weighted_loss``."""
+    values = [scalars.new_zeros(0)]
+    for s, t, mask, weight in zip(students, teachers, masks, weights, strict=False):
+        diff = s.to(weights.dtype) - (t if teacher_grad else t.detach()).to(weights.dtype)
+        # where, not a product, for clips that don't count and for gradients of weight 0: 0 * nan is nan
+        diff = torch.where((mask != 0).view(-1, *[1] * (s.dim() - 1)), diff, 0.0)
+        diff = torch.where(weight != 0, diff, diff.detach())
+        per_clip = diff.square().flatten(1).mean(1)
+        values.append(((mask * per_clip).sum() / torch.where(mask.sum() > 0, mask.sum(), 1)).view(1))
+    terms = torch.cat([*values, scalars])
+    return torch.where(weights != 0, weights * terms, 0.0).sum(), terms.detach()
+
+
+def weighted_loss_forward(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    masks: Tensor,
+    weights: Tensor,
+    scalars: Tensor,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Compute Eq. 1 with what its gradient is made of.
+
+    Returns total (), values (P+S,), coefs (P, N) and, if ``save``, P differences shaped like the students
+    (see ``empty_diff``): the gradient of the total to student p is ``coefs[p, n] * diffs[p][n]``. Differences
+    are zero for clips that don't count and for pairs of weight 0, whatever the inputs hold there.
+    """
+    kept = masks != 0
+    complete = kept.all(1).tolist()
+    zero = (weights == 0).tolist()
+    squares, diffs = torch.zeros_like(masks), []
+    for p, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        diff = empty_diff(s, t, weights)
+        wide = diff if diff.dtype == weights.dtype else torch.empty_like(diff, dtype=weights.dtype)
+        torch.sub(s.to(weights.dtype), t.to(weights.dtype), out=wide)
+        clips = wide.as_strided((len(s), s[0].numel()), (s[0].numel(), 1))
+        if not complete[p]:
+            clips.index_fill_(0, (~kept[p]).nonzero().view(-1), 0.0)
+        # the norm reads memory once; blocks keep its running float32 sums short, so exact
+        for block in clips.split(1 << 15, dim=1):
+            squares[p] += torch.linalg.vector_norm(block, dim=1).square_()
+        if save:
+            if zero[p]:
+                wide.zero_()
+            diffs.append(diff if wide is diff else diff.copy_(wide))
+    sizes = torch.tensor([s[0].numel() for s in students], dtype=weights.dtype, device=weights.device)
+    count = masks.sum(1)
+    shares = masks / (torch.where(count > 0, count, 1) * sizes)[:, None]
+    values = torch.cat([(shares * squares).sum(1), scalars])
+    total = torch.where(weights != 0, weights * values, 0.0).sum()
+    return total, values, 2 * weights[: len(sizes), None] * shares, diffs
+
+
+def empty_diff(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """Room for a pair's difference: bfloat16 for a bfloat16 pair, else the accumulation's dtype.
+
+    float16 is widened, since a difference of two large float16 numbers can leave its range.
+    """
+    both = student.dtype == teacher.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if both else weights.dtype
+    return torch.empty_like(student, dtype=dtype, memory_format=memory_format(student))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Layout in which a tensor's clips are read: channels-last where it already is that, else contiguous."""
+    if not x.is_contiguous():
+        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def clip_views(
+    frames: Tensor, mean: Tensor, std: Tensor, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Normalised RGB and grey clips; arguments and results as ``kernels.clip_views``."""
+    num_clips, num_frames, height, width, _ = frames.shape
+    rgb = torch.empty(frames.shape, dtype=dtype, device=frames.device)
+    grey = torch.empty((*frames.shape[:4], 1), dtype=dtype, device=frames.device)
+    # (x/255 - mean)/std = x * scale + shift, and grey is a weighted sum of the normalised channels; matrix
+    # columns of several pixels at once let both run on long rows instead of on rows of three
+    pixels = num_frames * height * width
+    group = math.gcd(pixels, 16)
+    scale, shift = (1 / (255 * std)).repeat(group), (-mean / std).repeat(group)
+    luma = std.new_tensor(LUMA) * std / std.mean()
+    to_grey = torch.kron(torch.eye(group, dtype=std.dtype, device=std.device), luma[:, None])
+    scratch = torch.empty(
+        (pixels // max(group, 1), 3 * group), dtype=torch.float32, device=frames.device
+    )
+    for n in range(num_clips if pixels else 0):  # clip by clip: what one step writes the next finds in cache
+        clip = rgb[n].view(scratch.shape) if dtype == torch.float32 else scratch
+        clip.view(frames.shape[1:]).copy_(frames[n])
+        torch.addcmul(shift, clip, scale, out=clip)
+        if clip is scratch:
+            rgb[n].copy_(clip.view(frames.shape[1:]))
+        grey[n].view(-1, group).copy_(clip @ to_grey)
+    return rgb.permute(0, 4, 1, 2, 3), grey.permute(0, 4, 1, 2, 3)

@@ -1,0 +1,307 @@
+"""Eq. 1 against float64 arithmetic in NumPy: on the CPU path, the Triton kernels and the plain equation."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+
+import kernels
+from kernels import reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
+FUNCTIONS = [kernels.weighted_loss, reference.weighted_loss]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# bfloat16 differences are rounded when saved, and the interpreter rounds towards zero
+TOLERANCE = {F32: 2e-6, F16: 2e-3, BF16: 2e-2}
+SHAPES = [(3, 1), (3, 3), (3, 63), (3, 500), (3, 2, 3, 5, 7), (3, 5, 1, 9)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks so small that odd shapes take several tiles, and tiles several blocks."""
+    if INTERPRETED:
+        monkeypatch.setattr(sys.modules["kernels.weighted_loss"], "BLOCK", 64)
+        monkeypatch.setattr(sys.modules["kernels.weighted_loss"], "MAX_TILES", 2)
+
+
+def make(shapes, dtypes=(F32, F32), *, scalars=2, device="cpu", seed=0):
+    """Inputs of Eq. 1 that require grad; every pair's mask drops another clip, the first pair's none."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def leaf(shape, dtype):
+        return torch.randn(shape, generator=rng).to(device, dtype).requires_grad_()
+
+    students = [leaf(shape, dtypes[0]) for shape in shapes]
+    teachers = [leaf(shape, dtypes[1]) for shape in shapes]
+    masks = torch.ones(len(shapes), shapes[0][0] if shapes else 3, device=device)
+    for p in range(1, len(shapes)):
+        masks[p, p % masks.shape[1]] = 0
+    weights = torch.rand(len(shapes) + scalars, generator=rng).to(device)
+    return students, teachers, masks, weights, leaf((scalars,), F32)
+
+
+def expected(students, teachers, masks, weights, scalars):
+    """Total, values and gradients to students by loops over pairs and clips, in float64."""
+    to_numpy = lambda x: x.detach().cpu().double().numpy()  # noqa: E731
+    masks, weights, values, grads = to_numpy(masks), to_numpy(weights), [], []
+    for p, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        s, t, value = to_numpy(s), to_numpy(t), 0.0
+        grad, count = np.zeros_like(s), masks[p].sum()
+        for n in np.flatnonzero(masks[p]):
+            value += np.mean((s[n] - t[n]) ** 2) / count
+            if weights[p] != 0:
+                grad[n] = weights[p] * 2 * (s[n] - t[n]) / s[n].size / count
+        values.append(value)
+        grads.append(grad)
+    values = np.concatenate([values, to_numpy(scalars)])
+    total = sum(w * v for w, v in zip(weights, values, strict=True) if w != 0)
+    return total, values, grads
+
+
+def check(function, inputs, *, teacher_grad=False, upstream=3.0):
+    """Outputs and every gradient of the function against ``expected``."""
+    students, teachers, _, weights, scalars = inputs
+    total, values = function(*inputs, teacher_grad=teacher_grad)
+    want_total, want_values, want_grads = expected(*inputs)
+    assert (total.dtype, total.shape, values.dtype) == (F32, (), F32)
+    assert not values.requires_grad
+    np.testing.assert_allclose(total.item(), want_total, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(values.cpu(), want_values, rtol=2e-6, atol=1e-6)
+    (total * upstream).backward()
+    for s, t, want in zip(students, teachers, want_grads, strict=True):
+        for x, sign in ((s, 1), (t, -1)) if teacher_grad else ((s, 1),):
+            assert x.grad.dtype == x.dtype and x.grad.shape == x.shape
+            size = max(np.abs(want).max() * upstream, 1e-30)
+            got = x.grad.double().cpu().numpy() / size
+            np.testing.assert_allclose(
+                got, sign * upstream * want / size, rtol=0, atol=TOLERANCE[x.dtype]
+            )
+        assert teacher_grad or t.grad is None
+    want = weights[len(students) :] * upstream
+    torch.testing.assert_close(scalars.grad, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+@pytest.mark.parametrize("teacher_grad", [False, True])
+@pytest.mark.parametrize(
+    "dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, F16), (BF16, F16)]
+)
+def test_odd_shapes_and_dtypes(function, dtypes, teacher_grad, device, poison):
+    check(function, make(SHAPES, dtypes, device=device), teacher_grad=teacher_grad)
+    if function is kernels.weighted_loss:
+        assert poison, "nothing was allocated through the poisoned functions"
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+@pytest.mark.parametrize("pairs, scalars", [(0, 3), (2, 0), (0, 0)])
+def test_no_pairs_or_no_scalars(function, pairs, scalars, device):
+    inputs = make(SHAPES[-pairs:] if pairs else [], scalars=scalars, device=device)
+    if pairs or scalars:
+        check(function, inputs)
+    else:
+        assert function(*inputs)[0].item() == 0.0
+
+
+def layouts(shape, device):
+    """The same numbers under several strides."""
+    x = torch.randn(shape, device=device)
+    wide = torch.randn(*shape[:-1], 2 * shape[-1], device=device)
+    wide[..., ::2] = x
+    return {
+        "contiguous": x,
+        "channels_last_3d": x.contiguous(memory_format=torch.channels_last_3d),
+        "every other column": wide[..., ::2],
+        "clips innermost": x.movedim(0, -1).contiguous().movedim(-1, 0),
+        "expanded": x[:1].expand(shape),
+    }
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+@pytest.mark.parametrize("shape", [(3, 4, 3, 2, 5), (1, 3, 1, 2, 2)])
+def test_any_strides(function, shape, device, poison):
+    torch.manual_seed(0)
+    sides = list(layouts(shape, device).values())
+    pairs = [(s, t) for s in sides for t in reversed(sides)]
+    students, teachers = zip(*pairs, strict=True)
+    students = [s.detach().requires_grad_() for s in students]
+    teachers = [(t * 1).detach() if t.stride(0) else t.detach() for t in teachers]
+    masks = torch.ones(len(pairs), shape[0], device=device)
+    masks[::2, -1] = 0
+    weights = torch.rand(len(pairs), device=device)
+    scalars = torch.zeros(0, device=device, requires_grad=True)
+    check(function, (students, teachers, masks, weights, scalars))
+
+
+def test_gradient_keeps_channels_last(device):
+    students, teachers, masks, weights, scalars = make([(2, 4, 3, 2, 5)], device=device)
+    student = students[0].detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    (grad,) = torch.autograd.grad(
+        kernels.weighted_loss([student], teachers, masks, weights, scalars)[0], student
+    )
+    assert grad.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_dropped_clip_may_hold_anything(function, dtype, device, poison):
+    inputs = make(SHAPES, (dtype, dtype), device=device)
+    students, teachers, masks, _, _ = inputs
+    masks[3] = 0
+    with torch.no_grad():
+        for p, n in (masks == 0).nonzero().tolist():
+            students[p][n], teachers[p][n] = float("nan"), float("inf")
+    check(function, inputs, teacher_grad=True)
+    assert not students[3].grad.any() and not teachers[3].grad.any()
+    assert function(*inputs)[1][3] == 0.0
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+def test_weight_zero_is_valued_but_teaches_nothing(function, device, poison):
+    inputs = make(SHAPES, device=device)
+    students, _, _, weights, scalars = inputs
+    weights[[2, 4, 7]] = 0
+    check(function, inputs)
+    assert not students[2].grad.any() and students[1].grad.any() and scalars.grad[1] == 0
+    with torch.no_grad():
+        students[4][0, 0, 0, 0, 0] = scalars[1] = float("nan")
+    students[4].grad = None
+    total, values = function(*inputs)
+    total.backward()
+    assert total.isfinite() and not students[4].grad.any()
+    assert values[4].isnan() and values[7].isnan() and values[[0, 1, 2, 3, 5, 6]].isfinite().all()
+
+
+def test_same_bits_twice(device):
+    def run():
+        inputs = make([(4, 3000)], device=device)
+        total, values = kernels.weighted_loss(*inputs)
+        return [total, values, *torch.autograd.grad(total, inputs[0])]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_backward_twice_gives_the_same_gradient(device):
+    inputs = make(SHAPES, device=device)
+    total, _ = kernels.weighted_loss(*inputs)
+    first = torch.autograd.grad(total * 5, inputs[0], retain_graph=True)
+    again = torch.autograd.grad(total * 5, inputs[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_large_loss_scale_saves_small_float16_gradients(device):
+    inputs = make([(3, 500)], (F16, F16), scalars=0, device=device)
+    inputs[3].fill_(1e-6)
+    total, _ = kernels.weighted_loss(*inputs)
+    (grad,) = torch.autograd.grad(total * 2.0**24, inputs[0])
+    want = torch.from_numpy(expected(*inputs)[2][0]) * 2.0**24
+    torch.testing.assert_close(grad.cpu().double(), want, rtol=2e-3, atol=1e-6)
+
+
+def test_nothing_is_saved_without_grad(device, poison):
+    inputs = make([(3, 500)], device=device)
+    with torch.no_grad():
+        total, _ = kernels.weighted_loss(*inputs)
+    assert not total.requires_grad
+    if INTERPRETED or device == "cuda":  # the CPU path needs room for the difference either way
+        assert (3, 500) not in poison
+    frozen = [x.detach() for x in inputs[0]]
+    total, _ = kernels.weighted_loss(frozen, inputs[1], *inputs[2:4], inputs[4].detach())
+    assert not total.requires_grad
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter is too slow")
+def test_a_large_clip_is_summed_accurately(device):
+    s = torch.rand(1, 3_000_001, device=device) + 1
+    t, masks, weights = torch.zeros_like(s), s.new_ones(1, 1), s.new_ones(1)
+    _, values = kernels.weighted_loss([s], [t], masks, weights, s.new_zeros(0))
+    assert values.item() == pytest.approx(s.double().square().mean().item(), rel=3e-6)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="float64 has no kernel")
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+def test_gradcheck(function):
+    students, teachers, masks, weights, scalars = make([(3, 3), (3, 2, 1, 2, 1)])
+    leaves = [x.detach().double().requires_grad_() for x in (*students, *teachers, scalars)]
+    masks, weights = masks.double(), weights.double()
+
+    def total(*x):
+        return function(x[:2], x[2:4], masks, weights, x[4], teacher_grad=True)[0]
+
+    assert torch.autograd.gradcheck(total, leaves)
+
+
+def test_opcheck(device):
+    for shapes in (SHAPES[-3:], []):
+        torch.library.opcheck(kernels._weighted_loss, (*make(shapes, device=device), True))
+    channels_last = make([(2, 4, 3, 2, 5)], (BF16, BF16), device=device)
+    x = channels_last[0][0].detach().contiguous(memory_format=torch.channels_last_3d)
+    torch.library.opcheck(
+        kernels._weighted_loss, ([x.requires_grad_()], *channels_last[1:], True)
+    )
+
+
+def test_one_graph_for_all_weights(device):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def step(x, teacher, masks, weights, scalars):
+        total, values = kernels.weighted_loss([x.relu(), x.sin()], [teacher] * 2, masks, weights, scalars)
+        return total * 2, values
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for seed in range(4):
+        students, teachers, _, _, scalars = make([(3, 63)], seed=seed, device=device)
+        masks = (torch.rand(2, 3, device=device) > 0.3).float()
+        weights = torch.rand(4, device=device) * (seed > 0)
+        x, inputs = students[0], (teachers[0].detach(), masks, weights, scalars)
+        want, want_values = step(x, *inputs)
+        got, values = compiled(x, *inputs)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(values, want_values)
+        grads = [torch.autograd.grad(y, [x, scalars]) for y in (want, got)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(b, a)
+    assert counter.frame_count == 1, "changed weights compiled another graph"
+
+
+def change(**changes):
+    def apply(args):
+        return {**args, **{k: v(args[k]) for k, v in changes.items()}}
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        (change(teachers=lambda x: x[:1]), "2 students but 1 teachers"),
+        (change(masks=lambda x: x[:, :2]), "pair 0.*N = 2"),
+        (change(masks=lambda x: x[0]), r"masks must be \(P, N\)"),
+        (change(masks=lambda x: x[:, :0]), r"masks must be \(P, N\)"),
+        (change(weights=lambda x: x[1:]), r"weights must be \(P \+ S,\) = \(4,\), not \(3,\)"),
+        (change(weights=lambda x: x.half()), "weights must be torch.float32 .*not torch.float16"),
+        (change(masks=lambda x: x.bool()), "masks must be torch.float32 .*not torch.bool"),
+        (change(scalars=lambda x: x.sum()), r"scalars must be \(S,\)"),
+        (change(teachers=lambda x: [x[0], x[1][:, :1]]), "pair 1: student"),
+        (change(students=lambda x: [x[0].int(), x[1]]), "pair 0: torch.int32"),
+        (change(students=lambda x: [x[0].to("meta"), x[1]]), "pair 0: student is on meta"),
+    ],
+)
+def test_mistakes_are_named(mistake, message):
+    names = ("students", "teachers", "masks", "weights", "scalars")
+    args = dict(zip(names, make([(3, 4), (3, 5)]), strict=True))
+    with pytest.raises(ValueError, match=message):
+        kernels.weighted_loss(**mistake(args))
+
+
+def test_triton_kernels_in_the_interpreter(interpret):
+    interpret(__file__)

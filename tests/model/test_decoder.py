@@ -1,0 +1,115 @@
+"""The decoder: sizes, cost, gradients, and that it can learn what it is asked to decode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.model.decoder import Decoder
+from engine.model.resnet3d import ResNet3D
+
+
+def activations(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def flop(module: nn.Module, *shape: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        module(torch.empty(shape, device="meta"))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("given", "out_size"),
+    [
+        ((1, 4, 4), (8, 16, 16)),
+        ((1, 2, 2), (4, 16, 16)),
+        ((1, 1, 1), (3, 5, 7)),
+        ((2, 7, 7), (4, 28, 28)),
+        ((8, 4, 4), (3, 64, 64)),  # more frames in than out
+        ((4, 3), (61, 40)),
+        ((1, 1), (16, 16)),
+    ],
+)
+def test_output_has_the_size_asked_for(given: tuple[int, ...], out_size: tuple[int, ...]) -> None:
+    decoder = Decoder(16, 2, out_size, hidden=8)
+    out = decoder(activations(3, 16, *given))
+    assert out.shape == (3, 2, *out_size)
+    out.square().sum().backward()
+    assert all(bool(p.grad.any()) for p in decoder.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in decoder.parameters())
+
+
+def test_every_input_position_reaches_the_output() -> None:
+    x = activations(1, 8, 2, 4, 3).requires_grad_()
+    Decoder(8, 3, (4, 16, 16), hidden=8)(x).square().sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.abs().sum(1).gt(0).all())
+
+
+def test_an_input_position_moves_its_own_place_most() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(8, 1, (8, 32, 32), hidden=8)
+    x = activations(1, 8, 1, 4, 4)
+    y = x.clone()
+    y[..., 0, 3, 1] += 1.0
+    change = (decoder(y) - decoder(x)).abs()[0, 0].sum(0)
+    assert bool(change[24:, 8:16].any())
+    assert not bool(change[:12].any())  # farther than the convolutions reach
+
+
+def test_costs_little_beside_its_backbone() -> None:
+    with torch.device("meta"):
+        backbone = ResNet3D("r3d_18", 3, width=0.25)
+        decoder = Decoder(128, 3, (8, 16, 16), hidden=32)
+    cost = flop(decoder, 1, 128, 1, 4, 4)
+    assert cost < 0.04 * flop(backbone, 1, 3, 8, 64, 64)
+
+
+def test_learns_to_decode_frames() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(16, 3, (4, 16, 16), hidden=16)
+    x = activations(2, 16, 1, 4, 4)
+    coarse = torch.rand(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    target = coarse.repeat_interleave(4, 2).repeat_interleave(4, 3).repeat_interleave(4, 4)
+    optimizer = torch.optim.Adam(decoder.parameters(), 3e-3)
+    losses = []
+    for _ in range(100):
+        loss = (decoder(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.25 * target.var().item() < losses[0]
+
+
+def test_same_seed_same_weights_and_bit_equal_gradients() -> None:
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(5)
+        decoder = Decoder(8, 2, (3, 10, 10), hidden=8)
+        decoder(activations(2, 8, 1, 3, 3)).square().sum().backward()
+        return [p.grad for p in decoder.parameters() if p.grad is not None]
+
+    for a, b in zip(gradients(), gradients(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_channels_last_gives_the_same() -> None:
+    decoder = Decoder(16, 3, (8, 12, 20), hidden=8)
+    x = activations(2, 16, 2, 3, 5)
+    plain = decoder(x)
+    last = decoder.to(memory_format=torch.channels_last_3d)(
+        x.to(memory_format=torch.channels_last_3d)
+    )
+    torch.testing.assert_close(plain, last, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "out_size", "words"),
+    [(8, (4,), "out_size"), (8, (4, 0, 4), "out_size"), (0, (4, 4, 4), "in_channels")],
+)
+def test_mistakes_are_named(channels: int, out_size: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Decoder(channels, 3, out_size, hidden=8)
