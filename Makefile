@@ -16,9 +16,6 @@ ifndef EXTRA
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA[A-Za-z ]*Version: *\([0-9]*\).*/\1/p' | head -n 1)
 EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),cuda12,cuda13),cpu)
 endif
-ifeq ($(EXTRA),cuda12)
-TORCH_INDEX := $(or $(TORCH_INDEX),https://download.pytorch.org/whl/cu126)
-endif
 
 UV := $(shell command -v uv 2>/dev/null)
 ifdef UV

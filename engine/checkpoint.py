@@ -55,7 +55,9 @@ def save_member(path: Path, member: Member, *, facts: Mapping[str, Any]) -> None
     if member.values is not None:
         tensors["values"] = member.values
     save_tensors(
-        path, tensors, facts={**facts, "step": member.step, "names": member.names, "active": member.active}
+        path,
+        tensors,
+        facts={**facts, "step": member.step, "names": member.names, "active": member.active},
     )
 
 
@@ -73,7 +75,9 @@ def load_member(path: Path, member: Member, *, recipe_hash: str) -> dict[str, An
     saved = {name[5:]: t for name, t in tensors.items() if name.startswith("loss.")}
     wanted = member.loss.state_dict()
     for name in sorted(saved.keys() ^ wanted.keys()):
-        raise CheckpointError(f"{path}: {'has no' if name in wanted else 'has an unknown'} tensor {name}")
+        raise CheckpointError(
+            f"{path}: {'has no' if name in wanted else 'has an unknown'} tensor {name}"
+        )
     for name, tensor in wanted.items():
         if saved[name].shape != tensor.shape:
             raise CheckpointError(

@@ -37,7 +37,11 @@ def errors_explained(command: Callable[..., None]) -> Callable[..., None]:
         except ValueError as error:
             _end(str(error), USAGE)
         except OSError as error:
-            full = " (the disk is full: make room, then use --resume)" if error.errno == errno.ENOSPC else ""
+            full = (
+                " (the disk is full: make room, then use --resume)"
+                if error.errno == errno.ENOSPC
+                else ""
+            )
             _end(f"{error}{full}", FAILURE)
         except RuntimeError as error:
             _end(str(error), FAILURE)
@@ -60,12 +64,24 @@ def main() -> None:
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that every command with a recipe and a run folder takes."""
     options = [
-        click.option("--recipe", "recipe_name", metavar="FILE|NAME", help="Recipe file, or a recipe's name."),
-        click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Override the recipe."),
+        click.option(
+            "--recipe", "recipe_name", metavar="FILE|NAME", help="Recipe file, or a recipe's name."
+        ),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Override the recipe.",
+        ),
         click.option("--seed", type=click.IntRange(min=0), help="Override the recipe's seed."),
-        click.option("--run", "run_path", type=PATH, help="Run folder [default: a new one under runs/]."),
+        click.option(
+            "--run", "run_path", type=PATH, help="Run folder [default: a new one under runs/]."
+        ),
         click.option("--resume", is_flag=True, help="Go on with --run, or with the newest run."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -73,8 +89,15 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @main.command()
-@click.option("--videos", multiple=True, type=PATH, help="Videos or shards to train on; may be given again.")
-@click.option("--labelled", multiple=True, type=PATH, help="Class folders, or shards of them, to judge losses by.")
+@click.option(
+    "--videos", multiple=True, type=PATH, help="Videos or shards to train on; may be given again."
+)
+@click.option(
+    "--labelled",
+    multiple=True,
+    type=PATH,
+    help="Class folders, or shards of them, to judge losses by.",
+)
 @run_options
 @errors_explained
 def evolve(
@@ -98,7 +121,9 @@ def evolve(
         raise ValueError("give both --videos and --labelled, or neither for the demo's data")
     check_kernels_package()
     default = "demo" if not videos else "cpu"
-    run, recipe = _open_run("evolve", recipe_name, assignments, seed, run_path, resume, default=default)
+    run, recipe = _open_run(
+        "evolve", recipe_name, assignments, seed, run_path, resume, default=default
+    )
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display() as display:
         if resume:
@@ -107,10 +132,14 @@ def evolve(
         if named == (["demo"], ["demo"]):
             videos, labelled = (tuple(folders) for folders in demo_folders(display.prepare))
         cache = default_shard_cache()
-        opened = [open_library(paths, cache=cache, report=display.prepare) for paths in (videos, labelled)]
+        opened = [
+            open_library(paths, cache=cache, report=display.prepare) for paths in (videos, labelled)
+        ]
         for library in opened:
             _say_rejects(display, library)
-        evolution = Evolution(recipe, Data(*opened, named), run=run, runtime=runtime, display=display)
+        evolution = Evolution(
+            recipe, Data(*opened, named), run=run, runtime=runtime, display=display
+        )
         display.say(f"run folder {run.path}")
         summary = evolution.go()
         with evolution.clock("report"):
@@ -120,9 +149,26 @@ def evolve(
 
 
 @main.command()
-@click.option("--loss", "loss_name", metavar="FILE|PRESET|random:SEED", help="The loss, such as RUN/best.toml.")
-@click.option("--videos", multiple=True, type=PATH, required=True, help="Videos or shards; may be given again.")
-@click.option("--checkpoint-every", type=click.IntRange(min=1), default=500, show_default=True, help="In steps.")
+@click.option(
+    "--loss",
+    "loss_name",
+    metavar="FILE|PRESET|random:SEED",
+    help="The loss, such as RUN/best.toml.",
+)
+@click.option(
+    "--videos",
+    multiple=True,
+    type=PATH,
+    required=True,
+    help="Videos or shards; may be given again.",
+)
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(min=1),
+    default=500,
+    show_default=True,
+    help="In steps.",
+)
 @run_options
 @errors_explained
 def pretrain(
@@ -144,10 +190,14 @@ def pretrain(
     from engine.runtime import check_kernels_package, choose_runtime
 
     if loss_name is None and not resume:
-        raise ValueError("--loss is missing: a loss file such as RUN/best.toml, a preset, or random:SEED")
+        raise ValueError(
+            "--loss is missing: a loss file such as RUN/best.toml, a preset, or random:SEED"
+        )
     check_kernels_package()
     weights = load_loss(loss_name) if loss_name else None
-    run, recipe = _open_run("pretrain", recipe_name, assignments, seed, run_path, resume, default="cpu")
+    run, recipe = _open_run(
+        "pretrain", recipe_name, assignments, seed, run_path, resume, default="cpu"
+    )
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display() as display:
         library = open_library(videos, cache=default_shard_cache(), report=display.prepare)
@@ -168,10 +218,20 @@ def pretrain(
 @click.argument("videos", nargs=-1, type=PATH, required=True)
 @click.option("--out", type=PATH, required=True, help="Folder for the shards.")
 @click.option("--fps", type=click.FloatRange(min=1), default=25.0, show_default=True)
-@click.option("--short-side", type=click.IntRange(min=16), default=128, show_default=True, help="In pixels.")
+@click.option(
+    "--short-side", type=click.IntRange(min=16), default=128, show_default=True, help="In pixels."
+)
 @click.option("--clip-seconds", type=click.FloatRange(min=0.5), default=10.0, show_default=True)
-@click.option("--clips-per-video", type=click.IntRange(min=1), help="[default: one per started minute]")
-@click.option("--quality", type=click.IntRange(1, 100), default=85, show_default=True, help="Of the JPEG frames.")
+@click.option(
+    "--clips-per-video", type=click.IntRange(min=1), help="[default: one per started minute]"
+)
+@click.option(
+    "--quality",
+    type=click.IntRange(1, 100),
+    default=85,
+    show_default=True,
+    help="Of the JPEG frames.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes [default: one a core].")
 @errors_explained
@@ -186,7 +246,9 @@ def ingest(videos: tuple[Path, ...], out: Path, workers: int | None, **settings:
         )  # fmt: skip
         rows = [[str(r.path), r.reason] for r in report.rejects[:20]]
         if rows:
-            display.console.print(table(f"{len(report.rejects)} rejected", ["file", "reason"], rows))
+            display.console.print(
+                table(f"{len(report.rejects)} rejected", ["file", "reason"], rows)
+            )
         display.say(
             f"{report.sources} files: {report.clips} clips, {report.seconds / 3600:.2f} hours, "
             f"{len(report.rejects)} rejected (all in {out / 'rejects.jsonl'}) -> {out}"
@@ -234,7 +296,11 @@ def _open_run(
         run_path = path or latest_run(command)
         asked = None
         if name is not None or changed:
-            base = run_path / "recipe.toml" if name is None and (run_path / "recipe.toml").exists() else name or default
+            base = (
+                run_path / "recipe.toml"
+                if name is None and (run_path / "recipe.toml").exists()
+                else name or default
+            )
             asked = override(load_recipe(base), changed)
         return RunFolder.reopen(run_path, asked)
     recipe = override(load_recipe(name or default), changed)
@@ -281,10 +347,14 @@ def _print_outcome(summary: dict[str, Any]) -> None:
         "best": "best loss, fresh seeds",
     }
     rows = [[label, *_spread_cells(summary[key])] for key, label in kinds.items()]
-    rows.append(["best loss, as the search saw it", f"{summary['best_search_fitness']:.3f}", "", "1"])
+    rows.append(
+        ["best loss, as the search saw it", f"{summary['best_search_fitness']:.3f}", "", "1"]
+    )
     console.print(table("Fitness", ["", "mean", "sd", "n"], rows))
     if summary["failures"]:
-        console.print(f"{summary['failures']} of {summary['members']} members failed; see the report")
+        console.print(
+            f"{summary['failures']} of {summary['members']} members failed; see the report"
+        )
 
 
 def _spread_cells(spread: dict[str, Any]) -> list[str]:

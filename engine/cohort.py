@@ -34,7 +34,7 @@ class MemberResult:
     """One per repeat."""
     seeds: tuple[int, ...]
     seconds: float
-    """Of its own steps and clustering, with its share of the common input."""
+    """Its share of its cohort's time, input and clustering included."""
     clips_per_second: float
     terms: dict[str, float]
     """Unweighted terms near the end of training, running mean; of the last repeat."""
@@ -51,7 +51,10 @@ def evaluate_cohort(
     on_step: OnStep | None = None,
 ) -> list[MemberResult]:
     """Train each loss, once a seed, and measure its fitness; results in the order of ``losses``."""
-    runs = [_evaluate_once(trainer, labelled, losses=losses, seed=seed, on_step=on_step) for seed in seeds]
+    runs = [
+        _evaluate_once(trainer, labelled, losses=losses, seed=seed, on_step=on_step)
+        for seed in seeds
+    ]
     return [_merged(repeats) for repeats in zip(*runs, strict=True)]
 
 
@@ -84,14 +87,14 @@ def _evaluate_once(
     _train(trainer, members, failed, seed=seed, on_step=on_step)
     alive = [member for member in members if member is not None]
     results = iter(_cluster_all(trainer, labelled, alive, seed))
-    shared = (time.perf_counter() - began - sum(m.seconds for m in alive)) / max(len(losses), 1)
+    seconds = (time.perf_counter() - began) / max(len(losses), 1)
     finished = []
     for i, member in enumerate(members):
         result = failed[i] if member is None else next(results)
         if member is None or isinstance(result, str):
-            finished.append(_failed(str(result), seed, shared))
+            finished.append(_failed(str(result), seed, seconds))
         else:
-            finished.append(_finished(member, result, trainer, seed, shared))
+            finished.append(_finished(member, result, trainer, seed, seconds))
     return finished
 
 
@@ -107,17 +110,14 @@ def _train(
     if not alive:
         return
     for step, views in trainer.rounds(alive, seed=seed):
+        going = [i for i, member in enumerate(members) if member is not None]
+        outcomes = trainer.step_all([member for member in members if member is not None], views)
         losses = [float("nan")] * len(members)
-        for i, member in enumerate(members):
-            if member is None:
-                continue
-            start = time.perf_counter()
-            try:
-                with trainer.clock("train"):
-                    losses[i] = trainer.step(member, views)
-            except NonFiniteLoss as error:
-                members[i], failed[i] = None, str(error)
-            member.seconds += time.perf_counter() - start
+        for i, outcome in zip(going, outcomes, strict=True):
+            if isinstance(outcome, NonFiniteLoss):
+                members[i], failed[i] = None, str(outcome)
+            else:
+                losses[i] = outcome
         if on_step is not None:
             on_step(step, losses)
         if all(member is None for member in members):
@@ -140,7 +140,9 @@ def _cluster_all(
     return results
 
 
-def _cluster(trainer: Trainer, labelled: LabelledClips, features: np.ndarray, seed: int) -> FitnessResult:
+def _cluster(
+    trainer: Trainer, labelled: LabelledClips, features: np.ndarray, seed: int
+) -> FitnessResult:
     return kmeans_fitness(
         features,
         labelled.labels,
@@ -151,17 +153,22 @@ def _cluster(trainer: Trainer, labelled: LabelledClips, features: np.ndarray, se
     )
 
 
-def _finished(member: Member, result: FitnessResult, trainer: Trainer, seed: int, shared: float) -> MemberResult:
+def _finished(
+    member: Member, result: FitnessResult, trainer: Trainer, seed: int, seconds: float
+) -> MemberResult:
     clips = member.step * trainer.recipe.optim.batch_size
     return MemberResult(
         fitness=result.value,
         reason=None,
         results=(result,),
         seeds=(seed,),
-        seconds=member.seconds + shared,
-        clips_per_second=clips / (member.seconds + shared),
+        seconds=seconds,
+        clips_per_second=clips / seconds,
         terms=member.term_values(),
-        rgb={name: tensor.detach().cpu().clone() for name, tensor in member.loss.rgb.state_dict().items()},
+        rgb={
+            name: tensor.detach().cpu().clone()
+            for name, tensor in member.loss.rgb.state_dict().items()
+        },
     )
 
 

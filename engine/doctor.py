@@ -27,11 +27,19 @@ def diagnose() -> Sequence[Row]:
         ("device", name, "bf16 autocast" if gpu else "float32"),
         ("torch", torch.__version__, _cudnn(gpu)),
         ("DALI", _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), _decoding(gpu)),
-        ("nvImageCodec", _version("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"), "JPEG decoding needs it"),
+        (
+            "nvImageCodec",
+            _version("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"),
+            "JPEG decoding needs it",
+        ),
         ("video decoder", _library("libnvcuvid.so.1"), "only for shards of video streams"),
         ("flow", _library("libnvidia-opticalflow.so.1"), _flow(gpu)),
         ("k-means", _version("cuml-cu13", "cuml-cu12"), _kmeans(gpu)),
-        ("Triton", _version("triton"), "fused kernels" if gpu else "not used on a CPU: plain PyTorch"),
+        (
+            "Triton",
+            _version("triton"),
+            "fused kernels" if gpu else "not used on a CPU: plain PyTorch",
+        ),
         ("kernels", *_kernels()),
     ]
 

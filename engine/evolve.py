@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.checkpoint import save_tensors
@@ -41,9 +42,13 @@ class Data:
 class Evolution:
     """One run of the search, from its first member to the report's numbers; each stage can be repeated."""
 
-    def __init__(self, recipe: Recipe, data: Data, *, run: RunFolder, runtime: Runtime, display: Display) -> None:
+    def __init__(
+        self, recipe: Recipe, data: Data, *, run: RunFolder, runtime: Runtime, display: Display
+    ) -> None:
         """Raises ValueError where the data does not fit: see ``LabelledClips`` and ``_check_data``."""
         make_deterministic(runtime)
+        if runtime.device.type == "cpu":
+            torch.set_num_threads(1)  # members take the cores: see Runtime.map
         self.recipe, self.data, self.run, self.display = recipe, data, run, display
         self.clock, self._began = Clock(), time.perf_counter()
         self._earlier: dict[str, float] = run.read_json("timing.json") or {}
@@ -53,7 +58,11 @@ class Evolution:
         self._write_provenance(runtime)
         with self.clock("search"):
             self.study = SearchStudy(
-                recipe.search, storage=run.study, name="evolve", seed=recipe.seed, recipe_hash=self.hash
+                recipe.search,
+                storage=run.study,
+                name="evolve",
+                seed=recipe.seed,
+                recipe_hash=self.hash,
             )
         with self.clock("logging"):
             self.board = SummaryWriter(str(run.tensorboard))
@@ -69,13 +78,18 @@ class Evolution:
         return summary
 
     def _search(self) -> None:
-        search, what = self.recipe.search, "evolving" if self.recipe.search.method == "evolution" else "drawing"
+        search, what = (
+            self.recipe.search,
+            "evolving" if self.recipe.search.method == "evolution" else "drawing",
+        )
         with self.clock("search"):
             proposals = self.study.ask()
             done = len(self.study.members())
         self.display.start(f"{what} losses", self.study.total)
         while proposals:
-            results = self._evaluate([p.weights for p in proposals], self._seeds(), what=f"{what} losses", done=done)
+            results = self._evaluate(
+                [p.weights for p in proposals], self._seeds(), what=f"{what} losses", done=done
+            )
             for proposal, result in zip(proposals, results, strict=True):
                 self._record(proposal, result)
             done += len(proposals)
@@ -94,10 +108,20 @@ class Evolution:
         return [self.recipe.seed + repeat for repeat in range(self.recipe.search.repeats)]
 
     def _evaluate(
-        self, losses: Sequence[LossWeights], seeds: Sequence[int], *, what: str, done: int, total: int | None = None
+        self,
+        losses: Sequence[LossWeights],
+        seeds: Sequence[int],
+        *,
+        what: str,
+        done: int,
+        total: int | None = None,
     ) -> list[MemberResult]:
         """Train and judge a cohort while the display moves; ``done`` members came before it."""
-        began, steps, batch = time.perf_counter(), self.recipe.optim.steps, self.recipe.optim.batch_size
+        began, steps, batch = (
+            time.perf_counter(),
+            self.recipe.optim.steps,
+            self.recipe.optim.batch_size,
+        )
         taken = 0
         best = max((m.fitness for m in self.study.members() if m.fitness is not None), default=None)
         shown = f"best {best:.3f}  " if best is not None else ""
@@ -107,9 +131,13 @@ class Evolution:
             taken += 1
             rate = taken * batch * len(losses) / (time.perf_counter() - began)
             place = done + len(losses) * taken / (steps * len(seeds))
-            self.display.update(what, place, total or self.study.total, note=f"{shown}{rate:.0f} clips/s")
+            self.display.update(
+                what, place, total or self.study.total, note=f"{shown}{rate:.0f} clips/s"
+            )
 
-        return evaluate_cohort(self.trainer, self.labelled, losses=losses, seeds=seeds, on_step=on_step)
+        return evaluate_cohort(
+            self.trainer, self.labelled, losses=losses, seeds=seeds, on_step=on_step
+        )
 
     def _record(self, proposal: Proposal, result: MemberResult) -> None:
         """Write a member's file, then tell the study: what the study knows is always on disk too."""
@@ -133,7 +161,9 @@ class Evolution:
                     self.board.add_scalar(f"terms/{name}", value, proposal.trial)
         with self.clock("search"):
             if result.fitness is None:
-                self.study.fail(proposal.trial, reason=result.reason or "unknown", attributes=attributes)
+                self.study.fail(
+                    proposal.trial, reason=result.reason or "unknown", attributes=attributes
+                )
             else:
                 self.study.tell(proposal.trial, fitness=result.fitness, attributes=attributes)
         if result.fitness is None:
@@ -175,7 +205,9 @@ class Evolution:
         spent = {**self.clock.seconds, "total": time.perf_counter() - self._began}
         spent["other"] = spent["total"] - sum(self.clock.seconds.values())
         stages = dict.fromkeys((*self._earlier, *spent))
-        seconds = {name: round(self._earlier.get(name, 0.0) + spent.get(name, 0.0), 3) for name in stages}
+        seconds = {
+            name: round(self._earlier.get(name, 0.0) + spent.get(name, 0.0), 3) for name in stages
+        }
         self.run.write_json("timing.json", seconds)
         return seconds
 
@@ -207,17 +239,27 @@ class Evolution:
                 found[key].append(record[key]["fitness"])
         return found
 
-    def _confirm_once(self, best: MemberRecord, seed: int, *, done: int, total: int) -> dict[str, Any]:
+    def _confirm_once(
+        self, best: MemberRecord, seed: int, *, done: int, total: int
+    ) -> dict[str, Any]:
         random = random_weights(seed)
         results = self._evaluate(
-            [best.weights, random], [seed], what="confirming with fresh seeds", done=done, total=total
+            [best.weights, random],
+            [seed],
+            what="confirming with fresh seeds",
+            done=done,
+            total=total,
         )
         untrained = untrained_fitness(self.trainer, self.labelled, seed=seed)
         return {
             "seed": seed,
             "trial": best.trial,
             "untrained": {"fitness": untrained.value},
-            "best": {"fitness": results[0].fitness, "reason": results[0].reason, **self._facts(results[0])},
+            "best": {
+                "fitness": results[0].fitness,
+                "reason": results[0].reason,
+                **self._facts(results[0]),
+            },
             "random": {
                 "fitness": results[1].fitness,
                 "reason": results[1].reason,
@@ -266,7 +308,9 @@ class Evolution:
             "num_labelled": len(self.labelled.clips),
             "num_classes": self.labelled.num_classes,
             "labels_used": True,
-            "rejected": [f"{r.path}: {r.reason}" for r in dict.fromkeys((*videos.rejects, *labelled.rejects))],
+            "rejected": [
+                f"{r.path}: {r.reason}" for r in dict.fromkeys((*videos.rejects, *labelled.rejects))
+            ],
             "data": fingerprint,
         }
         if old is not None:

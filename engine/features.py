@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,13 +36,17 @@ class LabelledClips:
         self.labels: NDArray[np.int64] = np.unique(index.label[self.clips], return_inverse=True)[1]
         self.num_classes = int(self.labels.max()) + 1
         if self.num_classes < 2:
-            raise ValueError("the labelled clips are all of one class; fitness needs two classes or more")
+            raise ValueError(
+                "the labelled clips are all of one class; fitness needs two classes or more"
+            )
         if len(self.clips) <= self.num_classes:
             raise ValueError(
                 f"{len(self.clips)} labelled clips for {self.num_classes} classes: fitness needs more clips than classes"
             )
         # Batch statistics must not tell classes apart by the order in which folders were read.
-        self._order = np.random.Generator(np.random.Philox(key=[0, 0xFEA7])).permutation(len(self.clips))
+        self._order = np.random.Generator(np.random.Philox(key=[0, 0xFEA7])).permutation(
+            len(self.clips)
+        )
         self.index, self.recipe, self.runtime = index, recipe, runtime
         self._views = ViewMaker(recipe.clip, recipe.audio).to(runtime.device)
         clip, views = recipe.clip, recipe.fitness.views_per_clip
@@ -55,18 +60,25 @@ class LabelledClips:
         running ones, as the recipe says; either way nothing in the networks changes.
         """
         num_views = self.recipe.fitness.views_per_clip
-        sums = [np.zeros((len(self.clips), network.feature_dim), np.float32) for network in networks]
+        sums = [
+            np.zeros((len(self.clips), network.feature_dim), np.float32) for network in networks
+        ]
         done = 0
-        with torch.no_grad(), _evaluating(networks, batch_norm=self.recipe.fitness.batch_norm):
+        with _evaluating(networks, batch_norm=self.recipe.fitness.batch_norm):
             for frames in self._batches():
                 rgb = self._views.rgb_only(frames)
                 rows = self._order[np.arange(done, done + len(frames)) % len(self.clips)]
-                for network, total in zip(networks, sums, strict=True):
-                    with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
-                        pooled = network(rgb)
-                    total[rows] += pooled.float().cpu().numpy() / num_views
+                pooled = self.runtime.map(partial(self._pooled, rgb=rgb), networks)
+                for total, features in zip(sums, pooled, strict=True):
+                    total[rows] += features / num_views
                 done += len(frames)
         return sums
+
+    @torch.no_grad()
+    def _pooled(self, network: nn.Module, *, rgb: Tensor) -> NDArray[np.float32]:
+        with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
+            features: Tensor = network(rgb)
+        return features.float().cpu().numpy()
 
     def _batches(self) -> Iterator[Tensor]:
         """uint8 (n, T, H, W, 3): all clips at view 0, then all at view 1, and so on; no batch spans views."""
@@ -120,7 +132,9 @@ def _evaluating(networks: Sequence[nn.Module], *, batch_norm: str) -> Iterator[N
         module.training = False
         if batch_norm == "batch" and isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.training = True
-            tracked.append((module, module.track_running_stats, module.running_mean, module.running_var))
+            tracked.append(
+                (module, module.track_running_stats, module.running_mean, module.running_var)
+            )
             module.track_running_stats, module.running_mean, module.running_var = False, None, None
     try:
         yield

@@ -39,9 +39,16 @@ def pretrain(
     make_deterministic(runtime)
     if weights is None:
         weights = load_loss(run.path / "loss.toml")
-    save_loss(weights, run.path / "loss.toml", name="loss", about="the loss that this run trains with")
+    save_loss(
+        weights, run.path / "loss.toml", name="loss", about="the loss that this run trains with"
+    )
     digest = recipe_hash(recipe)
-    facts = {**provenance(runtime), "seed": recipe.seed, "recipe_hash": digest, "num_clips": len(library.index)}
+    facts = {
+        **provenance(runtime),
+        "seed": recipe.seed,
+        "recipe_hash": digest,
+        "num_clips": len(library.index),
+    }
     run.write_json("provenance.json", facts)
     trainer = Trainer(recipe, library.index, runtime)
     member = trainer.member(weights, seed=recipe.seed)
@@ -50,7 +57,12 @@ def pretrain(
         load_member(last, member, recipe_hash=digest)
         display.say(f"going on from step {member.step}")
     board = SummaryWriter(str(run.tensorboard), purge_step=member.step)
-    steps, batch, first, began = recipe.optim.steps, recipe.optim.batch_size, member.step, time.perf_counter()
+    steps, batch, first, began = (
+        recipe.optim.steps,
+        recipe.optim.batch_size,
+        member.step,
+        time.perf_counter(),
+    )
     display.start("training", steps)
     for step, views in trainer.rounds([member], seed=recipe.seed):
         total = trainer.step(member, views)

@@ -226,7 +226,9 @@ def load_loss(name_or_path: str | Path) -> LossWeights:
         raise RecipeError(f"{where}: not valid TOML: {error}") from None
     weights = values.get("weights")
     if not isinstance(weights, dict):
-        raise RecipeError(f"{where}: no [weights] table; a loss maps term names to numbers in [0, 1]")
+        raise RecipeError(
+            f"{where}: no [weights] table; a loss maps term names to numbers in [0, 1]"
+        )
     try:
         return check_weights(weights, where=where)
     except ValueError as error:
@@ -278,7 +280,9 @@ def _read_toml(name_or_path: str | Path, *, folder: str) -> tuple[str, str]:
     return resource.joinpath(f"{name}.toml").read_text(encoding="utf-8"), f"{kind} {name!r}"
 
 
-def _reject_unknown(values: dict[str, Any], section: type[Section], where: str, *, path: str) -> None:
+def _reject_unknown(
+    values: dict[str, Any], section: type[Section], where: str, *, path: str
+) -> None:
     fields = {field.name: field.type for field in msgspec.structs.fields(section)}
     for key, value in values.items():
         if key not in fields:

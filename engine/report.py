@@ -1,16 +1,16 @@
 """A run as one self-contained HTML page, with the paper's figures and tables, and as image files.
 
 Numbers come from ``reporting.facts``, sentences from ``reporting.words`` and drawings from
-``reporting.figures``; here the drawings are painted and the page is filled in.
+``reporting.curves`` and ``reporting.maps``; here the drawings are painted and the page is filled in.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,20 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 
 from engine.objective.terms import BY_NAME, TERM_NAMES
-from engine.reporting import facts, figures, words
+from engine.reporting import curves, facts, maps, words
 from engine.reporting.facts import Run
-from engine.reporting.sketch import FONT, PALETTE, Box, Line, Marks, Sketch, Text, svg
+from engine.reporting.sketch import (
+    FONT,
+    NARROW,
+    PALETTE,
+    WIDE,
+    Box,
+    Line,
+    Marks,
+    Sketch,
+    Text,
+)
+from engine.reporting.svg import svg
 
 PNG_SCALE = 2
 """Pixels of a PNG file per CSS pixel."""
@@ -54,16 +65,14 @@ def _has_time(run: Run) -> bool:
     return bool(words.time_parts(run))
 
 
-_NO_MEMBER = "left out: no member is complete yet."
+_NO_MEMBER = "no member is complete yet."
 FIGURES = (
-    FigureKind("fitness", figures.fitness, words.fitness_finding, _has_member, _NO_MEMBER),
-    FigureKind("loss", figures.loss, words.loss_finding, _has_member, _NO_MEMBER),
-    FigureKind("search", figures.search, words.search_finding, _has_member, _NO_MEMBER),
-    FigureKind("tasks", figures.tasks, words.task_finding, _has_member, _NO_MEMBER),
-    FigureKind("layers", figures.layers, words.layer_finding, _has_member, _NO_MEMBER),
-    FigureKind(
-        "time", figures.time, words.time_finding, _has_time, "left out: the run has not ended yet."
-    ),
+    FigureKind("fitness", curves.fitness, words.fitness_finding, _has_member, _NO_MEMBER),
+    FigureKind("loss", maps.loss, words.loss_finding, _has_member, _NO_MEMBER),
+    FigureKind("search", maps.search, words.search_finding, _has_member, _NO_MEMBER),
+    FigureKind("tasks", curves.tasks, words.task_finding, _has_member, _NO_MEMBER),
+    FigureKind("layers", curves.layers, words.layer_finding, _has_member, _NO_MEMBER),
+    FigureKind("time", curves.time, words.time_finding, _has_time, "the run has not ended yet."),
 )
 
 
@@ -87,7 +96,7 @@ def write_report(run: Path) -> Path:
                 (folder / f"{kind.key}{suffix}").unlink(missing_ok=True)
             continue
         label = kind.finding(seen)
-        wide, narrow = (kind.draw(seen, width) for width in (figures.WIDE, figures.NARROW))
+        wide, narrow = (kind.draw(seen, width) for width in (WIDE, NARROW))
         _replace(folder / f"{kind.key}.svg", svg(wide, label=label, variables=False).encode())
         _paint(wide, folder / f"{kind.key}.png", title=label)
         drawn[kind.key] = {
@@ -132,7 +141,9 @@ def _paint(sketch: Sketch, path: Path, *, title: str) -> None:
             zorder=len(sketch.shapes) * 2 + order,
         )
     part = path.with_name(path.name + ".part")
-    canvas.print_png(part, metadata={"Software": None, "Description": title})
+    canvas.print_png(  # type: ignore[no-untyped-call]
+        part, metadata={"Software": None, "Description": title}
+    )
     os.replace(part, path)
 
 
@@ -143,7 +154,13 @@ def _artists(shape: Text | Box | Line | Marks) -> Iterator[Line2D | FancyBboxPat
         style = f"round,pad=0,rounding_size={round_:g}" if round_ else "square,pad=0"
         corner = (shape.x, shape.y)
         yield FancyBboxPatch(
-            corner, shape.width, shape.height, boxstyle=style, facecolor=ink, alpha=shape.alpha, lw=0
+            corner,
+            shape.width,
+            shape.height,
+            boxstyle=style,
+            facecolor=ink,
+            alpha=shape.alpha,
+            lw=0,
         )
     elif isinstance(shape, Line | Marks) and shape.points:
         xs, ys = zip(*shape.points, strict=True)
@@ -155,7 +172,15 @@ def _artists(shape: Text | Box | Line | Marks) -> Iterator[Line2D | FancyBboxPat
         edge = {"ring": 1.4, "cross": 1.6}.get(shape.kind, 0.0)
         face = "none" if shape.kind == "ring" else ink
         yield Line2D(
-            xs, ys, ls="", marker=marker, ms=shape.size, color=ink, mfc=face, mew=edge, alpha=shape.alpha
+            xs,
+            ys,
+            ls="",
+            marker=marker,
+            ms=shape.size,
+            color=ink,
+            mfc=face,
+            mew=edge,
+            alpha=shape.alpha,
         )
 
 
@@ -165,7 +190,7 @@ def _page(run: Run, drawn: Mapping[str, Mapping[str, Any]]) -> str:
     environment.undefined = jinja2.StrictUndefined
     environment.filters["duration"] = words.duration
     source = files("engine").joinpath("report.html.j2").read_text(encoding="utf-8")
-    steps = facts.lineage(run)
+    steps, results = facts.lineage(run), _results(run)
     return environment.from_string(source).render(
         run=run,
         font=Markup(FONT),
@@ -177,8 +202,8 @@ def _page(run: Run, drawn: Mapping[str, Mapping[str, Any]]) -> str:
         metric=words.fitness_metric(run),
         plural=words.plural,
         names=BY_NAME,
-        results=_results(run),
-        comparison=facts.compare(run),
+        results=results,
+        scale=_place_bars(results),
         tiles=_tiles(run),
         ranked=_ranked(run),
         steps=steps,
@@ -193,51 +218,56 @@ def _page(run: Run, drawn: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _results(run: Run) -> list[dict[str, Any]]:
-    """Rows of the results table, each with where its bar lies on a scale from 0 to the largest value."""
+    """Rows of the results table: key, loss, how it was drawn or trained, and its Stat."""
     rows = [
         ("untrained", "Untrained network", "no training", facts.stat(run.summary.get("untrained"))),
-        ("initial", "Initial population", "random losses, the search's seed", facts.initial_stat(run)),
+        ("initial", "Initial population", "the search's seed", facts.initial_stat(run)),
         ("random", "Random losses", "fresh seeds", facts.stat(run.summary.get("random"))),
         ("best", "Best loss", "fresh seeds", facts.stat(run.summary.get("best"))),
     ]
-    known = [(*row[:3], row[3]) for row in rows if row[3] is not None]
-    top = max((s.mean + (s.sd or 0) for *_, s in known), default=1.0)
-    top = max([top, *(v for *_, s in known for v in s.values)]) * 1.02 or 1.0
+    return [{"key": k, "name": n, "note": o, "stat": s} for k, n, o, s in rows if s is not None]
+
+
+def _place_bars(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Add to each row where its bar and values lie, in percent of a common scale; returns that scale's ends."""
+    stats: list[facts.Stat] = [r["stat"] for r in rows]
+    edges = [x for s in stats for x in (*s.values, *_ends(s))] or [0.0]
+    low = math.floor(min(edges) * 20 - 0.2) / 20
+    high = math.ceil(max(edges) * 20 + 0.2) / 20
 
     def place(value: float) -> float:
-        return round(min(max(100 * value / top, 0.0), 100.0), 2)
+        return round(100 * (value - low) / (high - low), 2)
 
-    return [
-        {
-            "key": key,
-            "name": name,
-            "note": note,
-            "stat": s,
-            "at": place(s.mean),
-            "low": place(s.mean - (s.sd or 0)),
-            "high": place(s.mean + (s.sd or 0)),
-            "dots": [place(v) for v in islice(s.values, 50)],
-        }
-        for key, name, note, s in known
-    ]
+    for row in rows:
+        s = row["stat"]
+        left, right = (place(x) for x in _ends(s))
+        row |= {"at": place(s.mean), "low": left, "high": right}
+        row["dots"] = [place(v) for v in s.values[:50]]
+    return low, high
 
 
-def _tiles(run: Run) -> list[tuple[str, str, str]]:
-    """The numbers at the head of the page: key, value, what it is."""
+def _ends(s: facts.Stat) -> tuple[float, float]:
+    return s.mean - (s.sd or 0.0), s.mean + (s.sd or 0.0)
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str, str]]:
+    """The numbers at the head of the page: key, value, its spread, what it is."""
     tiles = []
     for row in reversed(_results(run)):
         if row["key"] in ("best", "random"):
             s = row["stat"]
-            spread = "" if s.sd is None else f" ± {s.sd:.3f}"
-            tiles.append((row["key"], f"{s.mean:.3f}", f"{row['name'].lower()}, fresh seeds{spread}"))
+            spread = "" if s.sd is None else f"± {s.sd:.3f}"
+            tiles.append((row["key"], f"{s.mean:.3f}", spread, row["name"].lower()))
     if not tiles and run.best:
-        tiles.append(("best", f"{facts.fitness_of(run.best):.3f}", "best fitness in the search so far"))
+        seen = f"{facts.fitness_of(run.best):.3f}"
+        tiles.append(("seen", seen, "", "best fitness in the search so far"))
     failed = f", {len(run.failed):,} failed" if run.failed else ""
-    tiles.append(("members", f"{len(run.trials):,}", f"members{failed}"))
+    noun = "member" if len(run.trials) == 1 else "members"
+    tiles.append(("members", f"{len(run.trials):,}", "", f"{noun} trained{failed}"))
     seconds = run.summary.get("seconds")
     total = facts.number(seconds.get("total")) if isinstance(seconds, dict) else None
     if total:
-        tiles.append(("time", words.duration(total), "the whole run"))
+        tiles.append(("time", words.duration(total), "", "the whole run"))
     return tiles
 
 
@@ -255,7 +285,11 @@ def _ranked(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
 def _labels(run: Run) -> str:
     used = run.provenance.get("labels_used")
     count = facts.number(run.provenance.get("num_labelled"))
-    clips = "labelled training clips" if count is None else words.plural(int(count), "labelled training clip")
+    clips = (
+        "labelled training clips"
+        if count is None
+        else words.plural(int(count), "labelled training clip")
+    )
     if used is False:
         return "No labels were used, neither to train nor to score members."
     if used is None:

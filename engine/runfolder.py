@@ -1,7 +1,7 @@
 """A run's folder: what is written when, so that a kill at any moment loses one generation at most.
 
-    runs/NAME/ recipe.toml  provenance.json  study.db  best.toml  members/  checkpoints/  tensorboard/
-               summary.json  report.html  figures/
+runs/NAME/ recipe.toml  provenance.json  study.db  best.toml  members/  checkpoints/  tensorboard/
+           summary.json  report.html  figures/
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class RunFolder:
         """Make a new run; raises RunError where the folder holds one already."""
         run = cls(path)
         if (path / "recipe.toml").exists():
-            raise RunError(f"{path}: holds a run already; continue it with --resume, or give another --run")
+            raise RunError(
+                f"{path}: holds a run already; continue it with --resume, or give another --run"
+            )
         for folder in (run.members, run.checkpoints, run.tensorboard):
             folder.mkdir(parents=True, exist_ok=True)
         run._take_lock()
@@ -97,7 +99,9 @@ def new_run_path(command: str) -> Path:
 
 def latest_run(command: str) -> Path:
     """The newest run of a command under runs/; raises RunError where there is none."""
-    found = sorted(Path("runs").glob(f"{command}-*/recipe.toml"), key=lambda path: path.stat().st_mtime)
+    found = sorted(
+        Path("runs").glob(f"{command}-*/recipe.toml"), key=lambda path: path.stat().st_mtime
+    )
     if not found:
         raise RunError(f"runs/: no {command} run to resume; name its folder with --run")
     return found[-1].parent

@@ -40,12 +40,12 @@ class Member:
     values: Tensor | None = None
     """Running mean of the active terms' values, float32 (terms,)."""
     names: tuple[str, ...] = ()
-    seconds: float = 0.0
-    """Time in its own steps, that of shared input left out."""
 
     def term_values(self) -> dict[str, float]:
         """Each computed term's running mean, unweighted."""
-        return {} if self.values is None else dict(zip(self.names, self.values.tolist(), strict=True))
+        return (
+            {} if self.values is None else dict(zip(self.names, self.values.tolist(), strict=True))
+        )
 
 
 @dataclass
@@ -91,7 +91,11 @@ class Trainer:
         if not active:
             raise ValueError(
                 "the loss has no weight above 0"
-                + ("" if self.sound else " on a term that does without sound, and the videos have none")
+                + (
+                    ""
+                    if self.sound
+                    else " on a term that does without sound, and the videos have none"
+                )
             )
         loss = self.initial_loss(seed)
         vector = torch.tensor([weights[name] for name in TERM_NAMES], device=self.runtime.device)
@@ -115,7 +119,14 @@ class Trainer:
         )
         plans = (
             plan_batch(
-                self.index, r.clip, r.audio, seed=seed, step=step, batch_size=r.optim.batch_size, rank=rank, world=world
+                self.index,
+                r.clip,
+                r.audio,
+                seed=seed,
+                step=step,
+                batch_size=r.optim.batch_size,
+                rank=rank,
+                world=world,
             )
             for step in range(first, r.optim.steps)
         )
@@ -123,7 +134,9 @@ class Trainer:
 
     def rounds(self, members: Sequence[Member], *, seed: int) -> Iterator[tuple[int, Views]]:
         """Steps and their views, made once for all ``members``, from where they stand to the end."""
-        modalities = tuple({m: None for member in members for m in needed_modalities(member.active)})
+        modalities = tuple(
+            {m: None for member in members for m in needed_modalities(member.active)}
+        )
         batches = self.batches(seed=seed, first=members[0].step, modalities=modalities)
         for step in range(members[0].step, self.recipe.optim.steps):
             with self.clock("input"):
@@ -131,6 +144,22 @@ class Trainer:
             with self.clock("views"):
                 views = self.views(batch, modalities)
             yield step, views
+
+    def step_all(self, members: Sequence[Member], views: Views) -> list[float | NonFiniteLoss]:
+        """Step members on one batch; each gets its loss, or what ended it.
+
+        On a CPU members run side by side, a core each, which also makes a member's numbers independent of
+        its company; on a GPU they follow one another.
+        """
+
+        def attempt(member: Member) -> float | NonFiniteLoss:
+            try:
+                return self.step(member, views)
+            except NonFiniteLoss as error:
+                return error
+
+        with self.clock("train"):
+            return list(self.runtime.map(attempt, members))
 
     def step(self, member: Member, views: Views) -> float:
         """Train a member on one batch: Eq. 1, backward, clipped gradient, optimizer; returns the loss.
@@ -148,16 +177,28 @@ class Trainer:
         output.total.backward()
         nn.utils.clip_grad_norm_(member.loss.parameters(), optim.grad_clip)
         total = float("nan")
-        if device == "cpu" or member.step % CHECK_EVERY_ON_GPU == 0 or member.step == optim.steps - 1:
+        if (
+            device == "cpu"
+            or member.step % CHECK_EVERY_ON_GPU == 0
+            or member.step == optim.steps - 1
+        ):
             total = output.total.item()
             if not math.isfinite(total):
-                bad = [n for n, v in zip(output.names, output.values.tolist(), strict=True) if not math.isfinite(v)]
+                bad = [
+                    n
+                    for n, v in zip(output.names, output.values.tolist(), strict=True)
+                    if not math.isfinite(v)
+                ]
                 raise NonFiniteLoss(
                     f"loss is {total} at step {member.step}; terms: {', '.join(bad) or 'their weighted sum'}"
                 )
         member.optimizer.step()
         keep = 0.0 if member.values is None else 0.9
-        member.values = output.values if member.values is None else keep * member.values + (1 - keep) * output.values
+        member.values = (
+            output.values
+            if member.values is None
+            else keep * member.values + (1 - keep) * output.values
+        )
         member.names = output.names
         member.step += 1
         return total

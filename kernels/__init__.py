@@ -69,7 +69,7 @@ def weighted_loss(
         teachers = [t.detach() for t in teachers]
     inputs = (*students, *teachers)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    total, values, _, _ = _weighted_loss(
+    total, values, _ = _weighted_loss(
         list(students), list(teachers), masks.detach(), weights.detach(), scalars, save
     )
     return total, values
@@ -119,7 +119,9 @@ def _check_weighted_loss(
 ) -> None:
     pairs = len(students)
     if len(teachers) != pairs:
-        raise ValueError(f"{pairs} students but {len(teachers)} teachers: give one teacher a student")
+        raise ValueError(
+            f"{pairs} students but {len(teachers)} teachers: give one teacher a student"
+        )
     if masks.dim() != 2 or masks.shape[0] != pairs or (pairs and masks.shape[1] == 0):
         raise ValueError(f"masks must be (P, N) = ({pairs}, clips), not {tuple(masks.shape)}")
     if scalars.dim() != 1:
@@ -156,7 +158,7 @@ def _weighted_loss(
     weights: Tensor,
     scalars: Tensor,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     if _on_kernel(weights) and weights.dtype == torch.float32:
         return weighted_loss_forward(students, teachers, masks, weights, scalars, save)
     return reference.weighted_loss_forward(students, teachers, masks, weights, scalars, save)
@@ -170,44 +172,57 @@ def _(
     weights: Tensor,
     scalars: Tensor,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    diffs = [
-        reference.empty_diff(s, t, weights) for s, t in zip(students, teachers, strict=True) if save
-    ]
-    return weights.new_empty(()), torch.empty_like(weights), torch.empty_like(masks), diffs
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    pairs = zip(students, teachers, strict=True)
+    grads = [reference.empty_grad(s, t, weights) for s, t in pairs if save]
+    return weights.new_empty(()), torch.empty_like(weights), grads
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     students, teachers, _, weights, _, _ = inputs
-    _, values, coefs, diffs = output
-    ctx.mark_non_differentiable(values, coefs, *diffs)
-    ctx.set_materialize_grads(False)  # else backward would fill zeros shaped like every difference
-    ctx.save_for_backward(weights, coefs, *diffs)
+    _, values, grads = output
+    ctx.mark_non_differentiable(values, *grads)
+    ctx.set_materialize_grads(False)  # else backward would fill zeros shaped like every gradient
+    ctx.save_for_backward(weights, *grads)
     ctx.dtypes = [(s.dtype, t.dtype) for s, t in zip(students, teachers, strict=True)]
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    weights, coefs, *diffs = ctx.saved_tensors
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    weights, *grads = ctx.saved_tensors
     pairs = len(ctx.dtypes)
     to_students: list[Tensor | None] = [None] * pairs
     to_teachers: list[Tensor | None] = [None] * pairs
-    if grad is None:
+    if upstream is None:
         return to_students, to_teachers, None, None, None, None
     need_student, need_teacher, *_rest = ctx.needs_input_grad
-    scales = coefs * grad
-    for p, diff in enumerate(diffs):
-        scale = scales[p].view(-1, *[1] * (diff.dim() - 1))
+    as_saved = _is_last_and_one(upstream)
+    for p, grad in enumerate(grads):
         student_dtype, teacher_dtype = ctx.dtypes[p]
         if need_student[p]:
-            to_students[p] = _scaled(diff, scale, student_dtype)
+            ready = as_saved and grad.dtype == student_dtype
+            to_students[p] = grad if ready else _scaled(grad, upstream, student_dtype)
         if need_teacher[p]:
-            to_teachers[p] = _scaled(diff, -scale, teacher_dtype)
-    return to_students, to_teachers, None, None, weights[pairs:] * grad, None
+            to_teachers[p] = _scaled(grad, -upstream, teacher_dtype)
+    return to_students, to_teachers, None, None, weights[pairs:] * upstream, None
 
 
-def _scaled(diff: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """diff * scale, multiplied in float32 and rounded once; plain PyTorch, so that a compiler can fuse it."""
-    return torch.mul(diff, scale, out=torch.empty_like(diff, dtype=dtype))
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * scale, multiplied in float32 and rounded once; plain PyTorch, so that a compiler can fuse it."""
+    # a scale of no dimensions would be rounded to grad's dtype first
+    scale = scale.view([1] * grad.dim())
+    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _is_last_and_one(upstream: Tensor) -> bool:
+    """Whether saved gradients can be handed out as they are, since nothing scales or reads them again.
+
+    Asked on a CPU only: a GPU would have to be waited for. Never while a graph is traced.
+    """
+    eager = type(upstream) is Tensor and not torch.compiler.is_compiling()
+    if not eager or upstream.device.type != "cpu":
+        return False
+    retained = torch._C._autograd._get_current_graph_task_keep_graph()
+    return not retained and upstream.item() == 1
 
 
 _weighted_loss.register_autograd(_backward, setup_context=_save_for_backward)

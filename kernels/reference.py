@@ -1,7 +1,7 @@
 """The ops in plain PyTorch: what the kernels compute, the path of tensors off a GPU, and the tests' oracle.
 
 ``weighted_loss`` is Eq. 1 as written, differentiated by autograd: read it first. ``weighted_loss_forward``
-gives the same numbers with what the backward pass needs, and is what a CPU runs.
+gives the same numbers and the gradient in one go, and is what a CPU runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def weighted_loss(
         diff = torch.where((mask != 0).view(-1, *[1] * (s.dim() - 1)), diff, 0.0)
         diff = torch.where(weight != 0, diff, diff.detach())
         per_clip = diff.square().flatten(1).mean(1)
-        values.append(((mask * per_clip).sum() / torch.where(mask.sum() > 0, mask.sum(), 1)).view(1))
+        values.append(
+            ((mask * per_clip).sum() / torch.where(mask.sum() > 0, mask.sum(), 1)).view(1)
+        )
     terms = torch.cat([*values, scalars])
     return torch.where(weights != 0, weights * terms, 0.0).sum(), terms.detach()
 
@@ -45,43 +47,45 @@ def weighted_loss_forward(
     weights: Tensor,
     scalars: Tensor,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Compute Eq. 1 with what its gradient is made of.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Compute Eq. 1 and its gradient.
 
-    Returns total (), values (P+S,), coefs (P, N) and, if ``save``, P differences shaped like the students
-    (see ``empty_diff``): the gradient of the total to student p is ``coefs[p, n] * diffs[p][n]``. Differences
-    are zero for clips that don't count and for pairs of weight 0, whatever the inputs hold there.
+    Returns the total (), the values (P+S,) and, if ``save``, the total's gradient to each student (see
+    ``empty_grad``), else an empty list. The gradient is zero for clips that don't count and for pairs of
+    weight 0, whatever the inputs hold there; a teacher's is its negative.
     """
+    accumulate = weights.dtype
     kept = masks != 0
-    complete = kept.all(1).tolist()
-    zero = (weights == 0).tolist()
-    squares, diffs = torch.zeros_like(masks), []
+    complete, zero = kept.all(1).tolist(), (weights == 0).tolist()
+    sizes = [s[0].numel() for s in students]
+    count = masks.sum(1, keepdim=True)
+    shares = masks / torch.where(count > 0, count, 1) / masks.new_tensor(sizes)[:, None]
+    coefs = 2 * weights[: len(sizes), None] * shares
+    squares, grads = torch.zeros_like(masks), []
     for p, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        diff = empty_diff(s, t, weights)
-        wide = diff if diff.dtype == weights.dtype else torch.empty_like(diff, dtype=weights.dtype)
-        torch.sub(s.to(weights.dtype), t.to(weights.dtype), out=wide)
-        clips = wide.as_strided((len(s), s[0].numel()), (s[0].numel(), 1))
+        grad = empty_grad(s, t, weights)
+        wide = grad if grad.dtype == accumulate else torch.empty_like(grad, dtype=accumulate)
+        torch.sub(s.to(accumulate), t.to(accumulate), out=wide)
+        clips = wide.as_strided((len(s), sizes[p]), (sizes[p], 1))
         if not complete[p]:
             clips.index_fill_(0, (~kept[p]).nonzero().view(-1), 0.0)
         # the norm reads memory once; blocks keep its running float32 sums short, so exact
-        for block in clips.split(1 << 15, dim=1):
+        for block in torch.split(clips, 1 << 15, dim=1):
             squares[p] += torch.linalg.vector_norm(block, dim=1).square_()
         if save:
             if zero[p]:
-                wide.zero_()
-            diffs.append(diff if wide is diff else diff.copy_(wide))
-    sizes = torch.tensor([s[0].numel() for s in students], dtype=weights.dtype, device=weights.device)
-    count = masks.sum(1)
-    shares = masks / (torch.where(count > 0, count, 1) * sizes)[:, None]
+                wide.zero_()  # not by the product: 0 * nan is nan
+            else:
+                clips.mul_(coefs[p, :, None])
+            grads.append(grad if wide is grad else grad.copy_(wide))
     values = torch.cat([(shares * squares).sum(1), scalars])
-    total = torch.where(weights != 0, weights * values, 0.0).sum()
-    return total, values, 2 * weights[: len(sizes), None] * shares, diffs
+    return torch.where(weights != 0, weights * values, 0.0).sum(), values, grads
 
 
-def empty_diff(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    """Room for a pair's difference: bfloat16 for a bfloat16 pair, else the accumulation's dtype.
+def empty_grad(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """Room for a pair's gradient: bfloat16 for a bfloat16 pair, else the accumulation's dtype.
 
-    float16 is widened, since a difference of two large float16 numbers can leave its range.
+    float16 is widened: a mean's gradient is below its range until the loss scale comes in, on the way back.
     """
     both = student.dtype == teacher.dtype == torch.bfloat16
     dtype = torch.bfloat16 if both else weights.dtype
@@ -115,7 +119,8 @@ def clip_views(
     scratch = torch.empty(
         (pixels // max(group, 1), 3 * group), dtype=torch.float32, device=frames.device
     )
-    for n in range(num_clips if pixels else 0):  # clip by clip: what one step writes the next finds in cache
+    # clip by clip: what one step writes the next finds in the cache
+    for n in range(num_clips if pixels else 0):
         clip = rgb[n].view(scratch.shape) if dtype == torch.float32 else scratch
         clip.view(frames.shape[1:]).copy_(frames[n])
         torch.addcmul(shift, clip, scale, out=clip)

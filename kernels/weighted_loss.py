@@ -1,20 +1,21 @@
-"""Eq. 1 in Triton: one pass over each pair gives its value and what its gradient is made of.
+"""Eq. 1 in Triton: one pass over each pair gives its value and its gradient.
 
 Each clip of a pair is shared out among ``tiles`` programs. Every program writes one partial sum, and a
 second kernel adds them in a fixed order: no atomics, so the same inputs give the same bits.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from kernels.reference import empty_diff, memory_format
+from kernels.reference import empty_grad, memory_format
 
 BLOCK = 2048
 """Elements that a program takes at a time."""
@@ -32,9 +33,8 @@ def pair_kernel(
     teacher,  # (N, E)
     masks,  # (P, N) float32
     weights,  # (P+S,) float32
-    diffs,  # (N, E), written where SAVE
+    grads,  # (N, E), d total / d student, written where SAVE
     partials,  # (P, N, tiles) float32: sums of squares over E, each tile's share
-    coefs,  # (P, N) float32: d total / d student = coef * diff
     pair,
     num_clips,
     size,  # E
@@ -42,6 +42,7 @@ def pair_kernel(
     SIZE: tl.constexpr,
     SAVE: tl.constexpr,
 ):
+    """One tile of one clip of one pair: its share of the squares, and the gradient of its elements."""
     tile = tl.program_id(0)
     tiles = tl.num_programs(0)
     clip = tl.program_id(1)
@@ -50,6 +51,9 @@ def pair_kernel(
     # a clip that doesn't count is not even read: what it holds can't matter
     end = tl.where(mask != 0, size, 0)
     learns = mask * weight != 0
+    n = tl.arange(0, CLIPS)
+    count = tl.sum(tl.load(masks + pair * num_clips + n, mask=n < num_clips, other=0.0))
+    coef = 2.0 * weight * mask / (tl.where(learns, count, 1.0) * size)
     row = clip.to(tl.int64) * size
     squares = tl.zeros([SIZE], tl.float32)
     for start in range(tile * SIZE, size, tiles * SIZE):
@@ -59,13 +63,9 @@ def pair_kernel(
         diff = s - t
         squares += diff * diff
         if SAVE:
-            tl.store(diffs + row + at, tl.where(learns, diff, 0.0), mask=at < size)
+            # where, not the product alone: 0 * nan is nan
+            tl.store(grads + row + at, tl.where(learns, coef * diff, 0.0), mask=at < size)
     tl.store(partials + (pair * num_clips + clip) * tiles + tile, tl.sum(squares) / size)
-    if tile == 0:
-        n = tl.arange(0, CLIPS)
-        count = tl.sum(tl.load(masks + pair * num_clips + n, mask=n < num_clips, other=0.0))
-        coef = 2.0 * weight * mask / (tl.where(learns, count, 1.0) * size)
-        tl.store(coefs + pair * num_clips + clip, coef)
 
 
 @triton.jit(do_not_specialize=["num_clips"])
@@ -77,6 +77,7 @@ def values_kernel(
     TILES: tl.constexpr,
     CLIPS: tl.constexpr,
 ):
+    """One pair's value from its partial sums, in the order of clips."""
     pair = tl.program_id(0)
     total = 0.0
     count = 0.0
@@ -98,7 +99,7 @@ def weighted_loss_forward(
     weights: Tensor,
     scalars: Tensor,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Launch the kernels; arguments and results as ``kernels.reference.weighted_loss_forward``.
 
     A teacher that is not laid out like its student is copied first. Raises ValueError for a clip of more
@@ -106,8 +107,8 @@ def weighted_loss_forward(
     """
     pairs, num_clips = masks.shape
     masks, weights = masks.contiguous(), weights.contiguous()
-    values, coefs = torch.empty_like(weights), torch.empty_like(masks)
-    diffs = [empty_diff(s, t, weights) for s, t in zip(students, teachers, strict=True) if save]
+    values = torch.empty_like(weights)
+    grads = [empty_grad(s, t, weights) for s, t in zip(students, teachers, strict=True) if save]
     largest = max((s[0].numel() for s in students), default=1)
     if largest > MAX_CLIP:
         raise ValueError(f"a clip of {largest} elements in one pair: the most is {MAX_CLIP}")
@@ -118,7 +119,7 @@ def weighted_loss_forward(
             layout = memory_format(s)
             s, t = s.contiguous(memory_format=layout), t.contiguous(memory_format=layout)
             pair_kernel[(tiles, num_clips)](
-                s, t, masks, weights, diffs[p] if save else partials, partials, coefs,
+                s, t, masks, weights, grads[p] if save else partials, partials,
                 p, num_clips, s[0].numel(),
                 CLIPS=triton.next_power_of_2(num_clips), SIZE=BLOCK, SAVE=save,
                 num_warps=WARPS,
@@ -127,4 +128,4 @@ def weighted_loss_forward(
             values_kernel[(pairs,)](partials, masks, values, num_clips, TILES=tiles, CLIPS=16)
     values[pairs:] = scalars
     total = torch.where(weights != 0, weights * values, 0.0).sum()
-    return total, values, coefs, diffs
+    return total, values, grads

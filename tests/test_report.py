@@ -49,10 +49,18 @@ def make_run(
         else:
             parent = max(draw.sample(alive, min(4, len(alive))), key=lambda r: r["fitness"])
             term = draw.choice(TERM_NAMES)
-            row |= {"weights": {**parent["weights"], term: draw.random()}, "parent": parent["trial"]}
+            row |= {
+                "weights": {**parent["weights"], term: draw.random()},
+                "parent": parent["trial"],
+            }
             row |= {"mutated": term, "round": trial - population + 1}
         row["fitness"] = worth(row["weights"]) + draw.gauss(0, 0.012)
-        row["metrics"] = {"hungarian": row["fitness"], "nmi": 0.3, "ari": 0.2, "effective_rank": 41.5}
+        row["metrics"] = {
+            "hungarian": row["fitness"],
+            "nmi": 0.3,
+            "ari": 0.2,
+            "effective_rank": 41.5,
+        }
         row |= {"seed": seed, "seconds": 20.5, "clips_per_second": 120.0}
         row["terms"] = {n: 1.5 * draw.random() for n in TERM_NAMES}
         if failed and trial in failed:

@@ -41,7 +41,10 @@ class LogMel(nn.Module):
     def __init__(self, settings: Audio) -> None:
         super().__init__()
         self.mel = MelSpectrogram(
-            sample_rate=settings.sample_rate, n_fft=settings.fft_size, hop_length=settings.hop, n_mels=settings.num_mels
+            sample_rate=settings.sample_rate,
+            n_fft=settings.fft_size,
+            hop_length=settings.hop,
+            n_mels=settings.num_mels,
         )
 
     def forward(self, wave: Tensor) -> Tensor:

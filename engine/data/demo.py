@@ -28,7 +28,7 @@ import numpy as np
 from numpy import cos, pi, sin
 from numpy.typing import NDArray
 
-from engine.data.media import write_video
+from engine.data.encode import write_video
 
 Array = NDArray[Any]
 Rng = np.random.Generator

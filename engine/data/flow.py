@@ -13,7 +13,9 @@ cv2.setNumThreads(1)  # clips run side by side instead: no thread start per fram
 _local = threading.local()
 
 
-def dis_flow(clips: NDArray[np.uint8], *, pool: ThreadPoolExecutor | None = None) -> NDArray[np.float32]:
+def dis_flow(
+    clips: NDArray[np.uint8], *, pool: ThreadPoolExecutor | None = None
+) -> NDArray[np.float32]:
     """Compute flow between neighbouring frames.
 
     ``clips``: uint8 (N, F, H, W, 3) RGB. Returns float32 (N, F-1, H, W, 2): for each pixel of a frame, the
@@ -36,5 +38,7 @@ def _searcher() -> cv2.DISOpticalFlow:
     """This thread's own searcher: one keeps buffers between calls and can't be shared."""
     if not hasattr(_local, "dis"):
         _local.dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-        _local.dis.setFinestScale(1)  # at training sizes the preset's scale 2 blurs small objects away
+        _local.dis.setFinestScale(
+            1
+        )  # at training sizes the preset's scale 2 blurs small objects away
     return _local.dis

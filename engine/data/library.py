@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.data.cut import Reject
 from engine.data.demo import default_cache, make_demo
-from engine.data.ingest import Reject, ingest
+from engine.data.ingest import ingest
 from engine.data.shards import ClipIndex, is_shards
 
 Report = Callable[[str, int, int], None]
@@ -27,11 +28,16 @@ class Library:
 
 def demo_folders(report: Report) -> tuple[list[Path], list[Path]]:
     """The built-in set's folders, made on first use: (videos to train on, labelled videos)."""
-    demo = make_demo(default_cache(), progress=lambda done, total: report("drawing the demo's clips", done, total))
+    demo = make_demo(
+        default_cache(),
+        progress=lambda done, total: report("drawing the demo's clips", done, total),
+    )
     return [demo.unlabelled, demo.labelled], [demo.labelled]
 
 
-def open_library(paths: Sequence[Path], *, cache: Path, report: Report, workers: int | None = None) -> Library:
+def open_library(
+    paths: Sequence[Path], *, cache: Path, report: Report, workers: int | None = None
+) -> Library:
     """Open shard folders as they are, and raw videos by way of shards that ``cache`` keeps.
 
     Raises ValueError for a path that is absent or holds no videos.
@@ -45,12 +51,15 @@ def open_library(paths: Sequence[Path], *, cache: Path, report: Report, workers:
             shards.append(path)
             continue
         out = cache / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:10]}"
-        result = ingest(
-            [path], out, workers=workers, progress=lambda done, total, _: report(f"reading {path.name}", done, total)
-        )
+        progress = _progress(f"reading {path.name}", report)
+        result = ingest([path], out, workers=workers, progress=progress)
         rejects += result.rejects
         shards.append(out)
     return Library(ClipIndex(shards), tuple(shards), tuple(rejects))
+
+
+def _progress(what: str, report: Report) -> Callable[[int, int, int], None]:
+    return lambda done, total, _: report(what, done, total)
 
 
 def default_shard_cache() -> Path:

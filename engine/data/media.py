@@ -1,4 +1,4 @@
-"""Video and audio files through FFmpeg's libraries: the only module that imports PyAV.
+"""Reading video and audio files through FFmpeg's libraries: what a file is, and any stretch of it.
 
 Clocks: a window's start counts from the video's first frame, and sound is placed by its time stamps on the
 same clock. Frames are kept as I420, uint8 (T, 3H/2, W): the full-range BT.601 planes that JPEG stores.
@@ -7,19 +7,18 @@ Shape letters: T frames, H height, W width.
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
-from av.codec.context import Flags
 from numpy.typing import NDArray
+
+from engine.data.frames import Frames, even, show, to_i420
 
 SAMPLE_RATE = 16000
 """Samples a second of the sound that goes with a clip."""
@@ -29,11 +28,7 @@ LONGEST = 6 * 3600.0
 """Declared durations above this many seconds are checked against the packets."""
 GAP = 0.02
 """Seconds by which sound may stray from its time stamps before it is placed anew."""
-MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
-"""FFmpeg's code for a YUV matrix (AVCOL_SPC) to swscale's (SWS_CS)."""
 ATTACHED_PICTURE = 0x400
-
-Frames = NDArray[np.uint8]
 
 
 class MediaError(Exception):
@@ -72,7 +67,7 @@ class Window:
 
     def rgb(self) -> Frames:
         """The frames as RGB, uint8 (T, H, W, 3)."""
-        return np.stack([_full_range(f).to_ndarray(format="rgb24") for f in self.frames])
+        return np.stack([full_range(f).to_ndarray(format="rgb24") for f in self.frames])
 
 
 def probe(path: Path | str) -> MediaFacts:
@@ -80,11 +75,9 @@ def probe(path: Path | str) -> MediaFacts:
     with _open(path) as container:
         video = _stream(container, "video", path)
         duration = float(video.duration * video.time_base) if video.duration else 0.0
-        if not duration and container.duration:
-            late = (
-                float((video.start_time or 0) * video.time_base) - (container.start_time or 0) / 1e6
-            )
-            duration = container.duration / 1e6 - late
+        declared = bool(duration)
+        if not declared and container.duration:
+            duration = container.duration / 1e6
         problems: list[str] = []
         first = next(_timed_frames(container, video, problems), None)
         if first is None:
@@ -108,7 +101,8 @@ def probe(path: Path | str) -> MediaFacts:
             has_audio=audio is not None and audio.codec_context is not None,
             codec=str(video.codec_context.name),
         )
-    if not 0.0 < duration <= LONGEST:
+    # Where only the container tells a duration, some count it from zero and some from the start.
+    if not 0.0 < duration <= LONGEST or (not declared and abs(start) > 0.1):
         facts = MediaFacts(**{**vars(facts), "duration": _scan_duration(path)})
     return facts
 
@@ -134,15 +128,16 @@ def decode_window(
     if short_side < 2 or short_side % 2:
         raise ValueError(f"short_side must be an even number of pixels, not {short_side}")
     scale = short_side / min(facts.width, facts.height)
-    size = (_even(facts.width * scale), _even(facts.height * scale))
+    size = (even(facts.width * scale), even(facts.height * scale))
     num_frames = max(1, round(seconds * fps))
     problems: list[str] = []
     times = facts.start + start + np.arange(num_frames) / fps
-    shown = _show(_frames_from(path, times[0], facts, problems), times, fps, facts)
+    decoded = _frames_from(path, times[0], facts, problems)
+    shown = show(decoded, times, fps=fps, source_fps=facts.fps)
     planes: list[Frames] = []
     last: Any = None
     for frame in shown:
-        planes.append(planes[-1] if frame is last else _i420(frame, size, facts.rotation))
+        planes.append(planes[-1] if frame is last else to_i420(frame, size, facts.rotation))
         last = frame
     if not planes:
         why = f": {problems[0]}" if problems else ""
@@ -265,55 +260,6 @@ def _frames_from(
                 return
 
 
-def _show(
-    frames: Iterator[tuple[float, Any]], times: NDArray[np.float64], fps: float, facts: MediaFacts
-) -> Iterator[Any]:
-    """The frame shown at each of ``times`` (rising, seconds), up to the end of the video."""
-    i, shown, since, lasts = 0, None, 0.0, 1.0 / (facts.fps or fps)
-    for time, frame in frames:
-        if shown is not None:
-            until = time - min((time - since) / 2, 0.5 / fps) + 1e-6
-            while i < len(times) and times[i] <= until:
-                yield shown
-                i += 1
-            if i == len(times):
-                return
-        shown, since = frame, time
-    if shown is not None:
-        if shown.duration:
-            lasts = float(shown.duration * shown.time_base)
-        left = round((since + lasts - times[0]) * fps)  # grid points up to the last frame's end
-        for _ in range(i, min(left, len(times))):
-            yield shown
-
-
-def _even(x: float) -> int:
-    return max(2, 2 * round(x / 2))
-
-
-def _i420(frame: Any, size: tuple[int, int], turns: int) -> Frames:
-    """Scale a decoded frame to ``size`` (width, height as displayed) and turn it upright: (3H/2, W)."""
-    width, height = size[::-1] if turns % 2 else size
-    full = frame.color_range == 2 or frame.format.name.startswith("yuvj") or frame.format.is_rgb
-    small = frame.reformat(
-        width=width,
-        height=height,
-        format="yuv420p",
-        src_colorspace=MATRICES.get(frame.colorspace, 1 if frame.height >= 720 else 5),
-        dst_colorspace=5,
-        src_color_range=2 if full else 1,
-        dst_color_range=2,
-        interpolation="AREA" if width < frame.width else "BICUBIC",
-        threads=1,
-    )
-    planes: Frames = small.to_ndarray()
-    if turns:
-        luma, chroma = planes[:height], planes[height:].reshape(2, height // 2, width // 2)
-        upright = [np.rot90(luma, turns), *(np.rot90(c, turns) for c in chroma)]
-        planes = np.concatenate([p.ravel() for p in upright]).reshape(size[1] * 3 // 2, size[0])
-    return planes
-
-
 def _sound(
     path: Path | str, start: float, samples: int, rate: int
 ) -> tuple[NDArray[np.float32] | None, str | None]:
@@ -385,153 +331,8 @@ class _Stretch:
             out[begin:end] = sound[begin - at : end - at]
 
 
-def _full_range(planes: Frames) -> Any:
+def full_range(planes: Frames) -> Any:
+    """A PyAV frame of one I420 picture, uint8 (3H/2, W)."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), format="yuvj420p")
     frame.colorspace, frame.color_range = 5, 2
     return frame
-
-
-def encode_jpeg(frames: Frames, *, quality: int) -> list[bytes]:
-    """Encode frames as baseline 4:2:0 JPEG, one complete file each; equal input, equal bytes.
-
-    ``frames`` are RGB uint8 (T, H, W, 3) or I420 uint8 (T, 3H/2, W), of even size. ``quality`` is 1 to 100 on
-    the scale that libjpeg made usual. Raises ValueError for a quality outside it.
-    """
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality must be 1 to 100, not {quality}")
-    share = (100 - quality) / 50 if quality >= 50 else 50 / quality
-    scale = str(
-        min(31, max(2, round(14 * share)))
-    )  # libjpeg's scaling onto FFmpeg's, by the mean step
-    rgb = frames.ndim == 4
-    encoder: Any = av.CodecContext.create("mjpeg", "w")
-    encoder.width = frames.shape[2]
-    encoder.height = frames.shape[1] if rgb else frames.shape[1] * 2 // 3
-    encoder.pix_fmt, encoder.time_base, encoder.thread_count = "yuvj420p", Fraction(1, 25), 1
-    encoder.flags |= Flags.bitexact
-    encoder.options = {"qmin": scale, "qmax": scale}
-    out = []
-    for i, array in enumerate(frames):
-        if rgb:
-            frame: Any = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-            frame = frame.reformat(
-                format="yuvj420p", dst_colorspace=5, dst_color_range=2, threads=1
-            )
-        else:
-            frame = _full_range(array)
-        frame.pts, frame.time_base = i, encoder.time_base
-        out += [bytes(packet) for packet in encoder.encode(frame)]
-    out += [bytes(packet) for packet in encoder.encode(None)]
-    assert len(out) == len(frames)
-    return out
-
-
-def encode_flac(sound: NDArray[np.float32], *, sample_rate: int = SAMPLE_RATE) -> bytes:
-    """Encode mono float32 (samples,) in [-1, 1] as a 16-bit FLAC file; equal input, equal bytes."""
-    file = io.BytesIO()
-    whole = np.round(np.clip(sound, -1.0, 1.0) * 32767).astype(np.int16)
-    options = {"fflags": "+bitexact"}
-    with av.open(file, "w", format="flac", container_options=options) as container:
-        out: Any = container
-        stream = out.add_stream("flac", rate=sample_rate, layout="mono")
-        stream.codec_context.flags |= Flags.bitexact
-        frame = av.AudioFrame.from_ndarray(whole[None], format="s16", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
-        out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
-    return file.getvalue()
-
-
-def write_video(
-    path: Path | str,
-    frames: Iterable[NDArray[np.uint8]],
-    *,
-    fps: int,
-    sound: NDArray[np.float32] | None = None,
-    sample_rate: int = SAMPLE_RATE,
-) -> None:
-    """Write an mp4 file (H.264, or MPEG-4 Part 2 without libx264; sound as AAC): equal input, equal bytes.
-
-    ``frames`` are RGB uint8 (H, W, 3), all of one size with even H and W; ``sound`` is mono float32 (samples,)
-    in [-1, 1] that starts with the first frame. The file appears whole or not at all. Raises ValueError for
-    frames of another shape and for no frames.
-    """
-    path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with av.open(
-            os.path.abspath(temp), "w", format="mp4", container_options={"fflags": "+bitexact"}
-        ) as out:
-            _mux(out, frames, fps=fps, sound=sound, sample_rate=sample_rate)
-        os.replace(temp, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temp.unlink()
-
-
-def _mux(
-    out: Any,
-    frames: Iterable[NDArray[np.uint8]],
-    *,
-    fps: int,
-    sound: NDArray[np.float32] | None,
-    sample_rate: int,
-) -> None:
-    """Encode frames and sound side by side, so that the muxer never has to hold much of either."""
-    video, audio, size, sent = None, None, None, 0
-    for i, rgb in enumerate(frames):
-        if video is None:
-            size = rgb.shape
-            if len(size) != 3 or size[2] != 3 or size[0] % 2 or size[1] % 2:
-                raise ValueError(f"frames must be (H, W, 3) with even H and W, not {size}")
-            video = _video_stream(out, width=size[1], height=size[0], fps=fps)
-            audio = None if sound is None else _audio_stream(out, sample_rate)
-        if rgb.shape != size or rgb.dtype != np.uint8:
-            raise ValueError(f"frame {i} is {rgb.dtype} {rgb.shape}, the first one uint8 {size}")
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
-            format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", threads=1
-        )
-        frame.pts, frame.time_base = i, Fraction(1, fps)
-        out.mux(video.encode(frame))
-        if audio is not None and sound is not None:
-            upto = (i + 1) * sample_rate // fps
-            _encode_sound(out, audio, sound[sent:upto], at=sent, sample_rate=sample_rate)
-            sent = max(sent, min(upto, len(sound)))
-    if video is None:
-        raise ValueError("no frames to write")
-    out.mux(video.encode(None))
-    if audio is not None and sound is not None:
-        _encode_sound(out, audio, sound[sent:], at=sent, sample_rate=sample_rate)
-        out.mux(audio.encode(None))
-
-
-def _video_stream(out: Any, *, width: int, height: int, fps: int) -> Any:
-    names = [n for n in ("libx264", "mpeg4") if n in av.codecs_available]
-    stream = out.add_stream(names[0], rate=fps)
-    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    context = stream.codec_context
-    context.thread_count = 1
-    context.flags |= Flags.bitexact
-    context.colorspace, context.color_range = 5, 1  # what the frames are: BT.601, limited range
-    if names[0] == "libx264":
-        context.options = {"preset": "veryfast", "crf": "18"}
-    else:
-        context.bit_rate = max(500_000, width * height * fps // 2)
-    return stream
-
-
-def _audio_stream(out: Any, sample_rate: int) -> Any:
-    stream = out.add_stream("aac", rate=sample_rate, layout="mono")
-    stream.codec_context.flags |= Flags.bitexact
-    stream.codec_context.bit_rate = 96_000
-    return stream
-
-
-def _encode_sound(
-    out: Any, stream: Any, samples: NDArray[np.float32], *, at: int, sample_rate: int
-) -> None:
-    if len(samples):
-        chunk = np.ascontiguousarray(samples, dtype=np.float32)[None]
-        frame = av.AudioFrame.from_ndarray(chunk, format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = sample_rate, at, Fraction(1, sample_rate)
-        out.mux(stream.encode(frame))

@@ -108,10 +108,15 @@ def _flow_graph(*, batch_size: int, device: torch.device, threads: int) -> Any:
     """uint8 clips (F, H, W, 3) on a GPU -> float32 (F-1, H, W, 2) by the flow engine."""
 
     @pipeline_def(
-        batch_size=batch_size, num_threads=threads, device_id=device.index or 0, prefetch_queue_depth=1
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device.index or 0,
+        prefetch_queue_depth=1,
     )
     def graph() -> Any:
-        clip = fn.external_source(name="clip", device="gpu", dtype=types.UINT8, layout="FHWC", ndim=4)
+        clip = fn.external_source(
+            name="clip", device="gpu", dtype=types.UINT8, layout="FHWC", ndim=4
+        )
         return fn.optical_flow(clip, output_grid=1)
 
     return graph()
@@ -143,10 +148,14 @@ class InputPipeline:
             size=clip.size, batch_size=batch_size * num_frames, device=device, threads=threads
         )
         gpu_flow = flow and device.type == "cuda"
-        self._flow = _flow_graph(batch_size=batch_size, device=device, threads=threads) if gpu_flow else None
+        self._flow = (
+            _flow_graph(batch_size=batch_size, device=device, threads=threads) if gpu_flow else None
+        )
         self._pool = ThreadPoolExecutor(threads, "flow") if flow and not gpu_flow else None
         self._sound = (
-            _sound_graph(samples=self.samples, batch_size=batch_size, device=device, threads=threads)
+            _sound_graph(
+                samples=self.samples, batch_size=batch_size, device=device, threads=threads
+            )
             if sound
             else None
         )
@@ -159,7 +168,11 @@ class InputPipeline:
         rgb = self._decode_frames(plan, encoded)
         flow = self._compute_flow(rgb)
         has_audio = np.array([e.sound is not None for e in encoded]) & (self._sound is not None)
-        waves = self._decode_sound(plan, encoded, has_audio) if self._sound is not None else (None, None)
+        waves = (
+            self._decode_sound(plan, encoded, has_audio)
+            if self._sound is not None
+            else (None, None)
+        )
         return ClipBatch(
             rgb=rgb,
             flow=flow,

@@ -51,7 +51,15 @@ class ClipPlan:
 
 
 def plan_batch(
-    facts: Facts, clip: Clip, audio: Audio, *, seed: int, step: int, batch_size: int, rank: int = 0, world: int = 1
+    facts: Facts,
+    clip: Clip,
+    audio: Audio,
+    *,
+    seed: int,
+    step: int,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> ClipPlan:
     """Plan a training batch of ``batch_size`` clips for one of ``world`` ranks.
 
@@ -63,7 +71,9 @@ def plan_batch(
     return ClipPlan(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 
-def plan_views(facts: Facts, clip: Clip, *, clips: NDArray[np.int64], view: int, num_views: int) -> ClipPlan:
+def plan_views(
+    facts: Facts, clip: Clip, *, clips: NDArray[np.int64], view: int, num_views: int
+) -> ClipPlan:
     """Plan evaluation: T frames at the given view's place in time, the largest central square, no flip.
 
     Views are spread evenly over each clip; a single view is the middle one.
@@ -91,7 +101,9 @@ def _epoch_order(seed: int, epoch: int, num_clips: int) -> NDArray[np.int64]:
     return rng.permutation(num_clips)
 
 
-def _plan_clip(facts: Facts, clip: Clip, audio: Audio, *, seed: int, position: int) -> tuple[np.ndarray, ...]:
+def _plan_clip(
+    facts: Facts, clip: Clip, audio: Audio, *, seed: int, position: int
+) -> tuple[np.ndarray, ...]:
     epoch, place = divmod(position, len(facts.num_frames))
     which = int(_epoch_order(seed, epoch, len(facts.num_frames))[place])
     rng = np.random.Generator(np.random.Philox(key=[seed, CUT_STREAM], counter=[0, 0, 0, position]))
@@ -103,7 +115,9 @@ def _plan_clip(facts: Facts, clip: Clip, audio: Audio, *, seed: int, position: i
     area = rng.uniform(clip.min_area, 1.0)
     left, top = rng.random(2)
     side = np.sqrt(area)
-    box = np.array([left, top, side, side], np.float32)  # in shares of the largest square: see square_boxes
+    box = np.array(
+        [left, top, side, side], np.float32
+    )  # in shares of the largest square: see square_boxes
     flip = clip.flip and bool(rng.random() < 0.5)
     window = num_frames * clip.frame_stride / facts.fps
     shift = _draw_shift(rng, start / facts.fps, window, stored / facts.fps, audio.min_shift)
@@ -119,7 +133,9 @@ def _plan_clip(facts: Facts, clip: Clip, audio: Audio, *, seed: int, position: i
     )
 
 
-def _draw_shift(rng: np.random.Generator, start: float, window: float, duration: float, least: float) -> float:
+def _draw_shift(
+    rng: np.random.Generator, start: float, window: float, duration: float, least: float
+) -> float:
     """Draw a shift of at least ``least`` seconds, back or ahead, whose window stays inside the clip."""
     back, ahead = max(start - least, 0.0), max(duration - window - start - least, 0.0)
     draw = rng.random() * (back + ahead)
@@ -135,7 +151,9 @@ def _draw_order(rng: np.random.Generator, num_frames: int) -> NDArray[np.int64]:
     return order
 
 
-def square_boxes(plan: ClipPlan, width: NDArray[np.int32], height: NDArray[np.int32]) -> NDArray[np.float32]:
+def square_boxes(
+    plan: ClipPlan, width: NDArray[np.int32], height: NDArray[np.int32]
+) -> NDArray[np.float32]:
     """Turn a plan's crops into (N, 4) left, top, right, bottom in shares of frames of the given sizes.
 
     A plan's box holds (place across, place down, side, side), places and side in shares of what the frame

@@ -65,7 +65,8 @@ class EmbedTask(Task):
             return []
         rgb = embedded(self.rgb, activations.clip["rgb"][-1])
         other = embedded(self.with_rgb, activations.clip[self.other][-1])
-        similarity = rgb @ other.T
+        with torch.autocast(rgb.device.type, enabled=False):  # it would take the product to bf16
+            similarity = rgb @ other.T
         own = similarity.diagonal()
         n = len(own)
         mask = ~torch.eye(n, dtype=torch.bool, device=own.device)
@@ -73,7 +74,12 @@ class EmbedTask(Task):
             mask = mask & views.has_audio[:, None] & views.has_audio[None, :]
         to_other = self.margin - own[:, None] + similarity
         to_rgb = self.margin - own[None, :] + similarity
-        return [Scalar(self.terms[0], masked_mean(torch.stack([to_other, to_rgb]).relu(), mask.expand(2, n, n)))]
+        return [
+            Scalar(
+                self.terms[0],
+                masked_mean(torch.stack([to_other, to_rgb]).relu(), mask.expand(2, n, n)),
+            )
+        ]
 
 
 def embedded(project: nn.Linear, features: Tensor) -> Tensor:

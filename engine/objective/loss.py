@@ -51,7 +51,10 @@ class EvolvedLoss(nn.Module):
         super().__init__()
         self.order_share, self.teacher_grad = objective.order_share, not objective.stop_gradient
         self.networks = nn.ModuleDict(
-            {m: ResNet3D(model.arch, CHANNELS[m], width=model.width, pool=model.pool) for m in VISUAL}
+            {
+                m: ResNet3D(model.arch, CHANNELS[m], width=model.width, pool=model.pool)
+                for m in VISUAL
+            }
         )
         self.networks["audio"] = AudioResNet(model.arch, width=model.width)
         feature_dim = self.rgb.channels[4]
@@ -113,7 +116,7 @@ class EvolvedLoss(nn.Module):
             [p.teacher for p in pairs],
             _masks(pairs, views),
             weights[which],
-            torch.stack([s.value for s in scalars]) if scalars else weights.new_zeros(0),
+            torch.stack([s.value.float() for s in scalars]) if scalars else weights.new_zeros(0),
             teacher_grad=self.teacher_grad,
         )
         return LossOutput(total, names, each)

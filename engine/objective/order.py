@@ -33,10 +33,14 @@ class OrderTask(Task):
         values: list[TermValue] = []
         if self.terms[0] in active:
             copies = activations.shuffled[m]
-            values.append(Scalar(self.terms[0], _two_way(self.shuffle, pooled[: len(copies)], copies)))
+            values.append(
+                Scalar(self.terms[0], _two_way(self.shuffle, pooled[: len(copies)], copies))
+            )
         if self.terms[1] in active:
             copies = activations.reversed[m]
-            values.append(Scalar(self.terms[1], _two_way(self.backward_time, pooled[-len(copies) :], copies)))
+            values.append(
+                Scalar(self.terms[1], _two_way(self.backward_time, pooled[-len(copies) :], copies))
+            )
         return values
 
 

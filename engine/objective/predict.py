@@ -18,7 +18,9 @@ class DecodeTask(Task):
     ``target`` is the modality aimed at; ``future`` aims at what comes after the clip instead of the clip.
     """
 
-    def __init__(self, name: str, modality: str, *, target: str, future: bool, decoder: Decoder) -> None:
+    def __init__(
+        self, name: str, modality: str, *, target: str, future: bool, decoder: Decoder
+    ) -> None:
         super().__init__()
         self.terms = (name,)
         self.modality, self.target, self.future = modality, target, future

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Literal
 
 import numpy as np
@@ -22,6 +21,8 @@ RAMP_DARK = (
     "#1f262d #202c35 #20313d #203745 #1f3d4d #204456 #214c5e #215367 #215b70 #25667b #297285 "
     "#2e7e90 #328a9b #4699a3 #58a9aa #6ab8b1 #7cc8b8 #9ad4bd #b7e0c1 #d3ebc5 #eef7c9"
 ).split()
+RAMP = tuple(zip(RAMP_LIGHT, RAMP_DARK, strict=True))
+"""Colours of weights from 0 to 1, on light and on dark ground."""
 TURN = 12
 """First level of the ramp whose letters are in ``on-high``: there the contrast of both themes turns."""
 PALETTE: dict[str, tuple[str, str]] = {
@@ -47,18 +48,25 @@ PALETTE: dict[str, tuple[str, str]] = {
     "task5": ("#b83a6b", "#f08fb4"),
     "task6": ("#c5591b", "#f3a46e"),
     "task7": ("#4c7d1f", "#9fcb6c"),
-    **{f"q{i}": pair for i, pair in enumerate(zip(RAMP_LIGHT, RAMP_DARK, strict=True))},
+    **{f"q{i}": pair for i, pair in enumerate(RAMP)},
 }
 """Every colour that a figure may use, on light and on dark ground."""
 FONT = 'Inter, ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
+WIDE, NARROW = 820, 350
+"""Widths in CSS pixels of a figure on a desktop and on a phone."""
 Anchor = Literal["start", "middle", "end"]
 Mark = Literal["dot", "ring", "cross", "down"]
 Point = tuple[float, float]
 
 
+def is_wide(width: float) -> bool:
+    """Whether a figure of this width is laid out for a desktop."""
+    return width > (WIDE + NARROW) / 2
+
+
 def shade(weight: float) -> tuple[str, str]:
     """The ramp's colour of a weight in [0, 1], and that of letters on it."""
-    level = round(min(max(weight, 0.0), 1.0) * (len(RAMP_LIGHT) - 1))
+    level = round(min(max(weight, 0.0), 1.0) * (len(RAMP) - 1))
     return f"q{level}", "on-high" if level >= TURN else "on-low"
 
 
@@ -162,16 +170,23 @@ class Frame:
         low, high = self.ylim
         return self.top + (high - value) / (high - low) * self.height
 
-    def rules(self, values: Iterable[float], *, digits: int = 1, dashed: float | None = None) -> None:
+    def rules(
+        self,
+        values: Iterable[float],
+        *,
+        digits: int = 1,
+        dashed: float | None = None,
+        named: bool = True,
+    ) -> None:
         """Horizontal rules with their values, one of them dashed."""
         for value in values:
             y = self.y(value)
             ends = ((self.left, y), (self.right, y))
             marked = value == dashed
-            self.sketch.add(
-                Line(ends, "muted" if marked else "rule", dash=marked, alpha=0.7 if marked else 1),
-                Text(self.left - 7, y, f"{value:.{digits}f}", "muted", 11, "end"),
-            )
+            alpha = 0.7 if marked else 1
+            self.sketch.add(Line(ends, "muted" if marked else "rule", dash=marked, alpha=alpha))
+            if named:
+                self.sketch.add(Text(self.left - 7, y, f"{value:.{digits}f}", "muted", 11, "end"))
 
     def ticks(self, values: Iterable[float], *, name: str = "") -> None:
         """Whole numbers under the box, and what they count."""
@@ -185,11 +200,15 @@ class Frame:
             middle = self.left + self.width / 2
             self.sketch.add(Text(middle, self.bottom + 31, name, "muted", 11, "middle"))
 
-    def steps(self, at: Array, values: Array, *, color: str, width: float = 2, alpha: float = 1) -> None:
+    def steps(
+        self, at: Array, values: Array, *, color: str, width: float = 2, alpha: float = 1
+    ) -> None:
         """A line that keeps each value until the next."""
         xs = np.repeat([self.x(float(v)) for v in at], 2)[1:]
         ys = np.repeat([self.y(float(v)) for v in values], 2)[:-1]
-        self.sketch.add(Line(tuple(zip(xs.tolist(), ys.tolist(), strict=True)), color, width, alpha))
+        self.sketch.add(
+            Line(tuple(zip(xs.tolist(), ys.tolist(), strict=True)), color, width, alpha)
+        )
 
 
 def ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:
@@ -215,71 +234,3 @@ def spread(wanted: Sequence[float], *, gap: float, low: float, high: float) -> l
         limit -= gap
     heights = dict(zip(order, placed, strict=True))
     return [heights[i] for i in range(len(wanted))]
-
-
-def svg(sketch: Sketch, *, label: str, variables: bool, name: str = "") -> str:
-    """The sketch as SVG text, with ``label`` as its text alternative.
-
-    ``variables`` leaves colours to the page's CSS variables; otherwise they are light ones on white.
-    """
-    size = f'viewBox="0 0 {sketch.width:g} {sketch.height:g}"'
-    if not variables:
-        size = f'xmlns="http://www.w3.org/2000/svg" width="{sketch.width:g}" height="{sketch.height:g}" {size}'
-    style = f' class="{name}"' if name else ""
-    family = "" if variables else f" font-family='{FONT}'"
-    parts = [f'<svg {size} role="img" aria-label="{escape(label)}"{style}{family}>']
-    if not variables:
-        parts.append('<rect width="100%" height="100%" fill="#ffffff"/>')
-    parts.extend(_element(shape, variables=variables) for shape in sketch.shapes)
-    return "\n".join([*parts, "</svg>"])
-
-
-def _n(value: float) -> str:
-    return f"{round(value, 1):g}" if abs(value) < 1e5 else f"{value:.0f}"
-
-
-def _element(shape: Text | Box | Line | Marks, *, variables: bool) -> str:
-    ink = f"var(--{shape.color})" if variables else PALETTE[shape.color][0]
-    if isinstance(shape, Text):
-        weight = ' font-weight="600"' if shape.bold else ""
-        anchor = "" if shape.anchor == "start" else f' text-anchor="{shape.anchor}"'
-        at = f'x="{_n(shape.x)}" y="{_n(shape.baseline)}" font-size="{shape.size:g}"'
-        return f'<text {at}{anchor}{weight} {_ink("fill", ink)}>{escape(shape.text)}</text>'
-    alpha = "" if shape.alpha == 1 else f' opacity="{shape.alpha:g}"'
-    if isinstance(shape, Box):
-        at = f'x="{_n(shape.x)}" y="{_n(shape.y)}" width="{_n(shape.width)}" height="{_n(shape.height)}"'
-        round_ = f' rx="{shape.radius:g}"' if shape.radius else ""
-        head = f"<rect {at}{round_}{alpha} {_ink('fill', ink)}"
-        return f"{head}><title>{escape(shape.title)}</title></rect>" if shape.title else head + "/>"
-    if isinstance(shape, Line):
-        dash = ' stroke-dasharray="3 3"' if shape.dash else ""
-        path = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in shape.points)
-        return (
-            f'<path d="{path}" fill="none" stroke-width="{shape.width:g}" stroke-linejoin="round"'
-            f"{dash}{alpha} {_ink('stroke', ink)}/>"
-        )
-    return _marks(shape, ink=ink, alpha=alpha)
-
-
-def _ink(what: str, ink: str) -> str:
-    """var() is allowed in a style, not in an attribute."""
-    return f'style="{what}:{ink}"' if ink.startswith("var") else f'{what}="{ink}"'
-
-
-def _marks(shape: Marks, *, ink: str, alpha: str) -> str:
-    r = shape.size / 2
-    if shape.kind == "dot":  # a stroke of no length with a round cap is the shortest way to write a disc
-        path = "".join(f"M{_n(x)} {_n(y)}h0" for x, y in shape.points)
-        how = f'stroke-linecap="round" stroke-width="{shape.size:g}"'
-    elif shape.kind == "ring":
-        arc = f"a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0"
-        path = "".join(f"M{_n(x - r)} {_n(y)}{arc}" for x, y in shape.points)
-        how = 'fill="none" stroke-width="1.4"'
-    elif shape.kind == "cross":
-        arms = f"l{2 * r:g} {2 * r:g}m0 {-2 * r:g}l{-2 * r:g} {2 * r:g}"
-        path = "".join(f"M{_n(x - r)} {_n(y - r)}{arms}" for x, y in shape.points)
-        how = 'fill="none" stroke-width="1.6"'
-    else:
-        path = "".join(f"M{_n(x - r)} {_n(y - r)}h{2 * r:g}l{-r:g} {1.6 * r:g}z" for x, y in shape.points)
-        return f'<path d="{path}"{alpha} {_ink("fill", ink)}/>'
-    return f'<path d="{path}" {how}{alpha} {_ink("stroke", ink)}/>'

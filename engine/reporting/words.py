@@ -113,7 +113,11 @@ def caution(run: Run) -> str:
             "The best fitness of a noisy search flatters itself: it is a maximum, part luck. "
             "Only trainings with fresh seeds tell how good the loss is, and this run has none yet."
         )
-    how = f"{plural(len(run.complete), 'noisy measurement')}" if run.complete else "noisy measurements"
+    how = (
+        f"{plural(len(run.complete), 'noisy measurement')}"
+        if run.complete
+        else "noisy measurements"
+    )
     return (
         f"The search itself saw {seen:.3f} for this loss. That is the maximum of {how} and so flatters "
         f"itself: part of it is luck. Trained again with {plural(best.n, 'fresh seed')}, the loss "
@@ -165,7 +169,8 @@ def search_finding(run: Run) -> str:
     assert run.weights is not None
     high, low = _extremes(dict(run.improvements[-1].weights), 3)
     changes = len(run.improvements) - 1
-    changed = f"changes {plural(changes, 'time')}" if changes else "never changes"
+    often = "once" if changes == 1 else f"{changes:,} times"
+    changed = f"changes {often}" if changes else "never changes"
     return (
         f"Heat map of the 39 weights of the best loss so far, which {changed}. "
         f"At the last trial {spoken(high)} weigh most, {spoken(low)} least."
@@ -212,7 +217,8 @@ def task_finding(run: Run) -> str:
     ]
     return (
         f"Task weights among the fittest members. At the end {spoken(say[:3])} are highest, "
-        f"{spoken(say[::-1][:3])} lowest. A weight that does not matter hovers about 0.5."
+        f"{spoken(say[::-1][:3])} lowest. Draws are uniform, so a task that does not matter "
+        "comes to 0.5 on average."
     )
 
 

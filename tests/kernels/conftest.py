@@ -44,7 +44,11 @@ def interpret() -> Callable[[str], None]:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        )
+        if "only 0-dimensional arrays can be converted" in done.stdout:
+            pytest.skip("Triton 3.6's interpreter can't count loops with NumPy 2.4 or newer")
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert " passed" in done.stdout
 

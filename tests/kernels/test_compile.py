@@ -27,17 +27,17 @@ OPS = sorted(name for name in kernels.__all__ if callable(getattr(kernels, name)
 F32, BF16, I32, I64 = "*fp32", "*bf16", "i32", "i64"
 # modules that share their op's name, which is what the package's attribute holds
 pairs, views = sys.modules["kernels.weighted_loss"], sys.modules["kernels.clip_views"]
-PAIR = ("masks", "weights", "partials", "coefs")
+PAIR = ("masks", "weights", "partials")
 VIEWS = {"frames": "*u8", "mean": F32, "std": F32}
 
 CASES = {
     # kernel: [(types of arguments, constants, arguments that are multiples of 16, warps), ...]
     "pair_kernel": [
         (
-            {"student": x, "teacher": y, "diffs": y, **dict.fromkeys(PAIR, F32)}
+            {"student": x, "teacher": y, "grads": y, **dict.fromkeys(PAIR, F32)}
             | {"pair": I32, "num_clips": I32, "size": I32},
             {"CLIPS": 16, "SIZE": pairs.BLOCK, "SAVE": save},
-            ("student", "teacher", "diffs", *PAIR, *aligned),
+            ("student", "teacher", "grads", *PAIR, *aligned),
             pairs.WARPS,
         )
         for x, y, save, aligned in (
@@ -62,11 +62,15 @@ CASES = {
             (*VIEWS, "rgb", "grey", *aligned),
             4,
         )
-        for out, aligned in ((F32, ["pixels", "clip_stride"]), (BF16, ["pixels", "clip_stride"]), (BF16, []))
+        for out, aligned in (
+            (F32, ["pixels", "clip_stride"]),
+            (BF16, ["pixels", "clip_stride"]),
+            (BF16, []),
+        )
     ],
 }
-MAX_REGISTERS = {"pair_kernel": 64, "values_kernel": 64, "views_kernel": 64}
-"""At 64 a multiprocessor holds 1024 threads: enough loads under way to fill its memory's bandwidth."""
+MAX_REGISTERS = {"pair_kernel": 64, "values_kernel": 64, "views_kernel": 80}
+"""At 64 a multiprocessor holds 1024 threads, at 80 it holds 768: enough loads under way for its bandwidth."""
 
 
 def jit_functions():
@@ -75,7 +79,10 @@ def jit_functions():
     for path in (ROOT / "kernels").glob("*.py"):
         module = sys.modules["kernels" if path.stem == "__init__" else f"kernels.{path.stem}"]
         for name, value in vars(module).items():
-            if isinstance(value, triton.runtime.JITFunction) and value.fn.__module__ == module.__name__:
+            if (
+                isinstance(value, triton.runtime.JITFunction)
+                and value.fn.__module__ == module.__name__
+            ):
                 found[name] = value
     return found
 
@@ -91,7 +98,9 @@ def compile_kernel(name, case, capability, directory):
         constexprs={(place[a],): value for a, value in constants.items()},
         attrs={(place[a],): [["tt.divisibility", 16]] for a in aligned},
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    binary = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
+    )
     cubin = directory / f"{name}.cubin"
     cubin.write_bytes(binary.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
@@ -114,7 +123,9 @@ def test_compiles_without_spills(name, capability, tmp_path, monkeypatch):
         assert registers <= MAX_REGISTERS[name], case
         if {"size", "pixels"} & set(case[2]):
             assert re.search(r"ld\.global\.v[24]", ptx), f"{case}: loads are not wide"
-            assert "st.global.v4" in ptx or not case[1].get("SAVE", True), f"{case}: stores are not wide"
+            assert "st.global.v4" in ptx or not case[1].get("SAVE", True), (
+                f"{case}: stores are not wide"
+            )
 
 
 def test_every_kernel_has_a_compile_case():

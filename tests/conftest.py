@@ -1,0 +1,58 @@
+"""What every test shares: real videos where they are present, GPU tests only on a GPU, threads within the cores."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data"
+
+
+def cores() -> int:
+    """Cores that this process may use, which a container can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(cores())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real videos beside the repository; skips the test where it is absent."""
+    if not REAL_DATA.is_dir():
+        pytest.skip("real videos not present")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small share of the demo: 8 classes x 3 labelled clips, 8 unlabelled; folders labelled and unlabelled."""
+    from engine.data.demo import make_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "set"
+    make_demo(folder, clips_per_class=3, unlabelled_clips=8)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tiny_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of ``tiny_demo``, in folders labelled and unlabelled."""
+    from engine.data.ingest import ingest
+
+    root = tmp_path_factory.mktemp("shards")
+    for name in ("labelled", "unlabelled"):
+        ingest([tiny_demo / name], root / name, short_side=48, workers=1)
+    return root

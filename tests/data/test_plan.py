@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+
+from engine.data.plan import Facts, plan_batch, plan_views, square_boxes
+from engine.recipe import Audio, Clip
+
+CLIP, AUDIO = Clip(), Audio()
+FACTS = Facts(np.array([250, 40, 23, 10, 100, 61, 75], np.int32), 25.0)
+
+
+def plan(step: int, **kwargs):
+    return plan_batch(FACTS, CLIP, AUDIO, **{"seed": 0, "batch_size": 4, **kwargs}, step=step)
+
+
+def rows(p) -> list:
+    return [getattr(p, name) for name in p.__dataclass_fields__]
+
+
+def test_a_plan_depends_on_nothing_but_its_arguments() -> None:
+    first = [plan(step) for step in range(5)]
+    for step in reversed(range(5)):  # another order, as after a resume
+        for a, b in zip(rows(first[step]), rows(plan(step)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert any(
+        not np.array_equal(a, b) for a, b in zip(rows(plan(0)), rows(plan(0, seed=1)), strict=True)
+    )
+
+
+def test_ranks_share_the_batch_of_one_process() -> None:
+    whole = plan(3, batch_size=4)
+    halves = [plan(3, batch_size=2, rank=rank, world=2) for rank in (0, 1)]
+    for together, *parts in zip(rows(whole), *(rows(h) for h in halves), strict=True):
+        np.testing.assert_array_equal(together, np.concatenate(parts))
+
+
+def test_every_clip_comes_once_an_epoch() -> None:
+    n = len(FACTS.num_frames)
+    seen = np.concatenate([plan(step, batch_size=1).clip for step in range(3 * n)])
+    orders = seen.reshape(3, n)
+    np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(n), (3, 1)))
+    assert not np.array_equal(orders[0], orders[1])
+
+
+def test_cuts_stay_inside_the_clip() -> None:
+    for step in range(60):
+        p = plan(step)
+        stored = FACTS.num_frames[p.clip]
+        assert (p.frames >= 0).all()
+        assert (p.frames < stored[:, None]).all()
+        whole = stored >= 23
+        assert (np.diff(p.frames[whole], axis=1) == CLIP.frame_stride).all()
+        boxes = square_boxes(p, np.full(4, 160, np.int32), np.full(4, 90, np.int32))
+        assert (boxes >= 0).all() and (boxes <= 1 + 1e-6).all()
+        sides = (boxes[:, 2:] - boxes[:, :2]) * [160, 90]
+        np.testing.assert_allclose(sides[:, 0], sides[:, 1], rtol=1e-4)  # square in pixels
+        assert (sides[:, 0] >= np.sqrt(CLIP.min_area) * 90 - 1e-3).all()
+
+
+def test_shifts_are_long_enough_and_have_room() -> None:
+    window = 12 * 2 / 25.0
+    shifts = []
+    for step in range(100):
+        p = plan(step)
+        duration = FACTS.num_frames[p.clip] / FACTS.fps
+        moved = p.shift != 0
+        assert (np.abs(p.shift[moved]) >= AUDIO.min_shift).all()
+        starts = (p.sound_start + p.shift)[moved]
+        assert (starts >= -1e-9).all()
+        assert (starts + window <= duration[moved] + 1e-6).all()
+        assert not moved[FACTS.num_frames[p.clip] <= 36].any()  # 1.44 s: no room for 0.96 s + 0.5 s
+        assert moved[FACTS.num_frames[p.clip] >= 75].all()  # from any start one side has room
+        shifts.extend(p.shift[moved])
+    assert min(shifts) < 0 < max(shifts)
+
+
+def test_shuffled_orders_are_permutations_and_never_in_order() -> None:
+    orders = np.concatenate([plan(step).order for step in range(100)])
+    np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(8), (len(orders), 1)))
+    assert not (orders == np.arange(8)).all(axis=1).any()
+
+
+@pytest.mark.parametrize(("num_views", "starts"), [(1, [[117]]), (2, [[58], [176]])])
+def test_views_are_spread_over_the_clip(num_views: int, starts: list) -> None:
+    for view, expected in enumerate(starts):
+        p = plan_views(FACTS, CLIP, clips=np.array([0]), view=view, num_views=num_views)
+        np.testing.assert_array_equal(p.frames[:, 0], expected)
+        box = square_boxes(p, np.array([200], np.int32), np.array([100], np.int32))
+        np.testing.assert_allclose(box, [[0.25, 0.0, 0.75, 1.0]])
