@@ -124,7 +124,7 @@ class Search(Section, frozen=True):
     tournament: Positive = 4
     generation: Positive = 4
     """Members proposed at once and trained on the same decoded batches."""
-    replace: Literal["worst", "oldest"] = "worst"
+    replace: Literal["worst", "oldest"] = "oldest"
     repeats: Positive = 1
     """Trainings per member, with different seeds, whose fitnesses are averaged."""
     confirm_seeds: Annotated[int, Meta(ge=0)] = 3

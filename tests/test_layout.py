@@ -57,9 +57,8 @@ MAX_FUNCTION_LINES = {"engine": 50, "kernels": 120}
 EXCEPTIONS: dict[str, int] = {
     "engine/data/demo.py": 460,
     "engine/fitness.py:kmeans_fitness": 56,
-    "engine/pretrain.py:pretrain": 62,
-    "engine/reporting/figures.py": 400,
-    "engine/reporting/figures.py:fitness": 58,
+    "engine/cli.py": 375,
+    "engine/pretrain.py:pretrain": 75,
 }
 """``path`` or ``path:function`` -> the length it may have. Keep it short."""
 

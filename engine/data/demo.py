@@ -250,9 +250,9 @@ def _edge(outline: str, u: Array, v: Array) -> Array:
     return edge
 
 
-def _paint(canvas: Array, thing: _Thing, *, margin: int) -> None:
-    """Draw a thing, lit from the upper left, and its shadow onto (T, H + 2 margin, W + 2 margin, 3)."""
-    x, y, radius, angle = thing.track(np.arange(len(canvas), dtype=np.float32) / FPS)
+def _paint(frames: Array, thing: _Thing) -> None:
+    """Draw a thing, lit from the upper left, and its shadow onto (T, H, W, 3), with soft edges."""
+    x, y, radius, angle = thing.track(np.arange(len(frames), dtype=np.float32) / FPS)
     half = math.ceil(1.35 * float(radius.max())) + 2
     box = np.arange(-half, half + 1, dtype=np.float32)
     column, row = ((box - (p % 1)[:, None]) / radius[:, None] for p in (x, y))
@@ -260,19 +260,26 @@ def _paint(canvas: Array, thing: _Thing, *, margin: int) -> None:
     c, s = cos(angle)[:, None, None], sin(angle)[:, None, None]
     u, v = px * c + py * s, py * c - px * s
     edge = _edge(thing.outline, u, v) * radius[:, None, None]
-    inside, shadow = (
-        np.clip(0.5 - edge, 0, 1)[..., None],
-        np.clip(0.5 - edge / 6, 0, 0.4)[..., None],
-    )
+    inside, shadow = np.clip(0.5 - edge, 0, 1), np.clip(0.5 - edge / 6, 0, 0.4)
     i, j = (((np.clip(p, -1.49, 1.49) + 1.5) * 85).astype(np.intp) for p in (v, u))
     mix = thing.texture[i, j][..., None]
     light = (1 - 0.22 * (px + py) - 0.12 * (px * px + py * py))[..., None]
-    colour = np.clip((thing.colours[0] * mix + thing.colours[1] * (1 - mix)) * light, 0, 255)
-    for t in range(len(canvas)):
-        top, left = (math.floor(p) + margin - half for p in (y[t], x[t]))
-        canvas[t, top + 4 : top + 5 + 2 * half, left + 3 : left + 4 + 2 * half] *= 1 - shadow[t]
-        area = canvas[t, top : top + 1 + 2 * half, left : left + 1 + 2 * half]
-        area += inside[t] * (colour[t] - area)
+    colour = (thing.colours[0] * mix + thing.colours[1] * (1 - mix)) * light
+    black = np.zeros_like(colour[0])
+    for t, frame in enumerate(frames):
+        top, left = math.floor(y[t]) - half, math.floor(x[t]) - half
+        _blend(frame, black, shadow[t], top=top + 4, left=left + 3)
+        _blend(frame, colour[t], inside[t], top=top, left=left)
+
+
+def _blend(frame: Array, patch: Array, alpha: Array, *, top: int, left: int) -> None:
+    """Lay a square patch over a frame, as far as it lies within."""
+    rows = slice(max(top, 0), max(min(top + len(patch), HEIGHT), 0))
+    columns = slice(max(left, 0), max(min(left + len(patch), WIDTH), 0))
+    area = frame[rows, columns]
+    part = np.s_[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    if area.size:
+        area += alpha[part][..., None] * (patch[part] - area)
 
 
 def _voice(rng: Rng, thing: _Thing, samples: int) -> Array:
@@ -323,12 +330,10 @@ def draw_scene(group: str, number: int, *, seed: int = 0) -> Scene:
         _thing(rng, kinds() if wild else [group], place=i, places=places, hue=hue, wild=wild)
         for i in range(places)
     ]
-    margin = 2 * math.ceil(1.35 * 17 * ZOOM**0.5) + 8
-    sides = ((0, 0), (margin, margin), (margin, margin), (0, 0))
-    canvas = np.pad(_ground(rng, num_frames, hue=hue), sides)
+    canvas = _ground(rng, num_frames, hue=hue)
     for thing in things:
-        _paint(canvas, thing, margin=margin)
-    frames = (canvas[:, margin:-margin, margin:-margin] + 0.5).astype(np.uint8)
+        _paint(canvas, thing)
+    frames = (np.clip(canvas, 0, 255) + 0.5).astype(np.uint8)
 
     samples = num_frames * SAMPLE_RATE // FPS
     sound = (rng.uniform(0.001, 0.006) * rng.standard_normal(samples)).astype(np.float32)

@@ -35,7 +35,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "accent": ("#2a7ca3", "#5ab3c4"),
     "best": ("#0b7a4b", "#5fd39a"),
     "random": ("#c2571a", "#f0a06a"),
-    "untrained": ("#7b7f86", "#a3a9b1"),
+    "untrained": ("#6d7178", "#a3a9b1"),
     "failed": ("#b3261e", "#f2877f"),
     "grey": ("#5f6670", "#a9b0b8"),
     "flow": ("#c45a1c", "#f2a36d"),
