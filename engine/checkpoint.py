@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,30 @@ class CheckpointError(ValueError):
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, facts: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON card of facts; a kill leaves the old file or the new one."""
+    """Write tensors and a JSON card of facts; a kill leaves the old file or the new one.
+
+    Raises OSError where the file can't be written, and leaves no part of it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(whole, temporary, metadata={"facts": json.dumps(dict(facts))})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        save_file(whole, temporary, metadata={"facts": json.dumps(dict(facts))})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise _os_error(error, path) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _os_error(error: SafetensorError, path: Path) -> OSError:
+    """What safetensors tells of the system's errors is text alone: "... (os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(f"can't write {path}: {error}")
+    code = int(number[1])
+    return OSError(code, f"can't write the checkpoint: {os.strerror(code)}", str(path))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -112,7 +112,7 @@ def evolve(
 ) -> None:
     """Find a loss: the main job. Without arguments it runs on a small data set that it makes itself."""
     from engine.data.library import default_shard_cache, demo_folders, open_library
-    from engine.display import Display
+    from engine.display import Display, print_outcome
     from engine.evolve import Data, Evolution
     from engine.report import write_report
     from engine.runtime import check_kernels_package, choose_runtime
@@ -132,19 +132,17 @@ def evolve(
         if named == (["demo"], ["demo"]):
             videos, labelled = (tuple(folders) for folders in demo_folders(display.prepare))
         cache = default_shard_cache()
-        opened = [
-            open_library(paths, cache=cache, report=display.prepare) for paths in (videos, labelled)
-        ]
-        for library in opened:
+        unlabelled = open_library(videos, cache=cache, report=display.prepare)
+        judged_by = open_library(labelled, cache=cache, report=display.prepare)
+        for library in (unlabelled, judged_by):
             _say_rejects(display, library)
-        evolution = Evolution(
-            recipe, Data(*opened, named), run=run, runtime=runtime, display=display
-        )
+        data = Data(unlabelled, judged_by, named)
+        evolution = Evolution(recipe, data, run=run, runtime=runtime, display=display)
         display.say(f"run folder {run.path}")
         summary = evolution.go()
         with evolution.clock("report"):
             report = write_report(run.path)
-    _print_outcome(summary)
+    print_outcome(summary)
     click.echo(f"report: {report}")
 
 
@@ -324,40 +322,3 @@ def _say_rejects(display: Display, library: Library) -> None:
         display.say(f"rejected {reject.path}: {reject.reason}")
     if len(library.rejects) > 10:
         display.say(f"... and {len(library.rejects) - 10} more, in rejects.jsonl beside the shards")
-
-
-def _print_outcome(summary: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from engine.display import table
-    from engine.objective.terms import BY_NAME
-
-    console = Console(highlight=False)
-    ranked = sorted(summary["weights"].items(), key=lambda item: -item[1])
-    rows = [
-        [BY_NAME[high].code, high, f"{a:.2f}", BY_NAME[low].code, low, f"{b:.2f}"]
-        for (high, a), (low, b) in zip(ranked[:10], ranked[::-1][:10], strict=True)
-    ]
-    columns = ["", "ten highest", "weight", "", "ten lowest", "weight"]
-    console.print(table(f"Best loss (trial {summary['best_trial']})", columns, rows))
-    kinds = {
-        "untrained": "untrained network",
-        "initial_population": "initial random population",
-        "random": "random losses, fresh seeds",
-        "best": "best loss, fresh seeds",
-    }
-    rows = [[label, *_spread_cells(summary[key])] for key, label in kinds.items()]
-    rows.append(
-        ["best loss, as the search saw it", f"{summary['best_search_fitness']:.3f}", "", "1"]
-    )
-    console.print(table("Fitness", ["", "mean", "sd", "n"], rows))
-    if summary["failures"]:
-        console.print(
-            f"{summary['failures']} of {summary['members']} members failed; see the report"
-        )
-
-
-def _spread_cells(spread: dict[str, Any]) -> list[str]:
-    if not spread["n"]:
-        return ["-", "-", "0"]
-    return [f"{spread['mean']:.3f}", f"{spread['sd']:.3f}", str(spread["n"])]

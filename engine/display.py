@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from engine.objective.terms import BY_NAME
 
 
 class Display:
@@ -89,3 +92,36 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         result.add_row(*row)
     return result
+
+
+def print_outcome(summary: Mapping[str, Any]) -> None:
+    """Print a search's outcome: its highest and lowest weights, and fitness with fresh seeds."""
+    console = Console(highlight=False)
+    ranked = sorted(summary["weights"].items(), key=lambda item: -item[1])
+    rows = [
+        [BY_NAME[high].code, high, f"{a:.2f}", BY_NAME[low].code, low, f"{b:.2f}"]
+        for (high, a), (low, b) in zip(ranked[:10], ranked[::-1][:10], strict=True)
+    ]
+    columns = ["", "ten highest", "weight", "", "ten lowest", "weight"]
+    console.print(table(f"Best loss (trial {summary['best_trial']})", columns, rows))
+    kinds = {
+        "untrained": "untrained network",
+        "initial_population": "initial random population",
+        "random": "random losses, fresh seeds",
+        "best": "best loss, fresh seeds",
+    }
+    rows = [[label, *_spread_cells(summary[key])] for key, label in kinds.items()]
+    rows.append(
+        ["best loss, as the search saw it", f"{summary['best_search_fitness']:.3f}", "", "1"]
+    )
+    console.print(table("Fitness", ["", "mean", "sd", "n"], rows))
+    if summary["failures"]:
+        console.print(
+            f"{summary['failures']} of {summary['members']} members failed; see the report"
+        )
+
+
+def _spread_cells(spread: dict[str, Any]) -> list[str]:
+    if not spread["n"]:
+        return ["-", "-", "0"]
+    return [f"{spread['mean']:.3f}", f"{spread['sd']:.3f}", str(spread["n"])]

@@ -64,7 +64,7 @@ def _library(name: str) -> str:
 def _cudnn(gpu: bool) -> str:
     if not gpu:
         return "oneDNN"
-    version = torch.backends.cudnn.version() or 0
+    version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
     if version < MIN_CUDNN:
         return f"cuDNN {version}: update to 9.15 or newer, bf16 conv3d is slow or wrong before"
     return f"cuDNN {version}"

@@ -15,6 +15,7 @@ from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_views
 from engine.data.shards import ClipIndex
 from engine.data.views import ViewMaker
+from engine.model.resnet3d import ResNet3D
 from engine.recipe import Recipe
 from engine.runtime import Runtime
 
@@ -53,7 +54,7 @@ class LabelledClips:
         size = len(self.clips) * views * clip.num_frames * clip.size**2 * 3
         self._bank: list[Tensor] | None = [] if size <= BANK_BYTES else None
 
-    def features(self, networks: Sequence[nn.Module]) -> list[NDArray[np.float32]]:
+    def features(self, networks: Sequence[ResNet3D]) -> list[NDArray[np.float32]]:
         """Pooled features of each network, float32 (clips, D) in ``labels``' order, from one decode.
 
         A clip's features are the mean over its views. Batch norm uses each batch's own statistics or the
@@ -75,7 +76,7 @@ class LabelledClips:
         return sums
 
     @torch.no_grad()
-    def _pooled(self, network: nn.Module, *, rgb: Tensor) -> NDArray[np.float32]:
+    def _pooled(self, network: ResNet3D, *, rgb: Tensor) -> NDArray[np.float32]:
         with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
             features: Tensor = network(rgb)
         return features.float().cpu().numpy()

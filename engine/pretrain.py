@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -69,27 +71,40 @@ def pretrain(
         rate = (member.step - first) * batch / (time.perf_counter() - began)
         display.update("training", member.step, steps, note=f"loss {total:.3f}  {rate:.0f} clips/s")
         if step % LOG_EVERY == 0 or member.step == steps:
-            board.add_scalar("train/loss", total, step)
-            board.add_scalar("train/lr", learning_rate(recipe.optim, step), step)
-            board.add_scalar("train/clips_per_second", rate, step)
-            for name, value in member.term_values().items():
-                board.add_scalar(f"terms/{name}", value, step)
+            scalars = {
+                "train/loss": total,
+                "train/lr": learning_rate(recipe.optim, step),
+                "train/clips_per_second": rate,
+                **{f"terms/{name}": value for name, value in member.term_values().items()},
+            }
+            for name, value in scalars.items():
+                board.add_scalar(name, value, step)
         if member.step % checkpoint_every == 0 or member.step == steps:
             save_member(last, member, facts={"recipe_hash": digest, "seed": recipe.seed})
     board.close()
-    card = {
+    out = run.path / "rgb.safetensors"
+    card = network_card(recipe, weights, facts)
+    save_tensors(out, member.loss.rgb.state_dict(), facts=card)
+    return out
+
+
+def network_card(recipe: Recipe, weights: LossWeights, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the RGB network's file says of it: architecture, input, normalisation, loss, seed, versions."""
+    clip = recipe.clip
+    return {
         "arch": recipe.model.arch,
         "width": recipe.model.width,
         "pool": recipe.model.pool,
-        "input": {"num_frames": recipe.clip.num_frames, "frame_stride": recipe.clip.frame_stride, "size": recipe.clip.size},
+        "input": {
+            "num_frames": clip.num_frames,
+            "frame_stride": clip.frame_stride,
+            "size": clip.size,
+        },
         "mean": RGB_MEAN,
         "std": RGB_STD,
         "loss": weights,
-        "recipe_hash": digest,
+        "recipe_hash": facts["recipe_hash"],
         "seed": recipe.seed,
         "versions": facts["versions"],
         "git_sha": facts["git_sha"],
-    }  # fmt: skip
-    out = run.path / "rgb.safetensors"
-    save_tensors(out, member.loss.rgb.state_dict(), facts=card)
-    return out
+    }

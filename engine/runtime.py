@@ -109,9 +109,8 @@ def make_deterministic(runtime: Runtime) -> None:
     """Make equal seeds give equal bits on a CPU; on a GPU, let cuDNN pick its fastest kernels."""
     if runtime.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # a debugging aid, 13 % of a step
-        )
+        # A debugging aid that takes 13 % of a step.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
         torch.backends.cudnn.benchmark = True
 

@@ -243,6 +243,7 @@ class InputPipeline:
     def _decode_sound(
         self, plan: ClipPlan, encoded: list[EncodedClip], has_audio: NDArray[np.bool_]
     ) -> tuple[Tensor, Tensor]:
+        assert self._sound is not None
         waves = torch.zeros(2, len(plan), self.samples, device=self.device)
         (which,) = np.nonzero(has_audio)
         if len(which):
@@ -262,4 +263,4 @@ class InputPipeline:
 
 def _to_torch(batch: Any) -> Tensor:
     """Take a uniform DALI batch over to torch; copied, because DALI reuses its buffer in the next run."""
-    return torch.from_dlpack(batch.as_tensor()).clone()
+    return torch.utils.dlpack.from_dlpack(batch.as_tensor()).clone()

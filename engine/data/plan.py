@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,8 @@ ORDER_STREAM, CUT_STREAM = 0x0DE5, 0x0C07
 """Keep the draws of a clip's place in an epoch and of its cut apart."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What planning needs to know of a data set's clips; ``ClipIndex`` provides it."""
+class Facts(Protocol):
+    """What planning needs to know of a data set's clips; a ``ClipIndex`` knows it."""
 
     num_frames: NDArray[np.int32]
     """(clips,) frames stored."""
@@ -36,7 +36,7 @@ class ClipPlan:
     frames: NDArray[np.int64]
     """(N, F) stored frames wanted, in time's order; the last one repeats where a clip is too short."""
     box: NDArray[np.float32]
-    """(N, 4) crop as left, top, right, bottom in shares of the frame."""
+    """(N, 4) place across, place down and side of the crop, see ``square_boxes``; nan for the central square."""
     flip: NDArray[np.bool_]
     """(N,) mirror left and right."""
     sound_start: NDArray[np.float64]
@@ -103,7 +103,7 @@ def _epoch_order(seed: int, epoch: int, num_clips: int) -> NDArray[np.int64]:
 
 def _plan_clip(
     facts: Facts, clip: Clip, audio: Audio, *, seed: int, position: int
-) -> tuple[np.ndarray, ...]:
+) -> tuple[NDArray[Any], ...]:
     epoch, place = divmod(position, len(facts.num_frames))
     which = int(_epoch_order(seed, epoch, len(facts.num_frames))[place])
     rng = np.random.Generator(np.random.Philox(key=[seed, CUT_STREAM], counter=[0, 0, 0, position]))

@@ -49,6 +49,8 @@ class ViewMaker(nn.Module):
 
     def __init__(self, clip: Clip, audio: Audio) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.num_frames, self.num_future = clip.num_frames, clip.num_future_frames
         self.flow_scale = FLOW_SCALE / clip.size
         self.log_mel = LogMel(audio)

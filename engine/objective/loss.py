@@ -12,7 +12,7 @@ import kernels
 from engine.data.views import Views, backward, shuffled
 from engine.model.audio_resnet import AudioResNet
 from engine.model.decoder import Decoder
-from engine.model.resnet3d import ResNet3D
+from engine.model.resnet3d import ResNet, ResNet3D
 from engine.objective.align import AlignAudioTask, EmbedTask
 from engine.objective.distill import DistillTask
 from engine.objective.order import OrderTask
@@ -70,6 +70,11 @@ class EvolvedLoss(nn.Module):
         self.tasks = nn.ModuleList(tasks)
         assert sorted(name for task in tasks for name in task.terms) == sorted(TERM_NAMES)
 
+    def _network(self, modality: str) -> ResNet:
+        network = self.networks[modality]
+        assert isinstance(network, ResNet)
+        return network
+
     @property
     def rgb(self) -> ResNet3D:
         """The network whose representation is wanted."""
@@ -105,8 +110,10 @@ class EvolvedLoss(nn.Module):
         activations = self.activate(views, active)
         values: dict[str, TermValue] = {}
         for task in self.tasks:
+            assert isinstance(task, Task)
             if any(name in active for name in task.terms):
-                values.update({value.name: value for value in task(views, activations, active)})
+                for value in task.forward(views, activations, active):
+                    values[value.name] = value
         pairs = [v for name in TERM_NAMES if isinstance(v := values.get(name), Pair)]
         scalars = [v for name in TERM_NAMES if isinstance(v := values.get(name), Scalar)]
         names = tuple(v.name for v in (*pairs, *scalars))
@@ -130,7 +137,7 @@ class EvolvedLoss(nn.Module):
                 misaligned = any(BY_NAME[name].task == "align_audio" for name in active)
                 assert views.shifted_audio is not None
                 stack = torch.cat([clip, views.shifted_audio]) if misaligned else clip
-                *layers, pooled = self.networks[m].forward_features(stack)
+                *layers, pooled = self._network(m).forward_features(stack)
                 result.clip[m] = [*(layer[:n] for layer in layers), pooled[:n]]
                 result.shifted_audio = pooled[n:] if misaligned else None
                 continue
@@ -141,9 +148,9 @@ class EvolvedLoss(nn.Module):
             if f"{m}/backward" in active:
                 parts.append(backward(clip[-copies:], m))
             stack = torch.cat(parts).contiguous(memory_format=torch.channels_last_3d)
-            *layers, pooled = self.networks[m].forward_features(stack)
+            *layers, pooled = self._network(m).forward_features(stack)
             result.clip[m] = [*(layer[:n] for layer in layers), pooled[:n]]
-            changed = list(pooled[n:].split(copies))
+            changed = list(torch.split(pooled[n:], copies))
             if f"{m}/shuffle" in active:
                 result.shuffled[m] = changed.pop(0)
             if f"{m}/backward" in active:

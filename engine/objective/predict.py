@@ -42,5 +42,5 @@ class DecodeTask(Task):
 def shrunk(target: Tensor, size: tuple[int, ...]) -> Tensor:
     """Average a target (N, C, T, H, W), or sound (N, 1, F, mels), down to a decoder's size."""
     if target.dim() == 5:
-        return functional.adaptive_avg_pool3d(target, size)
-    return functional.adaptive_avg_pool2d(target, size)
+        return functional.adaptive_avg_pool3d(target, size)  # type: ignore[arg-type]
+    return functional.adaptive_avg_pool2d(target, size)  # type: ignore[arg-type]

@@ -23,7 +23,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from engine.data import demo
-from engine.data.demo import CLASSES, FPS, SAMPLE_RATE, UNLABELLED, draw_scene, make_demo
+from engine.data.demo import make_demo
+from engine.data.scenes import CLASSES, FPS, SAMPLE_RATE, UNLABELLED, Scene, draw_scene
 
 CHANCE = 1 / len(CLASSES)
 SMALL = {"clips_per_class": 1, "unlabelled_clips": 1}
@@ -72,7 +73,7 @@ def fast(monkeypatch):
         path.write_bytes(b"clip")
         written.append(path.name)
 
-    scene = demo.Scene(np.zeros((1, 2, 2, 3), np.uint8), None, ())
+    scene = Scene(np.zeros((1, 2, 2, 3), np.uint8), None, ())
     monkeypatch.setattr(demo, "draw_scene", lambda *_, **__: scene)
     monkeypatch.setattr(demo, "write_video", write)
     return written

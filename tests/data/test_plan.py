@@ -1,11 +1,13 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from engine.data.plan import Facts, plan_batch, plan_views, square_boxes
+from engine.data.plan import plan_batch, plan_views, square_boxes
 from engine.recipe import Audio, Clip
 
 CLIP, AUDIO = Clip(), Audio()
-FACTS = Facts(np.array([250, 40, 23, 10, 100, 61, 75], np.int32), 25.0)
+FACTS = SimpleNamespace(num_frames=np.array([250, 40, 23, 10, 100, 61, 75], np.int32), fps=25.0)
 
 
 def plan(step: int, **kwargs):
