@@ -63,19 +63,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save_member(path: Path, member: Member, *, facts: Mapping[str, Any]) -> None:
     """Save all that a member needs to go on exactly: weights, buffers, optimizer state, step."""
     tensors = {f"loss.{name}": t for name, t in member.loss.state_dict().items()}
-    names = [name for name, _ in member.loss.named_parameters()]
     by_id = {id(p): name for name, p in member.loss.named_parameters()}
-    for parameter, state in member.optimizer.state.items():
-        for key, value in state.items():
-            if value is not None:
-                tensors[f"optim.{key}.{by_id[id(parameter)]}"] = torch.as_tensor(value)
-    assert len(names) == len(by_id)
+    states = {
+        f"optim.{key}.{by_id[id(parameter)]}": torch.as_tensor(value)
+        for parameter, state in member.optimizer.state.items()
+        for key, value in state.items()
+        if value is not None
+    }
     if member.values is not None:
         tensors["values"] = member.values
+    place = {"step": member.step, "names": member.names, "active": member.active}
     save_tensors(
-        path,
-        tensors,
-        facts={**facts, "step": member.step, "names": member.names, "active": member.active},
+        path, {**tensors, **states}, facts={**facts, **place, "optimizer_tensors": len(states)}
     )
 
 
@@ -101,14 +100,18 @@ def load_member(path: Path, member: Member, *, recipe_hash: str) -> dict[str, An
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
             )
+    states = [name for name in tensors if name.startswith("optim.")]
+    if len(states) != facts["optimizer_tensors"]:
+        raise CheckpointError(
+            f"{path}: has {len(states)} of the optimizer's {facts['optimizer_tensors']} tensors"
+        )
     member.loss.load_state_dict(saved)
     parameters = dict(member.loss.named_parameters())
-    for name, tensor in tensors.items():
-        if name.startswith("optim."):
-            _, key, parameter = name.split(".", 2)
-            target = parameters[parameter]
-            like = target if tensor.shape == target.shape else None
-            member.optimizer.state[target][key] = _placed(tensor, target.device, like)
+    for name in states:
+        _, key, parameter = name.split(".", 2)
+        target, tensor = parameters[parameter], tensors[name]
+        like = target if tensor.shape == target.shape else None
+        member.optimizer.state[target][key] = _placed(tensor, target.device, like)
     if "values" in tensors:
         member.values = tensors["values"].to(member.weights.device)
     member.step, member.names = facts["step"], tuple(facts["names"])

@@ -93,14 +93,15 @@ class Evolution:
             for proposal, result in zip(proposals, results, strict=True):
                 self._record(proposal, result)
             done += len(proposals)
-            self._keep_best(proposals, results)
+            self._keep_best()
             self._keep_time()
             with self.clock("search"):
                 proposals = self.study.ask()
         failed = sum(m.state == "failed" for m in self.study.members())
         if failed == self.study.total:
             reason = self.study.members()[0].attributes["reason"]
-            raise RunError(f"{self.run.path}: all {failed} members failed; the first: {reason}")
+            raise RuntimeError(f"{self.run.path}: all {failed} members failed; the first: {reason}")
+        self._keep_best()  # an interruption may have come between the last member and the file
         if search.population + search.rounds > done:
             raise AssertionError("the study ended before its members were done")
 
@@ -143,6 +144,7 @@ class Evolution:
         """Write a member's file, then tell the study: what the study knows is always on disk too."""
         attributes = self._facts(result)
         with self.clock("logging"):
+            self._keep_network(proposal, result)
             record = {
                 "trial": proposal.trial,
                 "state": "failed" if result.fitness is None else "complete",
@@ -187,18 +189,22 @@ class Evolution:
             "labels_used": True,
         }
 
-    def _keep_best(self, proposals: Sequence[Proposal], results: Sequence[MemberResult]) -> None:
-        """Write best.toml and the best RGB network where this generation brought a new best."""
+    def _keep_network(self, proposal: Proposal, result: MemberResult) -> None:
+        """Keep the RGB network of a member that is fitter than all before it."""
+        best = max((m.fitness for m in self.study.members() if m.fitness is not None), default=-1.0)
+        if result.fitness is not None and result.rgb is not None and result.fitness > best:
+            facts = {"trial": proposal.trial, "fitness": result.fitness, **self.card()}
+            save_tensors(self.run.checkpoints / "best.safetensors", result.rgb, facts=facts)
+
+    def _keep_best(self) -> None:
+        """Write best.toml as the study has it."""
+        members = self.study.members()
+        if all(m.fitness is None for m in members):
+            return
+        best = self.study.best()
+        about = f"best of {len(members)} members: trial {best.trial}, fitness {best.fitness:.4f}"
         with self.clock("logging"):
-            if not any(m.fitness is not None for m in self.study.members()):
-                return
-            best = self.study.best()
-            about = f"best of {len(self.study.members())} members: trial {best.trial}, fitness {best.fitness:.4f}"
             save_loss(best.weights, self.run.best, name=f"{self.run.path.name}/best", about=about)
-            for proposal, result in zip(proposals, results, strict=True):
-                if proposal.trial == best.trial and result.rgb is not None:
-                    facts = {"trial": best.trial, "fitness": best.fitness, **self.card()}
-                    save_tensors(self.run.checkpoints / "best.safetensors", result.rgb, facts=facts)
 
     def _keep_time(self) -> dict[str, float]:
         """Seconds by stage, those before an interruption included; written to timing.json."""

@@ -15,7 +15,7 @@ from engine.data.views import RGB_MEAN, RGB_STD
 from engine.display import Display
 from engine.objective.terms import LossWeights
 from engine.recipe import Recipe, load_loss, recipe_hash, save_loss
-from engine.runfolder import RunFolder
+from engine.runfolder import RunError, RunFolder
 from engine.runtime import Runtime, make_deterministic, provenance
 from engine.train import Trainer, learning_rate
 
@@ -36,14 +36,19 @@ def pretrain(
     """Train with ``weights`` (None: those that the run began with) and return the RGB network's file.
 
     A run that is continued equals one that was never interrupted, bit for bit on a CPU. Raises
-    CheckpointError where the last checkpoint does not fit, NonFiniteLoss where training diverges.
+    CheckpointError where the last checkpoint does not fit, RunError where the run has another loss, and
+    NonFiniteLoss where training diverges.
     """
     make_deterministic(runtime)
+    own = run.path / "loss.toml"
     if weights is None:
-        weights = load_loss(run.path / "loss.toml")
-    save_loss(
-        weights, run.path / "loss.toml", name="loss", about="the loss that this run trains with"
-    )
+        weights = load_loss(own)
+    elif own.exists() and weights != load_loss(own):
+        raise RunError(
+            f"{run.path}: this run trains with another loss (loss.toml); resume without --loss, or "
+            "give another --run"
+        )
+    save_loss(weights, own, name="loss", about="the loss that this run trains with")
     digest = recipe_hash(recipe)
     facts = {
         **provenance(runtime),

@@ -116,7 +116,7 @@ class EvolvedLoss(nn.Module):
                     values[value.name] = value
         pairs = [v for name in TERM_NAMES if isinstance(v := values.get(name), Pair)]
         scalars = [v for name in TERM_NAMES if isinstance(v := values.get(name), Scalar)]
-        names = tuple(v.name for v in (*pairs, *scalars))
+        names = (*(p.name for p in pairs), *(s.name for s in scalars))
         which = torch.tensor([TERM_NAMES.index(name) for name in names], device=weights.device)
         total, each = kernels.weighted_loss(
             [p.student for p in pairs],

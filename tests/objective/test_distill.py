@@ -66,7 +66,7 @@ def test_one_layer_alone_moves_that_layer_of_the_student_alone(other, layer) -> 
     task = DistillTask(other, stop_gradient=True)
     pairs = task(VIEWS, acts, [f"distill/{other}@{layer}", "rgb/predict"])
     assert len(pairs) == 1
-    total, _ = evaluated(pairs, teacher_grad=False)
+    total, _ = evaluated(pairs, teacher_grad=True)  # so that the task's own stop is what stops it
     total.backward()
     for k in range(6):
         student, teacher = acts.clip["rgb"][k], acts.clip[other][k]

@@ -56,7 +56,7 @@ def test_values_compare_the_clips_that_the_copies_were_made_of(modality, copies)
 
 
 def test_clips_without_a_copy_take_no_part() -> None:
-    task, activations, (pooled, shuffled, reversed_) = make("rgb", 2)
+    task, activations, (pooled, _, _) = make("rgb", 2)
     (first,) = task(VIEWS, activations, ["rgb/shuffle"])
     (grad,) = torch.autograd.grad(first.value, pooled)
     assert (grad[:2] != 0).any(1).all() and (grad[2:] == 0).all()

@@ -1,0 +1,221 @@
+"""Checkpoints: exact resume, files that do not fit, and writes that are cut short."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.checkpoint import CheckpointError, load_member, load_tensors, save_member, save_tensors
+from engine.data.shards import ClipIndex
+from engine.recipe import load_recipe, override, random_weights, recipe_hash
+from engine.runtime import choose_runtime, make_deterministic
+from engine.train import Member, Trainer
+
+TINY = Path(__file__).with_name("tiny.toml")
+STEPS = 6
+
+
+def make_trainer(shards: Path, optimizer: str = "adamw") -> Trainer:
+    changes = [f"optim.steps={STEPS}", f"optim.name={optimizer}", "optim.lr=0.01"]
+    runtime = choose_runtime("cpu")
+    make_deterministic(runtime)
+    recipe = override(load_recipe(TINY), changes)
+    return Trainer(recipe, ClipIndex([shards / "unlabelled"]), runtime)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads within networks this small wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_shards: Path) -> Trainer:
+    return make_trainer(tiny_shards)
+
+
+def member_of(trainer: Trainer) -> Member:
+    return trainer.member(random_weights(2), seed=0)
+
+
+def train(trainer: Trainer, member: Member, *, until: int = STEPS) -> Member:
+    for step, views in trainer.rounds([member], seed=0):
+        trainer.step(member, views)
+        if step + 1 == until:
+            break
+    return member
+
+
+def save(path: Path, trainer: Trainer, member: Member) -> None:
+    save_member(path, member, facts={"recipe_hash": recipe_hash(trainer.recipe), "seed": 0})
+
+
+def load(path: Path, trainer: Trainer, member: Member | None = None) -> Member:
+    member = member or member_of(trainer)
+    load_member(path, member, recipe_hash=recipe_hash(trainer.recipe))
+    return member
+
+
+def state_of(member: Member) -> dict[str, Tensor]:
+    """Everything that decides a member's next steps."""
+    state = dict(member.loss.state_dict())
+    names = {p: name for name, p in member.loss.named_parameters()}
+    for parameter, entry in member.optimizer.state.items():
+        for key, value in entry.items():
+            state[f"{key} of {names[parameter]}"] = torch.as_tensor(value)
+    assert member.values is not None
+    state["term means"] = member.values
+    return state
+
+
+@pytest.fixture(scope="module")
+def saved(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "last.safetensors"
+    save(path, trainer, train(trainer, member_of(trainer), until=1))
+    return path
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_six_steps_equal_three_and_three(
+    tiny_shards: Path, tmp_path: Path, optimizer: str
+) -> None:
+    trainer = make_trainer(tiny_shards, optimizer)
+    whole = train(trainer, member_of(trainer))
+    path = tmp_path / "last.safetensors"
+    save(path, trainer, train(trainer, member_of(trainer), until=3))
+    another = make_trainer(tiny_shards, optimizer)
+    resumed = load(path, another)
+    assert resumed.step == 3
+    train(another, resumed)
+    expected, found = state_of(whole), state_of(resumed)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert resumed.step == whole.step == STEPS
+    assert resumed.term_values() == whole.term_values()
+
+
+def test_facts_come_back(trainer: Trainer, saved: Path) -> None:
+    member = member_of(trainer)
+    facts = load_member(saved, member, recipe_hash=recipe_hash(trainer.recipe))
+    assert facts["seed"] == 0 and facts["step"] == member.step == 1
+    assert tuple(facts["active"]) == member.active
+
+
+def refused(path: Path, trainer: Trainer, match: str) -> None:
+    before = {name: t.clone() for name, t in member_of(trainer).loss.state_dict().items()}
+    member = member_of(trainer)
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load(path, trainer, member)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    after = member.loss.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_recipe_is_refused(trainer: Trainer, saved: Path) -> None:
+    member = member_of(trainer)
+    with pytest.raises(CheckpointError, match="this run's is 0123456789ab; resume with") as caught:
+        load_member(saved, member, recipe_hash="0123456789ab")
+    assert recipe_hash(trainer.recipe) in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(
+    trainer: Trainer, saved: Path, tmp_path: Path, share: float
+) -> None:
+    whole = saved.read_bytes()
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(whole[: int(share * len(whole))])
+    refused(path, trainer, "not a readable safetensors file")
+
+
+def test_an_absent_file_is_refused(trainer: Trainer, tmp_path: Path) -> None:
+    refused(tmp_path / "none.safetensors", trainer, "no such checkpoint")
+
+
+Change = Callable[[dict[str, Tensor]], object]
+WEIGHT = "loss.networks.rgb.stem.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop(WEIGHT), r"has no tensor networks\.rgb\.stem\.0\.weight"),
+        (lambda t: t.update({"loss.more": torch.ones(1)}), "has an unknown tensor more"),
+        (lambda t: t.update({WEIGHT: t[WEIGHT][:-1]}), r"stem\.0\.weight has shape \(7, 3"),
+        (lambda t: t.pop(next(n for n in t if n.startswith("optim."))), "optimizer's"),
+    ],
+    ids=["missing", "unknown", "shape", "optimizer"],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    trainer: Trainer, saved: Path, tmp_path: Path, change: Change, match: str
+) -> None:
+    tensors, facts = load_tensors(saved)
+    change(tensors)
+    path = tmp_path / "changed.safetensors"
+    save_tensors(path, tensors, facts=facts)
+    refused(path, trainer, match)
+
+
+def test_tensors_keep_their_values_types_and_facts(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    strided = torch.arange(48.0).reshape(1, 2, 2, 3, 4).to(memory_format=torch.channels_last_3d)
+    tensors = {"a": strided, "b": torch.tensor([1, 2]), "c": torch.ones(2, dtype=torch.bfloat16)}
+    save_tensors(path, tensors, facts={"name": "Ä", "lr": 0.1, "none": None})
+    found, facts = load_tensors(path)
+    assert facts == {"name": "Ä", "lr": 0.1, "none": None}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_kill_while_saving_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.zeros(3)}, facts={"step": 1})
+    old = path.read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_tensors(path, {"a": torch.ones(3)}, facts={"step": 2})
+    assert path.read_bytes() == old
+    save_tensors(path, {"a": torch.ones(3)}, facts={"step": 2})
+    assert load_tensors(path)[1] == {"step": 2}
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let writes past ``size`` bytes fail, as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_is_an_os_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.zeros(3)}, facts={})
+    old = path.read_bytes()
+    with largest_file(50_000), pytest.raises(OSError, match=r"x\.safetensors") as caught:
+        save_tensors(path, {"a": torch.zeros(100_000)}, facts={})
+    assert caught.value.errno == errno.EFBIG and "\n" not in str(caught.value)
+    assert path.read_bytes() == old
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
