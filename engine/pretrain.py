@@ -40,15 +40,7 @@ def pretrain(
     NonFiniteLoss where training diverges.
     """
     make_deterministic(runtime)
-    own = run.path / "loss.toml"
-    if weights is None:
-        weights = load_loss(own)
-    elif own.exists() and weights != load_loss(own):
-        raise RunError(
-            f"{run.path}: this run trains with another loss (loss.toml); resume without --loss, or "
-            "give another --run"
-        )
-    save_loss(weights, own, name="loss", about="the loss that this run trains with")
+    weights = _own_loss(run, weights)
     digest = recipe_hash(recipe)
     facts = {
         **provenance(runtime),
@@ -91,6 +83,23 @@ def pretrain(
     card = network_card(recipe, weights, facts)
     save_tensors(out, member.loss.rgb.state_dict(), facts=card)
     return out
+
+
+def _own_loss(run: RunFolder, weights: LossWeights | None) -> LossWeights:
+    """The loss that a run trains with, written to loss.toml as it begins; it never changes after that."""
+    path = run.path / "loss.toml"
+    if path.exists():
+        own = load_loss(path)
+        if weights not in (None, own):
+            raise RunError(
+                f"{run.path}: this run trains with another loss (loss.toml); resume without --loss, or "
+                "give another --run"
+            )
+        return own
+    if weights is None:
+        raise RunError(f"{run.path}: ended before it had its loss (loss.toml); give --loss again")
+    save_loss(weights, path, name="loss", about="the loss that this run trains with")
+    return weights
 
 
 def network_card(recipe: Recipe, weights: LossWeights, facts: Mapping[str, Any]) -> dict[str, Any]:

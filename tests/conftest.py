@@ -1,4 +1,4 @@
-"""What every test shares: real videos where they are present, GPU tests only on a GPU, threads within the cores."""
+"""What every test shares: real videos where they are present, GPU tests only on a GPU, one thread."""
 
 import os
 from pathlib import Path
@@ -12,13 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 
-def cores() -> int:
-    """Cores that this process may use, which a container can make fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def pytest_configure() -> None:
-    torch.set_num_threads(cores())
+    torch.set_num_threads(1)  # tests' networks are tiny: two threads wait for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

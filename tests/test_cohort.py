@@ -52,9 +52,7 @@ def labelled(trainer: Trainer, tiny_shards: Path) -> LabelledClips:
 @pytest.fixture(scope="module")
 def alone(trainer: Trainer, labelled: LabelledClips) -> list[MemberResult]:
     """Each loss in a run of its own."""
-    return [
-        evaluate_cohort(trainer, labelled, losses=[loss], seeds=[3])[0] for loss in LOSSES
-    ]
+    return [evaluate_cohort(trainer, labelled, losses=[loss], seeds=[3])[0] for loss in LOSSES]
 
 
 def same(one: MemberResult, other: MemberResult) -> bool:

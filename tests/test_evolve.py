@@ -114,7 +114,7 @@ def ended_as(run: Path, reference: Path) -> None:
     assert load_loss(run / "best.toml") == load_loss(reference / "best.toml")
     assert equal_networks(run, reference)
     assert (run / "report.html").stat().st_size > 1000
-    assert not [path for path in run.rglob("*.tmp")]
+    assert not list(run.rglob("*.tmp"))
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +180,7 @@ def test_the_summary_is_made_of_the_records(reference: Path) -> None:
     assert facts["versions"]["torch"] == version("torch")
 
 
-def test_pretrain_takes_the_best_loss(
-    reference: Path, tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_pretrain_takes_the_best_loss(reference: Path, tiny_shards: Path, tmp_path: Path) -> None:
     told = command(
         *("pretrain", "--loss", reference / "best.toml", "--videos", tiny_shards / "unlabelled"),
         *("--recipe", TINY, "--run", tmp_path / "run", "--device", "cpu"),
@@ -288,9 +286,7 @@ def test_resuming_a_finished_run_changes_no_number(
     assert {p: p.read_bytes() for p in (reference / "members").iterdir()} == files
 
 
-@pytest.mark.parametrize(
-    "more", [("--set", "optim.lr=0.1"), ("--seed", "1"), ("--recipe", "demo")]
-)
+@pytest.mark.parametrize("more", [("--set", "optim.lr=0.1"), ("--seed", "1"), ("--recipe", "demo")])
 def test_a_run_is_not_resumed_with_another_recipe(reference: Path, more: tuple[str, ...]) -> None:
     line = one_line(resume(reference, *more), code=2)
     assert recipe_hash(RECIPE) in line and "give another --run" in line

@@ -145,9 +145,7 @@ def test_batch_statistics_are_those_of_a_training_network(index: ClipIndex) -> N
 
 @pytest.mark.parametrize("batch_norm", ["batch", "running"])
 @pytest.mark.parametrize("training", [True, False])
-def test_networks_are_left_as_they_were(
-    index: ClipIndex, batch_norm: str, training: bool
-) -> None:
+def test_networks_are_left_as_they_were(index: ClipIndex, batch_norm: str, training: bool) -> None:
     labelled = labelled_clips(index, f'fitness.batch_norm="{batch_norm}"')
     used = network().train(training)
     used.layer2.eval()

@@ -170,11 +170,11 @@ def test_a_member_that_ends_leaves_the_others_their_step(trainer: Trainer) -> No
 def test_a_loss_without_a_term_that_can_be_computed_is_refused(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="no weight above 0$"):
+    with pytest.raises(ValueError, match=r"no weight above 0$"):
         trainer.member(check_weights({}), seed=0)
     heard = check_weights({"rgb/align_audio": 1.0})
     assert trainer.member(heard, seed=0).active == ("rgb/align_audio",)
     monkeypatch.setattr(trainer, "sound", False)
-    with pytest.raises(ValueError, match="videos have none$"):
+    with pytest.raises(ValueError, match=r"videos have none$"):
         trainer.member(heard, seed=0)
     assert trainer.member(heard | {"rgb/shuffle": 1.0}, seed=0).active == ("rgb/shuffle",)

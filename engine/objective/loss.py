@@ -136,7 +136,9 @@ class EvolvedLoss(nn.Module):
             if m == "audio":
                 misaligned = any(BY_NAME[name].task == "align_audio" for name in active)
                 assert views.shifted_audio is not None
-                stack = torch.cat([clip, views.shifted_audio]) if misaligned else clip
+                heard = with_sound(views.has_audio)
+                stack = torch.cat([clip, views.shifted_audio] if misaligned else [clip])
+                stack = stack[torch.cat([heard, heard + n]) if misaligned else heard]
                 *layers, pooled = self._network(m).forward_features(stack)
                 result.clip[m] = [*(layer[:n] for layer in layers), pooled[:n]]
                 result.shifted_audio = pooled[n:] if misaligned else None
@@ -156,6 +158,16 @@ class EvolvedLoss(nn.Module):
             if f"{m}/backward" in active:
                 result.reversed[m] = changed.pop(0)
         return result
+
+
+def with_sound(has_audio: Tensor) -> Tensor:
+    """int64 (N,): each clip's own index or, for one without sound, that of a clip with sound, in turn.
+
+    Batch norm would otherwise take silence, where there is no sound, into every clip's features.
+    """
+    own = torch.arange(len(has_audio), device=has_audio.device)
+    first = has_audio.to(torch.int8).argsort(descending=True, stable=True)
+    return torch.where(has_audio, own, first[own % has_audio.sum().clamp(min=1)])
 
 
 def active_terms(weights: Mapping[str, float], *, sound: bool) -> tuple[str, ...]:
