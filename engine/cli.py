@@ -239,9 +239,11 @@ def ingest(videos: tuple[Path, ...], out: Path, workers: int | None, **settings:
     from engine.display import Display, table
 
     with Display() as display:
-        report = run(
-            videos, out, workers=workers, progress=lambda done, total, _: display.prepare("reading videos", done, total), **settings
-        )  # fmt: skip
+
+        def progress(done: int, total: int, _: int) -> None:
+            display.prepare("reading videos", done, total)
+
+        report = run(videos, out, workers=workers, progress=progress, **settings)
         rows = [[str(r.path), r.reason] for r in report.rejects[:20]]
         if rows:
             display.console.print(
@@ -309,8 +311,12 @@ def _named_before(
     facts: dict[str, Any] | None, videos: tuple[Path, ...], labelled: tuple[Path, ...]
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The videos that a resumed run began with, unless they are given again (they may have moved)."""
-    if facts is None or videos:
+    if videos:
         return videos, labelled
+    if facts is None:
+        raise ValueError(
+            "the run ended before it noted its videos: give --videos and --labelled again"
+        )
     named = (facts["videos"], facts["labelled"])
     if named == (["demo"], ["demo"]):
         return (), ()

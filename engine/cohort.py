@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.features import LabelledClips
 from engine.fitness import FitnessResult, kmeans_fitness
 from engine.objective.terms import LossWeights
-from engine.train import Member, NonFiniteLoss, Trainer
+from engine.train import Member, MemberFailed, Trainer
 
 OnStep = Callable[[int, Sequence[float]], None]
 """Called after each step with the step and the members' losses (nan for those that left)."""
@@ -114,7 +114,7 @@ def _train(
         outcomes = trainer.step_all([member for member in members if member is not None], views)
         losses = [float("nan")] * len(members)
         for i, outcome in zip(going, outcomes, strict=True):
-            if isinstance(outcome, NonFiniteLoss):
+            if isinstance(outcome, MemberFailed):
                 members[i], failed[i] = None, str(outcome)
             else:
                 losses[i] = outcome

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine.checkpoint import save_tensors
 from engine.cohort import MemberResult, evaluate_cohort, untrained_fitness
-from engine.data.library import Library
+from engine.data.library import Library, fingerprint
 from engine.display import Display
 from engine.features import LabelledClips
 from engine.objective.terms import LossWeights
@@ -55,6 +53,7 @@ class Evolution:
         self.trainer = Trainer(recipe, data.videos.index, runtime, self.clock)
         self.labelled = LabelledClips(data.labelled.index, recipe, runtime=runtime)
         self.hash = recipe_hash(recipe)
+        run.begin()
         self._write_provenance(runtime)
         with self.clock("search"):
             self.study = SearchStudy(
@@ -294,9 +293,9 @@ class Evolution:
 
     def _write_provenance(self, runtime: Runtime) -> None:
         videos, labelled = self.data.videos, self.data.labelled
-        fingerprint = _fingerprint(videos, labelled)
+        identity = fingerprint(videos, labelled)
         old = self.run.read_json("provenance.json")
-        if old is not None and old["data"] != fingerprint:
+        if old is not None and old["data"] != identity:
             raise RunError(
                 f"{self.run.path}: the videos are not those that this run began with; "
                 "bring them back, or start a new run"
@@ -317,20 +316,11 @@ class Evolution:
             "rejected": [
                 f"{r.path}: {r.reason}" for r in dict.fromkeys((*videos.rejects, *labelled.rejects))
             ],
-            "data": fingerprint,
+            "data": identity,
         }
         if old is not None:
             facts = {**old, "resumed": [*old.get("resumed", []), facts["started"]]}
         self.run.write_json("provenance.json", facts)
-
-
-def _fingerprint(*libraries: Library) -> str:
-    """Identifies shards by their data set files, which hold every shard's checksum."""
-    digest = hashlib.sha256()
-    for library in libraries:
-        for folder in library.shards:
-            digest.update((Path(folder) / "dataset.json").read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:

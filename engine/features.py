@@ -42,7 +42,8 @@ class LabelledClips:
             )
         if len(self.clips) <= self.num_classes:
             raise ValueError(
-                f"{len(self.clips)} labelled clips for {self.num_classes} classes: fitness needs more clips than classes"
+                f"{len(self.clips)} labelled clips for {self.num_classes} classes: "
+                "fitness needs more clips than classes"
             )
         # Batch statistics must not tell classes apart by the order in which folders were read.
         self._order = np.random.Generator(np.random.Philox(key=[0, 0xFEA7])).permutation(

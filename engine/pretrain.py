@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.checkpoint import load_member, save_member, save_tensors
-from engine.data.library import Library
+from engine.data.library import Library, fingerprint
 from engine.data.views import RGB_MEAN, RGB_STD
 from engine.display import Display
 from engine.objective.terms import LossWeights
@@ -40,32 +40,22 @@ def pretrain(
     NonFiniteLoss where training diverges.
     """
     make_deterministic(runtime)
-    weights = _own_loss(run, weights)
-    digest = recipe_hash(recipe)
-    facts = {
-        **provenance(runtime),
-        "seed": recipe.seed,
-        "recipe_hash": digest,
-        "num_clips": len(library.index),
-    }
-    run.write_json("provenance.json", facts)
     trainer = Trainer(recipe, library.index, runtime)
+    run.begin()
+    weights = _own_loss(run, weights)
+    facts = _provenance(recipe, library, run=run, runtime=runtime)
+    digest = facts["recipe_hash"]
     member = trainer.member(weights, seed=recipe.seed)
     last = run.checkpoints / "last.safetensors"
     if last.exists():
         load_member(last, member, recipe_hash=digest)
         display.say(f"going on from step {member.step}")
     board = SummaryWriter(str(run.tensorboard), purge_step=member.step)
-    steps, batch, first, began = (
-        recipe.optim.steps,
-        recipe.optim.batch_size,
-        member.step,
-        time.perf_counter(),
-    )
+    steps, first, began = recipe.optim.steps, member.step, time.perf_counter()
     display.start("training", steps)
     for step, views in trainer.rounds([member], seed=recipe.seed):
         total = trainer.step(member, views)
-        rate = (member.step - first) * batch / (time.perf_counter() - began)
+        rate = (member.step - first) * recipe.optim.batch_size / (time.perf_counter() - began)
         display.update("training", member.step, steps, note=f"loss {total:.3f}  {rate:.0f} clips/s")
         if step % LOG_EVERY == 0 or member.step == steps:
             scalars = {
@@ -83,6 +73,29 @@ def pretrain(
     card = network_card(recipe, weights, facts)
     save_tensors(out, member.loss.rgb.state_dict(), facts=card)
     return out
+
+
+def _provenance(
+    recipe: Recipe, library: Library, *, run: RunFolder, runtime: Runtime
+) -> dict[str, Any]:
+    """Write provenance.json, or check that a run is continued on the videos that it began with."""
+    facts = {
+        **provenance(runtime),
+        "seed": recipe.seed,
+        "recipe_hash": recipe_hash(recipe),
+        "num_clips": len(library.index),
+        "data": fingerprint(library),
+    }
+    old = run.read_json("provenance.json")
+    if old is not None:
+        if old["data"] != facts["data"]:
+            raise RunError(
+                f"{run.path}: the videos are not those that this run began with; "
+                "bring them back, or start a new run"
+            )
+        facts = {**old, "resumed": [*old.get("resumed", []), facts["started"]]}
+    run.write_json("provenance.json", facts)
+    return facts
 
 
 def _own_loss(run: RunFolder, weights: LossWeights | None) -> LossWeights:

@@ -111,7 +111,7 @@ class Fitness(Section, frozen=True):
     """K-means runs whose agreements are averaged."""
     batch_norm: Literal["batch", "running"] = "batch"
     """Statistics of batch norm while features are taken: of the labelled batch, or the running ones."""
-    batch_size: Annotated[int, Meta(ge=2)] = 32
+    batch_size: Annotated[int, Meta(ge=4)] = 32
 
 
 class Search(Section, frozen=True):
@@ -265,10 +265,13 @@ def preset_names(folder: str = "") -> list[str]:
 
 def _read_toml(name_or_path: str | Path, *, folder: str) -> tuple[str, str]:
     path = Path(name_or_path)
-    if path.is_file():
-        return path.read_text(encoding="utf-8"), str(path)
     name = str(name_or_path)
     kind = "loss" if folder else "recipe"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), name
+        except UnicodeDecodeError:
+            raise RecipeError(f"{kind} {name}: not a text file in UTF-8") from None
     if path.suffix == ".toml" or path.parent != Path("."):
         raise RecipeError(f"{kind} {name}: no such file")
     known = preset_names(folder)

@@ -31,20 +31,28 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self._lock: TextIO | None = None
+        self._new: Recipe | None = None
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> RunFolder:
-        """Make a new run; raises RunError where the folder holds one already."""
+        """A new run, not on disk before ``begin``; raises RunError where the folder holds one already."""
         run = cls(path)
+        run._new = recipe
         if (path / "recipe.toml").exists():
             raise RunError(
                 f"{path}: holds a run already; continue it with --resume, or give another --run"
             )
-        for folder in (run.members, run.checkpoints, run.tensorboard):
-            folder.mkdir(parents=True, exist_ok=True)
-        run._take_lock()
-        write_text_atomic(path / "recipe.toml", to_toml(recipe))
         return run
+
+    def begin(self) -> None:
+        """Make a new run's folder, once its videos are known to be there; nothing for one that is continued."""
+        if self._new is None:
+            return
+        for folder in (self.members, self.checkpoints, self.tensorboard):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        write_text_atomic(self.path / "recipe.toml", to_toml(self._new))
+        self._new = None
 
     @classmethod
     def reopen(cls, path: Path, recipe: Recipe | None) -> tuple[RunFolder, Recipe]:

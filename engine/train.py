@@ -23,7 +23,11 @@ CHECK_EVERY_ON_GPU = 10
 """Steps between looks at whether the loss is finite: each look makes the host wait for the GPU."""
 
 
-class NonFiniteLoss(RuntimeError):
+class MemberFailed(RuntimeError):
+    """A member can't go on; the message says why. Others are not concerned."""
+
+
+class NonFiniteLoss(MemberFailed):
     """A member's loss became NaN or infinite; the message names the step and the terms."""
 
 
@@ -145,18 +149,20 @@ class Trainer:
                 views = self.views(batch, modalities)
             yield step, views
 
-    def step_all(self, members: Sequence[Member], views: Views) -> list[float | NonFiniteLoss]:
+    def step_all(self, members: Sequence[Member], views: Views) -> list[float | MemberFailed]:
         """Step members on one batch; each gets its loss, or what ended it.
 
         On a CPU members run side by side, a core each, which also makes a member's numbers independent of
         its company; on a GPU they follow one another.
         """
 
-        def attempt(member: Member) -> float | NonFiniteLoss:
+        def attempt(member: Member) -> float | MemberFailed:
             try:
                 return self.step(member, views)
-            except NonFiniteLoss as error:
+            except MemberFailed as error:
                 return error
+            except RuntimeError as error:  # such as out of memory
+                return MemberFailed(f"step {member.step}: {str(error).splitlines()[0]}")
 
         with self.clock("train"):
             return list(self.runtime.map(attempt, members))

@@ -62,6 +62,15 @@ def _progress(what: str, report: Report) -> Callable[[int, int, int], None]:
     return lambda done, total, _: report(what, done, total)
 
 
+def fingerprint(*libraries: Library) -> str:
+    """Identifies data by their shards' data set files, which hold every shard's checksum."""
+    digest = hashlib.sha256()
+    for library in libraries:
+        for folder in library.shards:
+            digest.update((folder / "dataset.json").read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def default_shard_cache() -> Path:
     """Where shards of raw folders are kept between runs: beside the demo's set in the user's cache."""
     return default_cache().parent / "shards"
