@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks here are tiny: two threads wait for each other
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # tests' networks are tiny: two threads wait for each other
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

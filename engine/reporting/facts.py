@@ -187,7 +187,7 @@ def read_run(folder: Path) -> Run:
     provenance = _read(folder / "provenance.json", unread=unread)
     summary = _read(folder / "summary.json", unread=unread)
     trials: dict[int, Trial] = {}
-    for path in sorted((folder / "members").glob("*.json")):
+    for path in sorted((folder / "members").glob("[0-9]*.json")):
         row = _read(path, unread=unread)
         index = _integer(row.get("trial"), -1)
         if index >= 0:
