@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks here are tiny: two threads wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # networks here are tiny: two threads wait for each other
 
 import pytest
 import torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -10,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 cv2.setNumThreads(1)  # clips run side by side instead: no thread start per frame pair
-_local = threading.local()
+MIN_SIDE_OF_SCALE_1 = 46
+"""Pixels: OpenCV starts from scale 1 or coarser, of 8-pixel patches, in pictures of this side and up."""
 
 
 def dis_flow(
@@ -26,7 +26,7 @@ def dis_flow(
 
     def one(i: int) -> None:
         grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clips[i]]
-        dis = _searcher()
+        dis = _searcher(h, w)
         for k in range(f - 1):
             flow[i, k] = dis.calc(grey[k], grey[k + 1], None)
 
@@ -34,11 +34,11 @@ def dis_flow(
     return flow
 
 
-def _searcher() -> cv2.DISOpticalFlow:
-    """This thread's own searcher: one keeps buffers between calls and can't be shared."""
-    if not hasattr(_local, "dis"):
-        _local.dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-        _local.dis.setFinestScale(
-            1
-        )  # at training sizes the preset's scale 2 blurs small objects away
-    return _local.dis
+def _searcher(height: int, width: int) -> cv2.DISOpticalFlow:
+    """A searcher of a clip's own: OpenCV changes one's scales for good when it meets a small picture.
+
+    Finest scale 1, because at training sizes the preset's 2 blurs small objects away; below that, 0.
+    """
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    dis.setFinestScale(1 if min(height, width) >= MIN_SIDE_OF_SCALE_1 else 0)
+    return dis

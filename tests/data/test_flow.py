@@ -50,3 +50,15 @@ def test_threads_change_nothing() -> None:
     clips = np.random.default_rng(1).integers(0, 255, (4, 3, 32, 32, 3), np.uint8)
     with ThreadPoolExecutor(2) as pool:
         np.testing.assert_array_equal(dis_flow(clips, pool=pool), dis_flow(clips))
+
+
+@pytest.mark.parametrize("small", [16, 24, 32, 40])
+def test_flow_does_not_depend_on_what_came_before(small: int) -> None:
+    """OpenCV's searcher changes its own settings when it meets a small picture."""
+    random = np.random.default_rng(2)
+    clip = random.integers(0, 255, (1, 3, 48, 48, 3), np.uint8)
+    before = dis_flow(clip)
+    tiny = random.integers(0, 255, (1, 3, small, small, 3), np.uint8)
+    once, again = dis_flow(tiny), dis_flow(tiny)
+    np.testing.assert_array_equal(once, again)
+    np.testing.assert_array_equal(dis_flow(clip), before)
