@@ -72,7 +72,7 @@ def save_member(path: Path, member: Member, *, facts: Mapping[str, Any]) -> None
     }
     if member.values is not None:
         tensors["values"] = member.values
-    place = {"step": member.step, "names": member.names, "active": member.active}
+    place = {"step": member.step, "computed": member.computed, "active": member.active}
     save_tensors(
         path, {**tensors, **states}, facts={**facts, **place, "optimizer_tensors": len(states)}
     )
@@ -110,11 +110,15 @@ def load_member(path: Path, member: Member, *, recipe_hash: str) -> dict[str, An
     for name in states:
         _, key, parameter = name.split(".", 2)
         target, tensor = parameters[parameter], tensors[name]
-        like = target if tensor.shape == target.shape else None
-        member.optimizer.state[target][key] = _placed(tensor, target.device, like)
+        state = member.optimizer.state[target]
+        if key in state:
+            state[key].copy_(tensor)
+        else:
+            like = target if tensor.shape == target.shape else None
+            state[key] = _placed(tensor, target.device, like)
     if "values" in tensors:
         member.values = tensors["values"].to(member.weights.device)
-    member.step, member.names = facts["step"], tuple(facts["names"])
+    member.step = facts["step"]
     return facts
 
 

@@ -1,19 +1,21 @@
 """Fitness: how well k-means on the features of labelled clips finds the clips' classes.
 
-Shape letters: N clips, D features. Nothing here trains or sees a video; the labels are those of the
+Shape letters: M members, S runs, N clips, D features. Nothing here trains or sees a video; the labels are those of the
 train split, and all that they decide is a number per member.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from functools import cache
 from importlib.util import find_spec
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from sklearn.cluster import KMeans  # type: ignore[import-untyped]
@@ -24,11 +26,21 @@ from sklearn.metrics import (  # type: ignore[import-untyped]
 )
 from sklearn.metrics.cluster import contingency_matrix  # type: ignore[import-untyped]
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+from torch import Tensor
 
-from engine import recipe
+from engine import kmeans, recipe
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
+Backend = Literal["sklearn", "cuml", "batched"]
+
+AUTO: dict[str, Backend] = {"cpu": "sklearn", "cuda": "batched"}
+"""What ``auto`` stands for on each type of device.
+
+On a CPU k-means is bound by arithmetic, of which scikit-learn does half: it adds a clip to its cluster's sum
+where the batched one multiplies by one-hot assignments. On a GPU a clustering of some thousand clips is
+bound by launches, of which the batched one needs as many for all members, runs and starts as cuML for one.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,8 @@ class FitnessResult:
     """Sample standard deviation of ``settings.metric`` over the k-means runs; 0 for one run."""
     effective_rank: float
     """Effective rank of the features: near 1, they have collapsed."""
-    backend: Literal["sklearn", "cuml"]
-    """The library whose k-means was run."""
+    backend: Backend
+    """Whose k-means was run: scikit-learn's, cuML's or the engine's own batched one."""
 
 
 def agreement(labels: Ints, clusters: Ints) -> Agreement:
@@ -84,7 +96,7 @@ def agreement(labels: Ints, clusters: Ints) -> Agreement:
 
 
 def kmeans_fitness(
-    features: Floats,
+    features: Floats | Tensor,
     labels: Ints,
     *,
     settings: recipe.Fitness,
@@ -92,64 +104,68 @@ def kmeans_fitness(
     seed: int,
     device: str = "cpu",
 ) -> FitnessResult:
-    """Cluster features into ``num_classes`` clusters and compare them with the classes (the paper).
-
-    ``features`` (N, D) float are clustered as they are: the paper clusters the representation
-    itself, k-means is blind to a shift and to a common scale, and no other scaling is better for
-    every kind of feature. ``labels`` (N,) are class ids in [0, num_classes). Averages
-    ``settings.kmeans_seeds`` runs, each the best of ``settings.kmeans_init`` starts. On a CPU equal
-    arguments give equal bits, whatever the number of threads; with cuML (``device`` "cuda...")
-    they need not.
-
-    Raises ValueError for features that are not finite, labels outside the classes, lengths that
-    differ, and fewer clips than classes.
-    """
-    features, labels = np.asarray(features), np.asarray(labels)
-    _check_features(features)
-    _check_labels(labels)
-    if len(labels) != len(features):
-        raise ValueError(f"fitness: {len(features)} clips have features, {len(labels)} have labels")
-    if labels.max() >= num_classes:
-        raise ValueError(f"fitness: label {labels.max()} is not one of {num_classes} classes")
-    if len(features) < num_classes:
-        raise ValueError(
-            f"fitness: {len(features)} labelled clips are too few for {num_classes} classes:"
-            " give at least one clip per class, better ten"
-        )
-    backend = kmeans_backend(device)
-    cluster = _cluster_cuml if backend == "cuml" else _cluster_sklearn
-    runs = []
-    with _one_thread():
-        for run in range(settings.kmeans_seeds):
-            clusters = cluster(
-                features, num_classes, starts=settings.kmeans_init, seed=_run_seed(seed, run)
-            )
-            runs.append(agreement(labels, clusters))
-    values = [getattr(each, settings.metric) for each in runs]
-    return FitnessResult(
-        value=fmean(values),
-        metrics=Agreement(
-            hungarian=fmean(each.hungarian for each in runs),
-            nmi=fmean(each.nmi for each in runs),
-            ari=fmean(each.ari for each in runs),
-        ),
-        sd=stdev(values) if len(values) > 1 else 0.0,
-        effective_rank=effective_rank(features),
-        backend=backend,
+    """One member's fitness, as ``cohort_fitness`` gives it; raises ValueError where there is none."""
+    (result,) = cohort_fitness(
+        [features], labels, settings=settings, num_classes=num_classes, seed=seed, device=device
     )
+    if isinstance(result, str):
+        raise ValueError(result)
+    return result
 
 
-def effective_rank(features: Floats) -> float:
+def cohort_fitness(
+    features: Sequence[Floats | Tensor],
+    labels: Ints,
+    *,
+    settings: recipe.Fitness,
+    num_classes: int,
+    seed: int,
+    device: str = "cpu",
+) -> list[FitnessResult | str]:
+    """Cluster each member's features into ``num_classes`` and compare with the classes (the paper).
+
+    ``features`` (N, D) float, an array or a tensor a member, are clustered as they are: the paper clusters
+    the representation itself, k-means is blind to a shift and to a common scale, and no other scaling is
+    better for every kind of feature. ``labels`` (N,) are class ids in [0, num_classes). Averages
+    ``settings.kmeans_seeds`` runs, each the best of ``settings.kmeans_init`` starts, whose random numbers
+    depend on ``seed`` alone. In any company a member's numbers are the same on a CPU, to the bit and
+    whatever the number of threads; on a GPU (``device`` "cuda...") up to float32's rounding.
+
+    A member without fitness gets the reason: features that are not finite, or not one row a label. Raises
+    ValueError for labels outside the classes, fewer clips than classes, and k-means that is not there.
+    """
+    backend = kmeans_backend(device, settings.kmeans)
+    labels = np.asarray(labels)
+    _check_labels(labels, num_classes)
+    faults = [_fault(each, labels) for each in features]
+    sound = [each for each, fault in zip(features, faults, strict=True) if fault is None]
+    if backend != "sklearn":
+        sound = [_on_device(each, device) for each in sound]
+    with _one_thread():
+        clustered = iter(_CLUSTER[backend](sound, num_classes, settings, seed) if sound else ())
+        ranks = map(effective_rank, sound)
+        return [
+            _result(next(clustered), labels, settings.metric, next(ranks), backend)
+            if fault is None
+            else fault
+            for fault in faults
+        ]
+
+
+def effective_rank(features: Floats | Tensor) -> float:
     """Exponential of the entropy of the singular values scaled to sum 1 (Roy & Vetterli 2007).
 
-    ``features`` (N, D), not centred. Between 1 (all clips have the same features, up to scale) and
-    min(N, D) (all directions equally strong); 0 for features that are all zero. Raises ValueError
-    for features that are not finite.
+    ``features`` (N, D), not centred; a tensor on a GPU is judged there. Between 1 (all clips have the same
+    features, up to scale) and min(N, D) (all directions equally strong); 0 for features that are all zero.
+    Raises ValueError for features that are not finite.
     """
-    features = np.asarray(features)
-    _check_features(features)
+    if (fault := _fault(features)) is not None:
+        raise ValueError(fault)
     with _one_thread():
-        values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
+        if isinstance(features, Tensor) and features.is_cuda:
+            values: NDArray[np.float64] = _singular_values(features)
+        else:
+            values = np.linalg.svd(_float64(features), compute_uv=False)
     total = values.sum()
     if total == 0.0:
         return 0.0
@@ -158,28 +174,142 @@ def effective_rank(features: Floats) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def kmeans_backend(device: str) -> Literal["sklearn", "cuml"]:
-    """The library that clusters for a device: cuML on a GPU where installed, else scikit-learn."""
-    return "cuml" if device.startswith("cuda") and find_spec("cuml") is not None else "sklearn"
+def kmeans_backend(device: str, choice: str = "auto") -> Backend:
+    """Whose k-means a device gets for a choice of ``fitness.kmeans``.
+
+    Raises ValueError for cuML where it is not installed or there is no GPU.
+    """
+    if choice == "cuml" and (not device.startswith("cuda") or find_spec("cuml") is None):
+        lacking = "it is not installed" if device.startswith("cuda") else f"this runs on {device}"
+        raise ValueError(
+            f'fitness.kmeans = "cuml" needs cuML (extra cuda12 or cuda13) and a GPU, but {lacking}:'
+            ' write "auto"'
+        )
+    return AUTO[torch.device(device).type] if choice == "auto" else cast(Backend, choice)
 
 
-def _cluster_sklearn(features: Floats, num_clusters: int, *, starts: int, seed: int) -> Ints:
+Clusterer = Callable[[Sequence[Any], int, recipe.Fitness, int], list[Ints]]
+"""(members' features, clusters, settings, seed) -> each member's clusters (S, N), a row a run."""
+
+
+def _cluster_sklearn(
+    members: Sequence[Floats], num_clusters: int, settings: recipe.Fitness, seed: int
+) -> list[Ints]:
     # float64: faster than float32 at these sizes, and no square of a finite float32 overflows.
-    model = KMeans(num_clusters, n_init=starts, random_state=seed)
+    def one_run(features: Floats, run: int) -> Ints:
+        model = KMeans(num_clusters, n_init=settings.kmeans_init, random_state=_run_seed(seed, run))
+        clusters: Ints = model.fit_predict(_float64(features))
+        return clusters
+
     with warnings.catch_warnings():
         # Collapsed features have fewer distinct points than clusters: a low fitness, not a warning.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        clusters: Ints = model.fit_predict(features.astype(np.float64))
+        return [
+            np.stack([one_run(features, run) for run in range(settings.kmeans_seeds)])
+            for features in members
+        ]
+
+
+def _cluster_batched(
+    members: Sequence[Tensor], num_clusters: int, settings: recipe.Fitness, seed: int
+) -> list[Ints]:
+    found = kmeans.kmeans(members, _draws(num_clusters, settings, seed))
+    labels, inertia = found.labels.cpu().numpy(), found.inertia.cpu().numpy()
+    return [_best_of_each_run(*of, settings) for of in zip(labels, inertia, strict=True)]
+
+
+def _cluster_cuml(
+    members: Sequence[Tensor], num_clusters: int, settings: recipe.Fitness, seed: int
+) -> list[Ints]:
+    from cuml.cluster import KMeans as GpuKMeans
+
+    draws = _draws(num_clusters, settings, seed)
+    clusters = []
+    for features in members:
+        x, _ = kmeans.centred(features, dtype=torch.float32)
+        tolerance = kmeans.TOLERANCE * float(x.square().mean())  # cuML's is not relative
+        labels, inertia = [], []
+        for start in kmeans.plus_plus(x[None], draws)[0]:
+            model = GpuKMeans(
+                n_clusters=num_clusters,
+                init=_cuml_array(x[start]),
+                n_init=1,
+                max_iter=kmeans.MAX_ITERATIONS,
+                tol=tolerance,
+                output_type="numpy",
+            )
+            labels.append(np.asarray(model.fit_predict(_cuml_array(x))).astype(np.int64))
+            inertia.append(float(model.inertia_))
+        clusters.append(_best_of_each_run(np.stack(labels), np.array(inertia), settings))
     return clusters
 
 
-def _cluster_cuml(features: Floats, num_clusters: int, *, starts: int, seed: int) -> Ints:
-    from cuml.cluster import KMeans as GpuKMeans
+_CLUSTER: dict[Backend, Clusterer] = {
+    "sklearn": _cluster_sklearn,
+    "cuml": _cluster_cuml,
+    "batched": _cluster_batched,
+}
 
-    model = GpuKMeans(
-        n_clusters=num_clusters, n_init=starts, random_state=seed, output_type="numpy"
+
+def _draws(num_clusters: int, settings: recipe.Fitness, seed: int) -> NDArray[np.float64]:
+    runs, restarts = settings.kmeans_seeds, settings.kmeans_init
+    return kmeans.draws(seed, runs=runs, restarts=restarts, num_clusters=num_clusters)
+
+
+def _best_of_each_run(labels: Ints, inertia: Floats, settings: recipe.Fitness) -> Ints:
+    """Labels (S, N) with the least inertia among each run's starts, which follow one another."""
+    best = inertia.reshape(settings.kmeans_seeds, settings.kmeans_init).argmin(1)
+    chosen: Ints = labels[best + settings.kmeans_init * np.arange(len(best))]
+    return chosen
+
+
+def _cuml_array(tensor: Tensor) -> Any:
+    """The same memory as cuML takes it; cuML works on a stream of its own."""
+    if not tensor.is_cuda:
+        return tensor.numpy()
+    import cupy
+
+    torch.cuda.synchronize(tensor.device)
+    return cupy.asarray(tensor)
+
+
+def _result(
+    clusters: Ints, labels: Ints, metric: str, rank: float, backend: Backend
+) -> FitnessResult:
+    runs = [agreement(labels, run) for run in clusters]
+    values = [getattr(each, metric) for each in runs]
+    return FitnessResult(
+        value=fmean(values),
+        metrics=Agreement(*map(fmean, zip(*map(astuple, runs), strict=True))),
+        sd=stdev(values) if len(values) > 1 else 0.0,
+        effective_rank=rank,
+        backend=backend,
     )
-    return np.asarray(model.fit_predict(features.astype(np.float32))).astype(np.int64)
+
+
+def _singular_values(features: Tensor) -> NDArray[np.float64]:
+    """Singular values, from the eigenvalues of the smaller Gram matrix in float64.
+
+    On a GPU a tenth of the time of an SVD. What float64's squares lose, below 1e-8 of the largest value, is
+    less than the rounding of float32 features.
+    """
+    wide = features.double()
+    wide = wide / wide.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    gram = wide.T @ wide if wide.shape[0] > wide.shape[1] else wide @ wide.T
+    values: NDArray[np.float64] = torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt().cpu().numpy()
+    return values
+
+
+def _float64(features: Floats | Tensor) -> NDArray[np.float64]:
+    if isinstance(features, Tensor):
+        features = features.detach().cpu().double().numpy()
+    return features.astype(np.float64)
+
+
+def _on_device(features: Floats | Tensor, device: str) -> Tensor:
+    if not isinstance(features, Tensor):
+        features = torch.from_numpy(np.ascontiguousarray(features))
+    return features.detach().to(device)
 
 
 def _run_seed(seed: int, run: int) -> int:
@@ -197,21 +327,33 @@ def _one_thread() -> Any:
     return _thread_pools().limit(limits=1)
 
 
-def _check_features(features: Floats) -> None:
-    if features.ndim != 2 or features.size == 0 or features.dtype.kind != "f":
-        raise ValueError(
+def _fault(features: Floats | Tensor, labels: Ints | None = None) -> str | None:
+    """Why features can't be judged, where they can't."""
+    if isinstance(features, Tensor):
+        is_float, size = features.is_floating_point(), features.numel()
+    else:
+        features = np.asarray(features)
+        is_float, size = features.dtype.kind == "f", features.size
+    if features.ndim != 2 or size == 0 or not is_float:
+        return (
             "fitness: features must be floats of shape (clips, features),"
-            f" not {features.dtype} of shape {features.shape}"
+            f" not {features.dtype} of shape {tuple(features.shape)}"
         )
-    bad = ~np.isfinite(features).all(axis=1)
+    if isinstance(features, Tensor):
+        bad: NDArray[np.bool_] = ~torch.isfinite(features).all(dim=1).cpu().numpy()
+    else:
+        bad = np.logical_not(np.isfinite(features).all(axis=1))
     if bad.any():
-        raise ValueError(
+        return (
             f"fitness: features of {bad.sum()} of {len(features)} clips are not finite"
             f" (the first is clip {int(bad.argmax())})"
         )
+    if labels is not None and len(labels) != len(features):
+        return f"fitness: {len(features)} clips have features, {len(labels)} have labels"
+    return None
 
 
-def _check_labels(labels: Ints) -> None:
+def _check_labels(labels: Ints, num_classes: int | None = None) -> None:
     if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iu":
         raise ValueError(
             "fitness: labels must be integers, one a clip,"
@@ -221,4 +363,13 @@ def _check_labels(labels: Ints) -> None:
         raise ValueError(
             f"fitness: {int((labels < 0).sum())} of {labels.size} clips have no label (-1):"
             " leave clips without a class out"
+        )
+    if num_classes is None:
+        return
+    if labels.max() >= num_classes:
+        raise ValueError(f"fitness: label {labels.max()} is not one of {num_classes} classes")
+    if len(labels) < num_classes:
+        raise ValueError(
+            f"fitness: {len(labels)} labelled clips are too few for {num_classes} classes:"
+            " give at least one clip per class, better ten"
         )

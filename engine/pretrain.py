@@ -40,12 +40,12 @@ def pretrain(
     NonFiniteLoss where training diverges.
     """
     make_deterministic(runtime)
-    trainer = Trainer(recipe, library.index, runtime)
+    trainer = Trainer(recipe, library.index, runtime, warn=display.say)
     run.begin()
     weights = _own_loss(run, weights)
     facts = _provenance(recipe, library, run=run, runtime=runtime)
     digest = facts["recipe_hash"]
-    member = trainer.member(weights, seed=recipe.seed)
+    member = trainer.member(weights, seed=recipe.seed, alone=True)
     last = run.checkpoints / "last.safetensors"
     if last.exists():
         load_member(last, member, recipe_hash=digest)

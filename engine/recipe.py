@@ -97,6 +97,8 @@ class Optim(Section, frozen=True):
     """Largest norm of the gradient."""
     amp: Literal["auto", "off", "bf16"] = "auto"
     """auto: bf16 on a GPU, float32 on a CPU."""
+    compile: Literal["auto", "off", "default", "reduce-overhead"] = "auto"
+    """torch.compile's mode for the step; reduce-overhead adds CUDA graphs. auto: default on a GPU, off on a CPU."""
 
 
 class Fitness(Section, frozen=True):
@@ -109,6 +111,8 @@ class Fitness(Section, frozen=True):
     """K-means starts per run; the one with the least inertia counts."""
     kmeans_seeds: Positive = 3
     """K-means runs whose agreements are averaged."""
+    kmeans: Literal["auto", "sklearn", "cuml", "batched"] = "auto"
+    """Whose k-means: scikit-learn's, cuML's, or the engine's own, which clusters a cohort at once; auto: by device."""
     batch_norm: Literal["batch", "running"] = "batch"
     """Statistics of batch norm while features are taken: of the labelled batch, or the running ones."""
     batch_size: Annotated[int, Meta(ge=4)] = 32

@@ -98,6 +98,14 @@ def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
     return Runtime(chosen, amp == "bf16" or (amp == "auto" and chosen.type == "cuda"))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an operation failed for want of memory, on the device or the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = ("can't allocate memory", "STATUS_ALLOC_FAILED", "out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def set_seed(seed: int) -> None:
     """Seed Python, NumPy and torch; what a member draws at its start is then the same everywhere."""
     random.seed(seed)

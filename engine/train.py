@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +15,20 @@ from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import plan_batch
 from engine.data.shards import ClipIndex
 from engine.data.views import ViewMaker, Views
-from engine.objective.loss import EvolvedLoss, active_terms, needed_modalities
+from engine.objective.loss import (
+    Branches,
+    EvolvedLoss,
+    active_terms,
+    branches,
+    evaluation_order,
+    weights_in_order,
+)
 from engine.objective.terms import TERM_NAMES, LossWeights
 from engine.recipe import Optim, Recipe
-from engine.runtime import Clock, Runtime, set_seed
+from engine.runtime import Clock, Runtime, is_out_of_memory, set_seed
+from engine.train_check import check_step
+from engine.train_compiled import Seat
+from engine.train_state import FlatState
 
 CHECK_EVERY_ON_GPU = 10
 """Steps between looks at whether the loss is finite: each look makes the host wait for the GPU."""
@@ -40,16 +51,24 @@ class Member:
     weights: Tensor
     """float32 (39,) in TERM_NAMES' order."""
     active: tuple[str, ...]
+    """Terms with a weight above 0 that the data allows."""
+    computed: tuple[str, ...]
+    """Terms that its steps evaluate, in their order: the active ones, or all that share their graph."""
+    ordered: Tensor
+    """float32 (computed,) the weights of these."""
+    alive: Branches
+    state: FlatState | None = None
+    """All of its state in one piece, where steps are compiled."""
     step: int = 0
     values: Tensor | None = None
-    """Running mean of the active terms' values, float32 (terms,)."""
-    names: tuple[str, ...] = ()
+    """Running mean of the computed terms' values, float32 (computed,)."""
 
     def term_values(self) -> dict[str, float]:
-        """Each computed term's running mean, unweighted."""
-        return (
-            {} if self.values is None else dict(zip(self.names, self.values.tolist(), strict=True))
-        )
+        """Each active term's running mean, unweighted."""
+        if self.values is None:
+            return {}
+        every = zip(self.computed, self.values.tolist(), strict=True)
+        return {name: value for name, value in every if name in self.active}
 
 
 @dataclass
@@ -60,8 +79,17 @@ class Trainer:
     index: ClipIndex
     runtime: Runtime
     clock: Clock = field(default_factory=Clock)
+    members_at_once: int | None = None
+    """Most members of a cohort; None: as many as memory is found to hold (see ``engine.cohort``)."""
+    warn: Callable[[str], object] = warnings.warn
+    """Told once, at the first step, where compiled code or bf16 does not compute what float32 does."""
 
     def __post_init__(self) -> None:
+        self.mode = self.recipe.optim.compile
+        if self.mode == "auto":
+            self.mode = "off" if self.runtime.device.type == "cpu" else "default"
+        self.seat: Seat | None = None
+        self._checked = self.mode == "off" and not self.runtime.amp
         self.sound = bool(self.index.has_audio.any())
         self.views = ViewMaker(self.recipe.clip, self.recipe.audio).to(self.runtime.device)
         self._initial: tuple[int, EvolvedLoss] | None = None
@@ -89,8 +117,11 @@ class Trainer:
         frames = clip.num_frames + clip.num_future_frames
         return round(frames * clip.frame_stride / self.index.fps * self.recipe.audio.sample_rate)
 
-    def member(self, weights: LossWeights, *, seed: int) -> Member:
-        """A new member; raises ValueError where no term of its loss can be computed."""
+    def member(self, weights: LossWeights, *, seed: int, alone: bool = False) -> Member:
+        """A new member; raises ValueError where no term of its loss can be computed.
+
+        ``alone``: no other member will be trained, so compiled steps can work on this one's own networks.
+        """
         active = active_terms(weights, sound=self.sound)
         if not active:
             raise ValueError(
@@ -102,8 +133,24 @@ class Trainer:
                 )
             )
         loss = self.initial_loss(seed)
+        optimizer = make_optimizer(loss, self.recipe.optim)
+        alive, state = branches(active), None
+        computed = evaluation_order(active)
+        if self.mode != "off":
+            computed = evaluation_order(alive.terms(sound=self.sound))
+            state = FlatState(loss, optimizer)
+            if alone:
+                self.seat = Seat(loss, optimizer, state, mode=self.mode)
+            elif self.seat is None:
+                self.seat = self._new_seat(seed)
         vector = torch.tensor([weights[name] for name in TERM_NAMES], device=self.runtime.device)
-        return Member(loss, make_optimizer(loss, self.recipe.optim), vector, active)
+        ordered = weights_in_order(vector, computed)
+        return Member(loss, optimizer, vector, active, computed, ordered, alive, state)
+
+    def _new_seat(self, seed: int) -> Seat:
+        loss = self.initial_loss(seed)
+        optimizer = make_optimizer(loss, self.recipe.optim)
+        return Seat(loss, optimizer, FlatState(loss, optimizer), mode=self.mode)
 
     def batches(
         self, *, seed: int, first: int, modalities: Sequence[str], rank: int = 0, world: int = 1
@@ -139,7 +186,7 @@ class Trainer:
     def rounds(self, members: Sequence[Member], *, seed: int) -> Iterator[tuple[int, Views]]:
         """Steps and their views, made once for all ``members``, from where they stand to the end."""
         modalities = tuple(
-            {m: None for member in members for m in needed_modalities(member.active)}
+            {m: None for member in members for m in member.alive.modalities}
         )
         batches = self.batches(seed=seed, first=members[0].step, modalities=modalities)
         for step in range(members[0].step, self.recipe.optim.steps):
@@ -153,7 +200,7 @@ class Trainer:
         """Step members on one batch; each gets its loss, or what ended it.
 
         On a CPU members run side by side, a core each, which also makes a member's numbers independent of
-        its company; on a GPU they follow one another.
+        its company; on a GPU, and compiled, they follow one another. Running out of memory is raised.
         """
 
         def attempt(member: Member) -> float | MemberFailed:
@@ -161,10 +208,14 @@ class Trainer:
                 return self.step(member, views)
             except MemberFailed as error:
                 return error
-            except RuntimeError as error:  # such as out of memory
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 return MemberFailed(f"step {member.step}: {str(error).splitlines()[0]}")
 
         with self.clock("train"):
+            if self.seat is not None:
+                return [attempt(member) for member in members]
             return list(self.runtime.map(attempt, members))
 
     def step(self, member: Member, views: Views) -> float:
@@ -173,41 +224,53 @@ class Trainer:
         Raises NonFiniteLoss; on a GPU that is looked at every CHECK_EVERY_ON_GPU steps, and nan is returned
         for the loss in between.
         """
+        if not self._checked:
+            self._checked = True
+            check_step(self, member, views)
+        loss, optimizer = member.loss, member.optimizer
+        if self.seat is not None and member.state is not None:
+            self.seat.take(member.state)
+            loss, optimizer = self.seat.loss, self.seat.optimizer
         optim = self.recipe.optim
-        for group in member.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, member.step)
-        device = self.runtime.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.runtime.amp):
-            output = member.loss(views, member.weights, member.active)
-        member.optimizer.zero_grad(set_to_none=True)
-        output.total.backward()
-        nn.utils.clip_grad_norm_(member.loss.parameters(), optim.grad_clip)
-        total = float("nan")
-        if (
-            device == "cpu"
-            or member.step % CHECK_EVERY_ON_GPU == 0
-            or member.step == optim.steps - 1
-        ):
-            total = output.total.item()
-            if not math.isfinite(total):
-                bad = [
-                    n
-                    for n, v in zip(output.names, output.values.tolist(), strict=True)
-                    if not math.isfinite(v)
-                ]
-                raise NonFiniteLoss(
-                    f"loss is {total} at step {member.step}; terms: {', '.join(bad) or 'their weighted sum'}"
-                )
-        member.optimizer.step()
-        keep = 0.0 if member.values is None else 0.9
+        total, values = self.evaluate(member, views)
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(loss.parameters(), optim.grad_clip)
+        seen = self._looked_at(member, total, values)
+        optimizer.step()
+        if self.seat is not None and member.state is not None:
+            self.seat.give_back(member.state)
+        # a copy: a CUDA graph writes the next member's values to the same place
         member.values = (
-            output.values
-            if member.values is None
-            else keep * member.values + (1 - keep) * output.values
+            values.clone() if member.values is None else torch.lerp(values, member.values, 0.9)
         )
-        member.names = output.names
         member.step += 1
-        return total
+        return seen
+
+    def evaluate(self, member: Member, views: Views) -> tuple[Tensor, Tensor]:
+        """Eq. 1 of the member at work, in the run's number format: total, and the computed terms' values."""
+        with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
+            if self.seat is None or member.state is None:
+                return member.loss.evaluate(views, member.ordered, member.computed)
+            return self.seat.evaluate(
+                views, member.ordered, alive=member.alive, active=member.computed
+            )
+
+    def _looked_at(self, member: Member, total: Tensor, values: Tensor) -> float:
+        """The loss, where it is time to wait for it, else nan; raises NonFiniteLoss."""
+        on_gpu, last = self.runtime.device.type != "cpu", self.recipe.optim.steps - 1
+        if on_gpu and member.step % CHECK_EVERY_ON_GPU and member.step != last:
+            return float("nan")
+        found = total.item()
+        if math.isfinite(found):
+            return found
+        pairs = zip(member.computed, values.tolist(), strict=True)
+        bad = [name for name, value in pairs if not math.isfinite(value)]
+        raise NonFiniteLoss(
+            f"loss is {found} at step {member.step}; terms: {', '.join(bad) or 'their weighted sum'}"
+        )
 
 
 def make_optimizer(loss: nn.Module, settings: Optim) -> torch.optim.Optimizer:

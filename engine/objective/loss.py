@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from engine.objective.align import AlignAudioTask, EmbedTask
 from engine.objective.distill import DistillTask
 from engine.objective.order import OrderTask
 from engine.objective.predict import DecodeTask
-from engine.objective.task import Activations, Pair, Scalar, Task, TermValue
-from engine.objective.terms import BY_NAME, MODALITIES, TERM_NAMES, TERMS, VISUAL
+from engine.objective.task import Activations, Pair, Task, TermValue
+from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, VISUAL
 from engine.recipe import Clip, Model, Objective
 
 CHANNELS = {"rgb": 3, "grey": 1, "flow": 2}
@@ -107,6 +107,17 @@ class EvolvedLoss(nn.Module):
 
     def forward(self, views: Views, weights: Tensor, active: Collection[str]) -> LossOutput:
         """Evaluate Eq. 1 on a batch; ``weights`` float32 (39,) in TERM_NAMES' order."""
+        names = evaluation_order(active)
+        total, values = self.evaluate(views, weights_in_order(weights, names), active)
+        return LossOutput(total, names, values)
+
+    def evaluate(
+        self, views: Views, weights: Tensor, active: Collection[str]
+    ) -> tuple[Tensor, Tensor]:
+        """The total and the terms' values of ``LossOutput``: what is compiled.
+
+        ``weights`` (terms,) are those of ``evaluation_order(active)``.
+        """
         activations = self.activate(views, active)
         values: dict[str, TermValue] = {}
         for task in self.tasks:
@@ -114,49 +125,48 @@ class EvolvedLoss(nn.Module):
             if any(name in active for name in task.terms):
                 for value in task.forward(views, activations, active):
                     values[value.name] = value
-        pairs = [v for name in TERM_NAMES if isinstance(v := values.get(name), Pair)]
-        scalars = [v for name in TERM_NAMES if isinstance(v := values.get(name), Scalar)]
-        names = (*(p.name for p in pairs), *(s.name for s in scalars))
-        which = torch.tensor([TERM_NAMES.index(name) for name in names], device=weights.device)
-        total, each = kernels.weighted_loss(
+        pairs, scalars = [], []
+        for name in evaluation_order(active):
+            value = values[name]
+            if isinstance(value, Pair):
+                pairs.append(value)
+            else:
+                scalars.append(value)
+        return kernels.weighted_loss(
             [p.student for p in pairs],
             [p.teacher for p in pairs],
             _masks(pairs, views),
-            weights[which],
+            weights,
             torch.stack([s.value.float() for s in scalars]) if scalars else weights.new_zeros(0),
             teacher_grad=self.teacher_grad,
         )
-        return LossOutput(total, names, each)
 
     def activate(self, views: Views, active: Collection[str]) -> Activations:
         """Run each network that is needed once, on its clips and their changed copies stacked."""
-        result = Activations(clip={})
-        for m in needed_networks(active):
+        result, alive = Activations(clip={}), branches(active)
+        for m in alive.networks:
             clip, n = views.clip[m], len(views)
             if m == "audio":
-                misaligned = any(BY_NAME[name].task == "align_audio" for name in active)
-                assert views.shifted_audio is not None
+                misaligned = alive.misaligned
                 heard = with_sound(views.has_audio)
-                stack = torch.cat([clip, views.shifted_audio] if misaligned else [clip])
-                stack = stack[torch.cat([heard, heard + n]) if misaligned else heard]
+                stack = clip[heard]
+                if misaligned:
+                    assert views.shifted_audio is not None
+                    stack = torch.cat([stack, views.shifted_audio[heard]])
                 *layers, pooled = self._network(m).forward_features(stack)
                 result.clip[m] = [*(layer[:n] for layer in layers), pooled[:n]]
                 result.shifted_audio = pooled[n:] if misaligned else None
                 continue
-            copies = max(round(n * self.order_share), 1)
+            copies = max(round(n * self.order_share), 1) if m in alive.ordered else 0
             parts = [clip]
-            if f"{m}/shuffle" in active:
+            if copies:
                 parts.append(shuffled(clip[:copies], views.order[:copies]))
-            if f"{m}/backward" in active:
                 parts.append(backward(clip[-copies:], m))
             stack = torch.cat(parts).contiguous(memory_format=torch.channels_last_3d)
             *layers, pooled = self._network(m).forward_features(stack)
             result.clip[m] = [*(layer[:n] for layer in layers), pooled[:n]]
-            changed = list(torch.split(pooled[n:], copies))
-            if f"{m}/shuffle" in active:
-                result.shuffled[m] = changed.pop(0)
-            if f"{m}/backward" in active:
-                result.reversed[m] = changed.pop(0)
+            if copies:
+                result.shuffled[m], result.reversed[m] = torch.split(pooled[n:], copies)
         return result
 
 
@@ -177,18 +187,69 @@ def active_terms(weights: Mapping[str, float], *, sound: bool) -> tuple[str, ...
     )
 
 
-def needed_networks(active: Collection[str]) -> tuple[str, ...]:
-    """Networks that the active terms read, in MODALITIES' order."""
-    used = {network for name in active for network in BY_NAME[name].networks}
-    return tuple(m for m in MODALITIES if m in used)
+def weights_in_order(weights: Tensor, names: Sequence[str]) -> Tensor:
+    """Pick ``names`` out of weights (39,) in TERM_NAMES' order."""
+    return weights[torch.tensor([TERM_NAMES.index(name) for name in names], device=weights.device)]
 
 
-def needed_modalities(active: Collection[str]) -> tuple[str, ...]:
-    """Modalities whose clips are inputs or targets of the active terms."""
-    used = set(needed_networks(active))
-    used |= {"rgb" for name in active if BY_NAME[name].task == "colorize"}
-    used |= {name.rpartition("to_")[2] for name in active if BY_NAME[name].task == "cross"}
-    return tuple(m for m in MODALITIES if m in used)
+def evaluation_order(active: Collection[str]) -> tuple[str, ...]:
+    """The active terms in the order in which Eq. 1 is evaluated: L2 terms, then those that are numbers."""
+    chosen = [term for term in TERMS if term.name in active]
+    return tuple(term.name for term in sorted(chosen, key=lambda term: not term.is_l2))
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Which parts of the networks run: all that decides the shape of a step's graph.
+
+    Losses with the same branches can share a compiled graph, in which the weights alone tell them apart;
+    all losses whose weights are all above 0 do.
+    """
+
+    networks: tuple[str, ...]
+    """Networks that some term reads, in MODALITIES' order."""
+    modalities: tuple[str, ...]
+    """Modalities whose clips are the networks' inputs or the decoders' targets, likewise."""
+    ordered: tuple[str, ...]
+    """Networks that also see shuffled and reversed copies: both, as soon as one term needs either."""
+    misaligned: bool
+    """Whether the audio network also hears the misaligned sound."""
+
+    def terms(self, *, sound: bool) -> tuple[str, ...]:
+        """All terms that these parts suffice for; without any sound in the data, none that needs it."""
+        copies = {"shuffle": self.ordered, "backward": self.ordered}
+        return tuple(
+            t.name
+            for t in TERMS
+            if set(t.networks) <= set(self.networks)
+            and set(t.modalities) <= set(self.modalities)
+            and t.modality in copies.get(t.task, MODALITIES)
+            and (t.task != "align_audio" or self.misaligned)
+            and (sound or "audio" not in t.networks)
+        )
+
+    def views(self, views: Views) -> Views:
+        """The views without those that these parts do not read."""
+        return replace(
+            views,
+            clip={m: views.clip[m] for m in self.modalities},
+            future={m: views.future[m] for m in self.modalities},
+            shifted_audio=views.shifted_audio if self.misaligned else None,
+        )
+
+
+def branches(active: Collection[str]) -> Branches:
+    """The parts of the networks that the active terms need."""
+    terms = [term for term in TERMS if term.name in active]
+    networks = {m for term in terms for m in term.networks}
+    modalities = {m for term in terms for m in term.modalities}
+    ordered = {term.modality for term in terms if term.task in ("shuffle", "backward")}
+    return Branches(
+        tuple(m for m in MODALITIES if m in networks),
+        tuple(m for m in MODALITIES if m in modalities),
+        tuple(m for m in VISUAL if m in ordered),
+        any(term.task == "align_audio" for term in terms),
+    )
 
 
 def _masks(pairs: list[Pair], views: Views) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from engine.data.views import Views
@@ -59,6 +60,5 @@ class Task(nn.Module):
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of float values where a mask of their shape holds; 0 where it never does."""
-    kept = mask.to(values.dtype)
-    return (values * kept).sum() / kept.sum().clamp(min=1.0)
+    """Mean of float values where a mask of their shape holds, whatever the others are; 0 where it never does."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)

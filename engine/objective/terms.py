@@ -35,6 +35,17 @@ class Term:
     """Distillation only: 0 is the stem, 1 to 4 the stages."""
 
     @property
+    def is_l2(self) -> bool:
+        """Whether it is a mean squared difference of two tensors; else it is a number already."""
+        return self.task in ("predict", "reconstruct", "colorize", "cross", "distill")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Every modality whose clips it sees, as a network's input or as what a decoder aims at."""
+        aims = {"colorize": "rgb", "cross": self.name.rpartition("to_")[2]}.get(self.task)
+        return tuple(m for m in MODALITIES if m in self.networks or m == aims)
+
+    @property
     def code(self) -> str:
         """The label in Fig. 7's manner: modality, task and, for distillation, layer, such as ``FD3``."""
         layer = "" if self.layer is None else str(self.layer)
@@ -85,9 +96,3 @@ def check_weights(weights: Mapping[str, float], *, where: str = "loss") -> LossW
         if not 0.0 <= value <= 1.0:  # also catches nan
             raise ValueError(f"{where}: {name!r} is {value}, outside [0, 1]")
     return {name: float(weights.get(name, 0.0)) for name in TERM_NAMES}
-
-
-def networks_alive(weights: Mapping[str, float]) -> tuple[str, ...]:
-    """The networks that a loss reads, in MODALITIES' order; RGB is always there, since it is what is kept."""
-    used = {"rgb"} | {n for t in TERMS if weights.get(t.name, 0.0) > 0 for n in t.networks}
-    return tuple(m for m in MODALITIES if m in used)

@@ -16,8 +16,7 @@ from engine.objective.distill import DistillTask
 from engine.objective.loss import (
     EvolvedLoss,
     active_terms,
-    needed_modalities,
-    needed_networks,
+    branches,
 )
 from engine.objective.task import Scalar
 from engine.objective.terms import TERM_NAMES
@@ -314,7 +313,7 @@ def expected_stack(name: str) -> dict[str, int]:
         return {"rgb": N, m.removeprefix("rgb+"): N}
     if task == "align_audio":
         return {m: N, "audio": 2 * N}
-    return {m: 2 * N if task in ("shuffle", "backward") else N}
+    return {m: 3 * N if task in ("shuffle", "backward") else N}
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +337,7 @@ def test_a_single_term_runs_only_what_it_needs(name, watched) -> None:
     heads.clear()
     every, weights = make_views(size=16), torch.zeros(len(TERM_NAMES))
     weights[TERM_NAMES.index(name)] = 0.7
-    has = needed_modalities([name])
+    has = branches([name]).modalities
     views = replace(
         every,
         clip={m: every.clip[m] for m in has},
@@ -361,7 +360,7 @@ def test_a_single_term_runs_only_what_it_needs(name, watched) -> None:
     trained = set(expected_stack(name)) - (
         {name[8:].split("@")[0]} if name.startswith("distill/") else set()
     )
-    assert touched == trained == set(needed_networks([name])) & trained
+    assert touched == trained == set(branches([name]).networks) & trained
 
 
 def test_all_terms_take_one_channels_last_forward_a_network(watched) -> None:
@@ -394,7 +393,7 @@ def test_terms_of_zero_weight_are_left_out() -> None:
     assert active_terms(every, sound=True) == TERM_NAMES
     silent = active_terms(every, sound=False)
     assert set(TERM_NAMES) - set(silent) == set(SOUND_TERMS) and len(SOUND_TERMS) == 11
-    assert "audio" not in needed_networks(silent) + needed_modalities(silent)
+    assert "audio" not in branches(silent).networks + branches(silent).modalities
 
 
 def test_networks_and_modalities_that_terms_need() -> None:
@@ -409,8 +408,8 @@ def test_networks_and_modalities_that_terms_need() -> None:
         (TERM_NAMES, EVERY, EVERY),
         ([], (), ()),
     ):
-        assert needed_networks(names) == networks
-        assert needed_modalities(names) == modalities
+        assert branches(names).networks == networks
+        assert branches(names).modalities == modalities
 
 
 @pytest.mark.parametrize("stop", [True, False])

@@ -9,7 +9,6 @@ from engine.objective.terms import (
     TERM_NAMES,
     TERMS,
     check_weights,
-    networks_alive,
 )
 
 R, G, F, A = "rgb", "grey", "flow", "audio"
@@ -86,15 +85,3 @@ def test_a_bad_weight_is_refused_by_its_name(value) -> None:
 def test_an_unknown_term_is_refused_with_the_nearest_known() -> None:
     with pytest.raises(ValueError, match=r"unknown loss term 'distil/flow@3'.*'distill/flow@3'"):
         check_weights({"distil/flow@3": 0.5})
-
-
-def test_networks_alive_are_those_read_and_rgb() -> None:
-    for name, (_, networks) in WRITTEN_OUT.items():
-        assert set(networks_alive({name: 0.1})) == networks | {R}
-    assert networks_alive({}) == (R,)
-    assert networks_alive(dict.fromkeys(TERM_NAMES, 0.0)) == (R,)
-    assert networks_alive({"audio/predict": 0.1, "flow/shuffle": 0.1, "grey/predict": 0.0}) == (
-        R,
-        F,
-        A,
-    )

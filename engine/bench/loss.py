@@ -1,0 +1,124 @@
+"""Eq. 1's L2 terms with their gradients: the fused op beside a plain sum of mean squared errors.
+
+The pairs are distillation's, with its target's gradient stopped: the five activations of a network, for three
+modalities. Bytes are those of the floor: each student and each teacher read once, each student's gradient
+written once. On a GPU the op itself moves five such units instead of three, since the gradient is multiplied by
+the upstream one (compiled, that melts into whatever consumes it). FLOPs are counted by hand: a difference, a
+square, a sum and a product for the gradient, for each pair of elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from engine.bench.base import Bench, told
+from engine.bench.rows import Row
+from engine.model.resnet3d import ResNet3D
+from engine.recipe import Clip, Model
+from kernels import reference
+
+MODALITIES, SCALARS, ELEMENT_FLOPS = 3, 24, 4
+EAGER = "eager sum of mse_loss"
+Case = tuple[str, list[tuple[int, ...]], torch.dtype]
+
+
+def mse_sum(
+    students: list[Tensor], teachers: list[Tensor], masks: Tensor, weights: Tensor, scalars: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What one would write without the op; it knows no masks."""
+    del masks
+    losses = [F.mse_loss(s, t) for s, t in zip(students, teachers, strict=True)]
+    values = torch.cat([torch.stack(losses).float(), scalars])
+    return (weights * values).sum(), values
+
+
+def activation_shapes(
+    model: Model, clip: Clip, *, batch_size: int, whole_stem: bool = False
+) -> list[tuple[int, ...]]:
+    """Shapes of the five activations that are distilled, without computing them.
+
+    ``whole_stem`` takes the stem's output from before the pool.
+    """
+    with torch.device("meta"):
+        network = ResNet3D(model.arch, 3, width=model.width, pool=model.pool)
+        x = torch.empty(batch_size, 3, clip.num_frames, clip.size, clip.size)
+        maps = network.forward_features(x)[:5]
+        if whole_stem:
+            maps[0] = network.stem(x)
+    return [tuple(m.shape) for m in maps]
+
+
+def cases(bench: Bench) -> Iterator[Case]:
+    """What is timed: the recipe's network, and a larger one whose activations no cache holds."""
+    recipe, n = bench.recipe, bench.recipe.optim.batch_size
+    dtypes = (torch.float32, torch.bfloat16) if bench.gpu else (torch.float32,)
+    for dtype in dtypes:
+        shapes = activation_shapes(recipe.model, recipe.clip, batch_size=n)
+        yield _name(recipe.model, recipe.clip, n, dtype), shapes, dtype
+    if bench.gpu:
+        model, clip = Model(arch="r3d_50", pool=True), Clip(num_frames=8, size=224)
+        shapes = activation_shapes(model, clip, batch_size=16, whole_stem=True)
+        yield _name(model, clip, 16, torch.bfloat16), shapes, torch.bfloat16
+    elif not bench.quick:
+        model, clip = Model(width=0.25), Clip(num_frames=8, size=64)
+        shapes = activation_shapes(model, clip, batch_size=16)
+        yield _name(model, clip, 16, torch.float32), shapes, torch.float32
+
+
+def _name(model: Model, clip: Clip, n: int, dtype: torch.dtype) -> str:
+    width = "" if model.width == 1.0 else f" width {model.width:g}"
+    size = told(n, clip.num_frames, clip.size, clip.size)
+    return f"{model.arch}{width} {size} {str(dtype)[6:]}"
+
+
+def run(bench: Bench) -> Iterator[Row]:
+    """Rows of each case."""
+    for name, shapes, dtype in cases(bench):
+        yield from _case(bench, name, shapes * MODALITIES, dtype)
+
+
+def _case(
+    bench: Bench, name: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+) -> list[Row]:
+    torch.manual_seed(bench.recipe.seed)
+    students, teachers = ([_draw(s, bench.device, dtype) for s in shapes] for _ in range(2))
+    for student in students:
+        student.requires_grad_()
+    masks = torch.ones(len(shapes), shapes[0][0], device=bench.device)
+    weights = torch.rand(len(shapes) + SCALARS, device=bench.device)
+    scalars = torch.rand(SCALARS, device=bench.device, requires_grad=True)
+    inputs = (students, teachers, masks, weights, scalars)
+
+    def gradients(function: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*inputs)[0], [*students, scalars])
+
+    ours = {"kernels.weighted_loss": kernels.weighted_loss}
+    if bench.gpu:
+        ours["kernels.weighted_loss, compiled"] = torch.compile(kernels.weighted_loss)
+    peers = {"reference": reference.weighted_loss, **ours, EAGER: mse_sum}
+    peers |= bench.compiled(mse_sum)
+    torch._dynamo.reset()
+    calls = {key: partial(gradients, peer) for key, peer in peers.items()}
+    steps = bench.agreeing("loss", calls, want="reference")
+    del steps["reference"]
+    elements = sum(s.numel() for s in students)
+    return bench.memory_rows(
+        "loss",
+        steps,
+        shape=name,
+        bytes=3 * elements * dtype.itemsize,
+        flops=ELEMENT_FLOPS * elements,
+        ours=list(ours),
+        note=f"{len(shapes)} pairs, {elements * dtype.itemsize / 1e6:.0f} MB a side",
+    )
+
+
+def _draw(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(shape, device=device).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,333 @@
+"""Lloyd's k-means on many problems at once: every member from every start, in one batch of products.
+
+Shape letters: M members, R starts, N clips, D features, K clusters, C candidates. A member's features
+enter each product once, whatever the number of starts; its clusters lie beside each other, (M, R*K, D).
+No sum depends on the order in which threads end: centres are a product with one-hot assignments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+TOLERANCE = 1e-4
+"""scikit-learn's: share of the mean variance below which the centres' squared shift ends a run."""
+MAX_ITERATIONS = 300
+CHECK_EVERY = 4
+"""Iterations between two looks, from the host, at what has converged on a GPU."""
+NOISE = 32.0
+"""Squared distances below this many roundings of the point's squared norm are taken for zero."""
+MEMORY = 2**30
+"""Bytes that one chunk of problems may take on a GPU."""
+
+
+@dataclass(frozen=True)
+class Clusterings:
+    """What k-means found for every member from every start."""
+
+    labels: Tensor
+    """(M, R, N) int64: each clip's cluster."""
+    inertia: Tensor
+    """(M, R) float64: sum of squared distances of the clips to their centres, in the features' units."""
+    iterations: Tensor
+    """(M, R) int64: iterations until convergence."""
+
+
+@contextmanager
+def ieee_products() -> Iterator[None]:
+    """Compute float32 matrix products on a GPU in float32, without TF32, whatever the process has set."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def draws(seed: int, *, runs: int, restarts: int, num_clusters: int) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) for the starts: (runs * restarts, num_clusters, C), a run after the other.
+
+    A start's depend on seed, run and restart alone, so every member starts with the same luck, in any company
+    and on any device. C is scikit-learn's number of candidates per centre, 2 + floor(log K).
+    """
+    shape = (num_clusters, 2 + int(math.log(num_clusters)))
+    keys = [(run, restart) for run in range(runs) for restart in range(restarts)]
+    streams = [np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)) for key in keys]
+    return np.stack([np.random.Generator(stream).random(shape) for stream in streams])
+
+
+def centred(features: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Features (N, D) less their mean, over a power of two that brings them within [-1, 1]; and that power.
+
+    K-means is blind to both, and in float32 distances are then exact enough and never overflow.
+    """
+    wide = features.double()
+    wide = wide - wide.mean(0)
+    exponent = max(-1000, min(1000, math.frexp(float(wide.abs().max()))[1]))
+    return wide.mul_(math.ldexp(1.0, -exponent)).to(dtype), math.ldexp(1.0, exponent)
+
+
+@torch.no_grad()
+def plus_plus(x: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007): the clips (M, R, K) int64 to start from.
+
+    ``x`` (M, N, D) is centred; ``uniforms`` (R, K, C) are from ``draws``. Each centre after the first is the
+    one of C candidates, drawn in proportion to the squared distance to the nearest centre, that leaves the
+    least sum of such distances.
+    """
+    num_clips = x.shape[1]
+    luck = torch.from_numpy(uniforms).to(x.device)
+    norms = x.square().sum(-1)
+    first = (luck[:, :1, 0] * num_clips).long().clamp_(max=num_clips - 1)  # (R, 1)
+    chosen = [first.expand(len(x), -1, -1)]
+    with ieee_products():
+        nearest = _to_clips(x, norms, chosen[0]).squeeze(2)  # (M, R, N)
+        for step in range(1, luck.shape[1]):
+            sums = nearest.cumsum(-1, dtype=torch.float64)
+            targets = luck[:, step] * sums[..., -1:]
+            candidates = torch.searchsorted(sums, targets).clamp_(max=num_clips - 1)  # (M, R, C)
+            left = torch.minimum(nearest.unsqueeze(2), _to_clips(x, norms, candidates))
+            best = left.sum(-1, dtype=torch.float64).argmin(2, keepdim=True)
+            nearest = left.take_along_dim(best.unsqueeze(3), dim=2).squeeze(2)
+            chosen.append(candidates.gather(2, best))
+    return torch.cat(chosen, dim=2)
+
+
+def kmeans(
+    features: Sequence[Tensor],
+    uniforms: NDArray[np.float64],
+    *,
+    dtype: torch.dtype | None = None,
+    chunk: tuple[int, int] | None = None,
+) -> Clusterings:
+    """Cluster every member's features from every start of ``plus_plus``.
+
+    ``features`` are M float tensors (N, D), finite, of one shape, on one device; ``uniforms`` (R, K, C) are
+    from ``draws``. ``dtype`` is float32 on a GPU and float64 on a CPU unless given. ``chunk``, (members,
+    starts) computed at once, is what ``MEMORY`` holds on a GPU. On a CPU it is one problem, which the caches
+    hold best; a problem's bits are then the same in any company. Elsewhere they can differ with the chunk, as
+    a library may pick another kernel for products of another shape. Raises ValueError for members of
+    different shapes.
+    """
+    if len({tuple(rows.shape) for rows in features}) != 1:
+        shapes = sorted({tuple(rows.shape) for rows in features})
+        raise ValueError(f"k-means: members' features must have one shape, not {shapes}")
+    on_cpu = features[0].device.type == "cpu"
+    dtype = dtype or (torch.float64 if on_cpu else torch.float32)
+    restarts, num_clusters, _ = uniforms.shape
+    members, width = chunk or (
+        (1, 1)
+        if on_cpu
+        else _chunk(tuple(features[0].shape), restarts, num_clusters, bytes_each=dtype.itemsize)
+    )
+    parts = []
+    for first in range(0, len(features), members):
+        scaled = [centred(rows, dtype=dtype) for rows in features[first : first + members]]
+        x = torch.stack([rows for rows, _ in scaled])
+        at = torch.arange(len(x), device=x.device)[:, None, None]
+        starts = plus_plus(x, uniforms)
+        pieces = [lloyd(x, x[at, starts[:, i : i + width]]) for i in range(0, restarts, width)]
+        whole = _joined(pieces, dim=1)
+        scale = torch.tensor([[by] for _, by in scaled], dtype=torch.float64, device=x.device)
+        parts.append(replace(whole, inertia=whole.inertia * scale * scale))
+    return _joined(parts, dim=0)
+
+
+@torch.no_grad()
+def lloyd(x: Tensor, centres: Tensor, *, check_every: int | None = None) -> Clusterings:
+    """Lloyd's iterations from given centres, to scikit-learn's rules; inertia in the units of ``x``.
+
+    ``x`` (M, N, D) is centred; ``centres`` (M, R, K, D) are in its dtype, K at most N. An empty cluster gets
+    the clip farthest from its centre; a run ends when no label changes, when the centres shift by less than
+    ``TOLERANCE`` allows, or after ``MAX_ITERATIONS``. A problem that has converged no longer changes, and
+    leaves the batch at the next look, every ``check_every`` iterations.
+    """
+    every = check_every or (1 if x.device.type == "cpu" else CHECK_EVERY)
+    with ieee_products():
+        whole = work = _Batch.new(x, centres)
+        for iteration in range(1, MAX_ITERATIONS + 1):
+            work = _iterate(work)
+            if iteration % every == 0:
+                left: list[int] = work.active.sum(1).tolist()  # the only wait for the device
+                if not any(left):
+                    break
+                if min(left) == 0 or max(left) < work.active.shape[1]:
+                    _write_back(work, whole)
+                    work = _narrow(work, left)
+        _write_back(work, whole)
+        final, _ = _assign(x, whole.norms, whole.centres)
+        labels = torch.where(whole.settled.unsqueeze(2), whole.labels, final)
+        return Clusterings(labels, _inertia(x, labels, whole.centres), whole.iterations)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Problems at work, and where each is in the whole: members (m,), restarts (m, r)."""
+
+    x: Tensor
+    norms: Tensor
+    """(m, N): squared norms of x."""
+    centres: Tensor
+    """(m, r, K, D)."""
+    labels: Tensor
+    """(m, r, N) int64."""
+    active: Tensor
+    """(m, r) bool: not converged."""
+    settled: Tensor
+    """(m, r) bool: converged since no label changed, so that the labels are final."""
+    iterations: Tensor
+    """(m, r) int64."""
+    members: Tensor
+    restarts: Tensor
+
+    @staticmethod
+    def new(x: Tensor, centres: Tensor) -> _Batch:
+        """All problems, before the first iteration."""
+        m, r = centres.shape[:2]
+        at = x.device
+        return _Batch(
+            x=x,
+            norms=x.square().sum(-1),
+            centres=centres.clone(),
+            labels=torch.full((m, r, x.shape[1]), -1, device=at),
+            active=torch.ones(m, r, dtype=torch.bool, device=at),
+            settled=torch.zeros(m, r, dtype=torch.bool, device=at),
+            iterations=torch.zeros(m, r, dtype=torch.int64, device=at),
+            members=torch.arange(m, device=at),
+            restarts=torch.arange(r, device=at).expand(m, r),
+        )
+
+
+def _iterate(work: _Batch) -> _Batch:
+    labels, distances = _assign(work.x, work.norms, work.centres)
+    centres = _means(work.x, _relocate(labels, distances, work.centres.shape[2]), work.centres)
+    same = (labels == work.labels).all(2)
+    shift = (centres - work.centres).square_().sum((2, 3))
+    # The mean over features of their variance, for x is centred.
+    limit = TOLERANCE * work.norms.mean(1, keepdim=True) / work.x.shape[2]
+    active = work.active
+    return replace(
+        work,
+        centres=torch.where(active[..., None, None], centres, work.centres),
+        labels=torch.where(active.unsqueeze(2), labels, work.labels),
+        settled=work.settled | (active & same),
+        iterations=work.iterations + active,
+        active=active & ~same & (shift > limit),
+    )
+
+
+def _assign(x: Tensor, norms: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest centres (m, r, N), the first of equals, and the squared distances to them."""
+    m, r, k, d = centres.shape
+    flat = centres.reshape(m, r * k, d)
+    lengths = flat.square().sum(2, keepdim=True)
+    # |c|^2 - 2 c.x: what |x - c|^2 is but for |x|^2, the same for all centres.
+    scores = torch.baddbmm(lengths, flat, x.transpose(1, 2), alpha=-2.0).view(m, r, k, -1)
+    values, labels = scores.min(dim=2)
+    return labels, _distances(values, norms.unsqueeze(1))
+
+
+def _to_clips(x: Tensor, norms: Tensor, clips: Tensor) -> Tensor:
+    """Squared distances (M, R, C, N) of all clips to given ones (M, R, C)."""
+    m, r, c = clips.shape
+    flat = clips.reshape(m, r * c)
+    rows = x.take_along_dim(flat.unsqueeze(2), dim=1)
+    lengths = norms.gather(1, flat).unsqueeze(2)
+    scores = torch.baddbmm(lengths, rows, x.transpose(1, 2), alpha=-2.0).view(m, r, c, -1)
+    return _distances(scores, norms[:, None, None])
+
+
+def _distances(scores: Tensor, norms: Tensor) -> Tensor:
+    """|c|^2 - 2 c.x + |x|^2, and zero where that is nothing but rounding."""
+    distances = scores + norms
+    noise = NOISE * torch.finfo(norms.dtype).eps * norms
+    return torch.where(distances > noise, distances, 0.0)
+
+
+def _relocate(labels: Tensor, distances: Tensor, num_clusters: int) -> Tensor:
+    """Labels (m, r, N) after each empty cluster has taken one of the clips farthest from their centres.
+
+    Without a look from the host: as many clips as could ever be needed are found every time.
+    """
+    most = num_clusters - 1
+    if most == 0:
+        return labels
+    empty = ~_one_hot(labels, num_clusters).any(3)
+    names = empty.int().argsort(dim=2, descending=True, stable=True)[..., :most]  # empty ones first
+    far = distances.topk(most, dim=2)
+    wanted = torch.arange(most, device=labels.device) < empty.sum(2, keepdim=True)
+    old = labels.gather(2, far.indices)
+    return labels.scatter(2, far.indices, torch.where(wanted & (far.values > 0), names, old))
+
+
+def _means(x: Tensor, labels: Tensor, before: Tensor) -> Tensor:
+    """Means (m, r, K, D) of the clusters; a cluster that stays empty goes to the biggest one's."""
+    m, r, k, d = before.shape
+    one_hot = _one_hot(labels, k).to(x.dtype)
+    counts = one_hot.sum(3)
+    means = torch.bmm(one_hot.view(m, r * k, -1), x).view(m, r, k, d)
+    means /= counts.clamp(min=1).unsqueeze(3)
+    source = torch.where(
+        counts > 0, torch.arange(k, device=x.device), counts.argmax(2, keepdim=True)
+    )
+    return means.take_along_dim(source.unsqueeze(3), dim=2)
+
+
+def _one_hot(labels: Tensor, num_clusters: int) -> Tensor:
+    """(m, r, K, N) bool."""
+    return labels.unsqueeze(2) == torch.arange(num_clusters, device=labels.device)[:, None]
+
+
+def _inertia(x: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
+    """Sums (M, R) of squared distances, from differences: expanded products would lose digits."""
+    sums = []
+    for r in range(labels.shape[1]):
+        own = centres[:, r].take_along_dim(labels[:, r].unsqueeze(2), dim=1)
+        sums.append(own.sub_(x).square_().sum((1, 2), dtype=torch.float64))
+    return torch.stack(sums, dim=1)
+
+
+def _write_back(work: _Batch, whole: _Batch) -> None:
+    where = (work.members[:, None], work.restarts)
+    for name in ("centres", "labels", "settled", "iterations"):
+        getattr(whole, name)[where] = getattr(work, name)
+
+
+def _narrow(work: _Batch, left: list[int]) -> _Batch:
+    """The members with work left, and of each as many restarts as the busiest has left."""
+    rows = torch.tensor([i for i, count in enumerate(left) if count], device=work.x.device)
+    order = work.active[rows].int().argsort(dim=1, descending=True, stable=True)[:, : max(left)]
+    all_stay = len(rows) == len(left)
+    where = (rows[:, None], order)
+    problems = ("centres", "labels", "active", "settled", "iterations", "restarts")
+    return replace(
+        work,
+        x=work.x if all_stay else work.x[rows],
+        norms=work.norms[rows],
+        members=work.members[rows],
+        **{name: getattr(work, name)[where] for name in problems},
+    )
+
+
+def _chunk(
+    shape: tuple[int, ...], restarts: int, num_clusters: int, *, bytes_each: int
+) -> tuple[int, int]:
+    """Members and starts whose scores, one-hot assignments, centres and features fit ``MEMORY``."""
+    num_clips, dim = shape
+    problem = num_clusters * (num_clips * (2 * bytes_each + 1) + 5 * dim * bytes_each)
+    member = 3 * num_clips * dim * bytes_each  # features, a copy when others leave, differences
+    width = max(1, min(restarts, (MEMORY - member) // problem))
+    return max(1, MEMORY // (member + width * problem)), width
+
+
+def _joined(parts: Sequence[Clusterings], *, dim: int) -> Clusterings:
+    names = ("labels", "inertia", "iterations")
+    return Clusterings(*(torch.cat([getattr(part, name) for part in parts], dim) for name in names))

@@ -1,0 +1,72 @@
+"""A member's whole state in one stretch of memory, so that members can take turns at fixed addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 256
+"""Bytes between which tensors start: what allocators give, and what kernels with wide loads assume."""
+
+
+class FlatState:
+    """Weights, batch-norm statistics and optimizer moments, laid one behind the other in memory.
+
+    From its making on, the tensors of ``loss`` and ``optimizer`` are views of it, in their own strides; so one
+    copy of each dtype brings a member's state to another member's place. Two states fit where the networks
+    and the optimizer were built alike.
+    """
+
+    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Moments that the optimizer would make at its first step are made here, as zeros."""
+        start_moments(optimizer)
+        tensors = list(_tensors(loss, optimizer))
+        ends: dict[torch.dtype, int] = {}
+        places = []
+        for tensor in tensors:
+            step = ALIGNMENT // tensor.element_size()
+            start = ends.get(tensor.dtype, 0)
+            places.append(start)
+            ends[tensor.dtype] = start + -(-tensor.numel() // step) * step
+        device = tensors[0].device
+        self.blocks: dict[torch.dtype, Tensor] = {
+            dtype: torch.zeros(end, dtype=dtype, device=device) for dtype, end in ends.items()
+        }
+        for tensor, place in zip(tensors, places, strict=True):
+            home = self.blocks[tensor.dtype].as_strided(tensor.shape, tensor.stride(), place)
+            tensor.data = home.copy_(tensor.data)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(block.nbytes for block in self.blocks.values())
+
+    def copy_from(self, other: FlatState) -> None:
+        """Take over another member's state, without a wait on a GPU."""
+        for dtype, block in self.blocks.items():
+            block.copy_(other.blocks[dtype], non_blocking=True)
+
+
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make AdamW's or SGD's moments, as their first step would find or make them."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            if state:
+                continue
+            if isinstance(optimizer, torch.optim.AdamW):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            else:
+                # momentum * 0 + gradient is what the first step takes
+                state["momentum_buffer"] = torch.zeros_like(p)
+
+
+def _tensors(loss: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    yield from loss.parameters()
+    yield from loss.buffers()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield from optimizer.state[p].values()
