@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.train import Member
+from engine.train_state import Member
 
 
 class CheckpointError(ValueError):

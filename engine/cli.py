@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import errno
-import functools
-import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import engine
-
-if TYPE_CHECKING:
-    from engine.data.library import Library
-    from engine.display import Display
-    from engine.recipe import Recipe
-
-FAILURE, USAGE = 1, 2
-PATH = click.Path(path_type=Path)
-
-
-def errors_explained(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what can go wrong into one line and an exit code: 2 for a user's mistake, 1 for a failure."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt:
-            _end("interrupted; what was finished is kept, and --resume goes on from there", FAILURE)
-        except click.ClickException:
-            raise
-        except ValueError as error:
-            _end(str(error), USAGE)
-        except OSError as error:
-            full = (
-                " (the disk is full: make room, then use --resume)"
-                if error.errno == errno.ENOSPC
-                else ""
-            )
-            _end(f"{error}{full}", FAILURE)
-        except RuntimeError as error:
-            _end(str(error), FAILURE)
-
-    return wrapped
-
-
-def _end(message: str, code: int) -> None:
-    click.echo(f"engine: {' '.join(message.split())}", err=True)
-    sys.exit(code)
+from engine.cli_common import (
+    PATH,
+    errors_explained,
+    named_before,
+    open_run,
+    run_options,
+    say_rejects,
+)
 
 
 @click.group()
@@ -59,33 +24,6 @@ def _end(message: str, code: int) -> None:
 def main() -> None:
     """Learn video representations from unlabelled video, and evolve the loss that learns them."""
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|torchaudio")
-
-
-def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that every command with a recipe and a run folder takes."""
-    options = [
-        click.option(
-            "--recipe", "recipe_name", metavar="FILE|NAME", help="Recipe file, or a recipe's name."
-        ),
-        click.option(
-            "--set",
-            "assignments",
-            multiple=True,
-            metavar="SECTION.KEY=VALUE",
-            help="Override the recipe.",
-        ),
-        click.option("--seed", type=click.IntRange(min=0), help="Override the recipe's seed."),
-        click.option(
-            "--run", "run_path", type=PATH, help="Run folder [default: a new one under runs/]."
-        ),
-        click.option("--resume", is_flag=True, help="Go on with --run, or with the newest run."),
-        click.option(
-            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @main.command()
@@ -121,13 +59,13 @@ def evolve(
         raise ValueError("give both --videos and --labelled, or neither for the demo's data")
     check_kernels_package()
     default = "demo" if not videos else "cpu"
-    run, recipe = _open_run(
+    run, recipe = open_run(
         "evolve", recipe_name, assignments, seed, run_path, resume, default=default
     )
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display() as display:
         if resume:
-            videos, labelled = _named_before(run.read_json("provenance.json"), videos, labelled)
+            videos, labelled = named_before(run.read_json("provenance.json"), videos, labelled)
         named = ([str(p) for p in videos] or ["demo"], [str(p) for p in labelled] or ["demo"])
         if named == (["demo"], ["demo"]):
             videos, labelled = (tuple(folders) for folders in demo_folders(display.prepare))
@@ -135,7 +73,7 @@ def evolve(
         unlabelled = open_library(videos, cache=cache, report=display.prepare)
         judged_by = open_library(labelled, cache=cache, report=display.prepare)
         for library in (unlabelled, judged_by):
-            _say_rejects(display, library)
+            say_rejects(display, library)
         data = Data(unlabelled, judged_by, named)
         evolution = Evolution(recipe, data, run=run, runtime=runtime, display=display)
         display.say(f"run folder {run.path}")
@@ -193,13 +131,13 @@ def pretrain(
         )
     check_kernels_package()
     weights = load_loss(loss_name) if loss_name else None
-    run, recipe = _open_run(
+    run, recipe = open_run(
         "pretrain", recipe_name, assignments, seed, run_path, resume, default="cpu"
     )
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display() as display:
         library = open_library(videos, cache=default_shard_cache(), report=display.prepare)
-        _say_rejects(display, library)
+        say_rejects(display, library)
         out = train(
             recipe,
             library,
@@ -278,53 +216,54 @@ def doctor() -> None:
     display.console.print(table("", ["part", "found", "path taken"], diagnose()))
 
 
-def _open_run(
-    command: str,
-    name: str | None,
+@main.command()
+@click.argument("part", default="all")
+@click.option("--videos", multiple=True, type=PATH, help="Videos or shards [default: the demo's].")
+@click.option("--recipe", "recipe_name", metavar="FILE|NAME", help="Recipe that chooses the sizes.")
+@click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--quick", is_flag=True, help="Fewer repeats and smaller cohorts.")
+@click.option("--json", type=PATH, help="Append a row a measurement to this JSON Lines file.")
+@click.option("--plot", type=PATH, help="Draw the stages' roofline: a .png or .svg file.")
+@click.option(
+    "--compare", nargs=2, type=PATH, metavar="A B", help="Only show two --json files side by side."
+)
+@errors_explained
+def bench(
+    part: str,
+    videos: tuple[Path, ...],
+    recipe_name: str | None,
     assignments: tuple[str, ...],
-    seed: int | None,
-    path: Path | None,
-    resume: bool,
-    *,
-    default: str,
-) -> tuple[Any, Recipe]:
-    from engine.recipe import load_recipe, override
-    from engine.runfolder import RunFolder, latest_run, new_run_path
+    device: str,
+    compare: tuple[Path, Path] | None,
+    **output: Any,
+) -> None:
+    """Measure PART (input, views, loss, step, kmeans, cohort, all) beside its physical limits and peers."""
+    from engine.bench.suite import (
+        WITH_VIDEOS,
+        check_files,
+        chosen_recipe,
+        parts_named,
+        run_bench,
+        show_comparison,
+    )
+    from engine.data.library import default_shard_cache, demo_folders, open_library
+    from engine.display import Display
+    from engine.runtime import check_kernels_package, choose_runtime
 
-    changed = [*assignments, *([] if seed is None else [f"seed={seed}"])]
-    if resume:
-        run_path = path or latest_run(command)
-        asked = None
-        if name is not None or changed:
-            base = (
-                run_path / "recipe.toml"
-                if name is None and (run_path / "recipe.toml").exists()
-                else name or default
-            )
-            asked = override(load_recipe(base), changed)
-        return RunFolder.reopen(run_path, asked)
-    recipe = override(load_recipe(name or default), changed)
-    return RunFolder.create(path or new_run_path(command), recipe), recipe
-
-
-def _named_before(
-    facts: dict[str, Any] | None, videos: tuple[Path, ...], labelled: tuple[Path, ...]
-) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The videos that a resumed run began with, unless they are given again (they may have moved)."""
-    if videos:
-        return videos, labelled
-    if facts is None:
-        raise ValueError(
-            "the run ended before it noted its videos: give --videos and --labelled again"
-        )
-    named = (facts["videos"], facts["labelled"])
-    if named == (["demo"], ["demo"]):
-        return (), ()
-    return tuple(map(Path, named[0])), tuple(map(Path, named[1]))
-
-
-def _say_rejects(display: Display, library: Library) -> None:
-    for reject in library.rejects[:10]:
-        display.say(f"rejected {reject.path}: {reject.reason}")
-    if len(library.rejects) > 10:
-        display.say(f"... and {len(library.rejects) - 10} more, in rejects.jsonl beside the shards")
+    if compare is not None:
+        show_comparison(*compare)
+        return
+    parts = parts_named(part)
+    check_files(output["json"], output["plot"])
+    check_kernels_package()
+    gpu = choose_runtime(device).device.type == "cuda"
+    recipe = chosen_recipe(recipe_name, list(assignments), gpu=gpu)
+    runtime, index = choose_runtime(device, amp=recipe.optim.amp), None
+    if WITH_VIDEOS & set(parts):
+        with Display() as display:
+            folders = videos or demo_folders(display.prepare)[0]
+            library = open_library(folders, cache=default_shard_cache(), report=display.prepare)
+            say_rejects(display, library)
+        index = library.index
+    run_bench(parts, recipe, runtime=runtime, index=index, **output)

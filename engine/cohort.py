@@ -9,17 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from engine.features import LabelledClips
-from engine.fitness import FitnessResult, kmeans_fitness
+from engine.fitness import FitnessResult, cohort_fitness, kmeans_fitness
 from engine.objective.terms import LossWeights
-from engine.train import Member, MemberFailed, Trainer
+from engine.runtime import is_out_of_memory
+from engine.train import MemberFailed, Trainer
+from engine.train_memory import members_that_fit
+from engine.train_state import Member
 
 OnStep = Callable[[int, Sequence[float]], None]
-"""Called after each step with the step and the members' losses (nan for those that left)."""
+"""Called after each step with the step and the losses of the members at work (nan for those that left)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,41 @@ def evaluate_cohort(
     seeds: Sequence[int],
     on_step: OnStep | None = None,
 ) -> list[MemberResult]:
-    """Train each loss, once a seed, and measure its fitness; results in the order of ``losses``."""
+    """Train each loss, once a seed, and measure its fitness; results in the order of ``losses``.
+
+    As many members as fit into memory are trained at once; where they run out of it all the same, the half
+    of them, from their start. Neither changes a result.
+    """
+    at_once = trainer.members_at_once or members_that_fit(trainer, losses, seed=seeds[0])
+    results: list[MemberResult] = []
+    while len(results) < len(losses):
+        part = losses[len(results) : len(results) + at_once]
+        try:
+            results += _evaluate_part(trainer, labelled, part, seeds=seeds, on_step=on_step)
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no memory"
+        # only here does no traceback hold the members' tensors any more
+        trainer.free_memory()
+        if len(part) == 1:
+            advice = "try a smaller --set optim.batch_size or clip.size"
+            results.append(_failed(f"out of memory: {reason}; {advice}", seeds[0], 0.0))
+        else:
+            at_once = trainer.members_at_once = -(-len(part) // 2)
+            trainer.warn(f"out of memory with {len(part)} members at once: going on with {at_once}")
+    return results
+
+
+def _evaluate_part(
+    trainer: Trainer,
+    labelled: LabelledClips,
+    losses: Sequence[LossWeights],
+    *,
+    seeds: Sequence[int],
+    on_step: OnStep | None,
+) -> list[MemberResult]:
     runs = [
         _evaluate_once(trainer, labelled, losses=losses, seed=seed, on_step=on_step)
         for seed in seeds
@@ -63,7 +101,7 @@ def untrained_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -
     network = trainer.initial_loss(seed).rgb
     with trainer.clock("fitness"):
         (features,) = labelled.features([network])
-        return _cluster(trainer, labelled, features, seed)
+        return kmeans_fitness(features, labelled.labels, **_how(trainer, labelled, seed))
 
 
 def _evaluate_once(
@@ -130,27 +168,18 @@ def _cluster_all(
     """Fitness of each member, or why it has none: features that are not finite."""
     if not members:
         return []
-    results: list[FitnessResult | str] = []
     with trainer.clock("fitness"):
-        for rows in labelled.features([member.loss.rgb for member in members]):
-            try:
-                results.append(_cluster(trainer, labelled, rows, seed))
-            except ValueError as error:
-                results.append(str(error))
-    return results
+        features = labelled.features([member.loss.rgb for member in members])
+        return cohort_fitness(features, labelled.labels, **_how(trainer, labelled, seed))
 
 
-def _cluster(
-    trainer: Trainer, labelled: LabelledClips, features: np.ndarray, seed: int
-) -> FitnessResult:
-    return kmeans_fitness(
-        features,
-        labelled.labels,
-        settings=trainer.recipe.fitness,
-        num_classes=labelled.num_classes,
-        seed=seed,
-        device=trainer.runtime.device.type,
-    )
+def _how(trainer: Trainer, labelled: LabelledClips, seed: int) -> dict[str, Any]:
+    return {
+        "settings": trainer.recipe.fitness,
+        "num_classes": labelled.num_classes,
+        "seed": seed,
+        "device": trainer.runtime.device.type,
+    }
 
 
 def _finished(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -11,16 +12,14 @@ from importlib.util import find_spec
 import torch
 
 from engine.runtime import check_kernels_package, num_cores
+from engine.train_check import OLDEST_CUDNN
 
 Row = tuple[str, str, str]
 """Part, what was found, the path taken or what to do."""
 
-MIN_CUDNN = 91500
-"""bf16 conv3d is slow, and at large shapes wrong, in cuDNN 9.8 to 9.14 (pytorch issues 166122, 166643)."""
-
 
 def diagnose() -> Sequence[Row]:
-    """One row a part: device, networks, decoding, flow, k-means, kernels."""
+    """One row a part: device, networks, decoding, flow, k-means, kernels, step."""
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"CPU, {num_cores()} cores"
     return [
@@ -41,6 +40,7 @@ def diagnose() -> Sequence[Row]:
             "fused kernels" if gpu else "not used on a CPU: plain PyTorch",
         ),
         ("kernels", *_kernels()),
+        ("step", *_step(gpu)),
     ]
 
 
@@ -64,8 +64,8 @@ def _library(name: str) -> str:
 def _cudnn(gpu: bool) -> str:
     if not gpu:
         return "oneDNN"
-    version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
-    if version < MIN_CUDNN:
+    version = torch.backends.cudnn.version() or 0
+    if version < OLDEST_CUDNN:
         return f"cuDNN {version}: update to 9.15 or newer, bf16 conv3d is slow or wrong before"
     return f"cuDNN {version}"
 
@@ -88,13 +88,14 @@ def _flow(gpu: bool) -> str:
 def _kmeans(gpu: bool) -> str:
     if not gpu:
         return "scikit-learn"
+    own = "the engine's own, all members in one batch"
     if find_spec("cuml") is None:
-        return "scikit-learn; the extras cuda12 and cuda13 bring cuML"
+        return f"{own}; the extras cuda12 and cuda13 bring cuML (fitness.kmeans=cuml)"
     try:
         import cupy  # noqa: F401
     except ImportError as error:
-        return f"cupy does not load ({error}); cuML needs numpy<2.5, pandas<3.1, numba<0.65"
-    return "cuML"
+        return f"{own}; cuML can't: cupy does not load ({error}); it needs numpy<2.5, pandas<3.1, numba<0.65"
+    return f"{own}; cuML by fitness.kmeans=cuml"
 
 
 def _kernels() -> tuple[str, str]:
@@ -103,3 +104,16 @@ def _kernels() -> tuple[str, str]:
     except RuntimeError as error:
         return "hidden", str(error)
     return "the engine's own", "ready"
+
+
+def _step(gpu: bool) -> tuple[str, str]:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        todo = (
+            "install gcc: torch.compile needs it" if gpu else "eager; torch.compile would need gcc"
+        )
+        return "no C compiler", todo
+    return (
+        compiler,
+        "torch.compile" if gpu else "eager, a member a core (optim.compile=default compiles)",
+    )

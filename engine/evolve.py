@@ -16,6 +16,7 @@ from engine.cohort import MemberResult, evaluate_cohort, untrained_fitness
 from engine.data.library import Library, fingerprint
 from engine.display import Display
 from engine.features import LabelledClips
+from engine.fitness import kmeans_backend
 from engine.objective.terms import LossWeights
 from engine.recipe import Recipe, random_weights, recipe_hash, save_loss
 from engine.runfolder import RunError, RunFolder
@@ -41,16 +42,29 @@ class Evolution:
     """One run of the search, from its first member to the report's numbers; each stage can be repeated."""
 
     def __init__(
-        self, recipe: Recipe, data: Data, *, run: RunFolder, runtime: Runtime, display: Display
+        self,
+        recipe: Recipe,
+        data: Data,
+        *,
+        run: RunFolder,
+        runtime: Runtime,
+        display: Display,
+        members_at_once: int | None = None,
     ) -> None:
-        """Raises ValueError where the data does not fit: see ``LabelledClips`` and ``_check_data``."""
+        """``members_at_once``: of a generation, on this device; None: as many as fit into memory.
+
+        Raises ValueError where the data does not fit: see ``LabelledClips``.
+        """
         make_deterministic(runtime)
-        if runtime.device.type == "cpu":
-            torch.set_num_threads(1)  # members take the cores: see Runtime.map
+        kmeans_backend(runtime.device.type, recipe.fitness.kmeans)  # one that is absent is told now
         self.recipe, self.data, self.run, self.display = recipe, data, run, display
         self.clock, self._began = Clock(), time.perf_counter()
         self._earlier: dict[str, float] = run.read_json("timing.json") or {}
-        self.trainer = Trainer(recipe, data.videos.index, runtime, self.clock)
+        self.trainer = Trainer(
+            recipe, data.videos.index, runtime, self.clock, members_at_once, display.say
+        )
+        if runtime.device.type == "cpu" and self.trainer.mode == "off":
+            torch.set_num_threads(1)  # members take the cores: see Runtime.map
         self.labelled = LabelledClips(data.labelled.index, recipe, runtime=runtime)
         self.hash = recipe_hash(recipe)
         run.begin()
@@ -128,9 +142,9 @@ class Evolution:
 
         def on_step(step: int, values: Sequence[float]) -> None:
             nonlocal taken
-            taken += 1
-            rate = taken * batch * len(losses) / (time.perf_counter() - began)
-            place = done + len(losses) * taken / (steps * len(seeds))
+            taken += len(values)
+            rate = taken * batch / (time.perf_counter() - began)
+            place = done + min(taken / (steps * len(seeds)), len(losses))
             self.display.update(
                 what, place, total or self.study.total, note=f"{shown}{rate:.0f} clips/s"
             )

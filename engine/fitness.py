@@ -7,7 +7,7 @@ train split, and all that they decide is a number per member.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -35,11 +35,11 @@ Ints = NDArray[np.integer[Any]]
 Backend = Literal["sklearn", "cuml", "batched"]
 
 AUTO: dict[str, Backend] = {"cpu": "sklearn", "cuda": "batched"}
-"""What ``auto`` stands for on each type of device.
+"""What ``auto`` stands for, by type of device; a measurement may change it.
 
-On a CPU k-means is bound by arithmetic, of which scikit-learn does half: it adds a clip to its cluster's sum
-where the batched one multiplies by one-hot assignments. On a GPU a clustering of some thousand clips is
-bound by launches, of which the batched one needs as many for all members, runs and starts as cuML for one.
+A CPU is bound by arithmetic, of which scikit-learn does half: it adds up a cluster's clips where the batched
+one multiplies by one-hot assignments. On a GPU one clustering of some thousand clips is bound by launches,
+and the batched one needs as many for all members, runs and starts as cuML for a single start.
 """
 
 
@@ -141,15 +141,14 @@ def cohort_fitness(
     sound = [each for each, fault in zip(features, faults, strict=True) if fault is None]
     if backend != "sklearn":
         sound = [_on_device(each, device) for each in sound]
+    cluster = {"sklearn": _cluster_sklearn, "cuml": _cluster_cuml, "batched": _cluster_batched}
     with _one_thread():
-        clustered = iter(_CLUSTER[backend](sound, num_classes, settings, seed) if sound else ())
-        ranks = map(effective_rank, sound)
-        return [
-            _result(next(clustered), labels, settings.metric, next(ranks), backend)
-            if fault is None
-            else fault
-            for fault in faults
-        ]
+        clustered = cluster[backend](sound, num_classes, settings, seed) if sound else []
+        results = iter(
+            _result([agreement(labels, run) for run in runs], settings.metric, rank, backend)
+            for runs, rank in zip(clustered, map(effective_rank, sound), strict=True)
+        )
+        return [next(results) if fault is None else fault for fault in faults]
 
 
 def effective_rank(features: Floats | Tensor) -> float:
@@ -163,7 +162,7 @@ def effective_rank(features: Floats | Tensor) -> float:
         raise ValueError(fault)
     with _one_thread():
         if isinstance(features, Tensor) and features.is_cuda:
-            values: NDArray[np.float64] = _singular_values(features)
+            values = _gram_spectrum(features)
         else:
             values = np.linalg.svd(_float64(features), compute_uv=False)
     total = values.sum()
@@ -185,15 +184,13 @@ def kmeans_backend(device: str, choice: str = "auto") -> Backend:
             f'fitness.kmeans = "cuml" needs cuML (extra cuda12 or cuda13) and a GPU, but {lacking}:'
             ' write "auto"'
         )
-    return AUTO[torch.device(device).type] if choice == "auto" else cast(Backend, choice)
-
-
-Clusterer = Callable[[Sequence[Any], int, recipe.Fitness, int], list[Ints]]
-"""(members' features, clusters, settings, seed) -> each member's clusters (S, N), a row a run."""
+    return (
+        AUTO.get(device.partition(":")[0], "sklearn") if choice == "auto" else cast(Backend, choice)
+    )
 
 
 def _cluster_sklearn(
-    members: Sequence[Floats], num_clusters: int, settings: recipe.Fitness, seed: int
+    members: Sequence[Any], num_clusters: int, settings: recipe.Fitness, seed: int
 ) -> list[Ints]:
     # float64: faster than float32 at these sizes, and no square of a finite float32 overflows.
     def one_run(features: Floats, run: int) -> Ints:
@@ -211,20 +208,20 @@ def _cluster_sklearn(
 
 
 def _cluster_batched(
-    members: Sequence[Tensor], num_clusters: int, settings: recipe.Fitness, seed: int
+    members: Sequence[Any], num_clusters: int, settings: recipe.Fitness, seed: int
 ) -> list[Ints]:
     found = kmeans.kmeans(members, _draws(num_clusters, settings, seed))
-    labels, inertia = found.labels.cpu().numpy(), found.inertia.cpu().numpy()
-    return [_best_of_each_run(*of, settings) for of in zip(labels, inertia, strict=True)]
+    both = zip(found.labels.cpu().numpy(), found.inertia.cpu().numpy(), strict=True)
+    return [kmeans.best_of_runs(*each, runs=settings.kmeans_seeds) for each in both]
 
 
 def _cluster_cuml(
-    members: Sequence[Tensor], num_clusters: int, settings: recipe.Fitness, seed: int
+    members: Sequence[Any], num_clusters: int, settings: recipe.Fitness, seed: int
 ) -> list[Ints]:
     from cuml.cluster import KMeans as GpuKMeans
 
     draws = _draws(num_clusters, settings, seed)
-    clusters = []
+    clusters: list[Ints] = []
     for features in members:
         x, _ = kmeans.centred(features, dtype=torch.float32)
         tolerance = kmeans.TOLERANCE * float(x.square().mean())  # cuML's is not relative
@@ -240,27 +237,13 @@ def _cluster_cuml(
             )
             labels.append(np.asarray(model.fit_predict(_cuml_array(x))).astype(np.int64))
             inertia.append(float(model.inertia_))
-        clusters.append(_best_of_each_run(np.stack(labels), np.array(inertia), settings))
+        clusters.append(kmeans.best_of_runs(np.stack(labels), inertia, runs=settings.kmeans_seeds))
     return clusters
-
-
-_CLUSTER: dict[Backend, Clusterer] = {
-    "sklearn": _cluster_sklearn,
-    "cuml": _cluster_cuml,
-    "batched": _cluster_batched,
-}
 
 
 def _draws(num_clusters: int, settings: recipe.Fitness, seed: int) -> NDArray[np.float64]:
     runs, restarts = settings.kmeans_seeds, settings.kmeans_init
     return kmeans.draws(seed, runs=runs, restarts=restarts, num_clusters=num_clusters)
-
-
-def _best_of_each_run(labels: Ints, inertia: Floats, settings: recipe.Fitness) -> Ints:
-    """Labels (S, N) with the least inertia among each run's starts, which follow one another."""
-    best = inertia.reshape(settings.kmeans_seeds, settings.kmeans_init).argmin(1)
-    chosen: Ints = labels[best + settings.kmeans_init * np.arange(len(best))]
-    return chosen
 
 
 def _cuml_array(tensor: Tensor) -> Any:
@@ -273,10 +256,7 @@ def _cuml_array(tensor: Tensor) -> Any:
     return cupy.asarray(tensor)
 
 
-def _result(
-    clusters: Ints, labels: Ints, metric: str, rank: float, backend: Backend
-) -> FitnessResult:
-    runs = [agreement(labels, run) for run in clusters]
+def _result(runs: list[Agreement], metric: str, rank: float, backend: Backend) -> FitnessResult:
     values = [getattr(each, metric) for each in runs]
     return FitnessResult(
         value=fmean(values),
@@ -287,23 +267,21 @@ def _result(
     )
 
 
-def _singular_values(features: Tensor) -> NDArray[np.float64]:
-    """Singular values, from the eigenvalues of the smaller Gram matrix in float64.
+def _gram_spectrum(features: Tensor) -> Floats:
+    """Singular values, by way of the smaller Gram matrix: far less work for a GPU than an SVD.
 
-    On a GPU a tenth of the time of an SVD. What float64's squares lose, below 1e-8 of the largest value, is
-    less than the rounding of float32 features.
+    What squares lose in float64, values under 1e-8 of the largest, is below float32's own rounding.
     """
     wide = features.double()
-    wide = wide / wide.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     gram = wide.T @ wide if wide.shape[0] > wide.shape[1] else wide @ wide.T
-    values: NDArray[np.float64] = torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt().cpu().numpy()
+    values: Floats = torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt().cpu().numpy()
     return values
 
 
 def _float64(features: Floats | Tensor) -> NDArray[np.float64]:
     if isinstance(features, Tensor):
         features = features.detach().cpu().double().numpy()
-    return features.astype(np.float64)
+    return np.asarray(features, np.float64)
 
 
 def _on_device(features: Floats | Tensor, device: str) -> Tensor:
@@ -327,22 +305,18 @@ def _one_thread() -> Any:
     return _thread_pools().limit(limits=1)
 
 
-def _fault(features: Floats | Tensor, labels: Ints | None = None) -> str | None:
+def _fault(features: Any, labels: Ints | None = None) -> str | None:
     """Why features can't be judged, where they can't."""
-    if isinstance(features, Tensor):
-        is_float, size = features.is_floating_point(), features.numel()
-    else:
-        features = np.asarray(features)
-        is_float, size = features.dtype.kind == "f", features.size
-    if features.ndim != 2 or size == 0 or not is_float:
+    shape, on_torch = tuple(features.shape), isinstance(features, Tensor)
+    library: Any = torch if on_torch else np
+    is_float = features.is_floating_point() if on_torch else features.dtype.kind == "f"
+    if len(shape) != 2 or 0 in shape or not is_float:
         return (
             "fitness: features must be floats of shape (clips, features),"
-            f" not {features.dtype} of shape {tuple(features.shape)}"
+            f" not {features.dtype} of shape {shape}"
         )
-    if isinstance(features, Tensor):
-        bad: NDArray[np.bool_] = ~torch.isfinite(features).all(dim=1).cpu().numpy()
-    else:
-        bad = np.logical_not(np.isfinite(features).all(axis=1))
+    finite = library.isfinite(features).all(1)
+    bad = ~(finite.cpu().numpy() if on_torch else finite)
     if bad.any():
         return (
             f"fitness: features of {bad.sum()} of {len(features)} clips are not finite"

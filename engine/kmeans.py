@@ -86,6 +86,7 @@ def plus_plus(x: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
     num_clips = x.shape[1]
     luck = torch.from_numpy(uniforms).to(x.device)
     norms = x.square().sum(-1)
+    slack = NOISE * torch.finfo(x.dtype).eps * norms.sum(1)[:, None, None]
     first = (luck[:, :1, 0] * num_clips).long().clamp_(max=num_clips - 1)  # (R, 1)
     chosen = [first.expand(len(x), -1, -1)]
     with ieee_products():
@@ -95,7 +96,9 @@ def plus_plus(x: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
             targets = luck[:, step] * sums[..., -1:]
             candidates = torch.searchsorted(sums, targets).clamp_(max=num_clips - 1)  # (M, R, C)
             left = torch.minimum(nearest.unsqueeze(2), _to_clips(x, norms, candidates))
-            best = left.sum(-1, dtype=torch.float64).argmin(2, keepdim=True)
+            rest = left.sum(-1, dtype=torch.float64)
+            # Of two clips that are each other's nearest, either leaves the same: take the first.
+            best = (rest <= rest.amin(2, keepdim=True) + slack).int().argmax(2, keepdim=True)
             nearest = left.take_along_dim(best.unsqueeze(3), dim=2).squeeze(2)
             chosen.append(candidates.gather(2, best))
     return torch.cat(chosen, dim=2)
@@ -112,22 +115,19 @@ def kmeans(
 
     ``features`` are M float tensors (N, D), finite, of one shape, on one device; ``uniforms`` (R, K, C) are
     from ``draws``. ``dtype`` is float32 on a GPU and float64 on a CPU unless given. ``chunk``, (members,
-    starts) computed at once, is what ``MEMORY`` holds on a GPU. On a CPU it is one problem, which the caches
-    hold best; a problem's bits are then the same in any company. Elsewhere they can differ with the chunk, as
-    a library may pick another kernel for products of another shape. Raises ValueError for members of
-    different shapes.
+    starts) computed at once, is what ``MEMORY`` holds; on a CPU it is one member, whose bits are then the same
+    in any company. On a GPU they can differ with the company, for a library may choose another kernel for
+    a batch of another size. Raises ValueError for members of different shapes.
     """
-    if len({tuple(rows.shape) for rows in features}) != 1:
-        shapes = sorted({tuple(rows.shape) for rows in features})
+    shapes = sorted({tuple(rows.shape) for rows in features})
+    if len(shapes) != 1:
         raise ValueError(f"k-means: members' features must have one shape, not {shapes}")
     on_cpu = features[0].device.type == "cpu"
     dtype = dtype or (torch.float64 if on_cpu else torch.float32)
     restarts, num_clusters, _ = uniforms.shape
-    members, width = chunk or (
-        (1, 1)
-        if on_cpu
-        else _chunk(tuple(features[0].shape), restarts, num_clusters, bytes_each=dtype.itemsize)
-    )
+    members, width = chunk or _chunk(shapes[0], restarts, num_clusters, bytes_each=dtype.itemsize)
+    if on_cpu and chunk is None:
+        members = 1
     parts = []
     for first in range(0, len(features), members):
         scaled = [centred(rows, dtype=dtype) for rows in features[first : first + members]]
@@ -163,9 +163,17 @@ def lloyd(x: Tensor, centres: Tensor, *, check_every: int | None = None) -> Clus
                     _write_back(work, whole)
                     work = _narrow(work, left)
         _write_back(work, whole)
-        final, _ = _assign(x, whole.norms, whole.centres)
-        labels = torch.where(whole.settled.unsqueeze(2), whole.labels, final)
+        labels, _ = _assign(x, whole.norms, whole.centres)
         return Clusterings(labels, _inertia(x, labels, whole.centres), whole.iterations)
+
+
+def best_of_runs(
+    labels: NDArray[np.int64], inertia: Sequence[float] | NDArray[np.float64], *, runs: int
+) -> NDArray[np.int64]:
+    """Of a member's labels (runs * restarts, N), each run's with the least inertia: (runs, N)."""
+    best = np.reshape(inertia, (runs, -1)).argmin(1)
+    chosen: NDArray[np.int64] = labels[best + len(labels) // runs * np.arange(runs)]
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -177,12 +185,8 @@ class _Batch:
     """(m, N): squared norms of x."""
     centres: Tensor
     """(m, r, K, D)."""
-    labels: Tensor
-    """(m, r, N) int64."""
     active: Tensor
     """(m, r) bool: not converged."""
-    settled: Tensor
-    """(m, r) bool: converged since no label changed, so that the labels are final."""
     iterations: Tensor
     """(m, r) int64."""
     members: Tensor
@@ -197,9 +201,7 @@ class _Batch:
             x=x,
             norms=x.square().sum(-1),
             centres=centres.clone(),
-            labels=torch.full((m, r, x.shape[1]), -1, device=at),
             active=torch.ones(m, r, dtype=torch.bool, device=at),
-            settled=torch.zeros(m, r, dtype=torch.bool, device=at),
             iterations=torch.zeros(m, r, dtype=torch.int64, device=at),
             members=torch.arange(m, device=at),
             restarts=torch.arange(r, device=at).expand(m, r),
@@ -209,18 +211,15 @@ class _Batch:
 def _iterate(work: _Batch) -> _Batch:
     labels, distances = _assign(work.x, work.norms, work.centres)
     centres = _means(work.x, _relocate(labels, distances, work.centres.shape[2]), work.centres)
-    same = (labels == work.labels).all(2)
+    # Labels that no longer change leave the centres where they are: no shift at all.
     shift = (centres - work.centres).square_().sum((2, 3))
     # The mean over features of their variance, for x is centred.
     limit = TOLERANCE * work.norms.mean(1, keepdim=True) / work.x.shape[2]
-    active = work.active
     return replace(
         work,
-        centres=torch.where(active[..., None, None], centres, work.centres),
-        labels=torch.where(active.unsqueeze(2), labels, work.labels),
-        settled=work.settled | (active & same),
-        iterations=work.iterations + active,
-        active=active & ~same & (shift > limit),
+        centres=torch.where(work.active[..., None, None], centres, work.centres),
+        iterations=work.iterations + work.active,
+        active=work.active & (shift > limit),
     )
 
 
@@ -297,7 +296,7 @@ def _inertia(x: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
 
 def _write_back(work: _Batch, whole: _Batch) -> None:
     where = (work.members[:, None], work.restarts)
-    for name in ("centres", "labels", "settled", "iterations"):
+    for name in ("centres", "iterations"):
         getattr(whole, name)[where] = getattr(work, name)
 
 
@@ -307,7 +306,7 @@ def _narrow(work: _Batch, left: list[int]) -> _Batch:
     order = work.active[rows].int().argsort(dim=1, descending=True, stable=True)[:, : max(left)]
     all_stay = len(rows) == len(left)
     where = (rows[:, None], order)
-    problems = ("centres", "labels", "active", "settled", "iterations", "restarts")
+    problems = ("centres", "active", "iterations", "restarts")
     return replace(
         work,
         x=work.x if all_stay else work.x[rows],

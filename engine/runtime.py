@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -96,6 +96,23 @@ def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
         )
     chosen = torch.device(device)
     return Runtime(chosen, amp == "bf16" or (amp == "auto" and chosen.type == "cuda"))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still take: on a GPU with what its own cache holds unused."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + cached)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 2**62  # not known on this system
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # a container may have less, or "max"
+        used = int((group / "memory.current").read_text())
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return free
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,6 @@ from engine.data.plan import plan_batch
 from engine.data.shards import ClipIndex
 from engine.data.views import ViewMaker, Views
 from engine.objective.loss import (
-    Branches,
     EvolvedLoss,
     active_terms,
     branches,
@@ -26,9 +26,9 @@ from engine.objective.loss import (
 from engine.objective.terms import TERM_NAMES, LossWeights
 from engine.recipe import Optim, Recipe
 from engine.runtime import Clock, Runtime, is_out_of_memory, set_seed
-from engine.train_check import check_step
-from engine.train_compiled import Seat
-from engine.train_state import FlatState
+from engine.train_check import CanNotCompile, check_step
+from engine.train_compiled import Seat, evaluate
+from engine.train_state import FlatState, Member
 
 CHECK_EVERY_ON_GPU = 10
 """Steps between looks at whether the loss is finite: each look makes the host wait for the GPU."""
@@ -40,35 +40,6 @@ class MemberFailed(RuntimeError):
 
 class NonFiniteLoss(MemberFailed):
     """A member's loss became NaN or infinite; the message names the step and the terms."""
-
-
-@dataclass
-class Member:
-    """One loss being trained: its networks, optimizer, weights and place in the schedule."""
-
-    loss: EvolvedLoss
-    optimizer: torch.optim.Optimizer
-    weights: Tensor
-    """float32 (39,) in TERM_NAMES' order."""
-    active: tuple[str, ...]
-    """Terms with a weight above 0 that the data allows."""
-    computed: tuple[str, ...]
-    """Terms that its steps evaluate, in their order: the active ones, or all that share their graph."""
-    ordered: Tensor
-    """float32 (computed,) the weights of these."""
-    alive: Branches
-    state: FlatState | None = None
-    """All of its state in one piece, where steps are compiled."""
-    step: int = 0
-    values: Tensor | None = None
-    """Running mean of the computed terms' values, float32 (computed,)."""
-
-    def term_values(self) -> dict[str, float]:
-        """Each active term's running mean, unweighted."""
-        if self.values is None:
-            return {}
-        every = zip(self.computed, self.values.tolist(), strict=True)
-        return {name: value for name, value in every if name in self.active}
 
 
 @dataclass
@@ -152,6 +123,14 @@ class Trainer:
         optimizer = make_optimizer(loss, self.recipe.optim)
         return Seat(loss, optimizer, FlatState(loss, optimizer), mode=self.mode)
 
+    def free_memory(self) -> None:
+        """Give back what no member at work needs: caches, and gradients of a step that came to nothing."""
+        if self.seat is not None:
+            self.seat.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def batches(
         self, *, seed: int, first: int, modalities: Sequence[str], rank: int = 0, world: int = 1
     ) -> Iterator[ClipBatch]:
@@ -185,9 +164,7 @@ class Trainer:
 
     def rounds(self, members: Sequence[Member], *, seed: int) -> Iterator[tuple[int, Views]]:
         """Steps and their views, made once for all ``members``, from where they stand to the end."""
-        modalities = tuple(
-            {m: None for member in members for m in member.alive.modalities}
-        )
+        modalities = tuple({m: None for member in members for m in member.alive.modalities})
         batches = self.batches(seed=seed, first=members[0].step, modalities=modalities)
         for step in range(members[0].step, self.recipe.optim.steps):
             with self.clock("input"):
@@ -225,8 +202,7 @@ class Trainer:
         for the loss in between.
         """
         if not self._checked:
-            self._checked = True
-            check_step(self, member, views)
+            self._check(member, views)
         loss, optimizer = member.loss, member.optimizer
         if self.seat is not None and member.state is not None:
             self.seat.take(member.state)
@@ -234,8 +210,10 @@ class Trainer:
         optim = self.recipe.optim
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, member.step)
-        total, values = self.evaluate(member, views)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(
+            set_to_none=True
+        )  # before, so that gradients and activations never add up
+        total, values = evaluate(member, views, seat=self.seat, runtime=self.runtime)
         total.backward()
         nn.utils.clip_grad_norm_(loss.parameters(), optim.grad_clip)
         seen = self._looked_at(member, total, values)
@@ -249,14 +227,17 @@ class Trainer:
         member.step += 1
         return seen
 
-    def evaluate(self, member: Member, views: Views) -> tuple[Tensor, Tensor]:
-        """Eq. 1 of the member at work, in the run's number format: total, and the computed terms' values."""
-        with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
-            if self.seat is None or member.state is None:
-                return member.loss.evaluate(views, member.ordered, member.computed)
-            return self.seat.evaluate(
-                views, member.ordered, alive=member.alive, active=member.computed
-            )
+    def _check(self, member: Member, views: Views) -> None:
+        """Before the first step: see ``check_step``. Compiles, or goes on without where the recipe lets it."""
+        self._checked = True
+        how = {"runtime": self.runtime, "warn": self.warn}
+        try:
+            check_step(member, views, seat=self.seat, **how)
+        except CanNotCompile as error:
+            if self.recipe.optim.compile != "auto":
+                raise RuntimeError(f"{error}; go on without by --set optim.compile=off") from error
+            self.warn(f"{error}: it runs uncompiled, slower")
+            self.seat, self.mode = None, "off"
 
     def _looked_at(self, member: Member, total: Tensor, values: Tensor) -> float:
         """The loss, where it is time to wait for it, else nan; raises NonFiniteLoss."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from engine.data.views import Views
 from engine.objective.loss import Branches, EvolvedLoss
-from engine.train_state import FlatState
+from engine.runtime import Runtime
+from engine.train_state import FlatState, Member
 
 MAX_GRAPHS = 256
 """Graphs that a process may compile: far more than the branches that one search's losses have."""
@@ -65,3 +66,16 @@ class Seat:
             return loss.evaluate(views, weights, active)
 
         return torch.compile(evaluate, mode=self.mode, fullgraph=True, dynamic=False)
+
+
+def evaluate(
+    member: Member, views: Views, *, seat: Seat | None, runtime: Runtime
+) -> tuple[Tensor, Tensor]:
+    """Eq. 1 in the run's number format, of the member in the seat or, without one, by its own networks.
+
+    Returns the total and the computed terms' values. A CUDA graph's next run overwrites both.
+    """
+    with torch.autocast(runtime.device.type, torch.bfloat16, runtime.amp):
+        if seat is None:
+            return member.loss.evaluate(views, member.ordered, member.computed)
+        return seat.evaluate(views, member.ordered, alive=member.alive, active=member.computed)

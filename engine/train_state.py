@@ -1,14 +1,46 @@
-"""A member's whole state in one stretch of memory, so that members can take turns at fixed addresses."""
+"""A member, and its whole state in one stretch of memory, so that members can take turns at fixed addresses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from engine.objective.loss import Branches, EvolvedLoss
+
 ALIGNMENT = 256
 """Bytes between which tensors start: what allocators give, and what kernels with wide loads assume."""
+
+
+@dataclass
+class Member:
+    """One loss being trained: its networks, optimizer, weights and place in the schedule."""
+
+    loss: EvolvedLoss
+    optimizer: torch.optim.Optimizer
+    weights: Tensor
+    """float32 (39,) in TERM_NAMES' order."""
+    active: tuple[str, ...]
+    """Terms with a weight above 0 that the data allows."""
+    computed: tuple[str, ...]
+    """Terms that its steps evaluate, in their order: the active ones, or all that share their graph."""
+    ordered: Tensor
+    """float32 (computed,) the weights of these."""
+    alive: Branches
+    state: FlatState | None = None
+    """All of its state in one piece, where steps are compiled."""
+    step: int = 0
+    values: Tensor | None = None
+    """Running mean of the computed terms' values, float32 (computed,)."""
+
+    def term_values(self) -> dict[str, float]:
+        """Each active term's running mean, unweighted."""
+        if self.values is None:
+            return {}
+        every = zip(self.computed, self.values.tolist(), strict=True)
+        return {name: value for name, value in every if name in self.active}
 
 
 class FlatState:

@@ -17,7 +17,8 @@ from engine.checkpoint import CheckpointError, load_member, load_tensors, save_m
 from engine.data.shards import ClipIndex
 from engine.recipe import load_recipe, override, random_weights, recipe_hash
 from engine.runtime import choose_runtime, make_deterministic
-from engine.train import Member, Trainer
+from engine.train import Trainer
+from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
 STEPS = 6

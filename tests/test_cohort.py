@@ -16,7 +16,8 @@ from engine.features import LabelledClips
 from engine.objective.terms import LossWeights, check_weights
 from engine.recipe import load_recipe, random_weights
 from engine.runtime import choose_runtime, make_deterministic
-from engine.train import Member, Trainer
+from engine.train import Trainer
+from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
 LOSSES = (

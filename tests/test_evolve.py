@@ -25,7 +25,8 @@ from engine.objective.terms import TERM_NAMES
 from engine.recipe import load_loss, load_recipe, recipe_hash
 from engine.runfolder import RunFolder
 from engine.search import MemberRecord, SearchStudy
-from engine.train import Member, Trainer
+from engine.train import Trainer
+from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
 RECIPE = load_recipe(TINY)

@@ -10,12 +10,19 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from engine import fitness
-from engine.fitness import agreement, effective_rank, kmeans_fitness
-from engine.recipe import Fitness
+from engine import fitness, kmeans
+from engine.fitness import (
+    agreement,
+    cohort_fitness,
+    effective_rank,
+    kmeans_backend,
+    kmeans_fitness,
+)
+from engine.recipe import Fitness, RecipeError, recipe_from
 
 
 def blobs(num_clips=90, num_classes=6, dim=24, *, spread=0.5, seed=0):
@@ -225,39 +232,142 @@ def test_fitness_refuses_in_one_line(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_cuml_serves_a_gpu_only_where_it_is_installed(monkeypatch):
+@pytest.mark.parametrize("choice", ["auto", "sklearn", "batched"])
+def test_a_cohort_gets_what_each_of_its_members_gets_alone(choice):
+    members = [blobs(spread=spread, seed=seed)[0] for seed, spread in enumerate((0.5, 1.2, 3.0))]
+    _, labels = blobs()
+    common = {"settings": Fitness(kmeans_init=4, kmeans=choice), "num_classes": 6, "seed": 2}
+    cohort = cohort_fitness(members, labels, **common)
+    assert cohort == [kmeans_fitness(member, labels, **common) for member in members]
+    assert len({result.value for result in cohort}) == 3
+    tensors = [torch.from_numpy(member) for member in members]
+    assert cohort_fitness(tensors, labels, **common) == cohort
+    assert {each.backend for each in cohort} == {"sklearn" if choice == "auto" else choice}
+
+
+@pytest.mark.parametrize("choice", ["auto", "batched"])
+def test_a_member_without_fitness_says_why_and_changes_no_other(choice):
+    (good, labels), (other, _) = blobs(), blobs(seed=1, spread=1.2)
+    common = {"settings": Fitness(kmeans_init=2, kmeans=choice), "num_classes": 6, "seed": 2}
+    broken = good.copy()
+    broken[7, 3] = np.nan
+    members = [broken, good, good[:50], torch.from_numpy(broken), other]
+    found = cohort_fitness(members, labels, **common)
+    reason = "fitness: features of 1 of 90 clips are not finite (the first is clip 7)"
+    assert found[0] == found[3] == reason
+    assert found[2] == "fitness: 50 clips have features, 90 have labels"
+    assert [found[1], found[4]] == cohort_fitness([good, other], labels, **common)
+    assert cohort_fitness([broken], labels, **common) == [reason]
+    assert cohort_fitness([], labels, **common) == []
+
+
+def test_batched_fitness_is_the_mean_over_runs_of_the_best_start():
+    """Every start clustered by scikit-learn; another run's better start must not count."""
+    features, labels = blobs(spread=1.2)
+    settings = Fitness(kmeans_init=3, kmeans_seeds=4, kmeans="batched")
+    uniforms = kmeans.draws(5, runs=4, restarts=3, num_clusters=6)
+    wide = features.astype(np.float64)
+    x, _ = kmeans.centred(torch.from_numpy(wide), dtype=torch.float64)
+    fits = [
+        KMeans(6, init=wide[start], n_init=1).fit(wide)
+        for start in kmeans.plus_plus(x[None], uniforms)[0].numpy()
+    ]
+    runs = [min(fits[i : i + 3], key=lambda fit: fit.inertia_) for i in range(0, 12, 3)]
+    values = [agreement(labels, run.labels_).hungarian for run in runs]
+    assert np.ptp(values) > 0
+    found = kmeans_fitness(features, labels, settings=settings, num_classes=6, seed=5)
+    assert found.value == pytest.approx(np.mean(values))
+    assert found.sd == pytest.approx(np.std(values, ddof=1))
+
+
+def test_batched_fitness_is_bit_equal_whatever_the_threads():
+    features, labels = blobs(num_clips=400, dim=64, spread=1.5)
+    common = {"settings": Fitness(kmeans="batched"), "num_classes": 6, "seed": 7}
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(kmeans_fitness(features, labels, **common))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_which_kmeans_a_device_gets(device, monkeypatch):
     monkeypatch.setattr(fitness, "find_spec", lambda name: object())
-    assert fitness.kmeans_backend("cuda:1") == "cuml"
-    assert fitness.kmeans_backend("cpu") == "sklearn"
+    assert kmeans_backend(device) == ("sklearn" if device == "cpu" else "batched")
+    assert kmeans_backend(device, "batched") == "batched"
+    assert kmeans_backend(device, "sklearn") == "sklearn"
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"needs cuML .* and a GPU, but this runs on cpu"):
+            kmeans_backend(device, "cuml")
+    else:
+        assert kmeans_backend(device, "cuml") == "cuml"
     monkeypatch.setattr(fitness, "find_spec", lambda name: None)
-    assert fitness.kmeans_backend("cuda") == "sklearn"
+    assert kmeans_backend(device) != "cuml"
+    with pytest.raises(ValueError, match=r"fitness.kmeans = \"cuml\" needs cuML"):
+        kmeans_backend(device, "cuml")
 
 
-def test_cuml_is_asked_for_the_same_clustering(monkeypatch):
+def test_cuml_clusters_from_the_same_starts(monkeypatch):
+    """A stand-in with cuML's arguments, whose tolerance is not relative: scikit-learn's fit does the rest."""
+    features, labels = blobs(spread=1.2)
     asked = []
 
     class GpuKMeans:
-        def __init__(self, *, n_clusters, n_init, random_state, output_type):
-            assert output_type == "numpy"
-            asked.append(random_state)
-            self.model = KMeans(n_clusters, n_init=n_init, random_state=random_state)
+        def __init__(self, *, n_clusters, init, n_init, max_iter, tol, output_type):
+            assert (init.dtype, init.shape, output_type) == (np.float32, (6, 24), "numpy")
+            asked.append(init)
+            self.tol = tol
+            self.model = KMeans(n_clusters, init=init, n_init=n_init, max_iter=max_iter)
 
         def fit_predict(self, x):
             assert x.dtype == np.float32
-            return self.model.fit_predict(x.astype(np.float64))
+            assert self.tol == pytest.approx(1e-4 * x.var(axis=0).mean(), rel=1e-5)
+            found = self.model.fit_predict(x)
+            self.inertia_ = self.model.inertia_
+            return found
 
     cuml = ModuleType("cuml.cluster")
     cuml.KMeans = GpuKMeans
     monkeypatch.setitem(sys.modules, "cuml", ModuleType("cuml"))
     monkeypatch.setitem(sys.modules, "cuml.cluster", cuml)
-    monkeypatch.setattr(fitness, "find_spec", lambda name: object())
-    features, labels = blobs(spread=1.2)
-    arguments = {"settings": Fitness(kmeans_init=2), "num_classes": 6, "seed": 4}
-    gpu = kmeans_fitness(features, labels, device="cuda:0", **arguments)
-    cpu = kmeans_fitness(features, labels, **arguments)
-    assert gpu.backend == "cuml"
-    assert gpu.metrics == cpu.metrics
-    assert len(set(asked)) == 3
+    monkeypatch.setattr(fitness, "kmeans_backend", lambda device, choice: choice)
+    results = [
+        kmeans_fitness(
+            features, labels, settings=Fitness(kmeans_init=4, kmeans=k), num_classes=6, seed=4
+        )
+        for k in ("cuml", "batched")
+    ]
+    assert [result.backend for result in results] == ["cuml", "batched"]
+    assert results[0].metrics == results[1].metrics
+    assert results[0].sd > 0
+    assert len(np.unique(asked, axis=0)) == 3 * 4
+
+
+def test_the_kmeans_of_a_recipe():
+    assert recipe_from({"fitness": {"kmeans_init": 3}}, where="r.toml").fitness.kmeans == "auto"
+    values = {"fitness": {"kmeans": "batched"}}
+    assert recipe_from(values, where="r.toml").fitness.kmeans == "batched"
+    with pytest.raises(RecipeError, match=r"r\.toml: fitness\.kmeans"):
+        recipe_from({"fitness": {"kmeans": "faiss"}}, where="r.toml")
+
+
+@pytest.mark.parametrize(("num_clips", "dim"), [(90, 24), (20, 60), (50, 1)])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_a_gpus_way_to_singular_values_gives_the_same(num_clips, dim, scale):
+    rng = np.random.default_rng(0)
+    features = (scale * rng.normal(size=(num_clips, 7)) @ rng.normal(size=(7, dim))).astype(
+        np.float32
+    )
+    expected = np.linalg.svd(features.astype(np.float64), compute_uv=False)
+    found = fitness._gram_spectrum(torch.from_numpy(features))[::-1]
+    assert found / found[0] == pytest.approx(expected / expected[0], abs=1e-6)
+    assert fitness._gram_spectrum(torch.zeros(num_clips, dim)).tolist() == [0.0] * min(
+        num_clips, dim
+    )
 
 
 def test_effective_rank_of_known_spectra():

@@ -17,7 +17,8 @@ from engine.data.views import Views
 from engine.model.resnet3d import ResNet3D
 from engine.objective.terms import check_weights
 from engine.recipe import load_loss, load_recipe, override, random_weights, recipe_hash, save_loss
-from engine.train import Member, Trainer
+from engine.train import Trainer
+from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
 STEPS = ("--set", "optim.steps=5")

@@ -14,7 +14,8 @@ from engine.data.shards import ClipIndex
 from engine.objective.terms import check_weights
 from engine.recipe import Optim, Recipe, load_recipe, override, random_weights
 from engine.runtime import choose_runtime, make_deterministic
-from engine.train import Member, NonFiniteLoss, Trainer, learning_rate, make_optimizer
+from engine.train import NonFiniteLoss, Trainer, learning_rate, make_optimizer
+from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
 CROSS = check_weights({"rgb/to_flow": 1.0, "rgb/reconstruct": 0.5})

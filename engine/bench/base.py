@@ -16,7 +16,7 @@ from engine.data.shards import ClipIndex
 from engine.recipe import Recipe
 from engine.runtime import Runtime
 
-INDUCTOR: dict[str, dict[str, bool]] = {
+INDUCTOR: dict[str, dict[str, str | int | bool | Callable[..., Any]]] = {
     "Inductor": {"combo_kernels": False},
     "Inductor, combo kernels": {"combo_kernels": True},
 }
@@ -61,15 +61,19 @@ class Bench:
         """See ``limits``."""
         return limits.copy_bandwidth(self.device, quick=self.quick)
 
-    def matrix_peak(self, dtype: torch.dtype) -> Limit:
+    def matrix_peak(self, dtype: torch.dtype, *, ieee: bool = False) -> Limit:
         """See ``limits``."""
-        return limits.matrix_peak(self.device, dtype, quick=self.quick)
+        return limits.matrix_peak(self.device, dtype, ieee=ieee, quick=self.quick)
 
     def compiled(self, function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         """The function by Inductor, once with and once without combo kernels; on a CPU not in a quick run."""
         if self.quick and not self.gpu:
             return {}
-        return {name: torch.compile(function, options=o) for name, o in INDUCTOR.items()}  # type: ignore[arg-type]
+        torch._dynamo.reset()  # sizes of an earlier case would make these dynamic
+        return {
+            name: torch.compile(function, dynamic=False, options=dict(options))
+            for name, options in INDUCTOR.items()
+        }
 
     def agreeing(
         self, part: str, peers: Mapping[str, Callable[[], Sequence[Tensor]]], *, want: str

@@ -23,12 +23,17 @@ def copy_bandwidth(device: torch.device, *, quick: bool = False) -> Limit:
     return _copy_bandwidth(device, torch.get_num_threads(), quick)
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Limit:
+def matrix_peak(
+    device: torch.device, dtype: torch.dtype, *, ieee: bool = False, quick: bool = False
+) -> Limit:
     """FLOPs a second of a large square matrix product in ``dtype``, the best of a few sizes.
 
-    float32 on a GPU is measured as convolutions compute it, that is in TF32 where cuDNN may use it.
+    float32 on a GPU is measured as convolutions compute it, that is in TF32 where cuDNN may use it, or with
+    ``ieee`` as it is written.
     """
-    return _matrix_peak(device, dtype, torch.get_num_threads(), quick)
+    tf32 = torch.backends.cudnn.allow_tf32 and device.type == "cuda" and not ieee
+    fast = tf32 and dtype == torch.float32
+    return _matrix_peak(device, dtype, torch.get_num_threads(), fast, quick)
 
 
 def jpeg_engines(device: torch.device) -> int:
@@ -38,20 +43,23 @@ def jpeg_engines(device: torch.device) -> int:
 
 @cache
 def _copy_bandwidth(device: torch.device, threads: int, quick: bool) -> Limit:
-    size = COPY_BYTES[device.type] // (4 if quick else 1)
+    size = COPY_BYTES[device.type]
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.zeros_like(source)
     took = interleaved(
-        {"copy": lambda: target.copy_(source)}, device=device, seconds=0.1 if quick else 0.5, least=5
+        {"copy": lambda: target.copy_(source)},
+        device=device,
+        seconds=0.1 if quick else 0.5,
+        least=5,
     )
     name = "memory copy" + _threads_told(device, threads)
     return Limit(name, gigabytes_per_second(2 * size, min(took["copy"])), BANDWIDTH)
 
 
 @cache
-def _matrix_peak(device: torch.device, dtype: torch.dtype, threads: int, quick: bool) -> Limit:
-    cuda = device.type == "cuda"
-    tf32 = cuda and dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+def _matrix_peak(
+    device: torch.device, dtype: torch.dtype, threads: int, tf32: bool, quick: bool
+) -> Limit:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     best = 0.0

@@ -69,19 +69,14 @@ class Row(Struct, frozen=True, kw_only=True):
     @property
     def percent(self) -> float | None:
         """Per cent of the limit that was reached."""
-        return (
-            None if self.limit is None or self.reached is None else _percent(self, self.limit.value)
-        )
+        if self.limit is None or self.reached is None:
+            return None
+        return 100.0 * self.reached / self.limit.value
 
     @property
     def key(self) -> tuple[str, str, str, str]:
         """What makes rows of two files the same measurement."""
         return self.part, self.name, self.shape, str(self.about.get("device", ""))
-
-
-def _percent(row: Row, limit: float) -> float:
-    assert row.reached is not None
-    return 100.0 * row.reached / limit
 
 
 def gigabytes_per_second(count: int, ms: float) -> float:
@@ -198,11 +193,12 @@ def bottleneck(rows: Sequence[Row]) -> str | None:
     the input are compared with one another.
     """
     timed = {row.stage: row.ms[1] for row in rows if row.stage}
-    training = {s: timed[s] for s in ("input", "views", "step") if s in timed}
+    whole: tuple[str, ...] = ("input", "views", "step")
+    training = {stage: timed[stage] for stage in whole if stage in timed}
     what, stages = "training", training
     if "step" not in training or "input" not in training:
         what = "input"
-        stages = {s: ms for s, ms in timed.items() if s not in ("input", "step")}
+        stages = {stage: ms for stage, ms in timed.items() if stage not in ("input", "step")}
     if len(stages) < 2:
         return None
     worst = max(stages, key=stages.__getitem__)

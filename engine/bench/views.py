@@ -50,9 +50,7 @@ def run(bench: Bench) -> Iterator[Row]:
     peers: dict[str, Callable[..., tuple[Tensor, Tensor]]]
     peers = {"kernels.clip_views": kernels.clip_views, EAGER: plain, **bench.compiled(plain)}
     for dtype in (torch.float32, torch.bfloat16) if bench.gpu else (torch.float32,):
-        calls = {
-            name: partial(peer, raw, mean, std, dtype=dtype) for name, peer in peers.items()
-        }
+        calls = {name: partial(peer, raw, mean, std, dtype=dtype) for name, peer in peers.items()}
         pixels = raw.numel() // 3
         yield from bench.memory_rows(
             "views",

@@ -1,0 +1,243 @@
+"""From shards to batches: each stage of ``InputPipeline`` alone, then all of it, as training sees it.
+
+Decoding, flow and sound are done by threads, and are held against as many times what one thread does; JPEG on a
+GPU against as many times what one decoder does with one frame after the other, which is an estimate, since it
+waits for every frame, and flow there against the one flow engine with one clip after the other. On a CPU all stages
+share the cores, so the whole is held against the sum of one thread's times over the threads; on a GPU against
+its slowest stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from engine.bench.base import Bench, told
+from engine.bench.limits import jpeg_engines
+from engine.bench.rows import BANDWIDTH, Limit, Row, gigabytes_per_second, per_second, quantiles
+from engine.bench.timing import Step, timed
+from engine.data.pipeline import ClipBatch, InputPipeline
+from engine.data.plan import ClipPlan, plan_batch
+from engine.data.views import Views
+from engine.recipe import override
+from engine.train import Trainer
+
+PLANS = 4
+"""Batches that are taken in turn, so that no cache holds just the one."""
+UNIT = "clips/s"
+
+
+def run(bench: Bench) -> Iterator[Row]:
+    """Rows of reading, decoding, sound, flow, views, and of all from end to end."""
+    stages = Stages(bench)
+    many, alone = stages.steps(stages.threads), stages.steps(1)
+    times = bench.time({**many, **{f"{name} alone": step for name, step in alone.items()}})
+    single = {name: quantiles(times[f"{name} alone"])[1] for name in alone}
+    limits = {name: stages.limit(name, ms) for name, ms in single.items()}
+    for name in many:
+        yield stages.row(name, times[name], limits[name])
+    views = stages.views_row()
+    yield views
+    yield stages.whole_row(single, limits, views)
+
+
+class Stages:
+    """The stages of input, on the same few batches."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.recipe = bench, bench.recipe
+        self.n = self.recipe.optim.batch_size
+        self.threads = bench.runtime.threads
+        self.sound = bool(bench.videos.has_audio.any())
+        if not self.sound:
+            bench.say("input: the videos have no sound: sound is left out")
+        self.modalities = ("rgb", "grey", "flow", *(["audio"] if self.sound else []))
+        clip = self.recipe.clip
+        frames = clip.num_frames + clip.num_future_frames
+        self.frames = frames
+        self.shape = told(self.n, frames, clip.size, clip.size)
+        self.trainer = Trainer(self.recipe, bench.videos, bench.runtime)
+        self.plans = [self._plan(step) for step in range(PLANS)]
+
+    def _plan(self, step: int) -> ClipPlan:
+        r = self.recipe
+        settings: dict[str, Any] = {"seed": r.seed, "batch_size": r.optim.batch_size}
+        return plan_batch(self.bench.videos, r.clip, r.audio, step=step, **settings)
+
+    def pipeline(self, threads: int, *, batch_size: int, num_frames: int) -> InputPipeline:
+        """A pipeline that carries all that the videos have."""
+        return InputPipeline(
+            self.bench.videos,
+            self.recipe.clip,
+            audio=self.recipe.audio,
+            device=self.bench.device,
+            batch_size=batch_size,
+            num_frames=num_frames,
+            threads=threads,
+            sound=self.sound,
+        )
+
+    def steps(self, threads: int) -> dict[str, Step]:
+        """A call a stage; each takes its next batch at each call, whatever the others do.
+
+        With one thread they are what a limit is made of: on a GPU, frames (decoding) and clips (flow) then go
+        one after the other, a decoder or the flow engine having one at a time.
+        """
+        pipeline = self.pipeline(threads, batch_size=self.n, num_frames=self.frames)
+        encoded = [
+            [pipeline.index.read(int(c), f.tolist()) for c, f in zip(p.clip, p.frames, strict=True)]
+            for p in self.plans
+        ]
+        heard = [np.array([clip.sound is not None for clip in batch]) for batch in encoded]
+        batches = [pipeline.load(plan).rgb for plan in self.plans]
+
+        def read(i: int) -> None:
+            plan = self.plans[i]
+            for clip, frames in zip(plan.clip, plan.frames, strict=True):
+                pipeline.index.read(int(clip), frames.tolist())
+
+        def decode(i: int) -> None:
+            pipeline._decode_frames(self.plans[i], encoded[i])
+
+        def sound(i: int) -> None:
+            pipeline._decode_sound(self.plans[i], encoded[i], heard[i])
+
+        def flow(i: int) -> None:
+            pipeline._compute_flow(batches[i])
+
+        stages: dict[str, Callable[[int], None]] = {"read": read, "decode": decode}
+        stages |= {"sound": sound} if self.sound else {}
+        stages["flow"] = flow
+        if self.bench.gpu and threads == 1:
+            stages |= {"decode": self._frame_by_frame(), "flow": self._clip_by_clip(batches)}
+        return {name: _in_turn(stage) for name, stage in stages.items()}
+
+    def _frame_by_frame(self) -> Callable[[int], None]:
+        pipeline = self.pipeline(1, batch_size=1, num_frames=1)
+        pieces = [
+            [(one, [pipeline.index.read(int(one.clip[0]), f.tolist())]) for one, f in _frames(plan)]
+            for plan in self.plans
+        ]
+
+        def decode(i: int) -> None:
+            for plan, encoded in pieces[i]:
+                pipeline._decode_frames(plan, encoded)
+
+        return decode
+
+    def _clip_by_clip(self, batches: list[torch.Tensor]) -> Callable[[int], None]:
+        pipeline = self.pipeline(1, batch_size=1, num_frames=self.frames)
+
+        def flow(i: int) -> None:
+            for clip in batches[i]:
+                pipeline._compute_flow(clip[None])
+
+        return flow
+
+    def limit(self, stage: str, ms: float) -> Limit:
+        """What a stage can come to, from one thread's (or decoder's) milliseconds a batch."""
+        count, what = self.threads, f"{self.threads} threads x one thread's"
+        if stage == "read":
+            count, what = 1, "one thread's"
+        if self.bench.gpu and stage == "decode":
+            count = jpeg_engines(self.bench.device)
+            what = f"{count} JPEG decoders x one's"
+        if self.bench.gpu and stage == "flow":
+            count, what = 1, "the flow engine's, clip by clip"
+        return Limit(what, count * per_second(self.n, ms), UNIT)
+
+    def row(self, name: str, samples: list[float], limit: Limit) -> Row:
+        """A stage's row."""
+        ms = quantiles(samples)
+        return Row(
+            part="input",
+            name=name,
+            shape=self.shape,
+            ms=ms,
+            repeats=len(samples),
+            throughput=per_second(self.n, ms[1]),
+            unit=UNIT,
+            limit=limit,
+            stage=name,
+        )
+
+    def views_row(self) -> Row:
+        """Views of all modalities, held against the bandwidth: a batch read once, its views written once."""
+        pipeline = self.pipeline(self.threads, batch_size=self.n, num_frames=self.frames)
+        batches = [pipeline.load(plan) for plan in self.plans]
+        moved = _bytes_of(batches[0]) + _bytes_of(self.trainer.views(batches[0], self.modalities))
+        step = _in_turn(lambda i: self.trainer.views(batches[i], self.modalities))
+        samples = self.bench.time({"views": step}, flush=True)["views"]
+        ms = quantiles(samples)
+        return Row(
+            part="input",
+            name=f"views of {', '.join(self.modalities)}",
+            shape=self.shape,
+            ms=ms,
+            repeats=len(samples),
+            throughput=gigabytes_per_second(moved, ms[1]),
+            unit=BANDWIDTH,
+            limit=self.bench.copy_bandwidth(),
+            bytes=moved,
+            stage="views",
+        )
+
+    def whole_row(self, single: dict[str, float], limits: dict[str, Limit], views: Row) -> Row:
+        """Batches as training gets them, decoded ahead in a thread of their own, views included."""
+        repeats = 5 if self.bench.quick else 30
+        endless = override(self.recipe, [f"optim.steps={repeats + 3}", "optim.warmup_steps=0"])
+        trainer = Trainer(endless, self.bench.videos, self.bench.runtime)
+        modalities = self.modalities
+        batches = trainer.batches(seed=self.recipe.seed, first=0, modalities=modalities)
+
+        def step() -> None:
+            self.trainer.views(next(batches), modalities)
+
+        for _ in range(3):  # those that were decoded ahead
+            step()
+        samples = [timed(step, self.bench.device) for _ in range(repeats)]
+        batches.close()  # type: ignore[attr-defined]
+        if self.bench.gpu:
+            slowest = min(limits, key=lambda name: limits[name].value)
+            limit = Limit(f"its slowest stage, {slowest}", limits[slowest].value, UNIT)
+        else:
+            cpu = sum(single.values()) + views.ms[1] * torch.get_num_threads()
+            what = f"{self.threads} threads x one thread's, all stages"
+            limit = Limit(what, self.threads * per_second(self.n, cpu), UNIT)
+        return msgspec.structs.replace(self.row("end to end", samples, limit), stage="input")
+
+
+def _in_turn(stage: Callable[[int], Any]) -> Step:
+    turns = cycle(range(PLANS))
+    return lambda: stage(next(turns))
+
+
+def _frames(plan: ClipPlan) -> Iterator[tuple[ClipPlan, np.ndarray[Any, Any]]]:
+    """A plan's frames as plans of one clip and one frame each."""
+    for i in range(len(plan)):
+        for f in range(plan.frames.shape[1]):
+            one = slice(i, i + 1)
+            cut = ClipPlan(
+                clip=plan.clip[one],
+                frames=plan.frames[one, f : f + 1],
+                box=plan.box[one],
+                flip=plan.flip[one],
+                sound_start=plan.sound_start[one],
+                shift=plan.shift[one],
+                order=plan.order[one],
+            )
+            yield cut, cut.frames[0]
+
+
+def _bytes_of(holder: ClipBatch | Views) -> int:
+    """Bytes of the tensors of a batch or of its views, masks and orders aside."""
+    if isinstance(holder, ClipBatch):
+        parts = [holder.rgb, holder.flow, holder.wave, holder.wave_shifted]
+    else:
+        parts = [*holder.clip.values(), *holder.future.values(), holder.shifted_audio]
+    return sum(x.numel() * x.element_size() for x in parts if x is not None)

@@ -1,0 +1,146 @@
+"""K-means fitness of a cohort: every backend, and the batched one both member by member and all at once.
+
+Features are drawn as overlapping clouds, one a class. FLOPs are those of the matrix products alone, with the
+iterations that the batched backend takes: candidates' distances in k-means++, then distances and centres of each
+of Lloyd's iterations. They stand beside the product's peak, though at such sizes launches and small
+operations take most of the time. Backends draw their starts differently, so that their fitnesses differ a little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from statistics import fmean
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.bench.base import Bench, told
+from engine.bench.rows import Row, per_second, quantiles
+from engine.bench.timing import Step
+from engine.fitness import FitnessResult, cohort_fitness
+from engine.kmeans import draws, kmeans
+from engine.model.resnet3d import ResNet3D
+from engine.recipe import Fitness
+
+Features = list[NDArray[np.float32]]
+ONE_BY_ONE, AT_ONCE = "batched, one by one", "batched, all at once"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes: M members, N clips, D features, K classes."""
+
+    members: int
+    clips: int
+    features: int
+    classes: int
+
+
+def problem(bench: Bench) -> Problem:
+    """HMDB51's train split on a GPU; on a CPU the built-in labelled clips, and the recipe's network."""
+    if bench.gpu:
+        return Problem(members=8, clips=3570, features=2048, classes=51)
+    model = bench.recipe.model
+    with torch.device("meta"):
+        width = ResNet3D(model.arch, 3, width=model.width, pool=model.pool).feature_dim
+    return Problem(members=bench.recipe.search.generation, clips=96, features=width, classes=8)
+
+
+def draw(problem: Problem, *, seed: int) -> tuple[Features, NDArray[np.int64]]:
+    """Features (N, D) of each member, and the clips' classes (N,)."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0xBE7C]))
+    labels = np.arange(problem.clips) % problem.classes
+    rows = []
+    for _ in range(problem.members):
+        centres = rng.standard_normal((problem.classes, problem.features)) * 0.5
+        noise = rng.standard_normal((problem.clips, problem.features))
+        rows.append((centres[labels] + noise).astype(np.float32))
+    return rows, labels
+
+
+def product_flops(problem: Problem, *, starts: int, iterations: int) -> int:
+    """FLOPs of the products of one member: of k-means++ in each start, and of Lloyd's iterations in all of them.
+
+    One product of all clips with all centres is 2NKD; k-means++ makes one of K x C candidates, C = 2 + log K,
+    and an iteration two: distances, and the new centres.
+    """
+    once = 2 * problem.clips * problem.classes * problem.features
+    candidates = 2 + int(np.log(problem.classes))
+    return once * (starts * candidates + 2 * iterations)
+
+
+def run(bench: Bench) -> Iterator[Row]:
+    """Rows of each backend that is there."""
+    sizes = problem(bench)
+    features, labels = draw(sizes, seed=bench.recipe.seed)
+    settings = bench.recipe.fitness
+    fitness: dict[str, float] = {}
+    steps = {
+        name: _step(call, fitness, name)
+        for name, call in _calls(bench, features, labels, settings, sizes).items()
+    }
+    dtype = torch.float32 if bench.gpu else torch.float64
+    limit = bench.matrix_peak(dtype, ieee=True)
+    flops = _counted(bench, features, settings, sizes)
+    shape = f"{sizes.members} x {told(sizes.clips, sizes.features)}, k {sizes.classes}"
+    starts = f"{settings.kmeans_seeds} runs of {settings.kmeans_init} starts"
+    for name, samples in bench.time(steps).items():
+        ms = quantiles(samples)
+        yield Row(
+            part="kmeans",
+            name=name,
+            shape=f"{shape}, {starts}",
+            ms=ms,
+            repeats=len(samples),
+            throughput=per_second(sizes.members, ms[1]),
+            unit="members/s",
+            limit=limit,
+            flops=flops,
+            peer=name != AT_ONCE,
+            figures={"fitness": fitness[name]},
+        )
+
+
+def _step(call: Callable[[], list[FitnessResult | str]], kept: dict[str, float], name: str) -> Step:
+    def step() -> None:
+        results = call()
+        kept[name] = fmean(r.value for r in results if not isinstance(r, str))
+
+    return step
+
+
+def _calls(
+    bench: Bench, features: Features, labels: NDArray[np.int64], settings: Fitness, sizes: Problem
+) -> dict[str, Callable[[], list[FitnessResult | str]]]:
+    fixed: dict[str, Any] = {"num_classes": sizes.classes, "seed": bench.recipe.seed}
+    fixed["device"] = bench.device.type
+
+    def backend(name: str) -> Callable[[Features], list[FitnessResult | str]]:
+        chosen = msgspec.structs.replace(settings, kmeans=name)
+        return lambda rows: list(cohort_fitness(rows, labels, settings=chosen, **fixed))
+
+    batched = backend("batched")
+    calls: dict[str, Callable[[], list[FitnessResult | str]]] = {
+        AT_ONCE: partial(batched, features),
+        ONE_BY_ONE: lambda: [result for rows in features for result in batched([rows])],
+        "scikit-learn": partial(backend("sklearn"), features),
+    }
+    if bench.gpu and find_spec("cuml") is not None:
+        calls["cuML"] = partial(backend("cuml"), features)
+    return calls
+
+
+def _counted(bench: Bench, features: Features, settings: Fitness, sizes: Problem) -> int:
+    """FLOPs of all members' products, in all runs and from all starts."""
+    runs, starts = settings.kmeans_seeds, settings.kmeans_init
+    luck = draws(bench.recipe.seed, runs=runs, restarts=starts, num_clusters=sizes.classes)
+    found = kmeans([torch.from_numpy(rows).to(bench.device) for rows in features], luck)
+    iterations = int(found.iterations.sum())
+    seeding = product_flops(sizes, starts=runs * starts, iterations=0) * sizes.members
+    return seeding + product_flops(sizes, starts=0, iterations=iterations)

@@ -1,0 +1,86 @@
+"""The roofline: each stage's speed over its arithmetic intensity, below what memory and products allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.bench.rows import BANDWIDTH, COMPUTE, Limit, Row, teraflops
+
+SUFFIXES = (".png", ".svg")
+COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
+
+
+def check_path(path: Path) -> None:
+    """Raise ValueError for a picture that can't be written, before anything is measured."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--plot {path}: name a picture that ends in {' or '.join(SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.absolute().parent}")
+
+
+def points(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
+    """(label, FLOP per byte, TFLOP/s) of the rows that count both bytes and FLOPs."""
+    return [
+        (f"{row.part}: {row.name}", row.flops / row.bytes, teraflops(row.flops, row.ms[1]))
+        for row in rows
+        if row.flops and row.bytes
+    ]
+
+
+def roofs(rows: Sequence[Row]) -> tuple[list[Limit], list[Limit]]:
+    """The bandwidths and the products' peaks that rows are held against, each once, the highest first."""
+    found = {row.limit.name: row.limit for row in rows if row.limit is not None}
+    ordered = sorted(found.values(), key=lambda limit: -limit.value)
+    return (
+        [limit for limit in ordered if limit.unit == BANDWIDTH],
+        [limit for limit in ordered if limit.unit == COMPUTE],
+    )
+
+
+def draw_roofline(rows: Sequence[Row], path: Path) -> bool:
+    """Write the picture; False, and no picture, where no row has both bytes and FLOPs."""
+    from matplotlib.figure import Figure
+
+    shown = points(rows)
+    if not shown:
+        return False
+    bandwidths, peaks = roofs(rows)
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    intensities = [x for _, x, _ in shown]
+    least, most = min(intensities) / 4, max(intensities) * 8
+    for limit in bandwidths:
+        turn = max((peak.value for peak in peaks), default=float("inf")) * 1e3 / limit.value
+        ends = [least, min(most, turn)]
+        axes.plot(
+            ends,
+            [x * limit.value / 1e3 for x in ends],
+            color="0.25",
+            label=f"{limit.name}: {limit.value:.3g} {limit.unit}",
+        )
+    for peak, style in zip(peaks, ("-", "--", ":", "-.") * len(peaks), strict=False):
+        starts = peak.value * 1e3 / bandwidths[0].value if bandwidths else least
+        axes.plot(
+            [min(max(starts, least), most), most],
+            [peak.value] * 2,
+            color="0.25",
+            linestyle=style,
+            label=f"{peak.name}: {peak.value:.3g} {peak.unit}",
+        )
+    for i, (label, x, y) in enumerate(shown):
+        axes.plot(x, y, "o", color=COLOURS[i % len(COLOURS)])
+        axes.annotate(label, (x, y), (6, 4), textcoords="offset points", fontsize=8)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(least, most),
+        xlabel="arithmetic intensity, FLOP per byte",
+        ylabel="TFLOP/s",
+        title=f"Roofline of the stages: {rows[0].about.get('device', '')}",
+    )
+    axes.grid(alpha=0.2)
+    if bandwidths or peaks:
+        axes.legend(loc="lower right", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+    return True

@@ -1,0 +1,175 @@
+"""A training step of one member with all terms: forward, Eq. 1, backward, optimizer.
+
+FLOPs are counted by torch over forward and backward (convolutions and matrix products), and the share of the
+measured matrix product's peak is what is called MFU. Bytes are what the eager operations read and write, each
+taken alone: caches spare some of it, and a compiler more. On a CPU members train on a thread each, as in a
+cohort; a row with all cores' threads stands beside. Compiling takes a CPU minutes, and is timed there only where
+the recipe asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.bench.base import Bench, told
+from engine.bench.rows import Row, per_second, quantiles
+from engine.bench.timing import Step
+from engine.data.views import Views
+from engine.recipe import load_loss, override
+from engine.runtime import choose_runtime, num_cores
+from engine.train import Trainer
+from engine.train_state import Member
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute the step."""
+
+    amp: str
+    compile: str
+    threads: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the products."""
+        return torch.bfloat16 if self.amp == "bf16" else torch.float32
+
+    @property
+    def name(self) -> str:
+        """As in "eager bf16" or "compiled (reduce-overhead) float32, 2 threads"."""
+        how = "eager" if self.compile == "off" else f"compiled ({self.compile})"
+        threads = f", {self.threads} threads" if self.threads > 1 else ""
+        return f"{how} {'bf16' if self.amp == 'bf16' else 'float32'}{threads}"
+
+
+class TrafficMode(TorchDispatchMode):
+    """Counts the bytes of every operation's tensors, in and out; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation and add up."""
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            found = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            self.bytes += sum(x.numel() * x.element_size() for x in found)
+        return out
+
+
+def variants(bench: Bench) -> tuple[Variant, list[Variant]]:
+    """The one that the recipe and device choose, and all."""
+    amp, compile = "bf16" if bench.runtime.amp else "off", bench.recipe.optim.compile
+    if compile == "auto":
+        compile = "default" if bench.gpu else "off"
+    own = Variant(amp, compile, 1)
+    every = [own, Variant("off", "off", 1), Variant("bf16", "off", 1)]
+    if not bench.gpu and not bench.quick and num_cores() > 1:
+        every.append(Variant(amp, "off", num_cores()))
+    if bench.gpu:
+        every += [Variant("bf16", mode, 1) for mode in ("default", "reduce-overhead")]
+    return own, list(dict.fromkeys(every))
+
+
+def run(bench: Bench) -> Iterator[Row]:
+    """Rows of each variant, taken in turn on one batch."""
+    own, every = variants(bench)
+    flops, moved = counted(bench, own)
+    steps: dict[str, Step] = {}
+    by_name = {variant.name: variant for variant in every}
+    for name, variant in by_name.items():
+        trainer, member, views = prepared(bench, variant)
+        try:
+            trainer.step(member, views)
+        except Exception as error:  # a compiler may fail in any way
+            if variant == own:
+                raise
+            bench.say(f"step: {name} is left out: {(str(error).splitlines() or ['?'])[0]}")
+            continue
+        steps[name] = _step(trainer, member, views, threads=variant.threads, gpu=bench.gpu)
+    recipe = bench.recipe
+    clip, n = recipe.clip, recipe.optim.batch_size
+    size = told(n, clip.num_frames, clip.size, clip.size)
+    for name, samples in bench.time(steps).items():
+        ms, variant = quantiles(samples), by_name[name]
+        yield Row(
+            part="step",
+            name=name,
+            shape=f"{recipe.model.arch} width {recipe.model.width:g} {size}",
+            ms=ms,
+            repeats=len(samples),
+            throughput=per_second(n, ms[1]),
+            unit="clips/s",
+            limit=_peak(bench, variant),
+            flops=flops,
+            bytes=moved[variant.amp] if variant.compile == "off" else None,
+            peer=variant != own,
+            stage="step" if variant == own else "",
+        )
+
+
+def prepared(bench: Bench, variant: Variant) -> tuple[Trainer, Member, Views]:
+    """A trainer and a member of the variant, and a batch's views."""
+    recipe = override(
+        bench.recipe, [f"optim.amp={variant.amp}", f"optim.compile={variant.compile}"]
+    )
+    runtime = choose_runtime(str(bench.device), amp=variant.amp)
+    trainer = Trainer(recipe, bench.videos, runtime, warn=lambda text: bench.say(f"step: {text}"))
+    member = trainer.member(load_loss("equal"), seed=recipe.seed, alone=True)
+    rounds = trainer.rounds([member], seed=recipe.seed)
+    _, views = next(rounds)
+    return trainer, member, views
+
+
+def counted(bench: Bench, own: Variant) -> tuple[int, dict[str, int]]:
+    """FLOPs of a step, and the bytes that its eager operations read and write in each number format."""
+    moved = {}
+    flops = 0
+    for amp in ("off", "bf16"):
+        trainer, member, views = prepared(bench, Variant(amp, "off", 1))
+        trainer.step(member, views)  # the first one also checks the number format
+        with TrafficMode() as traffic:
+            trainer.step(member, views)
+        moved[amp] = traffic.bytes
+        if amp == own.amp:
+            with FlopCounterMode(display=False) as counter:
+                trainer.step(member, views)
+            flops = counter.get_total_flops()
+    return flops, moved
+
+
+def _step(trainer: Trainer, member: Member, views: Views, *, threads: int, gpu: bool) -> Step:
+    def step() -> None:
+        if gpu:
+            trainer.step(member, views)
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            trainer.step(member, views)
+        finally:
+            torch.set_num_threads(before)
+
+    return step
+
+
+def _peak(bench: Bench, variant: Variant) -> Any:
+    if bench.gpu:
+        return bench.matrix_peak(variant.dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(variant.threads)
+    try:
+        return bench.matrix_peak(variant.dtype)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,131 @@
+"""The bench as a whole: which parts there are, the sizes that a device gets, and what is shown at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+import msgspec
+import torch
+from rich.console import Console
+
+from engine.bench import cohort, input, kmeans, loss, step, views
+from engine.bench.base import Bench
+from engine.bench.plot import check_path, draw_roofline
+from engine.bench.rows import Row, append_json, bottleneck, comparison, read_json, rows_table
+from engine.bench.timing import keep_heap
+from engine.data.shards import ClipIndex
+from engine.recipe import Recipe, load_recipe, override, recipe_hash
+from engine.runtime import Runtime, make_deterministic, provenance
+
+PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "input": input.run,
+    "views": views.run,
+    "loss": loss.run,
+    "step": step.run,
+    "kmeans": kmeans.run,
+    "cohort": cohort.run,
+}
+WITH_VIDEOS = {"input", "step", "cohort"}
+ALL = "all"
+WIDE = 190
+"""Columns of the tables where they are not shown on a terminal."""
+GPU_SIZES = (
+    "name=gpu",
+    "clip.size=112",
+    "clip.num_frames=16",
+    "model.arch=r3d_18",
+    "model.width=1.0",
+    "model.pool=false",
+    "objective.order_share=1.0",
+    "objective.decoder_width=32",
+)
+"""What a GPU is measured with unless a recipe is named: the demo's recipe, with networks of full size."""
+
+
+def parts_named(part: str) -> tuple[str, ...]:
+    """The parts that a name stands for; raises ValueError for an unknown one."""
+    if part == ALL:
+        return tuple(PARTS)
+    if part not in PARTS:
+        near = get_close_matches(part, [*PARTS, ALL], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no part {part!r} to bench{hint}; parts: {', '.join([*PARTS, ALL])}")
+    return (part,)
+
+
+def chosen_recipe(name: str | None, assignments: list[str], *, gpu: bool) -> Recipe:
+    """The recipe named, or the device's default; then what is assigned. Raises RecipeError."""
+    recipe = load_recipe(name or "demo")
+    if gpu and name is None:
+        recipe = override(recipe, list(GPU_SIZES))
+    return override(recipe, assignments)
+
+
+def check_files(json: Path | None, plot: Path | None) -> None:
+    """Raise ValueError for files that can't be written, before anything is measured."""
+    if plot is not None:
+        check_path(plot)
+    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
+        raise ValueError(f"--json {json}: name a file in a folder that exists")
+
+
+def run_bench(
+    parts: tuple[str, ...],
+    recipe: Recipe,
+    *,
+    runtime: Runtime,
+    index: ClipIndex | None,
+    quick: bool = False,
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> list[Row]:
+    """Measure parts, show each one's table when it is there, and name the bottleneck.
+
+    ``index`` may be None where no part is in WITH_VIDEOS. Rows are appended to ``json`` part by part.
+    """
+    console = wide_console()
+    make_deterministic(runtime)
+    if runtime.device.type == "cpu":
+        torch.set_num_threads(1)  # as in a search: members take the cores
+        keep_heap()
+    said: list[str] = []
+    bench = Bench(recipe, runtime, index, said.append, quick)
+    about = {**provenance(runtime), "seed": recipe.seed, "recipe": recipe.name}
+    about |= {"recipe_hash": recipe_hash(recipe), "threads": torch.get_num_threads()}
+    found: list[Row] = []
+    for part in parts:
+        rows = [msgspec.structs.replace(row, about=about) for row in PARTS[part](bench)]
+        found += rows
+        console.print(rows_table(f"{part} on {about['device']}", rows))
+        for line in said:
+            console.print(line, markup=False, soft_wrap=True)
+        said.clear()
+        if json is not None:
+            append_json(rows, json)
+    if plot is not None:
+        drawn = draw_roofline(found, plot)
+        none = "nothing to draw: only views, loss and step count both bytes and FLOPs"
+        console.print(f"roofline: {plot}" if drawn else none, markup=False, soft_wrap=True)
+    worst = bottleneck(found)
+    if worst is not None:
+        console.print(worst, markup=False, soft_wrap=True)
+    return found
+
+
+def show_comparison(first: Path, second: Path) -> None:
+    """Print two result files side by side; raises ValueError for one that holds no results."""
+    console = wide_console()
+    shown, missing = comparison(
+        read_json(first), read_json(second), names=(first.name, second.name)
+    )
+    console.print(shown)
+    for line in missing:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def wide_console() -> Console:
+    """A terminal as it is, and anything else wide enough for a table."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDE)

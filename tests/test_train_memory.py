@@ -1,0 +1,149 @@
+"""How many members memory holds, and cohorts that find out that it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import runtime, train_memory
+from engine.cohort import evaluate_cohort
+from engine.data.shards import ClipIndex
+from engine.data.views import Views
+from engine.features import LabelledClips
+from engine.objective.terms import check_weights
+from engine.recipe import load_recipe
+from engine.runtime import choose_runtime, is_out_of_memory, make_deterministic
+from engine.train import Trainer
+from engine.train_memory import members_that_fit
+from engine.train_state import Member
+
+TINY = Path(__file__).with_name("tiny.toml")
+LOSSES = [check_weights({"rgb/reconstruct": 1.0, "rgb/predict": i / 10}) for i in range(5)]
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def trainer(tiny_shards: Path, told: list[str]) -> Trainer:
+    chosen = choose_runtime("cpu")
+    make_deterministic(chosen)
+    index = ClipIndex([tiny_shards / "unlabelled"])
+    return Trainer(load_recipe(TINY), index, chosen, warn=told.append)
+
+
+@pytest.fixture
+def labelled(trainer: Trainer, tiny_shards: Path) -> LabelledClips:
+    index = ClipIndex([tiny_shards / "labelled"])
+    return LabelledClips(index, trainer.recipe, runtime=trainer.runtime)
+
+
+def limit_members(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> list[int]:
+    """Let a step run out of memory where more than ``most`` members are trained; notes how many were."""
+    sizes: list[int] = []
+    original = Trainer.step_all
+
+    def step_all(self: Trainer, members: Sequence[Member], views: Views) -> object:
+        sizes.append(len(members))
+        if len(members) > most:
+            raise error
+        return original(self, members, views)
+
+    monkeypatch.setattr(Trainer, "step_all", step_all)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+    ids=["gpu", "cpu", "python"],
+)
+def test_a_cohort_out_of_memory_halves_itself(
+    error: Exception,
+    trainer: Trainer,
+    labelled: LabelledClips,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    want = evaluate_cohort(trainer, labelled, losses=LOSSES, seeds=[0])
+    sizes = limit_members(monkeypatch, 2, error)
+    got = evaluate_cohort(trainer, labelled, losses=LOSSES, seeds=[0])
+    steps = trainer.recipe.optim.steps
+    assert sizes == [5, 3] + [2] * steps + [2] * steps + [1] * steps
+    assert told == [
+        "out of memory with 5 members at once: going on with 3",
+        "out of memory with 3 members at once: going on with 2",
+    ]
+    for one, other in zip(want, got, strict=True):
+        assert one.fitness == other.fitness and one.terms == other.terms and one.fitness is not None
+    sizes.clear()
+    evaluate_cohort(trainer, labelled, losses=LOSSES[:3], seeds=[0])
+    assert sizes == [2] * steps + [1] * steps, "what was found out is kept"
+
+
+def test_a_member_too_large_for_memory_fails_alone_and_says_what_to_do(
+    trainer: Trainer, labelled: LabelledClips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_members(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory.\nmore"))
+    results = evaluate_cohort(trainer, labelled, losses=LOSSES[:2], seeds=[0])
+    for result in results:
+        assert result.fitness is None
+        assert result.reason == (
+            "out of memory: CUDA out of memory.; try a smaller --set optim.batch_size or clip.size"
+        )
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(
+    trainer: Trainer, labelled: LabelledClips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_members(monkeypatch, 0, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        evaluate_cohort(trainer, labelled, losses=LOSSES[:2], seeds=[0])
+
+
+def test_an_allocation_that_really_fails_is_known_as_one() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+def test_members_at_once_follow_free_memory(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = sum(p.nbytes for p in trainer.initial_loss(0).parameters())
+    step = 4 * 4 * parameters * trainer.runtime.threads
+    for members, want in ((3.5, 3), (1.2, 1), (0.0, 1), (99.0, 5)):
+        free = (step + members * 4 * parameters) / train_memory.SHARE
+        monkeypatch.setattr(train_memory, "free_memory", lambda _, free=free: int(free))
+        trainer.members_at_once = None
+        assert members_that_fit(trainer, LOSSES, seed=0) == want
+        assert trainer.members_at_once == (None if want == 5 else want)
+
+
+def test_free_memory_is_that_of_this_machine() -> None:
+    free = runtime.free_memory(torch.device("cpu"))
+    assert 2**28 < free < 2**50
+    block = bytearray(2**29)
+    block[::4096] = b"x" * len(block[::4096])
+    assert runtime.free_memory(torch.device("cpu")) < free - 2**28
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_its_members(tiny_shards: Path) -> None:
+    chosen = choose_runtime("cuda")
+    trainer = Trainer(load_recipe(TINY), ClipIndex([tiny_shards / "unlabelled"]), chosen)
+    assert members_that_fit(trainer, LOSSES, seed=0) == 5
+    member, step = train_memory._measured(trainer, LOSSES[1], seed=0)
+    parameters = sum(p.nbytes for p in trainer.initial_loss(0).parameters())
+    assert 3 * parameters <= member <= 6 * parameters and step > parameters
