@@ -55,21 +55,26 @@ class LabelledClips:
         size = len(self.clips) * views * clip.num_frames * clip.size**2 * 3
         self._bank: list[Tensor] | None = [] if size <= BANK_BYTES else None
 
-    def features(self, networks: Sequence[ResNet3D]) -> list[NDArray[np.float32]]:
+    @torch.no_grad()
+    def features(self, networks: Sequence[ResNet3D]) -> list[Tensor]:
         """Pooled features of each network, float32 (clips, D) in ``labels``' order, from one decode.
+
+        They stay on the device.
 
         A clip's features are the mean over its views. Batch norm uses each batch's own statistics or the
         running ones, as the recipe says; either way nothing in the networks changes.
         """
         num_views = self.recipe.fitness.views_per_clip
+        device = self.runtime.device
         sums = [
-            np.zeros((len(self.clips), network.feature_dim), np.float32) for network in networks
+            torch.zeros(len(self.clips), network.feature_dim, device=device) for network in networks
         ]
         done = 0
         with _evaluating(networks, batch_norm=self.recipe.fitness.batch_norm):
             for frames in self._batches():
                 rgb = self._views.rgb_only(frames)
-                rows = self._order[np.arange(done, done + len(frames)) % len(self.clips)]
+                here = self._order[np.arange(done, done + len(frames)) % len(self.clips)]
+                rows = torch.from_numpy(here).to(device)
                 pooled = self.runtime.map(partial(self._pooled, rgb=rgb), networks)
                 for total, features in zip(sums, pooled, strict=True):
                     total[rows] += features / num_views
@@ -77,10 +82,10 @@ class LabelledClips:
         return sums
 
     @torch.no_grad()
-    def _pooled(self, network: ResNet3D, *, rgb: Tensor) -> NDArray[np.float32]:
+    def _pooled(self, network: ResNet3D, *, rgb: Tensor) -> Tensor:
         with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
             features: Tensor = network(rgb)
-        return features.float().cpu().numpy()
+        return features.float()
 
     def _batches(self) -> Iterator[Tensor]:
         """uint8 (n, T, H, W, 3): all clips at view 0, then all at view 1, and so on; no batch spans views."""

@@ -230,9 +230,8 @@ class Trainer:
     def _check(self, member: Member, views: Views) -> None:
         """Before the first step: see ``check_step``. Compiles, or goes on without where the recipe lets it."""
         self._checked = True
-        how = {"runtime": self.runtime, "warn": self.warn}
         try:
-            check_step(member, views, seat=self.seat, **how)
+            check_step(member, views, seat=self.seat, runtime=self.runtime, warn=self.warn)
         except CanNotCompile as error:
             if self.recipe.optim.compile != "auto":
                 raise RuntimeError(f"{error}; go on without by --set optim.compile=off") from error

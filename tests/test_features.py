@@ -100,7 +100,7 @@ def test_rows_are_in_the_order_of_the_labels(index: ClipIndex, batch_size: int) 
     (clips,) = np.nonzero(index.label >= 0)
     expected = one_by_one(index, clips, Quadrants())
     assert len(np.unique(expected.round(3), axis=0)) == len(clips)  # else no order could show
-    (found,) = labelled.features([Quadrants()])
+    (found,) = (x.numpy() for x in labelled.features([Quadrants()]))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert labelled.num_classes == 8 == len(set(labelled.labels))
@@ -119,7 +119,7 @@ def test_each_network_gets_its_own_features(index: ClipIndex) -> None:
 def test_running_statistics_are_those_of_an_evaluating_network(index: ClipIndex) -> None:
     labelled = labelled_clips(index, 'fitness.batch_norm="running"', "fitness.batch_size=7")
     used = network()
-    (found,) = labelled.features([used])
+    (found,) = (x.numpy() for x in labelled.features([used]))
     expected = one_by_one(index, labelled.clips, copy.deepcopy(used).eval())
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -127,7 +127,7 @@ def test_running_statistics_are_those_of_an_evaluating_network(index: ClipIndex)
 def test_batch_statistics_are_those_of_a_training_network(index: ClipIndex) -> None:
     labelled = labelled_clips(index, "fitness.views_per_clip=1", "fitness.batch_size=64")
     used = network()
-    (found,) = labelled.features([used])
+    (found,) = (x.numpy() for x in labelled.features([used]))
     assert labelled._bank is not None
     (frames,) = labelled._bank
     trained = copy.deepcopy(used).train()
@@ -176,7 +176,7 @@ def test_networks_are_left_as_they_were_by_a_failure(index: ClipIndex) -> None:
     after = used.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    (found,) = labelled.features([used])
+    (found,) = (x.numpy() for x in labelled.features([used]))
     np.testing.assert_array_equal(found, labelled_clips(index).features([used])[0])
 
 

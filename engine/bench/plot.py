@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> bool:
     shown = points(rows)
     if not shown:
         return False
-    bandwidths, peaks = roofs(rows)
+    bandwidths, peaks = roofs([row for row in rows if row.flops and row.bytes])
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     intensities = [x for _, x, _ in shown]
@@ -59,7 +60,7 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> bool:
             color="0.25",
             label=f"{limit.name}: {limit.value:.3g} {limit.unit}",
         )
-    for peak, style in zip(peaks, ("-", "--", ":", "-.") * len(peaks), strict=False):
+    for peak, style in zip(peaks, ("--", ":", "-.") * len(peaks), strict=False):
         starts = peak.value * 1e3 / bandwidths[0].value if bandwidths else least
         axes.plot(
             [min(max(starts, least), most), most],
@@ -69,8 +70,11 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> bool:
             label=f"{peak.name}: {peak.value:.3g} {peak.unit}",
         )
     for i, (label, x, y) in enumerate(shown):
-        axes.plot(x, y, "o", color=COLOURS[i % len(COLOURS)])
-        axes.annotate(label, (x, y), (6, 4), textcoords="offset points", fontsize=8)
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(x, y, "o", color=colour)
+        down = sum(_near((x, y), other) for _, *other in shown[:i])
+        place = (8, 4 - 11 * down)
+        axes.annotate(label, (x, y), place, textcoords="offset points", fontsize=8, color=colour)
     axes.set(
         xscale="log",
         yscale="log",
@@ -79,8 +83,15 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> bool:
         ylabel="TFLOP/s",
         title=f"Roofline of the stages: {rows[0].about.get('device', '')}",
     )
+    axes.margins(y=0.15)
     axes.grid(alpha=0.2)
     if bandwidths or peaks:
         axes.legend(loc="lower right", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     return True
+
+
+def _near(point: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two points' labels would cover each other: within half a decade across, a fifth up or down."""
+    across, up = (abs(math.log10(a / b)) for a, b in zip(point, other, strict=True))
+    return across < 0.5 and up < 0.2
