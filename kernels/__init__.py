@@ -17,7 +17,7 @@ from kernels import reference
 
 try:
     from kernels.clip_views import clip_views_forward
-    from kernels.weighted_loss import weighted_loss_forward
+    from kernels.weighted_loss import scale_, weighted_loss_forward
 
     HAS_TRITON = True
 except ModuleNotFoundError as error:
@@ -51,7 +51,7 @@ def weighted_loss(
     students, teachers: P tensors each, equal shapes (N, ...) of rank 2 or more within a pair, one N for all;
         float32, bfloat16 or float16, the two sides of a pair independently; accumulated in float32. Any
         strides: a side that is neither contiguous nor channels-last, or laid out unlike its student, is
-        copied first on a GPU.
+        copied first on a GPU, which takes at most 64 pairs, and 2**30 elements a clip.
     masks: (P, N) float32, 1 where clip n counts for pair p, 0 where not (such as without sound). What a
         clip that doesn't count holds, nan included, reaches neither values nor gradients.
     weights: (P+S,) float32, pairs first. Not differentiated. A term of weight exactly 0 adds nothing to the
@@ -107,7 +107,7 @@ def clip_views(
 
 def _on_kernel(x: Tensor) -> bool:
     """Whether a Triton kernel takes this tensor."""
-    return HAS_TRITON and (x.is_cuda or _INTERPRETED)
+    return HAS_TRITON and x.is_cuda != _INTERPRETED
 
 
 def _check_weighted_loss(
@@ -143,7 +143,9 @@ def _check_weighted_loss(
                 f"(N, ...) of rank 2 or more, none of it 0, with N = {masks.shape[1]} as in masks"
             )
         if s.dtype not in _DTYPES or t.dtype not in _DTYPES:
-            raise ValueError(f"pair {p}: {s.dtype} and {t.dtype} must be floats of 16 or 32 bits")
+            raise ValueError(
+                f"pair {p}: {s.dtype} and {t.dtype} must be floats of 16, 32 or 64 bits"
+            )
         if s.device != weights.device or t.device != weights.device:
             raise ValueError(
                 f"pair {p}: student is on {s.device}, teacher on {t.device}, weights on {weights.device}"
@@ -195,14 +197,15 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if upstream is None:
         return to_students, to_teachers, None, None, None, None
     need_student, need_teacher, *_rest = ctx.needs_input_grad
-    as_saved = _is_last_and_one(upstream)
-    for p, grad in enumerate(grads):
-        student_dtype, teacher_dtype = ctx.dtypes[p]
-        if need_student[p]:
-            ready = as_saved and grad.dtype == student_dtype
-            to_students[p] = grad if ready else _scaled(grad, upstream, student_dtype)
+    for p, (_, dtype) in enumerate(ctx.dtypes):
         if need_teacher[p]:
-            to_teachers[p] = _scaled(grad, -upstream, teacher_dtype)
+            to_teachers[p] = _scaled(grads[p], -upstream, dtype)
+    kept = [p for p in range(pairs) if need_student[p] and grads[p].dtype == ctx.dtypes[p][0]]
+    in_place = _scale_in_place([grads[p] for p in kept], upstream)
+    for p, (dtype, _) in enumerate(ctx.dtypes):
+        if need_student[p]:
+            ready = in_place and p in kept
+            to_students[p] = grads[p] if ready else _scaled(grads[p], upstream, dtype)
     return to_students, to_teachers, None, None, weights[pairs:] * upstream, None
 
 
@@ -213,16 +216,21 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
 
 
-def _is_last_and_one(upstream: Tensor) -> bool:
-    """Whether saved gradients can be handed out as they are, since nothing scales or reads them again.
+def _scale_in_place(grads: list[Tensor], upstream: Tensor) -> bool:
+    """Scale saved gradients where they lie, for a backward that hands them out; whether that was done.
 
-    Asked on a CPU only: a GPU would have to be waited for. Never while a graph is traced.
+    Mostly upstream is autograd's 1 and nothing is moved: a second pass over the gradients would add two
+    thirds to the bytes of the first. A GPU finds that out for itself, so that nobody waits for it. Never
+    while the graph is kept, to be walked again, nor while one is traced, where a compiler fuses the product
+    into whatever reads it.
     """
     eager = type(upstream) is Tensor and not torch.compiler.is_compiling()
-    if not eager or upstream.device.type != "cpu":
+    if not eager or torch._C._autograd._get_current_graph_task_keep_graph():
         return False
-    retained = torch._C._autograd._get_current_graph_task_keep_graph()
-    return not retained and upstream.item() == 1
+    if _on_kernel(upstream) and upstream.dtype == torch.float32:
+        scale_(grads, upstream)
+        return True
+    return upstream.device.type == "cpu" and upstream.item() == 1
 
 
 _weighted_loss.register_autograd(_backward, setup_context=_save_for_backward)

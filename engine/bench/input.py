@@ -1,10 +1,10 @@
 """From shards to batches: each stage of ``InputPipeline`` alone, then all of it, as training sees it.
 
-Decoding, flow and sound are done by threads, and are held against as many times what one thread does; JPEG on a
-GPU against as many times what one decoder does with one frame after the other, which is an estimate, since it
-waits for every frame, and flow there against the one flow engine with one clip after the other. On a CPU all stages
-share the cores, so the whole is held against the sum of one thread's times over the threads; on a GPU against
-its slowest stage.
+Reading is held against the memory's bandwidth, since files come from memory after a first time. Decoding, flow and
+sound are done by threads, and are held against as many times what one thread does; JPEG on a GPU against as many
+times what one decoder does with one frame after the other, which is an estimate, since it waits for every frame,
+and flow there against the one flow engine with one clip after the other. On a CPU all stages share the cores, so
+the whole is held against the sum of one thread's times over the threads; on a GPU against its slowest stage.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from engine.bench.rows import BANDWIDTH, Limit, Row, gigabytes_per_second, per_s
 from engine.bench.timing import Step, timed
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_batch
+from engine.data.shards import EncodedClip
 from engine.data.views import Views
 from engine.recipe import override
 from engine.train import Trainer
@@ -38,9 +39,10 @@ def run(bench: Bench) -> Iterator[Row]:
     many, alone = stages.steps(stages.threads), stages.steps(1)
     times = bench.time({**many, **{f"{name} alone": step for name, step in alone.items()}})
     single = {name: quantiles(times[f"{name} alone"])[1] for name in alone}
-    limits = {name: stages.limit(name, ms) for name, ms in single.items()}
-    for name in many:
-        yield stages.row(name, times[name], limits[name])
+    limits = {name: stages.limit(name, ms) for name, ms in single.items() if name != "read"}
+    yield stages.memory_row("read", times["read"], bytes=stages.read_bytes, name="read")
+    for name, limit in limits.items():
+        yield stages.row(name, times[name], limit)
     views = stages.views_row()
     yield views
     yield stages.whole_row(single, limits, views)
@@ -63,6 +65,8 @@ class Stages:
         self.shape = told(self.n, frames, clip.size, clip.size)
         self.trainer = Trainer(self.recipe, bench.videos, bench.runtime)
         self.plans = [self._plan(step) for step in range(PLANS)]
+        self.read_bytes = 0
+        """Encoded bytes of a batch, known once ``steps`` has read them."""
 
     def _plan(self, step: int) -> ClipPlan:
         r = self.recipe
@@ -93,6 +97,7 @@ class Stages:
             [pipeline.index.read(int(c), f.tolist()) for c, f in zip(p.clip, p.frames, strict=True)]
             for p in self.plans
         ]
+        self.read_bytes = sum(_encoded_bytes(clip) for batch in encoded for clip in batch) // PLANS
         heard = [np.array([clip.sound is not None for clip in batch]) for batch in encoded]
         batches = [pipeline.load(plan).rgb for plan in self.plans]
 
@@ -142,8 +147,6 @@ class Stages:
     def limit(self, stage: str, ms: float) -> Limit:
         """What a stage can come to, from one thread's (or decoder's) milliseconds a batch."""
         count, what = self.threads, f"{self.threads} threads x one thread's"
-        if stage == "read":
-            count, what = 1, "one thread's"
         if self.bench.gpu and stage == "decode":
             count = jpeg_engines(self.bench.device)
             what = f"{count} JPEG decoders x one's"
@@ -173,19 +176,16 @@ class Stages:
         moved = _bytes_of(batches[0]) + _bytes_of(self.trainer.views(batches[0], self.modalities))
         step = _in_turn(lambda i: self.trainer.views(batches[i], self.modalities))
         samples = self.bench.time({"views": step}, flush=True)["views"]
-        ms = quantiles(samples)
-        return Row(
-            part="input",
-            name=f"views of {', '.join(self.modalities)}",
-            shape=self.shape,
-            ms=ms,
-            repeats=len(samples),
-            throughput=gigabytes_per_second(moved, ms[1]),
-            unit=BANDWIDTH,
-            limit=self.bench.copy_bandwidth(),
-            bytes=moved,
-            stage="views",
+        name = f"views of {', '.join(self.modalities)}"
+        return self.memory_row("views", samples, bytes=moved, name=name)
+
+    def memory_row(self, stage: str, samples: list[float], *, bytes: int, name: str) -> Row:
+        """A row of a stage that only moves bytes."""
+        limit = self.bench.copy_bandwidth()
+        row = msgspec.structs.replace(
+            self.row(name, samples, limit), unit=BANDWIDTH, bytes=bytes, stage=stage
         )
+        return msgspec.structs.replace(row, throughput=gigabytes_per_second(bytes, row.ms[1]))
 
     def whole_row(self, single: dict[str, float], limits: dict[str, Limit], views: Row) -> Row:
         """Batches as training gets them, decoded ahead in a thread of their own, views included."""
@@ -232,6 +232,11 @@ def _frames(plan: ClipPlan) -> Iterator[tuple[ClipPlan, np.ndarray[Any, Any]]]:
                 order=plan.order[one],
             )
             yield cut, cut.frames[0]
+
+
+def _encoded_bytes(clip: EncodedClip) -> int:
+    sound = 0 if clip.sound is None else clip.sound.nbytes
+    return sound + sum(frame.nbytes for frame in clip.frames)
 
 
 def _bytes_of(holder: ClipBatch | Views) -> int:

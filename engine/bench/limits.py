@@ -31,8 +31,8 @@ def matrix_peak(
     float32 on a GPU is measured as convolutions compute it, that is in TF32 where cuDNN may use it, or with
     ``ieee`` as it is written.
     """
-    tf32 = torch.backends.cudnn.allow_tf32 and device.type == "cuda" and not ieee
-    fast = tf32 and dtype == torch.float32
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    fast = device.type == "cuda" and dtype == torch.float32 and precision != "ieee" and not ieee
     return _matrix_peak(device, dtype, torch.get_num_threads(), fast, quick)
 
 
@@ -60,8 +60,9 @@ def _copy_bandwidth(device: torch.device, threads: int, quick: bool) -> Limit:
 def _matrix_peak(
     device: torch.device, dtype: torch.dtype, threads: int, tf32: bool, quick: bool
 ) -> Limit:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if tf32 else "ieee"
     best = 0.0
     try:
         for side in MATRIX_SIDES[device.type][: 2 if quick else None]:
@@ -77,7 +78,7 @@ def _matrix_peak(
             )
             best = max(best, teraflops(2 * side**3, min(took["mm"])))
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
     kind = "TF32" if tf32 else str(dtype)[6:]
     return Limit(f"{kind} matrix product{_threads_told(device, threads)}", best, COMPUTE)
 

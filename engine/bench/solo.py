@@ -148,7 +148,10 @@ class Soloist:
 def _serve(pipe: Connection, job: Job, steps: int) -> None:
     if job.core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {job.core})
-    torch.set_num_threads(1)
+    if job.runtime.device.type == "cpu":
+        torch.set_num_threads(1)
+    elif job.runtime.device.index is not None:
+        torch.cuda.set_device(job.runtime.device)
     make_deterministic(job.runtime)
     trainer = trainer_for(job.recipe, job.index, job.runtime, steps=steps)
     while True:

@@ -90,6 +90,8 @@ def run_bench(
     if runtime.device.type == "cpu":
         torch.set_num_threads(1)  # as in a search: members take the cores
         keep_heap()
+    elif runtime.device.index is not None:
+        torch.cuda.set_device(runtime.device)
     said: list[str] = []
     bench = Bench(recipe, runtime, index, said.append, quick)
     about = {**provenance(runtime), "seed": recipe.seed, "recipe": recipe.name}

@@ -17,6 +17,7 @@ FUNCTIONS = [kernels.weighted_loss, reference.weighted_loss]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # bfloat16 differences are rounded when saved, and the interpreter rounds towards zero
 TOLERANCE = {F32: 2e-6, F16: 2e-3, BF16: 2e-2}
+MIXED = [(F32, F32), (BF16, BF16), (F16, F32), (BF16, F32), (F16, F16)]
 SHAPES = [(3, 1), (3, 3), (3, 63), (3, 500), (3, 2, 3, 5, 7), (3, 5, 1, 9)]
 
 
@@ -27,21 +28,43 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks so small that odd shapes take several tiles, and tiles several blocks."""
+    """Sizes so small that odd shapes take several chunks, and chunks several blocks."""
     if INTERPRETED:
-        monkeypatch.setattr(sys.modules["kernels.weighted_loss"], "BLOCK", 64)
-        monkeypatch.setattr(sys.modules["kernels.weighted_loss"], "MAX_TILES", 2)
+        for name, size in {"BLOCK": 64, "CHUNK": 192, "SCALE_CHUNK": 320, "SUMS": 64}.items():
+            monkeypatch.setattr(sys.modules["kernels.weighted_loss"], name, size)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched so far."""
+    module, names = sys.modules["kernels.weighted_loss"], []
+
+    class Counted:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid):
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("pairs_kernel", "values_kernel", "scale_kernel"):
+        monkeypatch.setattr(module, name, Counted(getattr(module, name), name))
+    return names
 
 
 def make(shapes, dtypes=(F32, F32), *, scalars=2, device="cpu", seed=0):
-    """Inputs of Eq. 1 that require grad; every pair's mask drops another clip, the first pair's none."""
+    """Inputs of Eq. 1 that require grad; every pair's mask drops another clip, the first pair's none.
+
+    dtypes: of every student and teacher, or a list of that, taken in turn.
+    """
     rng = torch.Generator().manual_seed(seed)
+    turns = dtypes if isinstance(dtypes, list) else [dtypes]
 
     def leaf(shape, dtype):
         return torch.randn(shape, generator=rng).to(device, dtype).requires_grad_()
 
-    students = [leaf(shape, dtypes[0]) for shape in shapes]
-    teachers = [leaf(shape, dtypes[1]) for shape in shapes]
+    students = [leaf(shape, turns[p % len(turns)][0]) for p, shape in enumerate(shapes)]
+    teachers = [leaf(shape, turns[p % len(turns)][1]) for p, shape in enumerate(shapes)]
     masks = torch.ones(len(shapes), shapes[0][0] if shapes else 3, device=device)
     for p in range(1, len(shapes)):
         masks[p, p % masks.shape[1]] = 0
@@ -109,6 +132,27 @@ def test_no_pairs_or_no_scalars(function, pairs, scalars, device):
         check(function, inputs)
     else:
         assert function(*inputs)[0].item() == 0.0
+
+
+@pytest.mark.parametrize("teacher_grad", [False, True])
+def test_mixed_dtypes_in_one_call(teacher_grad, device, poison):
+    """Kinds of pairs side by side, with rows that are aligned for wide loads and rows that are not."""
+    shapes = [*SHAPES, (3, 64), (3, 4, 8), (3, 2, 2, 2, 72), (3, 16), (3, 8)]
+    check(kernels.weighted_loss, make(shapes, MIXED, device=device), teacher_grad=teacher_grad)
+
+
+def test_many_pairs(device, poison):
+    shapes = [(3, 5 + 7 * (p % 4)) for p in range(39)]
+    check(kernels.weighted_loss, make(shapes, MIXED, scalars=70, device=device))
+
+
+def test_one_pair_much_larger_than_the_others(device, poison):
+    shapes = [(2, 3), (2, 13 * 401), (2, 1), (2, 40)]
+    check(kernels.weighted_loss, make(shapes, [(F32, BF16), (BF16, BF16)], device=device))
+
+
+def test_one_clip(device, poison):
+    check(kernels.weighted_loss, make([(1, 700), (1, 3)], device=device))
 
 
 def layouts(shape, device):
@@ -182,11 +226,75 @@ def test_weight_zero_is_valued_but_teaches_nothing(function, device, poison):
 
 def test_same_bits_twice(device):
     def run():
-        inputs = make([(4, 3000)], device=device)
+        inputs = make([(4, 3000), (4, 77), (4, 8, 4)], MIXED, device=device)
         total, values = kernels.weighted_loss(*inputs)
         return [total, values, *torch.autograd.grad(total, inputs[0])]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 9, 39])
+def test_one_launch_over_the_activations(pairs, device, launches):
+    if not (INTERPRETED or device == "cuda"):
+        pytest.skip("no kernel on a CPU")
+    inputs = make([(2, 3 + p) for p in range(pairs)], MIXED, device=device)
+    total, _ = kernels.weighted_loss(*inputs)
+    assert launches == ["pairs_kernel"] * (pairs > 0) + ["values_kernel"]
+    launches.clear()
+    total.backward()
+    assert launches == ["scale_kernel"] * (pairs > 0)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0, float("nan")])
+def test_backward_needs_no_room_for_gradients(upstream, device, poison):
+    """Once nothing reads them again, saved gradients are scaled where they lie, and not at all by 1."""
+    if upstream != 1 and not (INTERPRETED or device == "cuda"):
+        pytest.skip("a CPU scales out of place")
+    inputs = make([(3, 500), (3, 64), (3, 700)], [(F32, F32), (BF16, BF16)], device=device)
+    kept = torch.autograd.grad(kernels.weighted_loss(*inputs)[0], inputs[0])
+    total, _ = kernels.weighted_loss(*inputs)
+    poison.clear()
+    given = torch.autograd.grad(total, inputs[0], torch.full_like(total, upstream))
+    assert not {(3, 500), (3, 64), (3, 700)} & set(poison)
+    for a, b in zip(given, kept, strict=True):
+        want = (b.float() * upstream).to(b.dtype)
+        tolerance = 8e-3 if INTERPRETED and b.dtype == BF16 else 0
+        torch.testing.assert_close(a, want, rtol=tolerance, atol=0, equal_nan=True)
+
+
+def test_more_than_a_launch_takes_is_named(device):
+    if not (INTERPRETED or device == "cuda"):
+        pytest.skip("no kernel on a CPU")
+    with pytest.raises(ValueError, match=r"65 pairs.*the most that a kernel takes is 64"):
+        kernels.weighted_loss(*make([(2, 3)] * 65, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_replayed_by_a_cuda_graph():
+    inputs = make(SHAPES, MIXED, device="cuda")
+    students, _, masks, weights, _ = inputs
+
+    def step():
+        total, values = kernels.weighted_loss(*inputs)
+        return [total, values, *torch.autograd.grad(total, students)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for seed in (1, 2):
+        with torch.no_grad():
+            others = make(SHAPES, MIXED, device="cuda", seed=seed)[0]
+            for x, y in zip(students, others, strict=True):
+                x.copy_(y)
+            weights[seed], masks[0, seed] = 0, 0
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True))
 
 
 @pytest.mark.parametrize("scale", [1, 5])
