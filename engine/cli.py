@@ -11,6 +11,7 @@ import click
 import engine
 from engine.cli_common import (
     PATH,
+    MembersPerGpu,
     errors_explained,
     named_before,
     open_run,
@@ -36,11 +37,20 @@ def main() -> None:
     type=PATH,
     help="Class folders, or shards of them, to judge losses by.",
 )
+@click.option(
+    "--members-per-gpu",
+    type=MembersPerGpu(),
+    default="auto",
+    show_default=True,
+    metavar="auto|N",
+    help="Members of a generation that are trained at once; auto: as many as memory holds.",
+)
 @run_options
 @errors_explained
 def evolve(
     videos: tuple[Path, ...],
     labelled: tuple[Path, ...],
+    members_per_gpu: int | None,
     recipe_name: str | None,
     assignments: tuple[str, ...],
     seed: int | None,
@@ -75,7 +85,14 @@ def evolve(
         for library in (unlabelled, judged_by):
             say_rejects(display, library)
         data = Data(unlabelled, judged_by, named)
-        evolution = Evolution(recipe, data, run=run, runtime=runtime, display=display)
+        evolution = Evolution(
+            recipe,
+            data,
+            run=run,
+            runtime=runtime,
+            display=display,
+            members_at_once=members_per_gpu,
+        )
         display.say(f"run folder {run.path}")
         summary = evolution.go()
         with evolution.clock("report"):

@@ -20,6 +20,20 @@ FAILURE, USAGE = 1, 2
 PATH = click.Path(path_type=Path)
 
 
+class MembersPerGpu(click.ParamType):  # type: ignore[type-arg]
+    """A number of members, or auto, which becomes None."""
+
+    name = "members"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        """Raises click's usage error for anything else."""
+        if value in ("auto", None):
+            return None
+        if not str(value).isdecimal() or int(value) < 1:
+            self.fail(f"{value!r} is neither auto nor a number of members, 1 or more", param, ctx)
+        return int(value)
+
+
 def errors_explained(command: Callable[..., None]) -> Callable[..., None]:
     """Turn what can go wrong into one line and an exit code: 2 for a user's mistake, 1 for a failure."""
 
