@@ -68,10 +68,8 @@ def evolve(
     if bool(videos) != bool(labelled):
         raise ValueError("give both --videos and --labelled, or neither for the demo's data")
     check_kernels_package()
-    default = "demo" if not videos else "cpu"
-    run, recipe = open_run(
-        "evolve", recipe_name, assignments, seed, run_path, resume, default=default
-    )
+    default = "cpu" if videos else "demo"
+    run, recipe = open_run("evolve", recipe_name, assignments, seed, run_path, resume, default)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display() as display:
         if resume:
@@ -84,10 +82,9 @@ def evolve(
         judged_by = open_library(labelled, cache=cache, report=display.prepare)
         for library in (unlabelled, judged_by):
             say_rejects(display, library)
-        data = Data(unlabelled, judged_by, named)
         evolution = Evolution(
             recipe,
-            data,
+            Data(unlabelled, judged_by, named),
             run=run,
             runtime=runtime,
             display=display,
@@ -148,9 +145,7 @@ def pretrain(
         )
     check_kernels_package()
     weights = load_loss(loss_name) if loss_name else None
-    run, recipe = open_run(
-        "pretrain", recipe_name, assignments, seed, run_path, resume, default="cpu"
-    )
+    run, recipe = open_run("pretrain", recipe_name, assignments, seed, run_path, resume, "cpu")
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display() as display:
         library = open_library(videos, cache=default_shard_cache(), report=display.prepare)

@@ -99,7 +99,6 @@ def open_run(
     seed: int | None,
     path: Path | None,
     resume: bool,
-    *,
     default: str,
 ) -> tuple[Any, Recipe]:
     """The run folder and recipe of a command: a new run's, or with ``resume`` the one that it goes on with.

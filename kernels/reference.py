@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+SUMMED = 1 << 15
+"""Most squares that a running sum in float32 takes up."""
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601 weights of red, green and blue."""
 
@@ -61,7 +63,8 @@ def weighted_loss_forward(
     count = masks.sum(1, keepdim=True)
     shares = masks / torch.where(count > 0, count, 1) / masks.new_tensor(sizes)[:, None]
     coefs = 2 * weights[: len(sizes), None] * shares
-    squares, grads = torch.zeros_like(masks), []
+    rows = coefs.unsqueeze(2).unbind(0)
+    squares, grads = [], []
     for p, (s, t) in enumerate(zip(students, teachers, strict=True)):
         grad = empty_grad(s, t, weights)
         wide = grad if grad.dtype == accumulate else torch.empty_like(grad, dtype=accumulate)
@@ -69,17 +72,24 @@ def weighted_loss_forward(
         clips = wide.as_strided((len(s), sizes[p]), (sizes[p], 1))
         if not complete[p]:
             clips.index_fill_(0, (~kept[p]).nonzero().view(-1), 0.0)
-        # the norm reads memory once; blocks keep its running float32 sums short, so exact
-        for block in torch.split(clips, 1 << 15, dim=1):
-            squares[p] += torch.linalg.vector_norm(block, dim=1).square_()
+        squares.append(_squares(clips))
         if save:
             if zero[p]:
                 wide.zero_()  # not by the product: 0 * nan is nan
             else:
-                clips.mul_(coefs[p, :, None])
+                clips.mul_(rows[p])
             grads.append(grad if wide is grad else grad.copy_(wide))
-    values = torch.cat([(shares * squares).sum(1), scalars])
+    each = (shares * torch.stack(squares)).sum(1) if squares else masks.sum(1)
+    values = torch.cat([each, scalars])
     return torch.where(weights != 0, weights * values, 0.0).sum(), values, grads
+
+
+def _squares(clips: Tensor) -> Tensor:
+    """Sums of squares (N,) of the rows (N, E): the norm reads memory once, and short sums are exact enough."""
+    squares = torch.zeros_like(clips[:, 0])
+    for block in clips.split(SUMMED, dim=1):
+        squares += torch.linalg.vector_norm(block, dim=1).square_()
+    return squares
 
 
 def empty_grad(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
