@@ -137,7 +137,8 @@ def _check_weighted_loss(
                 f"{name} must be {dtype} on {weights.device} (as weights), not {x.dtype} on {x.device}"
             )
     for p, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        if s.shape != t.shape or s.dim() < 2 or len(s) != masks.shape[1] or s.numel() == 0:
+        fits = s.dim() >= 2 and s.shape[0] == masks.shape[1] and s.numel() > 0
+        if s.shape != t.shape or not fits:
             raise ValueError(
                 f"pair {p}: student {tuple(s.shape)} and teacher {tuple(t.shape)} must have one shape "
                 f"(N, ...) of rank 2 or more, none of it 0, with N = {masks.shape[1]} as in masks"

@@ -56,40 +56,44 @@ def weighted_loss_forward(
     ``empty_grad``), else an empty list. The gradient is zero for clips that don't count and for pairs of
     weight 0, whatever the inputs hold there; a teacher's is its negative.
     """
-    accumulate = weights.dtype
+    accumulate, num_clips = weights.dtype, masks.shape[1]
     kept = masks != 0
     complete, zero = kept.all(1).tolist(), (weights == 0).tolist()
-    sizes = [s[0].numel() for s in students]
+    sizes = [s.numel() // num_clips for s in students]
     count = masks.sum(1, keepdim=True)
     shares = masks / torch.where(count > 0, count, 1) / masks.new_tensor(sizes)[:, None]
     coefs = 2 * weights[: len(sizes), None] * shares
     rows = coefs.unsqueeze(2).unbind(0)
-    squares, grads = [], []
+    norms, grads = [], []
     for p, (s, t) in enumerate(zip(students, teachers, strict=True)):
         grad = empty_grad(s, t, weights)
         wide = grad if grad.dtype == accumulate else torch.empty_like(grad, dtype=accumulate)
-        torch.sub(s.to(accumulate), t.to(accumulate), out=wide)
-        clips = wide.as_strided((len(s), sizes[p]), (sizes[p], 1))
+        s, t = (x if x.dtype == accumulate else x.to(accumulate) for x in (s, t))
+        torch.sub(s, t, out=wide)
+        clips = wide.as_strided((num_clips, sizes[p]), (sizes[p], 1))
         if not complete[p]:
             clips.index_fill_(0, (~kept[p]).nonzero().view(-1), 0.0)
-        squares.append(_squares(clips))
+        norms.append(_norms(clips))
         if save:
             if zero[p]:
                 wide.zero_()  # not by the product: 0 * nan is nan
             else:
                 clips.mul_(rows[p])
             grads.append(grad if wide is grad else grad.copy_(wide))
-    each = (shares * torch.stack(squares)).sum(1) if squares else masks.sum(1)
-    values = torch.cat([each, scalars])
+    squares = torch.stack(norms).square_() if norms else masks
+    values = torch.cat([(shares * squares).sum(1), scalars])
     return torch.where(weights != 0, weights * values, 0.0).sum(), values, grads
 
 
-def _squares(clips: Tensor) -> Tensor:
-    """Sums of squares (N,) of the rows (N, E): the norm reads memory once, and short sums are exact enough."""
-    squares = torch.zeros_like(clips[:, 0])
-    for block in clips.split(SUMMED, dim=1):
-        squares += torch.linalg.vector_norm(block, dim=1).square_()
-    return squares
+def _norms(clips: Tensor) -> Tensor:
+    """Norms (N,) of the rows (N, E), which read memory once, by sums short enough to be exact in float32."""
+    norms: Tensor
+    if clips.shape[1] <= SUMMED:
+        norms = torch.linalg.vector_norm(clips, dim=1)
+    else:
+        blocks = [torch.linalg.vector_norm(x, dim=1) for x in clips.split(SUMMED, dim=1)]
+        norms = torch.linalg.vector_norm(torch.stack(blocks), dim=0)
+    return norms
 
 
 def empty_grad(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 The pairs are distillation's, with its target's gradient stopped: the five activations of a network, for three
 modalities. Bytes are those of the floor: each student and each teacher read once, each student's gradient
-written once. On a GPU the op itself moves five such units instead of three, since the gradient is multiplied by
-the upstream one (compiled, that melts into whatever consumes it). FLOPs are counted by hand: a difference, a
-square, a sum and a product for the gradient, for each pair of elements.
+written once: three units, which is what the op moves. Compiled on its own, as here, it moves five, since the product
+with the upstream gradient is a pass over all gradients; in a step that melts into whatever reads them. FLOPs
+are counted by hand: a difference, a square, a sum and a product for the gradient, for each pair of elements.
 """
 
 from __future__ import annotations
