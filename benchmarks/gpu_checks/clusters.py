@@ -10,14 +10,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from gpu_checks.job import Job
-from gpu_checks.record import Absent, Recorder
 from numpy.typing import NDArray
 
 from engine import kmeans
 from engine.bench.kmeans import Problem, draw
 from engine.fitness import cohort_fitness, effective_rank
 from engine.recipe import Fitness
+from gpu_checks.job import Job
+from gpu_checks.record import Absent, Recorder
 
 MEMBERS = 16
 CUML_MEMBERS = 2
@@ -50,7 +50,9 @@ def _same_labels(job: Job, rec: Recorder, sizes: Problem) -> None:
         began = time.perf_counter()
         model = KMeans(sizes.classes, init=centres, n_init=1, max_iter=300, tol=1e-4).fit(host)
         seconds = time.perf_counter() - began
-        _agree(rec, "scikit-learn", ours, inertia, model, detail=f"its one start took {seconds:.2f} s")
+        _agree(
+            rec, "scikit-learn", ours, inertia, model, detail=f"its one start took {seconds:.2f} s"
+        )
     with rec.check("k-means: labels as cuML's"):
         if not job.gpu or find_spec("cuml") is None:
             raise Absent("cuML is not installed" if job.gpu else "no GPU")

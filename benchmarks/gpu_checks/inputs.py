@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_checks.job import Job, input_pipeline
-from gpu_checks.record import Absent, Recorder
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,6 +20,8 @@ from engine.data.pipeline import ClipBatch, _to_torch
 from engine.data.plan import plan_batch
 from engine.data.views import ViewMaker, Views
 from engine.runtime import num_cores
+from gpu_checks.job import Job, input_pipeline
+from gpu_checks.record import Absent, Recorder
 
 CPU = torch.device("cpu")
 SHIFT = (2, -1)
@@ -118,7 +118,9 @@ def _busy(job: Job, engine: str, call: Callable[[], Any]) -> float:
         milliseconds(job, call, seconds=1.5)
     values = [float(value) for value in seen if value.strip().replace(".", "").isdigit()]
     if not values:
-        raise Absent(f"nvidia-smi shows no utilization.{engine}: {' '.join(seen)[:200] or 'nothing'}")
+        raise Absent(
+            f"nvidia-smi shows no utilization.{engine}: {' '.join(seen)[:200] or 'nothing'}"
+        )
     return max(values)
 
 
@@ -232,7 +234,10 @@ def flow(job: Job, rec: Recorder) -> None:
         on_device = input_pipeline(job, recipe, job.device, sound=False)
         got = on_device._compute_flow(made.to(job.device))
         error = end_point_error(got, truth)
-        mean = [round(x, 2) for x in got[:, :, BORDER:-BORDER, BORDER:-BORDER].mean((0, 1, 2, 3)).tolist()]
+        mean = [
+            round(x, 2)
+            for x in got[:, :, BORDER:-BORDER, BORDER:-BORDER].mean((0, 1, 2, 3)).tolist()
+        ]
         detail = f"mean flow {mean}, true {list(SHIFT)}"
         rec.row("flow engine", error, unit="px", goal=0.5, sense="<=", detail=detail)
         there = real.to(job.device)

@@ -1,4 +1,4 @@
-"""What the parts share: device, videos, recipes, and stand-ins for the GPU's decoder and flow engine where it has none."""
+"""What the parts share: device, videos, recipes, and stand-ins for a GPU's decoder and flow engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checks.record import Absent
 from torch import Tensor
 
 from engine.bench.base import Bench
@@ -21,6 +20,7 @@ from engine.data.flow import dis_flow
 from engine.data.shards import ClipIndex
 from engine.recipe import Recipe, load_recipe, override
 from engine.runtime import Runtime, choose_runtime, num_cores
+from gpu_checks.record import Absent
 
 HOST = "GPU_CHECK_HOST"
 """Environment variable: stages of input, ``decode`` and ``flow``, that the host does for the GPU."""

@@ -12,11 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from gpu_checks.job import Job
-from gpu_checks.record import ROOT, Absent, Recorder
 
 from engine.bench import limits
-from engine.doctor import MIN_CUDNN, diagnose
+from engine.doctor import diagnose
+from gpu_checks.job import Job
+from gpu_checks.record import ROOT, Absent, Recorder
 
 LIBRARIES = {
     "libcuda.so.1": "the driver",
@@ -24,6 +24,8 @@ LIBRARIES = {
     "libnvidia-opticalflow.so.1": "the flow engine",
     "libnvidia-encode.so.1": "video encoding",
 }
+MIN_CUDNN = 91500
+"""bf16 conv3d is slow, and at large shapes wrong, before 9.15."""
 NVJPEG_HARDWARE = 3
 """nvjpegBackend_t: NVJPEG_BACKEND_HARDWARE."""
 
@@ -33,7 +35,9 @@ def machine(job: Job, rec: Recorder) -> None:
     if job.gpu:
         facts = torch.cuda.get_device_properties(job.device)
         capability = f"{facts.major}.{facts.minor}"
-        detail = f"{facts.total_memory / 2**30:.0f} GiB, {facts.multi_processor_count} SMs, {capability}"
+        detail = (
+            f"{facts.total_memory / 2**30:.0f} GiB, {facts.multi_processor_count} SMs, {capability}"
+        )
         rec.row("GPU", facts.name, detail=f"{detail}, driver {rec.about['driver']}")
         version = torch.backends.cudnn.version() or 0
         rec.row("cuDNN", version, goal=MIN_CUDNN, detail=f"CUDA {torch.version.cuda}")
@@ -114,7 +118,9 @@ def tests(job: Job, rec: Recorder) -> None:
     chosen = [str(folder / "kernels" / "test_clip_views.py")]
     if job.gpu:
         # kernels first: should time run out, they have been seen
-        kernels = [str(folder / "kernels" / f"test_{op}.py") for op in ("weighted_loss", "clip_views")]
+        kernels = [
+            str(folder / "kernels" / f"test_{op}.py") for op in ("weighted_loss", "clip_views")
+        ]
         chosen = ["-m", "gpu", *kernels, *_marked(folder)]
     # the project's own options name plug-ins that such a machine may lack
     options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-v", "--tb=line"]
