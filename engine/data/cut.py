@@ -1,4 +1,4 @@
-"""One source file into clips: which files are tried, where clips start, and what becomes of each.
+"""One source into clips: where clips start, and what becomes of each.
 
 Where clips are cut depends on the seed and a file's relative path alone.
 """
@@ -8,47 +8,18 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engine.data.encode import encode_flac, encode_jpeg
 from engine.data.media import MediaError, MediaFacts, decode_window, probe
-from engine.data.shard_writer import NewClip
+from engine.data.shard_writer import NewClip, StorageError
+from engine.data.sources import Reject, Source
 
-OTHER_SUFFIXES = frozenset(
-    ".aac .aif .aiff .ass .bib .bmp .bz2 .c .cfg .ckpt .conf .cpp .css .csv .db .doc .docx .exe .exif .flac .flo .gif "
-    ".gz .h .h5 .hdf5 .heic .htm .html .ini .ipynb .jpeg .jpg .js .json .jsonl .log .m3u .m4a .mat .md .md5 .mid .mp2 "
-    ".mp3 .nfo .npy .npz .odt .oga .ogg .opus .parquet .part .pdf .pickle .pkl .png .ppm .pgm .pt .pth .py .pyc .rar "
-    ".rst .rtf .safetensors .sha256 .sh .sql .sqlite .srt .ssa .sub .svg .tar .tex .tfrecord .tgz .tif .tiff .toml "
-    ".torrent .tsv .txt .url .vtt .wav .webp .wma .xls .xlsx .xml .xz .yaml .yml .zip .zst".split()
-)
-"""Files that are no videos by their names, and are passed over; all others are tried."""
-CHUNK = 8
-"""Clips that a worker hands back at once: bounds the memory that a long film takes."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file that may be a video."""
-
-    path: Path
-    relative: str
-    """Path from the folder that was given, with ``/``; the file's name where the file itself was given."""
-    label: str | None
-    """Name of its folder, where that is a sub-folder of the folder that was given."""
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A file, or a stretch of one, that gave no clip."""
-
-    path: str
-    reason: str
-    where: str | None = None
-    """Which stretch, where the rest of the file gave clips."""
+TRIM_SLACK = 1.5
+"""Seconds by which a file may be longer than a stretch and still be taken for that stretch, trimmed."""
 
 
 @dataclass(frozen=True)
@@ -77,102 +48,81 @@ class Settings:
             raise ValueError(f"quality must be 1 to 100, not {self.quality}")
 
 
-@dataclass(frozen=True)
-class Task:
-    """Clips ``first`` to ``first + CHUNK`` of one file."""
+def cut_source(
+    source: Source, settings: Settings, keep: Callable[[NewClip], None]
+) -> list[Reject]:
+    """Cut a source's clips and hand each to ``keep``; gives what could not be used, with reasons.
 
-    source: Source
-    settings: Settings
-    first: int = 0
-    taken: int = 0
-    """Clips of this file that earlier tasks gave."""
-    lost: tuple[Reject, ...] = ()
-    """Stretches of this file that earlier tasks could not use."""
-
-
-@dataclass
-class Outcome:
-    """What a task gave, and the task that goes on with the file, if any."""
-
-    clips: list[NewClip] = field(default_factory=list)
-    rejects: list[Reject] = field(default_factory=list)
-    then: Task | None = None
-
-
-def find_videos(paths: Sequence[Path]) -> list[Source]:
-    """List the files that may be videos: those given, and all below the folders given, sorted by path.
-
-    In folders, hidden files and files that are no videos by their suffix are passed over, and files of
-    unknown suffix are taken: reading them tells. Raises ValueError for a path that doesn't exist.
+    Whatever is wrong with the file becomes a reject. Raises StorageError as ``keep`` does, and OSError where the
+    folder of the videos itself is gone, which is no fault of the file.
     """
-    found: dict[Path, Source] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            for file in _files_below(path):
-                relative = file.relative_to(path)
-                label = relative.parent.name or None
-                found.setdefault(file, Source(file, relative.as_posix(), label))
-        elif path.exists():
-            found.setdefault(path, Source(path, path.name, None))
-        else:
-            raise ValueError(f"{path} does not exist: give files or folders of videos")
-    return sorted(found.values(), key=lambda source: os.fsencode(source.path))
+    lost: list[Reject] = []
+    taken = 0
 
+    def count(clip: NewClip) -> None:
+        nonlocal taken
+        keep(replace(clip, splits=source.splits))
+        taken += 1
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"can't list {error.filename}: {error.strerror}")
-
-    seen: set[str] = set()  # links may lead in circles
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
-        for name in [] if real in seen else files:
-            file = Path(parent) / name
-            known = file.suffix.lower() in OTHER_SUFFIXES
-            if not name.startswith(".") and not known and (file.is_file() or file.is_symlink()):
-                yield file
-        seen.add(real)
-
-
-def run_task(task: Task) -> Outcome:
-    """Cut a file's next clips; whatever goes wrong becomes rejects, and nothing is raised."""
-    source, settings = task.source, task.settings
-    clips: list[NewClip] = []
-    lost = list(task.lost)
-    starts = [0.0]
     try:
         facts = probe(source.path)
-        starts = plan_starts(facts.duration, settings, source.relative)
-        for start in starts[task.first : task.first + CHUNK]:
-            _try_cut(source, facts, start, settings, clips, lost)
-        upto, taken = task.first + CHUNK, task.taken + len(clips)
-        if upto < len(starts):
-            return Outcome(clips, then=replace(task, first=upto, taken=taken, lost=tuple(lost)))
-        if not taken and starts[0] > 0.0:  # the head of a broken film is its likeliest intact part
-            _try_cut(source, facts, 0.0, settings, clips, lost)
+        begin, duration, longest = stretch_of(source, facts)
+        if longest < settings.min_seconds:
+            least = f"less than {settings.min_seconds:g} s"
+            raise MediaError(f"only {longest:.2f} s of it are asked for, {least}")
+        inner = replace(settings, clip_seconds=min(settings.clip_seconds, longest))
+        starts = plan_starts(duration, inner, source.relative, begin=begin)
+        for start in starts:
+            _try_cut(source, facts, start, inner, count, lost)
+        if not taken and starts[0] > begin:  # the head of a broken film is its likeliest intact part
+            _try_cut(source, facts, begin, inner, count, lost)
     except MediaError as error:
-        lost.append(Reject(source.relative, str(error)))
+        lost.append(_reject(source, str(error)))
+    except StorageError:
+        raise
     except Exception as error:  # a decoder's own fault must end this file alone
-        lost.append(Reject(source.relative, f"unexpected {type(error).__name__}: {error}"))
-    if not task.taken and not clips:
-        lost = [Reject(source.relative, lost[0].reason)]
-    return Outcome(clips, lost)
+        lost.append(_reject(source, f"unexpected {type(error).__name__}: {error}"))
+    if lost and not os.path.isdir(source.folder):
+        raise OSError(f"{source.folder} can't be reached any more: run the same command again later")
+    return lost if taken or not lost else [_reject(source, lost[0].reason)]
 
 
-def plan_starts(duration: float, settings: Settings, relative: str) -> list[float]:
-    """Where clips of a file start, in seconds: rising, distinct, spread over the file at random.
+def stretch_of(source: Source, facts: MediaFacts) -> tuple[float, float, float]:
+    """Seconds at which the stretch wanted begins, its length in the file, and the longest that a clip may be.
 
-    A pure function of the settings (``seed`` among them) and the file's relative path.
+    All of the file where no stretch is named. Raises MediaError for a stretch beyond the file's end.
+    """
+    begin, end = source.start or 0.0, source.end
+    if end is not None and source.may_be_trimmed and facts.duration <= end - begin + TRIM_SLACK:
+        begin, end = 0.0, None
+    if begin and begin >= facts.duration:
+        raise MediaError(f"it is {facts.duration:.2f} s long and the stretch starts at {begin:.2f} s")
+    if end is None:
+        return begin, facts.duration - begin, math.inf
+    return begin, min(facts.duration, end) - begin, end - begin
+
+
+def _reject(source: Source, reason: str, start: float | None = None) -> Reject:
+    where = source.stretch if start is None else f"{start:.3f} s"
+    return Reject(source.relative, reason, where, source.listed)
+
+
+def plan_starts(
+    duration: float, settings: Settings, relative: str, *, begin: float = 0.0
+) -> list[float]:
+    """Where clips of a file start, in seconds: rising, distinct, spread at random over ``duration`` from ``begin`` on.
+
+    A pure function of the settings (``seed`` among them), the file's relative path, ``begin`` and ``duration``.
     """
     spare = duration - settings.clip_seconds
     if spare * settings.fps < 1.0:  # less than a frame more than one clip
-        return [0.0]
+        return [begin]
     count = settings.clips_per_video or math.ceil(duration / 60.0)
-    key = hashlib.sha256(f"{settings.seed}/{relative}".encode(errors="surrogateescape"))
+    name = f"{settings.seed}/{relative}" + (f"@{begin:.3f}" if begin else "")
+    key = hashlib.sha256(name.encode(errors="surrogateescape"))
     random = np.random.default_rng(int.from_bytes(key.digest()[:8], "little"))
     drawn = (np.arange(count) + random.random(count)) / count * spare
-    return [float(ms) / 1000 for ms in np.unique(np.floor(drawn * 1000))]
+    return [begin + float(ms) / 1000 for ms in np.unique(np.floor(drawn * 1000))]
 
 
 def _try_cut(
@@ -180,13 +130,15 @@ def _try_cut(
     facts: MediaFacts,
     start: float,
     settings: Settings,
-    clips: list[NewClip],
+    keep: Callable[[NewClip], None],
     lost: list[Reject],
 ) -> None:
     try:
-        clips.append(_cut(source, facts, start, settings))
+        clip = _cut(source, facts, start, settings)
     except MediaError as error:
-        lost.append(Reject(source.relative, str(error), f"{start:.3f} s"))
+        lost.append(_reject(source, str(error), start))
+    else:
+        keep(clip)
 
 
 def _cut(source: Source, facts: MediaFacts, start: float, settings: Settings) -> NewClip:

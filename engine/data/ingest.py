@@ -1,27 +1,49 @@
 """Raw video files to training shards: every file ends as clips or as a rejection with its reason.
 
-The result is the same, byte for byte, whatever the number of worker processes: where clips are cut depends on
-the seed and a file's relative path alone, and clips are written in the order of the sorted files.
+The result is the same, byte for byte, whatever the number of worker processes, and whether it came of one run, of
+several that were killed, or of an earlier data set to which files were added: where clips are cut depends on the
+seed and a file's relative path alone, and each shard on its own sources alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
+import fcntl
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from engine.data.cut import CHUNK, Outcome, Reject, Settings, Source, Task, find_videos, run_task
-from engine.data.media import SAMPLE_RATE
-from engine.data.shard_writer import ShardWriter, storing, write_atomic
-from engine.data.shards import ClipIndex, is_shards, read_dataset
+from engine.data.commit import (
+    check_out,
+    commit,
+    committed,
+    fingerprint_of,
+    sweep,
+    write_rejects,
+)
+from engine.data.cut import Settings
+from engine.data.executors import Executor, InProcess, Pool
+from engine.data.groups import Group, group
+from engine.data.parts import (
+    CutJob,
+    Done,
+    Job,
+    Made,
+    ShardJob,
+    made_path,
+    part_path,
+    parts_in,
+    read_made,
+)
+from engine.data.shard_writer import storing
+from engine.data.sources import Found, Reject, find_sources
+
+WORK = ".ingest"
+"""Folder, in that of the shards, of what is finished before all is."""
 
 
 class IngestError(ValueError):
@@ -30,18 +52,42 @@ class IngestError(ValueError):
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What became of the files."""
+    """What became of the sources: files, or stretches of files that a list names."""
 
     sources: int
-    """Files tried."""
     clips: int
     seconds: float
     """Length of all clips."""
     rejects: list[Reject]
+    unlisted: int = 0
+    """Files beside the listed ones that no official list names, and that were passed over."""
+    reused: int = field(default=0, compare=False)
+    """Sources whose clips an earlier run had made."""
+
+    @property
+    def rejected(self) -> int:
+        """Sources that gave no clip."""
+        return len({(r.path, r.listed) for r in self.rejects if r.where is None or r.listed})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an ingest is."""
+
+    done: int
+    """Sources that are clips or rejects by now."""
+    total: int
+    """0 while files are still being looked up, ``done`` of them so far."""
+    reused: int
+    """Of those done, sources that an earlier run did."""
+    clips: int
+    seconds: float
+    """Length of the clips."""
+    rejects: int
 
 
 def ingest(
-    videos: Sequence[Path],
+    videos: Sequence[Path] | Found,
     out: Path,
     *,
     fps: float = 25.0,
@@ -52,16 +98,20 @@ def ingest(
     quality: int = 85,
     seed: int = 0,
     workers: int | None = None,
-    progress: Callable[[int, int, int], None] | None = None,
+    address: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> IngestReport:
-    """Cut clips from video files and write them as the shards ``out``.
+    """Cut clips from videos and write them as the shards ``out``.
 
-    A file no longer than ``clip_seconds`` is one clip; from a longer one ``clips_per_video`` clips are cut at
+    ``videos`` are files, folders and lists (see ``find_sources``), or what the functions of ``splits`` found. A
+    source no longer than ``clip_seconds`` is one clip; from a longer one ``clips_per_video`` clips are cut at
     random starts (None: one per started minute). Clips shorter than ``min_seconds`` are rejected. ``workers``
-    counts processes (None: one a core; 1: this one). ``progress`` is called with the files done, all files
-    and the clips so far. Shards in ``out`` that the same files and settings gave are kept as they are; others
-    are replaced once the new ones are whole. Raises IngestError where no file gives a clip, ValueError for
-    settings out of range and an ``out`` that holds other files, and StorageError where writing fails.
+    counts processes (None: one a core; 1: this one); ``address`` names a Ray cluster to run on instead.
+
+    What an earlier run with the same settings finished in ``out``, even one that was killed, is kept and not done
+    again. Until all is finished, the data set that ``out`` held stays as it was. Raises IngestError where no source
+    gives a clip, ValueError for settings out of range and an ``out`` that holds other files, StorageError where
+    writing fails, and OSError where the videos' folder goes away; what was finished is kept then, too.
     """
     out = Path(out)
     settings = Settings(
@@ -75,203 +125,207 @@ def ingest(
     )
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    _check_out(out)
-    sources = find_videos(videos)
-    if not sources:
-        raise IngestError(f"no videos found in {', '.join(map(str, videos))}")
-    fingerprint = _fingerprint(sources, settings)
-    kept = _kept(out, fingerprint)
-    if kept is not None:
-        return kept
-    return _replace(out, sources, settings, fingerprint, workers=workers, progress=progress)
+    check_out(out)
+    found = videos if isinstance(videos, Found) else find_sources(videos)
+    if not found.sources and not found.rejects:
+        given = [] if isinstance(videos, Found) else videos
+        raise IngestError(f"no videos found in {', '.join(map(str, given))}")
+    return _Ingest(out, found, settings, progress).run(workers, address)
 
 
-def _replace(
-    out: Path,
-    sources: Sequence[Source],
-    settings: Settings,
-    fingerprint: str,
-    *,
-    workers: int | None,
-    progress: Callable[[int, int, int], None] | None,
-) -> IngestReport:
-    """Write shards beside ``out`` and, when they are whole, put them in its place."""
-    temp = out.with_name(f".{out.name}.ingest")
-    shutil.rmtree(temp, ignore_errors=True)  # what a killed run left
-    try:
-        report = _write(sources, temp, settings, fingerprint, workers=workers, progress=progress)
-        if not report.clips:
-            listed = out.with_name(f"{out.name}.rejects.jsonl")
-            os.replace(temp / "rejects.jsonl", listed)
-            first = report.rejects[0]
-            raise IngestError(
-                f"all {len(sources)} files were rejected; the first, {first.path}: {first.reason}"
-                f" (all reasons: {listed})"
-            )
-        _swap(temp, out)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-    return report
+class _Ingest:
+    """One run: what is finished already, what is left to do, and how far it is."""
 
+    def __init__(
+        self,
+        out: Path,
+        found: Found,
+        settings: Settings,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.out, self.work, self.found, self.settings = out, out / WORK, found, settings
+        self.tell = progress or (lambda _: None)
+        self.groups: list[Group] = []
+        self.made: dict[str, Made] = {}
+        self.done = self.reused = self.clips = self.frames = self.rejects = 0
 
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give a folder for the shards")
-    if not out.is_dir():
-        return
-    ours = {"dataset.json", "index.bin", "rejects.jsonl"}
-    for file in sorted(out.iterdir()):
-        shard = file.name.startswith("shard-") and file.suffix == ".tar"
-        if file.name not in ours and not shard:
-            raise ValueError(
-                f"{out} holds {file.name}, which is no shard: give another folder for the shards"
-            )
-
-
-def _fingerprint(sources: Sequence[Source], settings: Settings) -> str:
-    files = []
-    for source in sources:
-        path = os.path.abspath(source.path)
-        try:
-            stat = source.path.stat()
-            state = [stat.st_size, stat.st_mtime_ns]
-        except OSError:  # a link to nowhere: reading it will tell
-            state = [0, 0]
-        files.append([path, source.relative, source.label, *state])
-    whole = json.dumps([asdict(settings), SAMPLE_RATE, files])
-    return hashlib.sha256(whole.encode()).hexdigest()
-
-
-def _kept(out: Path, fingerprint: str) -> IngestReport | None:
-    """The report of the shards in ``out``, where the same files and settings gave them and they are whole."""
-    if not is_shards(out):
-        return None
-    try:
-        facts = read_dataset(out)
-        if facts.get("fingerprint") != fingerprint:
-            return None
-        index = ClipIndex([out])
-        lines = (out / "rejects.jsonl").read_text().splitlines()
-    except (ValueError, OSError):
-        return None
-    rejects = [Reject(**json.loads(line)) for line in lines]
-    return IngestReport(facts["sources"], len(index), float(facts["seconds"]), rejects)
-
-
-def _write(
-    sources: Sequence[Source],
-    folder: Path,
-    settings: Settings,
-    fingerprint: str,
-    *,
-    workers: int | None,
-    progress: Callable[[int, int, int], None] | None,
-) -> IngestReport:
-    writer = ShardWriter(
-        folder, fps=settings.fps, short_side=settings.short_side, sample_rate=SAMPLE_RATE
-    )
-    rejects: list[Reject] = []
-    done = clips = frames = 0
-    tasks = [Task(source, settings) for source in sources]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(tasks))
-    try:
-        for outcome in _in_process(tasks) if workers == 1 else _in_pool(tasks, workers):
-            for clip in outcome.clips:
-                writer.add(clip)
-                clips, frames = clips + 1, frames + len(clip.frames)
-            rejects += outcome.rejects
-            if outcome.then is None:
-                done += 1
-                if progress is not None:
-                    progress(done, len(sources), clips)
-    except BaseException:
-        writer.discard()
-        raise
-    lines = [{k: v for k, v in asdict(r).items() if v is not None} for r in rejects]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomic(folder / "rejects.jsonl", text.encode())
-    seconds = frames / settings.fps
-    writer.close(
-        sources=len(sources), seconds=seconds, settings=asdict(settings), fingerprint=fingerprint
-    )
-    return IngestReport(len(sources), clips, seconds, rejects)
-
-
-def _swap(temp: Path, out: Path) -> None:
-    """Put finished shards in the place of ``out``; a crash in between leaves one of the two whole."""
-    old = out.with_name(f".{out.name}.old")
-    with storing(out):
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(temp, out)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _in_process(tasks: Sequence[Task]) -> Iterator[Outcome]:
-    for task in tasks:
-        then: Task | None = task
-        while then is not None:
-            outcome = run_task(then)
-            then = outcome.then
-            yield outcome
-
-
-@dataclass
-class _Job:
-    task: Task
-    future: Future[Outcome] | None = None
-
-
-def _in_pool(tasks: Sequence[Task], workers: int) -> Iterator[Outcome]:
-    """Outcomes in the order of the tasks; a task that kills its worker process is rejected.
-
-    A dead worker fails every task then in flight, and nothing tells which one killed it: those are run again,
-    one at a time, so that only the guilty one is rejected.
-    """
-    waiting, running = deque(tasks), deque[_Job]()
-    suspects = 0  # tasks to be run one at a time
-    pool = _pool(workers)
-    try:
-        while waiting or running:
-            try:
-                while waiting and len(running) < (1 if suspects else 2 * workers):
-                    running.append(_Job(waiting.popleft()))
-                for job in running:
-                    job.future = job.future or pool.submit(run_task, job.task)
-                assert running[0].future is not None
-                outcome = running[0].future.result()
-            except BrokenProcessPool:
-                pool.shutdown(wait=False)
-                pool = _pool(workers)
-                if not suspects or running[0].future is None:
-                    suspects = len(running)
-                    waiting.extendleft(job.task for job in reversed(running))
-                    running.clear()
-                    continue
-                outcome = _crashed(running[0].task)
-            job = running.popleft()
-            yield outcome
-            if outcome.then is not None:
-                running.appendleft(_Job(outcome.then))
+    def run(self, workers: int | None, address: str | None) -> IngestReport:
+        """Do what is left, and make the whole the folder's data set."""
+        with _locked(self.out, self.work):
+            self.groups = group(self.found.sources, self.settings, progress=self._looked_up)
+            prints = [g.fingerprint for g in self.groups]
+            before, kept = committed(self.out)
+            self._take_over(kept)
+            if len(self.made) < len(self.groups):
+                self._work(workers, address)
+            made = [self.made[fingerprint] for fingerprint in prints]
+            listed = self.found.rejects
+            clips = sum(len(m.shard.labels) for m in made if m.shard is not None)
+            if not clips:
+                raise self._nothing(made)
+            if before == fingerprint_of(prints, listed) and kept.keys() >= set(prints):
+                write_rejects(self.out, made, listed)
             else:
-                suspects = max(0, suspects - 1)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+                commit(self.out, made, self.settings, listed)
+            sweep(self.out)
+            shutil.rmtree(self.work, ignore_errors=True)
+        frames = sum(int(m.shard.records["num_frames"].sum()) for m in made if m.shard is not None)
+        rejects = [*listed, *(reject for m in made for reject in m.rejects)]
+        count = len(self.found.sources) + len(listed)
+        seconds = frames / self.settings.fps
+        return IngestReport(count, clips, seconds, rejects, self.found.unlisted, self.reused)
+
+    def _nothing(self, made: Sequence[Made]) -> IngestError:
+        """Every source was rejected: leave the reasons beside ``out``, and nothing else that was not there."""
+        rejects = [*self.found.rejects, *(reject for m in made for reject in m.rejects)]
+        path = self.out.with_name(f"{self.out.name}.rejects.jsonl")
+        beside = self.work / "none"
+        beside.mkdir(exist_ok=True)
+        write_rejects(beside, made, self.found.rejects)
+        with storing(path):
+            os.replace(beside / "rejects.jsonl", path)
+        shutil.rmtree(self.work, ignore_errors=True)
+        with suppress(OSError):
+            self.out.rmdir()
+        return IngestError(
+            f"all {len(rejects)} files were rejected; the first, {rejects[0].path}: {rejects[0].reason}"
+            f" (all reasons: {path})"
+        )
+
+    def _looked_up(self, number: int) -> None:
+        self.tell(Progress(number, 0, 0, 0, 0.0, 0))
+
+    def _take_over(self, kept: dict[str, Made]) -> None:
+        """Use the groups that the data set in ``out`` or a killed run has finished."""
+        for g in self.groups:
+            made = kept.get(g.fingerprint)
+            if made is None:
+                made = read_made(made_path(self.work, g.fingerprint), self.out)
+            if made is not None:
+                self.made[g.fingerprint] = made
+                self.reused += made.sources
+                shard = made.shard
+                if shard is not None:
+                    self.clips += len(shard.labels)
+                    self.frames += int(shard.records["num_frames"].sum())
+                self.rejects += len(made.rejects)
+        self.done = self.reused
+        self._report()
+
+    def _report(self) -> None:
+        seconds = self.frames / self.settings.fps
+        total = len(self.found.sources)
+        self.tell(Progress(self.done, total, self.reused, self.clips, seconds, self.rejects))
+
+    def _work(self, workers: int | None, address: str | None) -> None:
+        left = [g for g in self.groups if g.fingerprint not in self.made]
+        count = min(
+            workers or len(os.sched_getaffinity(0)), sum(len(g.sources) for g in left)
+        )
+        executor: Executor
+        if address is not None:
+            from engine.data.ray_ingest import RayCluster
+
+            executor = RayCluster(address)
+        else:
+            executor = InProcess() if count == 1 else Pool(count)
+        try:
+            self._drive(_Queue(left, self.settings, self.work, self.out), executor)
+        finally:
+            executor.close()
+
+    def _drive(self, queue: _Queue, executor: Executor) -> None:
+        self.reused += queue.reused
+        self.done += queue.reused
+        while True:
+            while executor.has_room() and (job := queue.next()) is not None:
+                executor.submit(job)
+            if not executor.is_busy():
+                return
+            job, done = executor.next()
+            queue.finish(job, done)
+            if isinstance(job, CutJob):
+                self.done += 1
+                self.clips, self.frames = self.clips + done.clips, self.frames + done.frames
+                self.rejects += done.rejects
+                self._report()
+            elif done.missing:
+                self.done -= len(done.missing)
+            else:
+                made = read_made(made_path(self.work, job.group.fingerprint), self.out)
+                if made is None:
+                    raise OSError(f"{self.out / job.group.shard} changed while it was being made")
+                self.made[job.group.fingerprint] = made
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        pool.submit(os.getpid).result()
-    except BrokenProcessPool as error:
-        raise IngestError(
-            "worker processes can't start: call ingest below `if __name__ == '__main__':`, or with workers=1"
-        ) from error
-    return pool
+class _Queue:
+    """The jobs that are left: a part for each source, and when a group has all of them, its shard."""
+
+    def __init__(self, groups: Sequence[Group], settings: Settings, work: Path, out: Path) -> None:
+        self.settings, self.work, self.out = settings, work, out
+        parts = set(parts_in(work))
+        self._waiting = {
+            g.fingerprint: {
+                i for i, p in enumerate(g.prints) if part_path(work, p).name not in parts
+            }
+            for g in groups
+        }
+        self.reused = sum(len(g.sources) - len(self._waiting[g.fingerprint]) for g in groups)
+        self._group_of: dict[Path, tuple[Group, int]] = {}
+        self._first = deque[Job]()
+        self._cuts = self._all_cuts(groups)
+
+    def _all_cuts(self, groups: Sequence[Group]) -> Iterator[CutJob]:
+        for g in groups:
+            if not self._waiting[g.fingerprint]:
+                self._first.append(ShardJob(g, self.settings, self.work, self.out))
+            for place in sorted(self._waiting[g.fingerprint]):
+                yield self._cut(g, place)
+
+    def _cut(self, g: Group, place: int) -> CutJob:
+        path = part_path(self.work, g.prints[place])
+        self._group_of[path] = g, place
+        return CutJob(g.sources[place], self.settings, path)
+
+    def next(self) -> Job | None:
+        """The next job, or None where all that are left wait for others."""
+        if self._first:
+            return self._first.popleft()
+        job = next(self._cuts, None)
+        return job if job is not None or not self._first else self._first.popleft()
+
+    def finish(self, job: Job, done: Done) -> None:
+        """Take note of a job that is done."""
+        if isinstance(job, CutJob):
+            g, place = self._group_of.pop(job.path)
+            waiting = self._waiting[g.fingerprint]
+            waiting.discard(place)
+            if not waiting:
+                self._first.append(ShardJob(g, self.settings, self.work, self.out))
+        else:
+            self._waiting[job.group.fingerprint] = set(done.missing)
+            self._first.extend(self._cut(job.group, place) for place in done.missing)
 
 
-def _crashed(task: Task) -> Outcome:
-    where = f"clip {task.first + 1} or one of the {CHUNK - 1} after it" if task.taken else None
-    reject = Reject(task.source.relative, "decoding it crashed the worker process", where)
-    return Outcome(rejects=[*task.lost, reject])
+@contextmanager
+def _locked(out: Path, work: Path) -> Iterator[None]:
+    """Hold ``out`` against other ingests; the lock ends with this process, however that ends."""
+    with storing(out):
+        made = not out.exists()
+        work.mkdir(parents=True, exist_ok=True)
+        file: Any = open(work / "lock", "w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another ingest is at work on {out}: wait for it to end") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            if made and not (out / "dataset.json").exists():
+                with suppress(OSError):  # nothing was finished: leave nothing
+                    if [f.name for f in work.iterdir()] == ["lock"]:
+                        shutil.rmtree(work)
+                        out.rmdir()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.data.cut import Reject
 from engine.data.demo import default_cache, make_demo
-from engine.data.ingest import ingest
+from engine.data.ingest import Progress, ingest
 from engine.data.shards import ClipIndex, is_shards
+from engine.data.sources import Reject
 
 Report = Callable[[str, int, int], None]
 """Called while something is prepared: what, done, total."""
@@ -58,8 +58,8 @@ def open_library(
     return Library(ClipIndex(shards), tuple(shards), tuple(rejects))
 
 
-def _progress(what: str, report: Report) -> Callable[[int, int, int], None]:
-    return lambda done, total, _: report(what, done, total)
+def _progress(what: str, report: Report) -> Callable[[Progress], None]:
+    return lambda so_far: report(what, so_far.done, so_far.total)
 
 
 def fingerprint(*libraries: Library) -> str:

@@ -220,7 +220,8 @@ class InputPipeline:
 
     def _decode_frames(self, plan: ClipPlan, encoded: list[EncodedClip]) -> Tensor:
         n, f = len(plan), self.num_frames
-        boxes = square_boxes(plan, self.index.width[plan.clip], self.index.height[plan.clip])
+        read = [clip.clip for clip in encoded]  # not always plan.clip: one may stand in for another
+        boxes = square_boxes(plan, self.index.width[read], self.index.height[read])
         per_frame = np.repeat(np.arange(n), f)
         start, end = boxes[:, [1, 0]][per_frame], boxes[:, [3, 2]][per_frame]
         self._frames.feed_input("jpeg", [frame for clip in encoded for frame in clip.frames])

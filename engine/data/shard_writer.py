@@ -11,19 +11,22 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import engine
-from engine.data.shards import FORMAT, HAS_AUDIO, PARTIAL, RECORD
+from engine.data.shards import FORMAT, HAS_AUDIO, PARTIAL, RECORD, split_bits, told_splits
 
 BLOCK = 512
 """Bytes that a tar's parts are multiples of."""
+END = bytes(2 * BLOCK)
+"""What ends a tar."""
 
 
 class StorageError(OSError):
@@ -81,6 +84,134 @@ class NewClip:
     """Name of its class."""
     note: str | None = None
     """What is missing of it; set for a clip that ends before it should."""
+    splits: tuple[str, ...] = ()
+    """Its part, "train", "test" or "validation", in splits 1, 2 ... of its data set; "" for none."""
+
+
+class ClipTar:
+    """One tar of clips on its way: their members, records and labels; ``finish`` or ``discard`` it.
+
+    ``path`` appears whole, by ``finish``, or not at all. Raises StorageError.
+    """
+
+    def __init__(self, path: Path, *, fps: float) -> None:
+        self.path, self._fps = path, fps
+        self._records = bytearray()
+        self.labels: list[str | None] = []
+        self._at = self._crc = 0
+        # of this writer alone: one that was taken for dead may still be at work
+        self._temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+        with storing(path):
+            self._file: IO[bytes] | None = open(self._temp, "wb")
+
+    @property
+    def records(self) -> NDArray[np.void]:
+        """One RECORD a clip; ``shard`` and ``label`` are left to whoever knows the whole set."""
+        return np.frombuffer(bytes(self._records), RECORD)
+
+    def add(self, clip: NewClip, *, key: str) -> None:
+        """Append one clip of at least one frame; ``key`` names its members and has no dot."""
+        assert clip.frames
+        assert "." not in key
+        try:
+            with storing(self.path):
+                self._write(clip, key)
+        except StorageError:
+            self.discard()
+            raise
+
+    def append(self, data: bytes) -> None:
+        """Add bytes that follow the members: clips that another tar's writer made, or what is no clip."""
+        try:
+            with storing(self.path):
+                self._put(data)
+        except StorageError:
+            self.discard()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._at
+
+    @property
+    def crc32(self) -> int:
+        """Of the bytes so far."""
+        return self._crc
+
+    def finish(self, *, durable: bool = True) -> None:
+        """Put the file in its place; ``durable``: only once it is on the disk."""
+        assert self._file is not None
+        try:
+            with storing(self.path):
+                self._file.flush()
+                if durable:
+                    os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._temp, self.path)
+        except StorageError:
+            self.discard()
+            raise
+        self._file = None
+
+    def discard(self) -> None:
+        """Drop what was written."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            with suppress(OSError):
+                self._temp.unlink()
+            self._file = None
+
+    def _write(self, clip: NewClip, key: str) -> None:
+        num_frames = len(clip.frames)
+        facts: dict[str, Any] = {"source": clip.source, "start": clip.start, "class": clip.label}
+        facts |= {"fps": self._fps, "num_frames": num_frames, "duration": num_frames / self._fps}
+        facts |= {"width": clip.width, "height": clip.height}
+        facts |= {"note": clip.note} if clip.note else {}
+        facts |= {"splits": told_splits(clip.splits)} if any(clip.splits) else {}
+        offsets = np.cumsum([0, *map(len, clip.frames)]).astype("<u4")
+        buffer = io.BytesIO()
+        np.save(buffer, offsets)
+        table = buffer.getvalue()
+        told, blob, sound = json.dumps(facts).encode(), b"".join(clip.frames), clip.sound or b""
+        at = self._member(f"{key}.json", told)
+        table_at = self._member(f"{key}.offsets.npy", table) + len(table) - offsets.nbytes
+        frames_at = self._member(f"{key}.mjpg", blob)
+        sound_at = self._member(f"{key}.flac", sound) if sound else at
+        record = np.zeros((), RECORD)
+        record["at"], record["json_size"] = at, len(told)
+        record["table"], record["frames"], record["sound"] = (
+            table_at - at,
+            frames_at - at,
+            sound_at - at,
+        )
+        record["frames_size"], record["sound_size"] = len(blob), len(sound)
+        record["num_frames"], record["width"], record["height"] = (
+            num_frames,
+            clip.width,
+            clip.height,
+        )
+        record["flags"] = (HAS_AUDIO if sound else 0) | (PARTIAL if clip.note else 0)
+        record["flags"] |= split_bits(clip.splits)
+        record["crc32"] = _crc(told, offsets.tobytes(), blob, sound)
+        self._records += record.tobytes()
+        self.labels.append(clip.label)
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Append one file to the tar; gives the offset of its data."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._put(info.tobuf(tarfile.USTAR_FORMAT))
+        at = self._at
+        self._put(data + bytes(-len(data) % BLOCK))
+        return at
+
+    def _put(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._at += len(data)
+        self._crc = zlib.crc32(data, self._crc)
 
 
 class ShardWriter:
@@ -102,11 +233,9 @@ class ShardWriter:
         self.folder = folder
         self._facts = {"fps": fps, "short_side": short_side, "sample_rate": sample_rate}
         self._fps, self._clips_per_shard = fps, clips_per_shard
-        self._records = bytearray()
-        self._labels: list[str | None] = []
-        self._shards: list[dict[str, Any]] = []
-        self._file: IO[bytes] | None = None
-        self._at = self._crc = self._in_shard = 0
+        self._clips = 0
+        self._tar: ClipTar | None = None
+        self._shards: list[Shard] = []
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -121,122 +250,75 @@ class ShardWriter:
 
     def add(self, clip: NewClip) -> None:
         """Append one clip of at least one frame."""
-        assert clip.frames
-        try:
-            with storing(self._shard_path()):
-                self._write(clip)
-                if self._in_shard == self._clips_per_shard:
-                    self._finish_shard()
-        except StorageError:
-            self.discard()
-            raise
+        if self._tar is None:
+            path = self.folder / f"shard-{len(self._shards):05d}.tar"
+            self._tar = ClipTar(path, fps=self._fps)
+        self._tar.add(clip, key=f"{self._clips:09d}")
+        self._clips += 1
+        if len(self._tar.labels) == self._clips_per_shard:
+            self._finish_shard()
 
     def close(self, **facts: Any) -> None:
         """Finish the last shard, write the index and then ``dataset.json``, with ``facts`` added to it."""
-        if self._file is not None:
-            try:
-                with storing(self._shard_path()):
-                    self._finish_shard()
-            except StorageError:
-                self.discard()
-                raise
-        classes = sorted({name for name in self._labels if name is not None})
-        number = {name: i for i, name in enumerate(classes)}
-        index = np.frombuffer(self._records, RECORD).copy()
-        index["label"] = [-1 if name is None else number[name] for name in self._labels]
-        write_atomic(self.folder / "index.bin", index.tobytes())
-        dataset = {
-            "format": FORMAT,
-            "engine": getattr(engine, "__version__", "unknown"),
-            "codec": "jpeg",
-            **self._facts,
-            "clips": len(index),
-            "index_crc32": zlib.crc32(index.tobytes()),
-            "classes": classes,
-            "shards": self._shards,
-            **facts,
-        }
-        write_atomic(self.folder / "dataset.json", json.dumps(dataset, indent=1).encode())
+        if self._tar is not None:
+            self._finish_shard()
+        write_dataset(self.folder, self._shards, **self._facts, **facts)
 
     def discard(self) -> None:
         """Drop the unfinished shard."""
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.close()
-            with suppress(OSError):
-                self._temp_path().unlink()
-            self._file = None
-
-    def _shard_path(self) -> Path:
-        return self.folder / f"shard-{len(self._shards):05d}.tar"
-
-    def _temp_path(self) -> Path:
-        return self._shard_path().with_name(f".{self._shard_path().name}.tmp")
-
-    def _write(self, clip: NewClip) -> None:
-        if self._file is None:
-            self._file = open(self._temp_path(), "wb")
-            self._at = self._crc = self._in_shard = 0
-        num_frames = len(clip.frames)
-        facts: dict[str, Any] = {"source": clip.source, "start": clip.start, "class": clip.label}
-        facts |= {"fps": self._fps, "num_frames": num_frames, "duration": num_frames / self._fps}
-        facts |= {"width": clip.width, "height": clip.height}
-        facts |= {"note": clip.note} if clip.note else {}
-        offsets = np.cumsum([0, *map(len, clip.frames)]).astype("<u4")
-        buffer = io.BytesIO()
-        np.save(buffer, offsets)
-        table = buffer.getvalue()
-        told, blob, sound = json.dumps(facts).encode(), b"".join(clip.frames), clip.sound or b""
-        key = f"{len(self._labels):09d}"
-        at = self._member(f"{key}.json", told)
-        table_at = self._member(f"{key}.offsets.npy", table) + len(table) - offsets.nbytes
-        frames_at = self._member(f"{key}.mjpg", blob)
-        sound_at = self._member(f"{key}.flac", sound) if sound else at
-        record = np.zeros((), RECORD)
-        record["at"], record["shard"], record["json_size"] = at, len(self._shards), len(told)
-        record["table"], record["frames"], record["sound"] = (
-            table_at - at,
-            frames_at - at,
-            sound_at - at,
-        )
-        record["frames_size"], record["sound_size"] = len(blob), len(sound)
-        record["num_frames"], record["width"], record["height"] = (
-            num_frames,
-            clip.width,
-            clip.height,
-        )
-        record["flags"] = (HAS_AUDIO if sound else 0) | (PARTIAL if clip.note else 0)
-        record["crc32"] = _crc(told, offsets.tobytes(), blob, sound)
-        self._records += record.tobytes()
-        self._labels.append(clip.label)
-        self._in_shard += 1
-
-    def _member(self, name: str, data: bytes) -> int:
-        """Append one file to the tar; gives the offset of its data."""
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        self._put(info.tobuf(tarfile.USTAR_FORMAT))
-        at = self._at
-        self._put(data + bytes(-len(data) % BLOCK))
-        return at
-
-    def _put(self, data: bytes) -> None:
-        assert self._file is not None
-        self._file.write(data)
-        self._at += len(data)
-        self._crc = zlib.crc32(data, self._crc)
+        if self._tar is not None:
+            self._tar.discard()
+            self._tar = None
 
     def _finish_shard(self) -> None:
-        assert self._file is not None
-        self._put(bytes(2 * BLOCK))
-        _sync(self._file)
-        self._file.close()
-        path = self._shard_path()
-        os.replace(self._temp_path(), path)
-        self._file = None
-        self._shards.append(
-            {"file": path.name, "clips": self._in_shard, "bytes": self._at, "crc32": self._crc}
-        )
+        tar, self._tar = self._tar, None
+        assert tar is not None
+        tar.append(END)
+        tar.finish()
+        self._shards.append(Shard(tar.path.name, tar.size, tar.crc32, tar.records, tar.labels))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard."""
+
+    file: str
+    size: int
+    crc32: int
+    records: NDArray[np.void]
+    """(clips,) RECORD."""
+    labels: list[str | None]
+
+
+def write_dataset(folder: Path, shards: Sequence[Shard], **facts: Any) -> None:
+    """Write the index of finished shards and then ``dataset.json``, which makes them the folder's data set.
+
+    What the folder's earlier data set needs stays untouched until then. Raises StorageError.
+    """
+    classes = sorted({name for s in shards for name in s.labels if name is not None})
+    number = {name: i for i, name in enumerate(classes)} | {None: -1}
+    records = [s.records for s in shards] or [np.zeros(0, RECORD)]
+    index = np.concatenate(records)
+    index["shard"] = np.repeat(np.arange(len(shards)), [len(s.records) for s in shards])
+    index["label"] = [number[name] for s in shards for name in s.labels]
+    crc = zlib.crc32(index.tobytes())
+    name = f"index-{crc:08x}.bin"  # a name of its own, so that dataset.json alone switches sets
+    write_atomic(folder / name, index.tobytes())
+    listed = [
+        {"file": s.file, "clips": len(s.records), "bytes": s.size, "crc32": s.crc32} for s in shards
+    ]
+    dataset = {
+        "format": FORMAT,
+        "engine": getattr(engine, "__version__", "unknown"),
+        "codec": "jpeg",
+        "clips": len(index),
+        "index": name,
+        "index_crc32": crc,
+        "classes": classes,
+        "shards": listed,
+        **facts,
+    }
+    write_atomic(folder / "dataset.json", json.dumps(dataset, indent=1).encode())
 
 
 def _crc(*parts: bytes) -> int:

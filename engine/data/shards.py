@@ -1,9 +1,9 @@
 """The on-disk format of training clips and its reader: WebDataset tars of JPEG frames, with an index.
 
-A folder holds ``dataset.json`` (facts of the whole), ``index.bin`` (one RECORD a clip), ``shard-00000.tar`` ...
-and ``rejects.jsonl``. In a tar a clip is KEY.json (facts), KEY.offsets.npy (uint32, num_frames + 1, into the
-next), KEY.mjpg (its JPEG frames, one after the other: a raw MJPEG stream) and, with sound, KEY.flac.
-``shard_writer`` writes it.
+A folder holds ``dataset.json`` (facts of the whole, and the names of the rest), ``index-CRC.bin`` (one RECORD a
+clip), ``shard-*.tar`` and ``rejects.jsonl``. In a tar a clip is KEY.json (facts), KEY.offsets.npy (uint32,
+num_frames + 1, into the next), KEY.mjpg (its JPEG frames, one after the other: a raw MJPEG stream) and, with
+sound, KEY.flac. ``shard_writer`` writes it.
 """
 
 from __future__ import annotations
@@ -11,15 +11,24 @@ from __future__ import annotations
 import json
 import os
 import threading
-import zlib
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engine.data.damage import (
+    Damage,
+    DamagedClip,
+    damaged_shards,
+    index_name,
+    size_problem,
+    substitutes,
+)
 
 FORMAT = 1
 RECORD = np.dtype(
@@ -42,6 +51,9 @@ RECORD = np.dtype(
     ]
 )
 HAS_AUDIO, PARTIAL = 1, 2
+"""Bits of ``flags``; from SPLIT_SHIFT on, two bits say a clip's part in each split of its data set."""
+SPLIT_SHIFT, MAX_SPLITS = 8, 12
+PARTS = ("", "train", "test", "validation")
 OPEN_SHARDS = 256
 """Shards that one process keeps open."""
 
@@ -69,6 +81,17 @@ def read_dataset(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def split_bits(splits: Sequence[str]) -> int:
+    """A clip's parts in splits 1, 2 ... as bits of ``flags``."""
+    assert len(splits) <= MAX_SPLITS
+    return sum(PARTS.index(part) << (SPLIT_SHIFT + 2 * i) for i, part in enumerate(splits))
+
+
+def told_splits(splits: Sequence[str]) -> dict[str, str]:
+    """A clip's parts by the number of the split, as its facts tell them: ``{"1": "train", "3": "test"}``."""
+    return {str(i): part for i, part in enumerate(splits, start=1) if part}
+
+
 @dataclass(frozen=True)
 class EncodedClip:
     """Bytes of the frames asked for, and of the clip's whole sound."""
@@ -77,14 +100,17 @@ class EncodedClip:
     """JPEG files, uint8 (bytes,) each, in the order asked for."""
     sound: NDArray[np.uint8] | None
     """A FLAC file, uint8 (bytes,)."""
+    clip: int
+    """The clip that was read: the one asked for, or the one in its place where that is damaged."""
 
 
 class ClipIndex:
     """One or several folders of shards as one data set; clips are numbered in the order of the folders.
 
-    Safe to pickle and to read from several threads. Raises ValueError that names the folder or file: for no
-    shards, another format version, a missing or truncated shard, and folders that differ in ``fps`` or
-    ``sample_rate``.
+    Safe to pickle and to read from several threads. Shards that are missing or of the wrong size are left out,
+    with their clips: ``damaged`` lists them, and ``warn`` (None: Python's warnings) is told, now as well as when a
+    clip turns out damaged later. Raises ValueError that names the folder or file: for no shards, another format
+    version, a damaged index, no clip left, and folders that differ in ``fps`` or ``sample_rate``.
     """
 
     fps: float
@@ -102,8 +128,18 @@ class ClipIndex:
     """(clips,)"""
     duration: NDArray[np.float64]
     """(clips,) seconds."""
+    shard: NDArray[np.int32]
+    """(clips,): number of the tar that holds the clip, rising over all folders."""
+    flags: NDArray[np.uint32]
+    """(clips,): HAS_AUDIO, PARTIAL and the bits of splits."""
+    damaged: tuple[Damage, ...]
+    """Shards that were left out."""
+    substituted: Counter[int]
+    """Clips that were found damaged while reading, and how often another took their place in this process."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(
+        self, folders: Sequence[Path], *, warn: Callable[[str], None] | None = None
+    ) -> None:
         if not folders:
             raise ValueError("no folder of shards given")
         self.folders = tuple(Path(folder) for folder in folders)
@@ -117,48 +153,102 @@ class ClipIndex:
                         f" ({facts[0][key]} and {other[key]}): ingest one of them again"
                     )
         self.classes = tuple(sorted({name for fact in facts for name in fact["classes"]}))
+        self._indices = [f / index_name(fact) for f, fact in zip(self.folders, facts, strict=True)]
         self._shards: list[list[Path]] = []
+        self._init_process(warn)
         self._open_index(facts)
         self.duration = self.num_frames / self.fps
-        self._init_files()
 
     def _open_index(self, facts: list[dict[str, Any]]) -> None:
-        self._maps: list[NDArray[np.void]] = []
-        labels = []
-        for folder, fact in zip(self.folders, facts, strict=True):
-            for problem in _shard_problems(folder, fact):
-                raise ValueError(f"{problem}: ingest the videos again")
-            self._shards.append([folder / shard["file"] for shard in fact["shards"]])
-            self._maps.append(_map_index(folder))
+        self._rows: list[NDArray[np.int64] | None] = []
+        damaged: list[Damage] = []
+        columns: list[dict[str, NDArray[Any]]] = []
+        for folder, fact, path, rows in zip(
+            self.folders, facts, self._indices, self._maps, strict=True
+        ):
+            problem = size_problem(path, fact["clips"] * RECORD.itemsize)
+            if problem is not None:
+                raise ValueError(f"{path} {problem}: ingest the videos again")
+            bad = damaged_shards(folder, fact)
+            damaged += bad.values()
+            kept = None
+            if bad:
+                kept = np.flatnonzero(~np.isin(rows["shard"], list(bad)))
             number = [self.classes.index(name) for name in fact["classes"]] + [-1]
-            labels.append(np.array(number, np.int32)[self._maps[-1]["label"]])
-        self._first = np.cumsum([0, *(len(m) for m in self._maps)])
-        self.label = np.concatenate(labels)
-        self.num_frames = np.concatenate([m["num_frames"] for m in self._maps]).astype(np.int32)
-        self.width = np.concatenate([m["width"] for m in self._maps]).astype(np.int32)
-        self.height = np.concatenate([m["height"] for m in self._maps]).astype(np.int32)
-        self.has_audio = np.concatenate([m["flags"] & HAS_AUDIO for m in self._maps]) > 0
+            columns.append(_columns(rows if kept is None else rows[kept]))
+            columns[-1]["label"] = np.array(number, np.int32)[columns[-1]["label"]]
+            columns[-1]["shard"] += sum(map(len, self._shards))
+            self._rows.append(kept)
+            self._shards.append([folder / shard["file"] for shard in fact["shards"]])
+        whole = {key: np.concatenate([c[key] for c in columns]) for key in columns[0]}
+        self._first = np.cumsum([0, *(len(c["label"]) for c in columns)])
+        self.label, self.shard, self.flags = whole["label"], whole["shard"], whole["flags"]
+        self.num_frames, self.width, self.height = (
+            whole[key] for key in ("num_frames", "width", "height")
+        )
+        self.has_audio = self.flags & HAS_AUDIO > 0
+        self.damaged, self.substituted = tuple(damaged), Counter()
+        self._tell_damage()
 
-    def _init_files(self) -> None:
+    def _tell_damage(self) -> None:
+        for damage in self.damaged:
+            self._warn(
+                f"{damage}: its {damage.clips} clips are left out"
+                " (to make it again, ingest the videos again)"
+            )
+        if self.damaged and not len(self):
+            raise ValueError(f"{self.damaged[0]}, and no other shard is left: ingest again")
+
+    def _init_process(self, warn: Callable[[str], None] | None) -> None:
         self._files: OrderedDict[Path, IO[bytes]] = OrderedDict()
         self._lock = threading.Lock()
+        self._maps = [_map_index(path) for path in self._indices]
+        self._warn = warn or _warn
+        self._told: set[Path] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock", "_maps")}
+        own = ("_files", "_lock", "_maps", "_warn", "_told")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
-        self._maps = [_map_index(folder) for folder in self.folders]
-        self._init_files()
+        self._init_process(None)
 
     def __len__(self) -> int:
         return len(self.num_frames)
 
+    def in_split(self, number: int, part: str) -> NDArray[np.bool_]:
+        """Which clips are in a part ("train", "test", "validation") of split 1, 2 ...: bool (clips,).
+
+        Raises ValueError for another part or number.
+        """
+        if part not in PARTS[1:] or not 1 <= number <= MAX_SPLITS:
+            raise ValueError(f"there is no part {part!r} of split {number}: {', '.join(PARTS[1:])}")
+        bits = (self.flags >> (SPLIT_SHIFT + 2 * (number - 1))) & 3
+        return np.asarray(bits == PARTS.index(part))
+
     def read(self, clip: int, frames: Sequence[int]) -> EncodedClip:
         """Read the frames with these numbers, and the sound, and nothing else.
 
-        Raises ValueError for a clip or frame that is not there and for a shard that was damaged or replaced.
+        Where they are damaged, a clip of the same label that depends on ``clip`` alone takes the clip's place,
+        with the frames asked for as far as it has them; that is counted in ``substituted``, and told once a
+        shard. Raises ValueError for a clip or frame that is not there, and where no clip can be read.
         """
+        try:
+            return self.read_strictly(clip, frames)
+        except DamagedClip as error:
+            for other in substitutes(clip, self.label):
+                last = int(self.num_frames[other]) - 1
+                try:
+                    found = self.read_strictly(other, [min(f, last) for f in frames])
+                except DamagedClip:
+                    continue
+                self._tell_substitution(clip, error)
+                return found
+            raise
+
+    def read_strictly(self, clip: int, frames: Sequence[int]) -> EncodedClip:
+        """Like ``read``, but raises DamagedClip for a damaged clip."""
         path, record = self._find(clip)
         n = int(record["num_frames"])
         if len(frames) and not 0 <= min(frames) <= max(frames) < n:
@@ -169,17 +259,30 @@ class ClipIndex:
         offsets = (
             self._pread(path, at + int(record["table"]), 4 * (n + 1)).view("<u4").astype(np.int64)
         )
+        if offsets[-1] != record["frames_size"] or (np.diff(offsets) < 4).any():
+            raise DamagedClip(f"{path}: clip {clip} is damaged (its table of frames): ingest again")
         begin = at + int(record["frames"])
         found = [
             self._pread(path, begin + offsets[i], int(offsets[i + 1] - offsets[i])) for i in frames
         ]
-        if any(f[:2].tobytes() != b"\xff\xd8" for f in found):
-            raise ValueError(
+        if any(f[:2].tobytes() != b"\xff\xd8" or f[-2:].tobytes() != b"\xff\xd9" for f in found):
+            raise DamagedClip(
                 f"{path}: clip {clip} is damaged (no JPEG where one should be): ingest again"
             )
         size = int(record["sound_size"])
         sound = self._pread(path, at + int(record["sound"]), size) if size else None
-        return EncodedClip(found, sound)
+        if sound is not None and sound[:4].tobytes() != b"fLaC":
+            raise DamagedClip(f"{path}: clip {clip} is damaged (its sound): ingest again")
+        return EncodedClip(found, sound, clip)
+
+    def _tell_substitution(self, clip: int, error: DamagedClip) -> None:
+        path, _ = self._find(clip)
+        with self._lock:
+            self.substituted[clip] += 1
+            first = path not in self._told
+            self._told.add(path)
+        if first:
+            self._warn(f"{error}; another clip takes its place, as for any other damaged one there")
 
     def facts(self, clip: int) -> dict[str, Any]:
         """What the shard says of a clip: source, start, class, fps, num_frames, duration, width, height, note."""
@@ -195,7 +298,8 @@ class ClipIndex:
                 f"there is no clip {clip}: the data set has clips 0 to {len(self) - 1}"
             )
         folder = int(np.searchsorted(self._first, clip, side="right")) - 1
-        record = self._maps[folder][clip - self._first[folder]]
+        row, kept = clip - self._first[folder], self._rows[folder]
+        record = self._maps[folder][row if kept is None else kept[row]]
         return self._shards[folder][int(record["shard"])], record
 
     def _pread(self, path: Path, at: int, size: int) -> NDArray[np.uint8]:
@@ -205,50 +309,34 @@ class ClipIndex:
                 try:
                     file = open(path, "rb", buffering=0)
                 except OSError as error:
-                    raise ValueError(f"can't open {path}: {error.strerror}") from error
+                    raise DamagedClip(f"can't open {path}: {error.strerror}") from error
                 self._files[path] = file
                 if len(self._files) > OPEN_SHARDS:
                     self._files.popitem(last=False)
             self._files.move_to_end(path)
-        data = os.pread(file.fileno(), size, at)
+        try:
+            data = os.pread(file.fileno(), size, at)
+        except OSError as error:
+            raise DamagedClip(f"can't read {path}: {error.strerror}") from error
         if len(data) != size:
-            raise ValueError(f"{path} is truncated: ingest the videos again")
+            raise DamagedClip(f"{path} is truncated: ingest the videos again")
         return np.frombuffer(data, np.uint8)
 
 
-def _map_index(folder: Path) -> NDArray[np.void]:
-    path = folder / "index.bin"
-    if path.exists() and path.stat().st_size == 0:
+def _columns(rows: NDArray[np.void]) -> dict[str, NDArray[Any]]:
+    """What is kept in memory of an index's rows, by name."""
+    kinds = {"label": np.int32, "shard": np.int32, "num_frames": np.int32, "flags": np.uint32}
+    kinds |= {"width": np.int32, "height": np.int32}
+    return {key: rows[key].astype(kind) for key, kind in kinds.items()}
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _map_index(path: Path) -> NDArray[np.void]:
+    """The index's rows; none where it is empty, absent or no whole number of records."""
+    size = path.stat().st_size if path.exists() else 0
+    if size == 0 or size % RECORD.itemsize:
         return np.zeros(0, RECORD)
     return np.memmap(path, dtype=RECORD, mode="r")
-
-
-def _shard_problems(folder: Path, facts: Mapping[str, Any]) -> Iterator[str]:
-    """Files that are missing or of the wrong size."""
-    sizes = {"index.bin": facts["clips"] * RECORD.itemsize}
-    sizes |= {shard["file"]: shard["bytes"] for shard in facts["shards"]}
-    for name, size in sizes.items():
-        path = folder / name
-        found = path.stat().st_size if path.exists() else None
-        if found is None:
-            yield f"{path} is missing"
-        elif found != size:
-            yield f"{path} is {'truncated' if found < size else 'too long'}: {found} bytes of {size}"
-
-
-def verify(folder: Path) -> list[str]:
-    """Read every byte of a data set and tell what is damaged, one line a file; an empty list is a sound one."""
-    facts = read_dataset(folder)
-    problems = list(_shard_problems(folder, facts))
-    sums = {"index.bin": facts["index_crc32"]} | {s["file"]: s["crc32"] for s in facts["shards"]}
-    for name, expected in sums.items():
-        path = folder / name
-        if any(problem.startswith(f"{path} ") for problem in problems):
-            continue
-        crc = 0
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                crc = zlib.crc32(block, crc)
-        if crc != expected:
-            problems.append(f"{path} is damaged: its checksum is {crc:08x}, not {expected:08x}")
-    return problems

@@ -8,6 +8,7 @@ import json
 import pickle
 import tarfile
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 
 from engine.data import shard_writer, shards
+from engine.data.damage import DamagedClip
 from engine.data.shard_writer import NewClip, ShardWriter, StorageError
-from engine.data.shards import RECORD, ClipIndex, is_shards, read_dataset, verify
+from engine.data.inspection import verify
+from engine.data.shards import RECORD, ClipIndex, is_shards, read_dataset
 
 
 def clip(
@@ -194,40 +197,122 @@ def test_another_format_version_is_refused(folder: Path) -> None:
         ClipIndex([folder])
 
 
-def test_truncated_and_missing_shards_are_named(folder: Path) -> None:
+@pytest.mark.parametrize("problem", ["truncated", "missing"])
+def test_shards_that_are_not_whole_are_named_and_left_out(folder: Path, problem: str) -> None:
     path = folder / "shard-00001.tar"
-    data = path.read_bytes()
-    index = ClipIndex([folder])
-    path.write_bytes(data[:700])
-    with pytest.raises(ValueError, match=r"shard-00001.tar is truncated: 700 bytes of"):
+    if problem == "truncated":
+        path.write_bytes(path.read_bytes()[:700])
+    else:
+        path.unlink()
+    told: list[str] = []
+    index = ClipIndex([folder, folder], warn=told.append)
+    assert len(told) == 2
+    assert f"shard-00001.tar is {problem}" in told[0] and "its 2 clips are left out" in told[0]
+    assert [(d.path, d.clips) for d in index.damaged] == 2 * [(path, 2)]
+    assert index.num_frames.tolist() == 2 * [5, 3, 1]
+    assert index.label.tolist() == 2 * [1, 0, -1]
+    assert index.shard.tolist() == [0, 0, 2, 3, 3, 5]
+    assert [index.facts(i)["source"] for i in (2, 5)] == 2 * ["a/4.avi"]
+    assert index.read(5, [0]).frames[0].tobytes() == CLIPS[4].frames[0]
+    again = pickle.loads(pickle.dumps(index))
+    assert again.read(4, [1]).frames[0].tobytes() == CLIPS[1].frames[1]
+    assert problem in verify(folder)[0]
+
+
+def test_no_shard_left_is_an_error(folder: Path) -> None:
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"shard-00000.tar is missing, and no other shard is left"):
+        ClipIndex([folder], warn=lambda _: None)
+
+
+def test_an_index_that_is_not_whole_is_an_error(folder: Path) -> None:
+    (path,) = folder.glob("index-*.bin")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"index-\w+.bin is truncated: 100 bytes of 320"):
         ClipIndex([folder])
-    with pytest.raises(ValueError, match=r"shard-00001.tar is truncated"):
-        index.read(2, [8])
-    assert "truncated" in verify(folder)[0]
     path.unlink()
-    with pytest.raises(ValueError, match=r"shard-00001.tar is missing"):
+    with pytest.raises(ValueError, match="index-.* is missing"):
         ClipIndex([folder])
 
 
 def test_verify_finds_a_flipped_bit(folder: Path) -> None:
     assert verify(folder) == []
-    for name in ("shard-00002.tar", "index.bin"):
-        data = bytearray((folder / name).read_bytes())
+    for path in (folder / "shard-00002.tar", *folder.glob("index-*.bin")):
+        data = bytearray(path.read_bytes())
         data[len(data) // 3] ^= 1
-        (folder / name).write_bytes(data)
+        path.write_bytes(data)
     problems = verify(folder)
     assert len(problems) == 2
     assert any("shard-00002.tar is damaged" in p for p in problems)
 
 
-def test_a_damaged_frame_is_not_handed_on(folder: Path) -> None:
-    path = folder / "shard-00000.tar"
-    data = path.read_bytes()
-    path.write_bytes(data.replace(CLIPS[0].frames[2], bytes(len(CLIPS[0].frames[2]))))
-    index = ClipIndex([folder])
-    index.read(0, [1])
-    with pytest.raises(ValueError, match="clip 0 is damaged"):
-        index.read(0, [2])
+def damage(folder: Path, part: bytes) -> None:
+    (path,) = (p for p in folder.glob("*.tar") if part in p.read_bytes())
+    path.write_bytes(path.read_bytes().replace(part, bytes(len(part))))
+
+
+@pytest.mark.parametrize("what", ["frame", "sound", "table", "shard"])
+def test_a_clip_of_the_same_label_takes_a_damaged_ones_place(tmp_path: Path, what: str) -> None:
+    clips = [clip(i, num_frames=3 + i, label="walk" if i % 2 else "jump") for i in range(10)]
+    folder = write(tmp_path / "set", clips)
+    told: list[str] = []
+    index = ClipIndex([folder], warn=told.append)
+    if what == "frame":
+        damage(folder, clips[4].frames[2])
+    elif what == "sound":
+        damage(folder, clips[4].sound or b"")
+    elif what == "table":
+        damage(folder, np.cumsum([len(f) for f in clips[4].frames]).astype("<u4").tobytes())
+    else:
+        (folder / "shard-00002.tar").unlink()
+    wanted = [0, 2, 6]
+    found = index.read(4, wanted)
+    other = clips[found.clip]
+    assert found.clip != 4 and other.label == "jump"
+    there = [min(i, len(other.frames) - 1) for i in wanted]
+    assert [f.tobytes() for f in found.frames] == [other.frames[i] for i in there]
+    assert found.sound is not None and found.sound.tobytes() == other.sound
+    # A fresh process, as after a resume, takes the same one, and whatever was read before doesn't matter.
+    fresh = ClipIndex([folder], warn=lambda _: None)
+    if what == "shard":
+        assert len(fresh) == 8
+    else:
+        fresh.read(0, [0])
+        assert fresh.read(4, wanted).clip == found.clip
+    index.read(4, wanted)
+    assert index.substituted == {4: 2}
+    assert len(told) == 1 and "shard-00002.tar" in told[0] and "takes its place" in told[0]
+    with pytest.raises(DamagedClip, match="shard-00002.tar"):
+        index.read_strictly(4, wanted)
+
+
+def test_intact_frames_of_a_damaged_clip_are_read(folder: Path) -> None:
+    damage(folder, CLIPS[0].frames[2])
+    found = ClipIndex([folder]).read(0, [1, 3])
+    assert found.clip == 0 and found.frames[1].tobytes() == CLIPS[0].frames[3]
+
+
+def test_nothing_in_a_damaged_clips_place_is_an_error(folder: Path) -> None:
+    damage(folder, CLIPS[1].frames[0])  # the only one of its class
+    with pytest.raises(ValueError, match="clip 1 is damaged"):
+        ClipIndex([folder]).read(1, [0])
+
+
+def test_splits_are_in_the_index_and_in_the_facts(tmp_path: Path) -> None:
+    parts = [("train", "", "test"), ("test", "train", ""), (), ("validation",)]
+    clips = [replace(clip(i), splits=splits) for i, splits in enumerate(parts)]
+    index = ClipIndex([write(tmp_path / "set", clips)])
+    assert index.in_split(1, "train").tolist() == [True, False, False, False]
+    assert index.in_split(1, "test").tolist() == [False, True, False, False]
+    assert index.in_split(1, "validation").tolist() == [False, False, False, True]
+    assert index.in_split(2, "train").tolist() == [False, True, False, False]
+    assert index.in_split(3, "test").tolist() == [True, False, False, False]
+    assert index.facts(0)["splits"] == {"1": "train", "3": "test"}
+    assert "splits" not in index.facts(2)
+    assert index.has_audio.all()
+    with pytest.raises(ValueError, match="no part 'all' of split 1"):
+        index.in_split(1, "all")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -271,8 +356,8 @@ def test_an_empty_set_opens(tmp_path: Path) -> None:
 
 def test_a_million_clips_open_in_a_second(tmp_path: Path) -> None:
     write(tmp_path, CLIPS[:1])
-    records = np.tile(np.fromfile(tmp_path / "index.bin", RECORD), 1_000_000)
-    records.tofile(tmp_path / "index.bin")
+    (path,) = tmp_path.glob("index-*.bin")
+    np.tile(np.fromfile(path, RECORD), 1_000_000).tofile(path)
     facts = json.loads((tmp_path / "dataset.json").read_text())
     (tmp_path / "dataset.json").write_text(json.dumps({**facts, "clips": 1_000_000}))
     began = time.perf_counter()
