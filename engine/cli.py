@@ -17,7 +17,9 @@ from engine.cli_common import (
     open_run,
     run_options,
     say_rejects,
+    say_substitutes,
 )
+from engine.cli_ingest import ingest
 
 
 @click.group()
@@ -25,6 +27,9 @@ from engine.cli_common import (
 def main() -> None:
     """Learn video representations from unlabelled video, and evolve the loss that learns them."""
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|torchaudio")
+
+
+main.add_command(ingest)
 
 
 @main.command()
@@ -92,6 +97,8 @@ def evolve(
         )
         display.say(f"run folder {run.path}")
         summary = evolution.go()
+        for library in (unlabelled, judged_by):
+            say_substitutes(display, library)
         with evolution.clock("report"):
             report = write_report(run.path)
     print_outcome(summary)
@@ -159,50 +166,8 @@ def pretrain(
             display=display,
             checkpoint_every=checkpoint_every,
         )
+        say_substitutes(display, library)
     click.echo(f"RGB network: {out}")
-
-
-@main.command()
-@click.argument("videos", nargs=-1, type=PATH, required=True)
-@click.option("--out", type=PATH, required=True, help="Folder for the shards.")
-@click.option("--fps", type=click.FloatRange(min=1), default=25.0, show_default=True)
-@click.option(
-    "--short-side", type=click.IntRange(min=16), default=128, show_default=True, help="In pixels."
-)
-@click.option("--clip-seconds", type=click.FloatRange(min=0.5), default=10.0, show_default=True)
-@click.option(
-    "--clips-per-video", type=click.IntRange(min=1), help="[default: one per started minute]"
-)
-@click.option(
-    "--quality",
-    type=click.IntRange(1, 100),
-    default=85,
-    show_default=True,
-    help="Of the JPEG frames.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes [default: one a core].")
-@errors_explained
-def ingest(videos: tuple[Path, ...], out: Path, workers: int | None, **settings: Any) -> None:
-    """Turn raw videos into training shards, once. Labels are the names of class folders."""
-    from engine.data.ingest import ingest as run
-    from engine.display import Display, table
-
-    with Display() as display:
-
-        def progress(done: int, total: int, _: int) -> None:
-            display.prepare("reading videos", done, total)
-
-        report = run(videos, out, workers=workers, progress=progress, **settings)
-        rows = [[str(r.path), r.reason] for r in report.rejects[:20]]
-        if rows:
-            display.console.print(
-                table(f"{len(report.rejects)} rejected", ["file", "reason"], rows)
-            )
-        display.say(
-            f"{report.sources} files: {report.clips} clips, {report.seconds / 3600:.2f} hours, "
-            f"{len(report.rejects)} rejected (all in {out / 'rejects.jsonl'}) -> {out}"
-        )
 
 
 @main.command()

@@ -141,8 +141,20 @@ def named_before(
 
 
 def say_rejects(display: Display, library: Library) -> None:
-    """Show the first files that could not be read, and why."""
+    """Show the first files that could not be read, and why, and shards that were left out."""
+    for warning in library.warnings:
+        display.say(warning)
     for reject in library.rejects[:10]:
         display.say(f"rejected {reject.path}: {reject.reason}")
     if len(library.rejects) > 10:
         display.say(f"... and {len(library.rejects) - 10} more, in rejects.jsonl beside the shards")
+
+
+def say_substitutes(display: Display, library: Library) -> None:
+    """Show how many clips were found damaged in a run, if any."""
+    clips = library.index.substituted
+    if clips:
+        display.say(
+            f"{len(clips)} clips were found damaged, and others took their place {clips.total()} times:"
+            " `engine ingest --verify SHARDS` names the shards"
+        )

@@ -31,6 +31,7 @@ class Display:
         self.console = Console(highlight=False)
         self._plain = not self.console.is_terminal
         self._every, self._last, self._began = every, 0.0, time.monotonic()
+        self._before = 0  # units of the stage that were done when it began
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -60,10 +61,11 @@ class Display:
         """A line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def start(self, what: str, total: int) -> None:
-        """Begin a stage of ``total`` units."""
-        self._progress.reset(self._task, description=what, total=total, completed=0, note="")
+    def start(self, what: str, total: int, *, done: int = 0) -> None:
+        """Begin a stage of ``total`` units, of which ``done`` were done before."""
+        self._progress.reset(self._task, description=what, total=total, completed=done, note="")
         self._began = self._last = time.monotonic()
+        self._before = done
         if self._plain:
             self.say(what)
 
@@ -73,15 +75,25 @@ class Display:
         self._progress.update(self._task, description=what, completed=done, total=total, note=note)
         if self._plain and now - self._last >= self._every:
             self._last = now
-            left = (now - self._began) / done * (total - done) if done > 0 else 0.0
-            self.say(f"{what}: {done:.1f}/{total}  {note}  {left:.0f} s left".replace(".0/", "/"))
+            here = done - self._before
+            left = (now - self._began) / here * (total - done) if here > 0 else 0.0
+            text = f"{what}: {done:.1f}/{total}  {note}  {duration(left)} left"
+            self.say(text.replace(".0/", "/"))
 
     def prepare(self, what: str, done: int, total: int) -> None:
         """Progress of making or reading data."""
         if done <= 1 or self._progress.tasks[0].description != what:
             self._progress.reset(self._task, description=what, total=total, completed=0, note="")
             self._began = self._last if self._last else time.monotonic()
+            self._before = 0
         self.update(what, done, total)
+
+
+def duration(seconds: float) -> str:
+    """A time in words: ``42 s``, ``12 min`` or ``31.5 h``."""
+    if seconds < 300:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -26,9 +26,13 @@ from engine.data.shard_writer import Shard, write_atomic, write_dataset
 from engine.data.shards import RECORD, is_shards, read_dataset
 from engine.data.sources import Reject
 
-OURS = re.compile(r"dataset\.json|rejects\.jsonl|\.ingest|(index|groups)[-\w]*\.(bin|jsonl)|shard-\w+\.tar")
+OURS = re.compile(
+    r"dataset\.json|rejects\.jsonl|\.ingest|(index|groups)[-\w]*\.(bin|jsonl)|shard-\w+\.tar"
+)
 """Files and folders of an ingest's; whatever is left half written is hidden besides."""
-STALE = re.compile(r"(index|groups)[-\w]*\.(bin|jsonl)|shard-\w+\.tar|\.shard-.*\.tmp|\.(dataset|index|groups).*\.tmp")
+STALE = re.compile(
+    r"(index|groups)[-\w]*\.(bin|jsonl)|shard-\w+\.tar|\.shard-.*\.tmp|\.(dataset|index|groups).*\.tmp"
+)
 
 
 def check_out(out: Path) -> None:
@@ -47,7 +51,7 @@ def commit(out: Path, made: Sequence[Made], settings: Settings, listed: Sequence
 
     A kill at any moment leaves the old data set or the new one. Raises StorageError.
     """
-    lines = [{"rejects": _told(listed)}]
+    lines: list[dict[str, Any]] = [{"rejects": _told(listed)}]
     for group in made:
         shard = None if group.shard is None else group.shard.file
         lines.append(
@@ -110,7 +114,12 @@ def committed(out: Path) -> tuple[str, dict[str, Made]]:
         facts = read_dataset(out)
         groups = [json.loads(line) for line in (out / facts["groups"]).read_bytes().splitlines()]
         return facts["fingerprint"], {m.fingerprint: m for m in _made(out, facts, groups[1:])}
-    except (ValueError, OSError, KeyError, TypeError):  # what it says can't be relied on: make it anew
+    except (
+        ValueError,
+        OSError,
+        KeyError,
+        TypeError,
+    ):  # what it says can't be relied on: make it anew
         return "", {}
 
 
@@ -137,7 +146,7 @@ def _made(out: Path, facts: dict[str, Any], groups: list[dict[str, Any]]) -> lis
 
 
 def _told(rejects: Sequence[Reject]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in asdict(r).items() if v is not None} for r in rejects]
+    return [reject.told() for reject in rejects]
 
 
 def _lines(values: Sequence[Any]) -> bytes:

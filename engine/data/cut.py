@@ -48,9 +48,7 @@ class Settings:
             raise ValueError(f"quality must be 1 to 100, not {self.quality}")
 
 
-def cut_source(
-    source: Source, settings: Settings, keep: Callable[[NewClip], None]
-) -> list[Reject]:
+def cut_source(source: Source, settings: Settings, keep: Callable[[NewClip], None]) -> list[Reject]:
     """Cut a source's clips and hand each to ``keep``; gives what could not be used, with reasons.
 
     Whatever is wrong with the file becomes a reject. Raises StorageError as ``keep`` does, and OSError where the
@@ -74,7 +72,9 @@ def cut_source(
         starts = plan_starts(duration, inner, source.relative, begin=begin)
         for start in starts:
             _try_cut(source, facts, start, inner, count, lost)
-        if not taken and starts[0] > begin:  # the head of a broken film is its likeliest intact part
+        if (
+            not taken and starts[0] > begin
+        ):  # the head of a broken film is its likeliest intact part
             _try_cut(source, facts, begin, inner, count, lost)
     except MediaError as error:
         lost.append(_reject(source, str(error)))
@@ -83,7 +83,9 @@ def cut_source(
     except Exception as error:  # a decoder's own fault must end this file alone
         lost.append(_reject(source, f"unexpected {type(error).__name__}: {error}"))
     if lost and not os.path.isdir(source.folder):
-        raise OSError(f"{source.folder} can't be reached any more: run the same command again later")
+        raise OSError(
+            f"{source.folder} can't be reached any more: run the same command again later"
+        )
     return lost if taken or not lost else [_reject(source, lost[0].reason)]
 
 
@@ -96,7 +98,9 @@ def stretch_of(source: Source, facts: MediaFacts) -> tuple[float, float, float]:
     if end is not None and source.may_be_trimmed and facts.duration <= end - begin + TRIM_SLACK:
         begin, end = 0.0, None
     if begin and begin >= facts.duration:
-        raise MediaError(f"it is {facts.duration:.2f} s long and the stretch starts at {begin:.2f} s")
+        raise MediaError(
+            f"it is {facts.duration:.2f} s long and the stretch starts at {begin:.2f} s"
+        )
     if end is None:
         return begin, facts.duration - begin, math.inf
     return begin, min(facts.duration, end) - begin, end - begin
@@ -104,7 +108,7 @@ def stretch_of(source: Source, facts: MediaFacts) -> tuple[float, float, float]:
 
 def _reject(source: Source, reason: str, start: float | None = None) -> Reject:
     where = source.stretch if start is None else f"{start:.3f} s"
-    return Reject(source.relative, reason, where, source.listed)
+    return Reject(source.relative, reason, where, source.listed, partial=start is not None)
 
 
 def plan_starts(

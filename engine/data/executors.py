@@ -110,7 +110,9 @@ class Pool:
             return broken[0], rejected(broken[0])
 
     def close(self) -> None:
-        if self._running:  # an end before the end: jobs leave nothing half done, so nobody waits for them
+        if (
+            self._running
+        ):  # an end before the end: jobs leave nothing half done, so nobody waits for them
             for process in list(getattr(self._pool, "_processes", {}).values()):
                 process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)

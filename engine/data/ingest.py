@@ -67,7 +67,7 @@ class IngestReport:
     @property
     def rejected(self) -> int:
         """Sources that gave no clip."""
-        return len({(r.path, r.listed) for r in self.rejects if r.where is None or r.listed})
+        return sum(not reject.partial for reject in self.rejects)
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,7 @@ class _Ingest:
 
     def _work(self, workers: int | None, address: str | None) -> None:
         left = [g for g in self.groups if g.fingerprint not in self.made]
-        count = min(
-            workers or len(os.sched_getaffinity(0)), sum(len(g.sources) for g in left)
-        )
+        count = min(workers or len(os.sched_getaffinity(0)), sum(len(g.sources) for g in left))
         executor: Executor
         if address is not None:
             from engine.data.ray_ingest import RayCluster

@@ -24,6 +24,8 @@ class Library:
     shards: tuple[Path, ...]
     rejects: tuple[Reject, ...]
     """Sources that could not be used; only of folders that were ingested now or before by this engine."""
+    warnings: tuple[str, ...] = ()
+    """Shards that were left out, and why."""
 
 
 def demo_folders(report: Report) -> tuple[list[Path], list[Path]]:
@@ -55,7 +57,9 @@ def open_library(
         result = ingest([path], out, workers=workers, progress=progress)
         rejects += result.rejects
         shards.append(out)
-    return Library(ClipIndex(shards), tuple(shards), tuple(rejects))
+    warnings: list[str] = []
+    index = ClipIndex(shards, warn=warnings.append)
+    return Library(index, tuple(shards), tuple(rejects), tuple(warnings))
 
 
 def _progress(what: str, report: Report) -> Callable[[Progress], None]:

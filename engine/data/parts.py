@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def reject_source(job: CutJob, reason: str) -> Done:
 
 def _end_part(tar: ClipTar, rejects: list[Reject]) -> Done:
     facts = {"size": tar.size, "crc32": tar.crc32, "labels": tar.labels}
-    facts |= {"records": _packed(tar.records), "rejects": [asdict(r) for r in rejects]}
+    facts |= {"records": _packed(tar.records), "rejects": [r.told() for r in rejects]}
     frames = int(tar.records["num_frames"].sum())
     text = json.dumps(facts).encode()
     tail = len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little") + MAGIC
@@ -200,9 +200,7 @@ def told(made: Made) -> dict[str, Any]:
     """A group's shard and rejects as JSON's values."""
     shard = made.shard
     facts: dict[str, Any] = {"fingerprint": made.fingerprint, "sources": made.sources}
-    facts["rejects"] = [
-        {k: v for k, v in asdict(r).items() if v is not None} for r in made.rejects
-    ]
+    facts["rejects"] = [reject.told() for reject in made.rejects]
     if shard is not None:
         facts |= {"file": shard.file, "bytes": shard.size, "crc32": shard.crc32}
         facts |= {"labels": shard.labels, "records": _packed(shard.records)}

@@ -6,8 +6,9 @@ import csv
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from engine.data.shards import is_shards
 
@@ -73,6 +74,12 @@ class Reject:
     """Which stretch, where the rest of the file gave clips or where a list names a stretch."""
     listed: str | None = None
     """The list and line that name it."""
+    partial: bool = False
+    """Whether the rest of the source gave clips."""
+
+    def told(self) -> dict[str, Any]:
+        """What ``rejects.jsonl`` says of it."""
+        return {key: value for key, value in asdict(self).items() if value}
 
 
 @dataclass
@@ -84,11 +91,15 @@ class Found:
     unlisted: int = 0
     """Files beside the listed ones that no official list names, and that are passed over."""
 
-    def add(self, other: Found) -> None:
-        """Take over what another search found."""
-        self.sources += other.sources
-        self.rejects += other.rejects
-        self.unlisted += other.unlisted
+    @staticmethod
+    def of(parts: Iterable[Found]) -> Found:
+        """What several searches found, as one; sources in the order of their paths."""
+        parts = list(parts)
+        return Found(
+            in_order(source for part in parts for source in part.sources),
+            [reject for part in parts for reject in part.rejects],
+            sum(part.unlisted for part in parts),
+        )
 
 
 def find_sources(paths: Sequence[Path]) -> Found:
@@ -97,10 +108,8 @@ def find_sources(paths: Sequence[Path]) -> Found:
     Raises ValueError for a path that doesn't exist, and for a list that can't be read as one.
     """
     lists = [p for p in map(Path, paths) if p.suffix.lower() in LIST_SUFFIXES and p.is_file()]
-    found = Found(find_videos([p for p in paths if p not in lists]))
-    for path in lists:
-        found.add(read_list(path))
-    return Found(in_order(found.sources), found.rejects, found.unlisted)
+    files = Found(find_videos([p for p in paths if p not in lists]))
+    return Found.of([files, *map(read_list, lists)])
 
 
 def in_order(sources: Iterable[Source]) -> list[Source]:

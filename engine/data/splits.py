@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.data.sources import Found, Reject, Source, files_below, in_order, read_text, seconds
+from engine.data.sources import Found, Reject, Source, files_below, read_text, seconds
 
 NUM_SPLITS = 3
 HMDB51_PARTS = {"0": "", "1": "train", "2": "test"}
@@ -55,7 +55,7 @@ class _Files:
         found = self._by_name.get(name, [])
         folder = _plain(label or "")
         fits = [f for f in found if _plain(os.path.basename(os.path.dirname(f))) == folder]
-        return (fits or found or [None])[0]
+        return next(iter(fits or found), None)
 
 
 def _plain(label: str) -> str:
@@ -143,8 +143,7 @@ def _look_up(entries: Sequence[_Entry], files: _Files) -> Found:
         )
         found.sources.append(source)
     found.unlisted = files.count - len({s.relative for s in found.sources})
-    found.sources = in_order(found.sources)
-    return found
+    return Found.of([found])
 
 
 def kinetics(videos: Path, lists: Sequence[Path]) -> Found:
@@ -170,8 +169,7 @@ def kinetics(videos: Path, lists: Sequence[Path]) -> Found:
             used.add(source.relative)
             found.sources.append(source)
     found.unlisted = files.count - len(used)
-    found.sources = in_order(found.sources)
-    return found
+    return Found.of([found])
 
 
 def _stems(files: _Files) -> dict[str, list[str]]:

@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.data import cut, shard_writer
+from engine.data import cut, executors, shard_writer
 from engine.data import ingest as module
-from engine.data.cut import Outcome, Settings, Task, find_videos, run_task
 from engine.data.encode import write_video
-from engine.data.ingest import IngestError, ingest
+from engine.data.ingest import IngestError, Progress, ingest
+from engine.data.inspection import verify
+from engine.data.parts import CutJob, Done, Job, run_job
 from engine.data.shard_writer import StorageError
-from engine.data.shards import ClipIndex, verify
-
-SETTINGS = Settings(
-    fps=25, short_side=32, clip_seconds=10, clips_per_video=None, min_seconds=1, quality=85, seed=0
-)
+from engine.data.shards import ClipIndex
+from engine.data.sources import find_videos
 
 
 def film(path: Path, *, seconds: float = 1.2, beep_at: float | None = None, fps: int = 25) -> Path:
@@ -54,15 +52,17 @@ def run(videos: Path, out: Path, **settings: Any) -> module.IngestReport:
 
 
 def test_every_file_ends_as_clips_or_as_a_reject(videos: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int, int]] = []
-    report = run(videos, tmp_path / "set", progress=lambda *args: seen.append(args))
+    seen: list[Progress] = []
+    report = run(videos, tmp_path / "set", progress=seen.append)
     assert (report.sources, report.clips) == (6, 4)
     assert report.seconds == pytest.approx(4.8)
     assert {r.path: r.reason for r in report.rejects} == {
         "broken.mp4": "can't be opened as a video: Invalid data found when processing input",
         "tiny.mp4": "only 0.20 s of video, less than 1 s",
     }
-    assert seen[-1] == (6, 6, 4)
+    assert (seen[-1].done, seen[-1].total, seen[-1].clips, seen[-1].rejects) == (6, 6, 4, 2)
+    assert seen[-1].seconds == pytest.approx(4.8)
+    assert report.rejected == 2
     lines = (tmp_path / "set" / "rejects.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in lines] == ["broken.mp4", "tiny.mp4"]
     index = ClipIndex([tmp_path / "set"])
@@ -119,37 +119,17 @@ def test_workers_do_not_change_a_byte(videos: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
-def test_long_films_are_handed_back_in_parts(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    long = film(tmp_path / "long.mp4", seconds=11)
-    ingest([long], tmp_path / "one", short_side=32, clip_seconds=2, clips_per_video=5, workers=1)
-    monkeypatch.setattr(cut, "CHUNK", 2)
-    first = run_task(
-        Task(
-            find_videos([long])[0],
-            Settings(**{**vars(SETTINGS), "clip_seconds": 2, "clips_per_video": 5}),
-        )
-    )
-    assert len(first.clips) == 2
-    assert first.then is not None
-    assert (first.then.first, first.then.taken) == (2, 2)
-    ingest([long], tmp_path / "two", short_side=32, clip_seconds=2, clips_per_video=5, workers=1)
-    name = "shard-00000.tar"
-    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-
-
-def die_on_b(task: Task) -> Outcome:
-    """A task runner whose process dies of one file, as of a fault in a decoder."""
-    if task.source.path.name == "b.mp4":
+def die_on_b(job: Job) -> Done:
+    """A job runner whose process dies of one file, as of a fault in a decoder."""
+    if isinstance(job, CutJob) and job.source.path.name == "b.mp4":
         os.kill(os.getpid(), signal.SIGKILL)
-    return run_task(task)
+    return run_job(job)
 
 
 def test_a_worker_that_dies_rejects_its_file_alone(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "run_task", die_on_b)
+    monkeypatch.setattr(executors, "run_job", die_on_b)
     report = run(videos, tmp_path / "set", workers=2)
     assert report.clips == 3
     assert {r.path for r in report.rejects} == {"broken.mp4", "tiny.mp4", "walk/b.mp4"}
@@ -188,7 +168,8 @@ def test_ingested_shards_are_kept(
     film(videos / "walk" / "more.mp4")
     assert run(videos, out, seed=1).clips == 5
     assert len(ClipIndex([out])) == 5
-    (out / "shard-00000.tar").write_bytes(b"")
+    (shard,) = out.glob("shard-*.tar")
+    shard.write_bytes(b"")
     assert run(videos, out, seed=1).clips == 5
     assert verify(out) == []
 
@@ -219,21 +200,31 @@ def test_nothing_to_ingest_is_one_line(tmp_path: Path) -> None:
         run(root / "absent", tmp_path / "set")
 
 
-def test_a_full_disk_leaves_the_old_shards(
-    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_loses_nothing(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     out = tmp_path / "set"
     run(videos, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer.os, "fsync", full)
+        patch.setattr(shard_writer.os, call, full)
         with pytest.raises(StorageError, match="No space left on device"):
             run(videos, out, seed=5)
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
     assert len(ClipIndex([out])) == 4
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["set", "videos"]
+    run(videos, out, seed=5)
+    assert verify(out) == []
+
+
+def test_a_folder_that_cant_be_written_is_one_line(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"can't write .*file/set: Not a directory"):
+        run(videos, tmp_path / "file" / "set")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import pytest
 
 from engine.data import shard_writer, shards
 from engine.data.damage import DamagedClip
-from engine.data.shard_writer import NewClip, ShardWriter, StorageError
 from engine.data.inspection import verify
+from engine.data.shard_writer import NewClip, ShardWriter, StorageError
 from engine.data.shards import RECORD, ClipIndex, is_shards, read_dataset
 
 
@@ -232,7 +232,7 @@ def test_an_index_that_is_not_whole_is_an_error(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"index-\w+.bin is truncated: 100 bytes of 320"):
         ClipIndex([folder])
     path.unlink()
-    with pytest.raises(ValueError, match="index-.* is missing"):
+    with pytest.raises(ValueError, match=r"index-.* is missing"):
         ClipIndex([folder])
 
 
@@ -283,7 +283,7 @@ def test_a_clip_of_the_same_label_takes_a_damaged_ones_place(tmp_path: Path, wha
     index.read(4, wanted)
     assert index.substituted == {4: 2}
     assert len(told) == 1 and "shard-00002.tar" in told[0] and "takes its place" in told[0]
-    with pytest.raises(DamagedClip, match="shard-00002.tar"):
+    with pytest.raises(DamagedClip, match=r"shard-00002\.tar"):
         index.read_strictly(4, wanted)
 
 
