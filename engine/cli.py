@@ -97,8 +97,7 @@ def evolve(
         )
         display.say(f"run folder {run.path}")
         summary = evolution.go()
-        for library in (unlabelled, judged_by):
-            say_substitutes(display, library)
+        say_substitutes(display, unlabelled, judged_by)
         with evolution.clock("report"):
             report = write_report(run.path)
     print_outcome(summary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,9 +151,9 @@ def say_rejects(display: Display, library: Library) -> None:
         display.say(f"... and {len(library.rejects) - 10} more, in rejects.jsonl beside the shards")
 
 
-def say_substitutes(display: Display, library: Library) -> None:
+def say_substitutes(display: Display, *libraries: Library) -> None:
     """Show how many clips were found damaged in a run, if any."""
-    clips = library.index.substituted
+    clips = sum((library.index.substituted for library in libraries), Counter[int]())
     if clips:
         display.say(
             f"{len(clips)} clips were found damaged, and others took their place {clips.total()} times:"

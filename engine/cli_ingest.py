@@ -185,18 +185,16 @@ def _shown(display: Display) -> Callable[[Progress], None]:
 
 
 def _say(display: Display, report: IngestReport, found: Found, out: Path) -> None:
+    from engine.data.splits import MISSING
     from engine.display import table
 
-    rejects = [[r.path, r.where or "", r.reason, r.listed or ""] for r in report.rejects[:SHOWN]]
-    if rejects:
-        columns = ["source", "where", "reason", "listed in"]
-        title = (
-            f"rejects, the first of {len(report.rejects)}"
-            if len(report.rejects) > SHOWN
-            else "rejects"
-        )
-        display.console.print(table(title, columns, rejects), markup=False)
-    before = sum(reject.reason.startswith("missing: ") for reject in found.rejects)
+    told = sorted(report.rejects, key=lambda r: r.reason.startswith(MISSING))  # known gaps last
+    for r in told[:SHOWN]:
+        where = "".join(f" ({note})" for note in (r.where, r.listed) if note)
+        display.say(f"rejected {r.path}{where}: {r.reason}")
+    if len(told) > SHOWN:
+        display.say(f"... and {len(told) - SHOWN} more")
+    before = sum(reject.reason.startswith(MISSING) for reject in found.rejects)
     rows = {
         "sources": report.sources,
         "gave clips": report.sources - report.rejected,
@@ -210,7 +208,7 @@ def _say(display: Display, report: IngestReport, found: Found, out: Path) -> Non
     shown = [[name, str(count)] for name, count in rows.items() if count or name in always]
     shown += [["clips", str(report.clips)], ["hours of video", f"{report.seconds / 3600:.2f}"]]
     display.console.print(table("", ["", "number"], shown))
-    where = f" (all rejects: {out / 'rejects.jsonl'})" if rejects else ""
+    where = f" (all rejects: {out / 'rejects.jsonl'})" if told else ""
     display.say(
         f"{report.sources} files: {report.clips} clips, {report.seconds / 3600:.2f} hours, "
         f"{report.rejected} rejected{where} -> {out}"

@@ -16,6 +16,8 @@ from pathlib import Path
 from engine.data.sources import Found, Reject, Source, files_below, read_text, seconds
 
 NUM_SPLITS = 3
+MISSING = "missing: "
+"""How the reason of a reject begins whose file is listed, and not on the disk."""
 HMDB51_PARTS = {"0": "", "1": "train", "2": "test"}
 KINETICS_PARTS = {"train": "train", "test": "test", "val": "validation", "validate": "validation"}
 KINETICS_PARTS |= {"validation": "validation", "": ""}
@@ -133,7 +135,7 @@ def _look_up(entries: Sequence[_Entry], files: _Files) -> Found:
     for entry in entries:
         relative = files.find(entry.name, entry.label)
         if relative is None:
-            missing = f"missing: there is no such file below {files.folder}"
+            missing = f"{MISSING}there is no such file below {files.folder}"
             path = f"{entry.label}/{entry.name}"
             found.rejects.append(Reject(path, missing, listed=entry.listed))
             continue
@@ -147,7 +149,7 @@ def _look_up(entries: Sequence[_Entry], files: _Files) -> Found:
 
 
 def kinetics(videos: Path, lists: Sequence[Path]) -> Found:
-    """Kinetics by CSV files with the columns ``label`` (if known), ``youtube_id``, ``time_start``, ``time_end``, ``split``.
+    """Kinetics by CSV files with the columns label (if known), youtube_id, time_start, time_end and split.
 
     Files are ``ID.mp4``, ``ID_000010_000020.mp4`` or such with another suffix, wherever they lie below ``videos``. Of
     an ``ID.mp4`` that is longer than the stretch, the stretch is taken. Splits are told as split 1. Raises
@@ -215,4 +217,4 @@ def _kinetics_source(
                 listed=where,
                 may_be_trimmed=not whole,
             )
-    raise ValueError(f"missing: there is no such file below {files.folder}")
+    raise ValueError(f"{MISSING}there is no such file below {files.folder}")
