@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -97,9 +99,6 @@ def test_other_lists(tmp_path: Path) -> None:
 
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     name = b"caf\xe9.mp4"
-    (Path(str(tmp_path).encode() + b"/" + name) if False else tmp_path)
-    import os
-
     with open(os.fsencode(tmp_path) + b"/" + name, "wb"):
         pass
     (tmp_path / "list.txt").write_bytes(name + b"\n")
@@ -150,7 +149,5 @@ def told_short(frames: int) -> str:
 
 
 def brightness(index: ClipIndex, clip: int, frame: int) -> float:
-    import cv2
-
     jpeg = index.read(clip, [frame]).frames[0]
     return float(cv2.imdecode(jpeg, cv2.IMREAD_GRAYSCALE).mean())
