@@ -23,7 +23,12 @@ ATTACHED_PICTURE = 0x400
 TEXT_FORMATS = frozenset({"adf", "bin", "idf", "tty", "xbin"})
 """FFmpeg's readers of text-mode art, which take plain text files by their suffix."""
 MAX_PIXELS = 8192 * 4320
-"""Largest picture: a decoder holds several at once."""
+"""Largest picture."""
+HELD = {"h264": 8, "hevc": 7, "libdav1d": 5, "av1": 6, "vp9": 5}
+"""Pictures that decoders were seen to hold at once, ours included; HELD_ELSE by others."""
+HELD_ELSE = 4
+MAX_HELD = 336 * 2**20
+"""Bytes that a decoder's pictures may take: with what else a worker needs, 400 MiB."""
 TIME_LIMIT = 120.0
 """Seconds that one call may read and decode."""
 MAX_LEAD = 120.0
@@ -93,15 +98,35 @@ def stream_of(container: Any, kind: str) -> Any:
                 f"its picture of {context.width}x{context.height} is too large: "
                 f"at most {MAX_PIXELS} pixels"
             )
+        if held_bytes(context) > MAX_HELD:
+            raise MediaError(
+                f"decoding its picture of {context.width}x{context.height} takes more than "
+                f"{MAX_HELD >> 20} MiB: make it smaller first"
+            )
         context.options = {"max_pixels": str(MAX_PIXELS)}  # also where the stream changes its size
     return stream
 
 
+def held_bytes(context: Any) -> int:
+    """About how much a decoder's pictures take."""
+    bits = context.format.padded_bits_per_pixel if context.format else 12
+    picture = context.width * context.height * bits // 8
+    return int(picture * HELD.get(context.name, HELD_ELSE))
+
+
 def packets(container: Any, stream: Any, clock: Clock) -> Iterator[Any]:
     """A stream's packets, the closing empty one included, for as long as the clock allows."""
-    for packet in container.demux(stream):
+    source = container.demux(stream)
+    while True:
+        try:
+            packet = next(source, None)
+        except IndexError:  # PyAV's own, at the end of a file in which streams turned up late
+            return
         clock.check()
-        yield packet
+        if packet is None:
+            return
+        if packet.stream.index == stream.index:
+            yield packet
 
 
 def stamp_of(packet: Any) -> float | None:
@@ -212,6 +237,7 @@ def frames_from(
                             f"more than {MAX_LEAD:g} s"
                         )
                     yield first
+                    first = None  # no picture is kept longer than it is shown: they can be large
                     yield from frames
                 return
 

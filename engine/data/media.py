@@ -19,6 +19,7 @@ from engine.data.container import (
     TIME_LIMIT,
     Clock,
     frames_from,
+    held_bytes,
     open_media,
     progressive,
     scan_duration,
@@ -35,8 +36,8 @@ MAX_ASPECT = 16.0
 """Pictures narrower than this are refused: resized by their short side they would be huge."""
 LONGEST = 6 * 3600.0
 """Declared durations above this many seconds are checked against the packets."""
-MAX_BYTES = 192 * 2**20
-"""Largest window: bounds the memory that a worker takes."""
+MAX_BYTES = 340 * 2**20
+"""What a window and its decoder may take: with what else a worker needs, 400 MiB."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class MediaFacts:
     """Quarter turns, counter-clockwise, that bring a stored frame upright: 0 to 3."""
     has_audio: bool
     codec: str
+    held: int = 0
+    """Bytes that decoding takes, about."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def probe(path: Path | str, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
             rotation=turns,
             has_audio=audio is not None and audio.codec_context is not None,
             codec=str(video.codec_context.name),
+            held=held_bytes(video.codec_context),
         )
     # Where only the container tells a duration, some count it from zero and some from the start.
     if not 0.0 < duration <= LONGEST or (not declared and abs(start) > 0.1):
@@ -172,10 +176,10 @@ def _pictures(
     scale = short_side / min(facts.width, facts.height)
     size = (even(facts.width * scale), even(facts.height * scale))
     shape = (len(times), size[1] * 3 // 2, size[0])
-    if shape[0] * shape[1] * shape[2] > MAX_BYTES:
+    if shape[0] * shape[1] * shape[2] + facts.held > MAX_BYTES:
         raise MediaError(
-            f"a clip of {shape[0]} frames of {size[0]}x{size[1]} takes more than {MAX_BYTES >> 20} MiB: "
-            "cut shorter clips, or of a smaller short side"
+            f"a clip of {shape[0]} frames of {size[0]}x{size[1]}, from pictures of {facts.width}x{facts.height}, "
+            f"takes more than {MAX_BYTES >> 20} MiB: cut shorter clips, or of a smaller short side"
         )
     planes = np.empty(shape, np.uint8)
     count, last = 0, None
