@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.data import tone
+
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 """FFmpeg's code for a YUV matrix (AVCOL_SPC) to swscale's (SWS_CS)."""
 
@@ -54,13 +56,19 @@ def even(x: float) -> int:
 
 
 def to_i420(frame: Any, size: tuple[int, int], turns: int) -> Frames:
-    """Scale a decoded frame to ``size`` (width, height as displayed) and turn it upright: (3H/2, W)."""
+    """Scale a decoded frame to ``size`` (width, height as displayed) and turn it upright: (3H/2, W).
+
+    The frame's own matrix and range count; where it names no matrix, BT.709 from 720 rows on and BT.601 below.
+    High dynamic range and BT.2020 colours become standard ones (``tone``).
+    """
     width, height = size[::-1] if turns % 2 else size
     full = frame.color_range == 2 or frame.format.name.startswith("yuvj") or frame.format.is_rgb
+    transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
+    wide = tone.needs_tone(transfer, primaries)
     small = frame.reformat(
         width=width,
         height=height,
-        format="yuv420p",
+        format="rgb48le" if wide else "yuv420p",
         src_colorspace=MATRICES.get(frame.colorspace, 1 if frame.height >= 720 else 5),
         dst_colorspace=5,
         src_color_range=2 if full else 1,
@@ -68,7 +76,10 @@ def to_i420(frame: Any, size: tuple[int, int], turns: int) -> Frames:
         interpolation="AREA" if width < frame.width else "BICUBIC",
         threads=1,
     )
-    planes: Frames = small.to_ndarray()
+    if wide:
+        planes = tone.to_i420(tone.to_standard(small.to_ndarray(), transfer))
+    else:
+        planes = small.to_ndarray()
     if turns:
         luma, chroma = planes[:height], planes[height:].reshape(2, height // 2, width // 2)
         upright = [np.rot90(luma, turns), *(np.rot90(c, turns) for c in chroma)]

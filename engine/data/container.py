@@ -1,0 +1,311 @@
+"""What lies between a media file and its frames: opening, packets within limits, frames in the order of time.
+
+Nothing here trusts a file. Every loop over packets ends: by time, by the number of faults, and by how much is
+decoded before the first frame that is wanted. The limits count in film seconds and packets, so that they fall
+alike on every machine; the clock's is far beyond what an honest file needs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+import av.filter
+
+ATTACHED_PICTURE = 0x400
+TEXT_FORMATS = frozenset({"adf", "bin", "idf", "tty", "xbin"})
+"""FFmpeg's readers of text-mode art, which take plain text files by their suffix."""
+MAX_PIXELS = 8192 * 4320
+"""Largest picture."""
+HELD = {"h264": 8, "hevc": 7, "libdav1d": 5, "av1": 6, "vp9": 5}
+"""Pictures that decoders were seen to hold at once, ours included; HELD_ELSE by others."""
+HELD_ELSE = 4
+MAX_HELD = 336 * 2**20
+"""Bytes that a decoder's pictures may take: with what else a worker needs, 400 MiB."""
+TIME_LIMIT = 120.0
+"""Seconds that one call may read and decode."""
+MAX_LEAD = 120.0
+"""Seconds of film that are decoded to reach a moment from the key frame before it."""
+MAX_FAULTS = 1000
+"""Packets that may fail in a row before a stream counts as undecodable."""
+MAX_STRAY = 1000
+"""Frames that may stand before one already shown before the stream counts as out of order."""
+
+
+class MediaError(Exception):
+    """A media file that can't be used; the message says why in words for the file's owner."""
+
+
+class Clock:
+    """How long one call may still take."""
+
+    def __init__(self, limit: float = TIME_LIMIT) -> None:
+        self.limit, self.end = limit, time.monotonic() + limit
+
+    def check(self) -> None:
+        """Raise MediaError where the time is up."""
+        if time.monotonic() > self.end:
+            raise MediaError(f"reading it takes more than {self.limit:g} s")
+
+
+def open_media(path: Path | str, *, limit: float = TIME_LIMIT) -> Any:
+    """Open a file for reading; raises MediaError. ``limit`` bounds each single wait for data, in seconds."""
+    try:
+        container = av.open(
+            # absolute, since FFmpeg takes what precedes a colon in a relative path for a protocol
+            os.path.abspath(path),
+            metadata_errors="replace",
+            options={"protocol_whitelist": "file"},  # a play list must not reach into the network
+            timeout=limit,
+        )
+    except av.FFmpegError as error:
+        raise MediaError(f"can't be opened as a video: {reason_of(error)}") from error
+    if container.format.name in TEXT_FORMATS:
+        container.close()
+        raise MediaError("it is text, not video")
+    return container
+
+
+def reason_of(error: Exception) -> str:
+    """A decoder's complaint in a line."""
+    log = getattr(error, "log", None)
+    detail = f" ({str(log[2]).strip().rstrip('.')})" if log else ""
+    return f"{getattr(error, 'strerror', None) or error}{detail}"
+
+
+def stream_of(container: Any, kind: str) -> Any:
+    """The best video stream, or the sound that belongs to it; raises MediaError where there is none."""
+    video = container.streams.best("video")
+    if video is None or int(video.disposition) & ATTACHED_PICTURE:
+        raise MediaError(
+            "it holds no video, only sound" if container.streams.audio else "it holds no video"
+        )
+    stream = video if kind == "video" else container.streams.best(kind, related=video)
+    if stream is None or stream.codec_context is None:
+        raise MediaError(f"its {kind} is in a format that can't be decoded")
+    context = stream.codec_context
+    context.thread_count = 1  # processes share the cores; errors surface at the same frame
+    if kind == "video":
+        if context.width * context.height > MAX_PIXELS:
+            raise MediaError(
+                f"its picture of {context.width}x{context.height} is too large: "
+                f"at most {MAX_PIXELS} pixels"
+            )
+        if held_bytes(context) > MAX_HELD:
+            raise MediaError(
+                f"decoding its picture of {context.width}x{context.height} takes more than "
+                f"{MAX_HELD >> 20} MiB: make it smaller first"
+            )
+        context.options = {"max_pixels": str(MAX_PIXELS)}  # also where the stream changes its size
+    return stream
+
+
+def held_bytes(context: Any) -> int:
+    """About how much a decoder's pictures take."""
+    bits = context.format.padded_bits_per_pixel if context.format else 12
+    picture = context.width * context.height * bits // 8
+    return int(picture * HELD.get(context.name, HELD_ELSE))
+
+
+def packets(container: Any, stream: Any, clock: Clock) -> Iterator[Any]:
+    """A stream's packets, the closing empty one included, for as long as the clock allows."""
+    source = container.demux(stream)
+    while True:
+        try:
+            packet = next(source, None)
+        except IndexError:  # PyAV's own, at the end of a file in which streams turned up late
+            return
+        clock.check()
+        if packet is None:
+            return
+        if packet.stream.index == stream.index:
+            yield packet
+
+
+def stamp_of(packet: Any) -> float | None:
+    """A packet's time in seconds."""
+    stamp = packet.dts if packet.pts is None else packet.pts
+    return None if stamp is None else float(stamp * packet.time_base)
+
+
+def scan_duration(path: Path | str, clock: Clock) -> float:
+    """Seconds of video by the packets' time stamps, for files that declare nothing believable."""
+    first, last, total = None, 0.0, 0.0
+    with open_media(path) as container, suppress(av.FFmpegError):
+        for packet in packets(container, stream_of(container, "video"), clock):
+            length = float((packet.duration or 0) * packet.time_base) if packet.size else 0.0
+            begin, total = stamp_of(packet), total + length
+            if begin is not None:
+                first = begin if first is None else min(first, begin)
+                last = max(last, begin + length)
+    return total if first is None else max(0.0, last - first)
+
+
+def timed_frames(
+    container: Any, stream: Any, problems: list[str], clock: Clock, *, skip: int = 0
+) -> Iterator[tuple[float, Any]]:
+    """Frames with rising time stamps in seconds, up to the end or the first damage after an intact frame.
+
+    Damage before any frame (a stream cut into midway) is skipped, and so are the first ``skip`` packets. AVI
+    stores no presentation times: with B-frames its packets' own are out of order, so there the decoding times
+    count, which are in order.
+    """
+    use_dts = container.format.name == "avi"
+    step = 1.0 / float(stream.average_rate or 25)
+    last: float | None = None
+    faults = stray = 0
+    source = packets(container, stream, clock)
+    while faults < MAX_FAULTS:
+        try:
+            packet = next(source, None)
+            if packet is None:
+                return
+            if skip > 0:
+                skip -= 1
+                continue
+            frames = packet.decode()
+            if any(frame.is_corrupt for frame in frames):
+                raise av.InvalidDataError(0, "damaged frame")
+        except (av.FFmpegError, UnicodeDecodeError) as error:
+            faults += 1
+            problems.append(reason_of(error))
+            if last is not None or isinstance(error, av.ExitError):
+                return
+            continue
+        for frame in frames:
+            moment = _time_of(frame, last, step, use_dts=use_dts)
+            if last is not None and moment <= last:
+                stray += 1
+                if stray > MAX_STRAY:
+                    problems.append("its time stamps jump back")
+                    return
+                continue
+            if last is None:
+                problems.clear()
+            last, stray = moment, 0
+            yield moment, frame
+
+
+def _time_of(frame: Any, last: float | None, step: float, *, use_dts: bool) -> float:
+    stamp = frame.pts if not use_dts or frame.dts is None else frame.dts
+    stamp = frame.dts if stamp is None else stamp
+    if stamp is None or (use_dts and frame.dts is None and last is not None):
+        # nothing told, or frames that AVI's decoder gives up at the end of the file
+        return 0.0 if last is None else last + step
+    return float(stamp * frame.time_base)
+
+
+def frames_from(
+    path: Path | str, moment: float, start: float, problems: list[str], clock: Clock
+) -> Iterator[tuple[float, Any]]:
+    """Timed frames from the key frame before ``moment`` on, or from further back where seeking overshoots.
+
+    Both times are in seconds by the file's clock; ``start`` is the first frame's. Where no seeking helps, the
+    packets before the last key frame are read and left undecoded. Raises MediaError where more than MAX_LEAD
+    seconds of film lie between that key frame and ``moment``.
+    """
+    for preroll in (0.0, 2.0, 15.0, None):
+        with open_media(path) as container:
+            stream = stream_of(container, "video")
+            target = None if preroll is None else moment - preroll
+            skip = 0
+            if target is not None and target > start:
+                try:
+                    container.seek(int(target / stream.time_base), stream=stream)
+                except av.FFmpegError:
+                    continue
+            elif moment - start > MAX_LEAD:
+                skip = _packets_before(path, moment, clock)
+                target = None
+            else:
+                target = None
+            problems.clear()
+            frames = timed_frames(container, stream, problems, clock, skip=skip)
+            first = next(frames, None)
+            if target is None or (first is not None and first[0] <= moment + 1e-6):
+                if first is not None:
+                    if moment - first[0] > MAX_LEAD:
+                        raise MediaError(
+                            f"its key frame before {moment - start:.2f} s lies {moment - first[0]:.0f} s back, "
+                            f"more than {MAX_LEAD:g} s"
+                        )
+                    yield first
+                    first = None  # no picture is kept longer than it is shown: they can be large
+                    yield from frames
+                return
+
+
+def _packets_before(path: Path | str, moment: float, clock: Clock) -> int:
+    """How many packets come before the last key frame at or before ``moment``."""
+    found = 0
+    with open_media(path) as container, suppress(av.FFmpegError):
+        for i, packet in enumerate(packets(container, stream_of(container, "video"), clock)):
+            stamp = stamp_of(packet)
+            if stamp is not None and packet.is_keyframe and stamp <= moment:
+                found = i
+    return found
+
+
+def progressive(frames: Iterable[tuple[float, Any]]) -> Iterator[tuple[float, Any]]:
+    """The same frames at the same times; those marked as interlaced are de-interlaced by bwdif.
+
+    Frames before the first interlaced one pass as they are. A picture stands for its first field's time.
+    """
+    graph: Any = None
+    shape: tuple[Any, ...] = ()
+    times: deque[float] = deque()
+    numbers = count()
+    for moment, frame in frames:
+        now = (frame.width, frame.height, frame.format.name)
+        if graph is not None and now != shape:
+            yield from _flush(graph, times)
+            graph = None
+        if graph is None and frame.interlaced_frame:
+            graph, shape = _deinterlacer(frame), now
+        if graph is None:
+            yield moment, frame
+            continue
+        frame.pts = next(numbers)  # the filter doubles time stamps; ours wait in line instead
+        times.append(moment)
+        graph.push(frame)
+        yield from _pull(graph, times)
+    if graph is not None:
+        yield from _flush(graph, times)
+
+
+def _deinterlacer(frame: Any) -> Any:
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add(
+        "buffer",
+        video_size=f"{frame.width}x{frame.height}",
+        pix_fmt=frame.format.name,
+        time_base="1/25",
+        colorspace=str(int(frame.colorspace)),
+        range=str(int(frame.color_range)),
+    )
+    chain = [source, graph.add("bwdif", mode="send_frame", deint="interlaced")]
+    chain.append(graph.add("buffersink"))
+    for before, after in pairwise(chain):
+        before.link_to(after)
+    graph.configure()
+    return graph
+
+
+def _pull(graph: Any, times: deque[float]) -> Iterator[tuple[float, Any]]:
+    with suppress(av.BlockingIOError, av.EOFError):
+        while times:
+            frame = graph.pull()
+            yield times.popleft(), frame
+
+
+def _flush(graph: Any, times: deque[float]) -> Iterator[tuple[float, Any]]:
+    graph.push(None)
+    yield from _pull(graph, times)
