@@ -68,6 +68,13 @@ SHOWN = 20
     show_default=True,
     help="Of the JPEG frames.",
 )
+@click.option(
+    "--codec",
+    type=click.Choice(["jpeg", "vp9", "h264", "copy"]),
+    default="jpeg",
+    show_default=True,
+    help="jpeg: any frame at once; vp9: a fifth of the room; h264: for GPUs; copy: the source's own stream, for GPUs.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes [default: one a core].")
 @click.option(

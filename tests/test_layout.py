@@ -38,6 +38,7 @@ PEERS: set[tuple[str, str]] = set()
 HEAVY: dict[str, str | tuple[str, ...]] = {
     "av": (
         "engine/data/container.py",
+        "engine/data/film.py",
         "engine/data/sound.py",
         "engine/data/media.py",
         "engine/data/encode.py",
@@ -48,7 +49,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "cv2": "engine/data/flow.py",
     "jinja2": "engine/report.py",
     "matplotlib": ("engine/report.py", "engine/bench/plot.py", "engine/contact_sheet.py"),
-    "nvidia": "engine/data/pipeline.py",
+    "nvidia": "engine/data/graphs.py",
     "optuna": "engine/search.py",
     "ray": ("engine/workers.py", "engine/data/ray_ingest.py"),
     "safetensors": "engine/checkpoint.py",

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.bench.timing import interleaved
-from engine.data.pipeline import ClipBatch, _to_torch
+from engine.data.graphs import to_torch
+from engine.data.pipeline import ClipBatch
 from engine.data.plan import plan_batch
 from engine.data.views import ViewMaker, Views
 from engine.runtime import num_cores
@@ -170,7 +171,7 @@ def _film(job: Job, rec: Recorder, codec: str) -> None:
         if any(sign in text for sign in ("nvcuvid", "NVCUVID", "NvDecoder", "libnvcuvid.so")):
             raise Absent(text.splitlines()[0]) from None
         raise
-    got = _to_torch(out)[0]
+    got = to_torch(out)[0]
     rec.row(
         f"film by NVDEC, {codec}", psnr(got, want), unit="dB", goal=30.0,
         detail=f"{tuple(got.shape)} on {got.device}, beside PyAV's frames",

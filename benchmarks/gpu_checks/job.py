@@ -133,9 +133,9 @@ def use_host() -> None:
     """Put the stand-ins in place that the environment asks for."""
     stages = os.environ.get(HOST, "").split(",")
     if "flow" in stages:
-        pipeline._flow_graph = lambda *, batch_size, device, threads: _HostFlow(device, threads)
-    if "decode" in stages and not isinstance(pipeline._frames_graph, _HostDecoding):
-        pipeline._frames_graph = _HostDecoding(pipeline._frames_graph)
+        pipeline.flow_graph = lambda *, batch_size, device, threads: _HostFlow(device, threads)
+    if "decode" in stages and not isinstance(pipeline.frames_graph, _HostDecoding):
+        pipeline.frames_graph = _HostDecoding(pipeline.frames_graph)
 
 
 @dataclass
@@ -184,7 +184,7 @@ class _Uploading:
 
     def run(self) -> tuple[_Held]:
         (images,) = self.graph.run()
-        return (_Held(pipeline._to_torch(images).to(self.device)),)
+        return (_Held(pipeline.to_torch(images).to(self.device)),)
 
 
 def input_pipeline(job: Job, recipe: Recipe, device: torch.device, **options: Any) -> Any:

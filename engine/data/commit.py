@@ -22,8 +22,9 @@ from engine.data.cut import Settings
 from engine.data.damage import index_name, size_problem
 from engine.data.media import SAMPLE_RATE
 from engine.data.parts import Made
+from engine.data.record import RECORD
 from engine.data.shard_writer import Shard, write_atomic, write_dataset
-from engine.data.shards import RECORD, is_shards, read_dataset
+from engine.data.shards import is_shards, read_dataset
 from engine.data.sources import Reject
 
 OURS = re.compile(

@@ -10,14 +10,21 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from engine.data.codecs import JPEG, Pictures
 from engine.data.encode import encode_flac, encode_jpeg
+from engine.data.film import copy_clip, encode_h264, encode_vp9
+from engine.data.frames import Frames
 from engine.data.media import MediaError, MediaFacts, decode_window, probe
 from engine.data.shard_writer import NewClip, StorageError
 from engine.data.sources import Reject, Source
 
+COPY = "copy"
+CODEC_NAMES = ("jpeg", "vp9", "h264", COPY)
+"""What pictures can be stored as: frame by frame, as a short film, or as the source has them."""
 TRIM_SLACK = 1.5
 """Seconds by which a file may be longer than a stretch and still be taken for that stretch, trimmed."""
 
@@ -33,6 +40,8 @@ class Settings:
     min_seconds: float
     quality: int
     seed: int
+    codec: str = "jpeg"
+    """One of CODEC_NAMES."""
 
     def __post_init__(self) -> None:
         for name in ("fps", "clip_seconds"):
@@ -46,6 +55,8 @@ class Settings:
             raise ValueError(f"short_side must be an even number of pixels, not {self.short_side}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be 1 to 100, not {self.quality}")
+        if self.codec not in CODEC_NAMES:
+            raise ValueError(f"codec must be one of {', '.join(CODEC_NAMES)}, not {self.codec}")
 
 
 def cut_source(source: Source, settings: Settings, keep: Callable[[NewClip], None]) -> list[Reject]:
@@ -146,27 +157,45 @@ def _try_cut(
 
 
 def _cut(source: Source, facts: MediaFacts, start: float, settings: Settings) -> NewClip:
-    window = decode_window(
-        source.path,
-        facts,
+    stretch: dict[str, Any] = {
+        "start": start,
+        "seconds": settings.clip_seconds,
+        "fps": settings.fps,
+    }
+    if settings.codec == COPY:
+        copied = copy_clip(source.path, facts, **stretch)
+        _check_length(copied.pictures.num_frames, settings, copied.note)
+        pictures, width, height = copied.pictures, facts.width, facts.height
+        sound, note = copied.sound, copied.note
+    else:
+        window = decode_window(source.path, facts, short_side=settings.short_side, **stretch)
+        _check_length(len(window.frames), settings, window.note)
+        pictures = _encoded(window.frames, settings)
+        width, height = window.frames.shape[2], window.frames.shape[1] * 2 // 3
+        sound, note = window.sound, window.note
+    return NewClip(
+        pictures=pictures,
+        width=width,
+        height=height,
+        source=source.relative,
         start=start,
-        seconds=settings.clip_seconds,
-        fps=settings.fps,
-        short_side=settings.short_side,
+        sound=None if sound is None else encode_flac(sound),
+        label=source.label,
+        note=note,
     )
-    num_frames, rows, width = window.frames.shape
+
+
+def _check_length(num_frames: int, settings: Settings, note: str | None) -> None:
     if num_frames < round(settings.min_seconds * settings.fps):
-        why = f" ({window.note})" if window.note else ""
+        why = f" ({note})" if note else ""
         raise MediaError(
             f"only {num_frames / settings.fps:.2f} s of video, less than {settings.min_seconds:g} s{why}"
         )
-    return NewClip(
-        frames=encode_jpeg(window.frames, quality=settings.quality),
-        width=width,
-        height=rows * 2 // 3,
-        source=source.relative,
-        start=start,
-        sound=None if window.sound is None else encode_flac(window.sound),
-        label=source.label,
-        note=window.note,
-    )
+
+
+def _encoded(frames: Frames, settings: Settings) -> Pictures:
+    if settings.codec == "vp9":
+        return encode_vp9(frames, fps=settings.fps)
+    if settings.codec == "h264":
+        return encode_h264(frames, fps=settings.fps)
+    return Pictures(JPEG, tuple(encode_jpeg(frames, quality=settings.quality)))

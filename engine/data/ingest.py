@@ -96,6 +96,7 @@ def ingest(
     clips_per_video: int | None = None,
     min_seconds: float = 1.0,
     quality: int = 85,
+    codec: str = "jpeg",
     seed: int = 0,
     workers: int | None = None,
     address: str | None = None,
@@ -121,6 +122,7 @@ def ingest(
         clips_per_video=clips_per_video,
         min_seconds=min_seconds,
         quality=quality,
+        codec=codec,
         seed=seed,
     )
     if workers is not None and workers < 1:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from engine.data.damage import index_name, size_problem
-from engine.data.shards import MAX_SPLITS, PARTIAL, PARTS, RECORD, ClipIndex, read_dataset
+from engine.data.record import MAX_SPLITS, PARTIAL, PARTS, RECORD
+from engine.data.shards import ClipIndex, read_dataset
 
 BLOCK = 1 << 20
 

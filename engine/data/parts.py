@@ -21,8 +21,8 @@ import numpy as np
 
 from engine.data.cut import Settings, cut_source
 from engine.data.groups import Group, clip_key
+from engine.data.record import RECORD
 from engine.data.shard_writer import END, ClipTar, NewClip, Shard, storing, write_atomic
-from engine.data.shards import RECORD
 from engine.data.sources import Reject, Source
 
 COPY = 1 << 20

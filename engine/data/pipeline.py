@@ -1,16 +1,17 @@
-"""Encoded bytes to ClipBatch: one DALI graph for frames and one for sound and flow, on a CPU or a GPU.
+"""Encoded bytes to ClipBatch: DALI's graphs (``graphs``) for pictures, sound and flow, on a CPU or a GPU.
 
-Frames are stored one by one, so the first graph's samples are frames: N x F of them are decoded, cropped,
-resized and flipped side by side, then regrouped to N clips. The second graph's samples are clips: it decodes
-sound, cuts the aligned and the misaligned window out of it, and on a GPU computes optical flow. On a CPU flow
-comes from ``engine.data.flow``. Flow is computed after crop, resize and flip, so it follows them exactly.
+Pictures that are stored one by one enter one by one: N x F of them are decoded, cropped, resized and flipped side
+by side, then regrouped to N clips. Films enter whole, with the places of the frames wanted. Sound is decoded
+once, and the aligned and the misaligned window are cut out of it. Flow is computed after crop, resize and
+flip, so it follows them exactly: on a GPU by its flow engine, on a CPU by ``engine.data.flow``.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
+from engine.data.codecs import JPEG, VP9, VP9_MP4
 from engine.data.flow import dis_flow
+from engine.data.graphs import films_graph, flow_graph, frames_graph, sound_graph, to_torch
 from engine.data.plan import ClipPlan, square_boxes
 from engine.data.shards import ClipIndex, EncodedClip
 from engine.recipe import Audio, Clip
@@ -58,74 +60,17 @@ class ClipBatch:
         return len(self.clip)
 
 
-def _frames_graph(*, size: int, batch_size: int, device: torch.device, threads: int) -> Any:
-    """JPEG bytes -> uint8 (size, size, 3) each: decode, crop, resize, flip."""
-    gpu = device.type == "cuda"
-
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=(device.index or 0) if gpu else None,
-        prefetch_queue_depth=1,
-    )
-    def graph() -> Any:
-        jpeg = fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1)
-        start = fn.external_source(name="start", dtype=types.FLOAT, ndim=1)
-        end = fn.external_source(name="end", dtype=types.FLOAT, ndim=1)
-        flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-        image = fn.decoders.image(jpeg, device="mixed" if gpu else "cpu", output_type=types.RGB)
-        image = fn.resize(image, size=[size, size], roi_start=start, roi_end=end, roi_relative=True)
-        return fn.flip(image, horizontal=flip)
-
-    return graph()
-
-
-def _sound_graph(*, samples: int, batch_size: int, device: torch.device, threads: int) -> Any:
-    """FLAC bytes -> two windows of float32 (samples,): one decode, two cuts; zeros outside the clip."""
-    gpu = device.type == "cuda"
-
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=(device.index or 0) if gpu else None,
-        prefetch_queue_depth=1,
-    )
-    def graph() -> Any:
-        flac = fn.external_source(name="flac", dtype=types.UINT8, ndim=1)
-        start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-        shifted = fn.external_source(name="shifted", dtype=types.INT32, ndim=1)
-        wave, _ = fn.decoders.audio(flac, dtype=types.FLOAT, downmix=True)
-        cuts = [
-            fn.slice(wave, start=s, shape=[samples], axes=[0], out_of_bounds_policy="pad")
-            for s in (start, shifted)
-        ]
-        return tuple(cut.gpu() for cut in cuts) if gpu else tuple(cuts)
-
-    return graph()
-
-
-def _flow_graph(*, batch_size: int, device: torch.device, threads: int) -> Any:
-    """uint8 clips (F, H, W, 3) on a GPU -> float32 (F-1, H, W, 2) by the flow engine."""
-
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=device.index or 0,
-        prefetch_queue_depth=1,
-    )
-    def graph() -> Any:
-        clip = fn.external_source(
-            name="clip", device="gpu", dtype=types.UINT8, layout="FHWC", ndim=4
-        )
-        return fn.optical_flow(clip, output_grid=1)
-
-    return graph()
+GPU_LEAST = 128
+"""Smallest side in pixels of the VP9 pictures that a GPU decodes."""
 
 
 class InputPipeline:
     """Reads, decodes and cuts the clips that plans ask for.
 
-    ``flow`` and ``sound`` say whether batches carry them. One instance serves one thread at a time.
+    ``flow`` and ``sound`` say whether batches carry them. One instance serves one thread at a time. A clip that a
+    decoder refuses, and whose bytes are not those that were written, is replaced as ``ClipIndex.read`` does it.
+    Films that a GPU can't decode are decoded by the CPU where that can, and ``warn`` is told once. Raises ValueError
+    for clips that nothing here decodes.
     """
 
     def __init__(
@@ -140,39 +85,64 @@ class InputPipeline:
         threads: int = 2,
         flow: bool = True,
         sound: bool = True,
+        warn: Callable[[str], object] = warnings.warn,
     ) -> None:
         self.index, self.clip, self.audio, self.device = index, clip, audio, device
         self.num_frames = num_frames
         self.samples = round(num_frames * clip.frame_stride / index.fps * audio.sample_rate)
-        self._frames = _frames_graph(
-            size=clip.size, batch_size=batch_size * num_frames, device=device, threads=threads
-        )
+        self._batch_size, self._threads, self._wants_sound = batch_size, threads, sound
+        self._warn = warn
+        self._films_on_host = self._choose_host()
+        self._build_decoders()
         gpu_flow = flow and device.type == "cuda"
         self._flow = (
-            _flow_graph(batch_size=batch_size, device=device, threads=threads) if gpu_flow else None
+            flow_graph(batch_size=batch_size, device=device, threads=threads) if gpu_flow else None
         )
         self._pool = ThreadPoolExecutor(threads, "flow") if flow and not gpu_flow else None
-        self._sound = (
-            _sound_graph(
-                samples=self.samples, batch_size=batch_size, device=device, threads=threads
+
+    def _choose_host(self) -> bool:
+        """Whether films are decoded by the CPU from the start; raises ValueError where nothing decodes them."""
+        if self.device.type == "cuda":
+            small = np.minimum(self.index.width, self.index.height) < GPU_LEAST
+            return bool(small.any()) and self.index.codecs <= {JPEG, VP9, VP9_MP4}
+        lost = sorted({codec.name for codec in self.index.codecs if not codec.on_cpu})
+        if lost:
+            raise ValueError(
+                f"{', '.join(map(str, self.index.folders))}: clips are stored as {' and '.join(lost)}, "
+                "which only a GPU decodes here: ingest the videos with --codec jpeg or vp9, or run on a GPU"
             )
-            if sound
-            else None
-        )
+        return True
+
+    def _build_decoders(self) -> None:
+        """Graphs of pictures and sound, anew: an error ends a graph."""
+        size, device, threads = self.clip.size, self.device, self._threads
+        n = self._batch_size
+        self._frames: Any = None
+        self._films: Any = None
+        self._sound: Any = None
+        if JPEG in self.index.codecs:
+            self._frames = frames_graph(
+                size=size, batch_size=n * self.num_frames, device=device, threads=threads
+            )
+        if self.index.codecs - {JPEG}:
+            self._films = films_graph(
+                size=size, batch_size=n, device=device, threads=threads, on_host=self._films_on_host
+            )
+        if self._wants_sound:
+            self._sound = sound_graph(
+                samples=self.samples, batch_size=n, device=device, threads=threads
+            )
 
     def load(self, plan: ClipPlan) -> ClipBatch:
         """Decode one planned batch; blocks until it is there."""
-        encoded = [
-            self.index.read(int(c), f.tolist()) for c, f in zip(plan.clip, plan.frames, strict=True)
-        ]
-        rgb = self._decode_frames(plan, encoded)
+        encoded = self._read(plan)
+        try:
+            rgb, waves = self._decode(plan, encoded)
+        except RuntimeError as error:
+            encoded = self._after_error(plan, encoded, error)
+            rgb, waves = self._decode(plan, encoded)
         flow = self._compute_flow(rgb)
-        has_audio = np.array([e.sound is not None for e in encoded]) & (self._sound is not None)
-        waves = (
-            self._decode_sound(plan, encoded, has_audio)
-            if self._sound is not None
-            else (None, None)
-        )
+        has_audio = self._heard(encoded)
         return ClipBatch(
             rgb=rgb,
             flow=flow,
@@ -183,6 +153,35 @@ class InputPipeline:
             order=self._to_device(plan.order),
             clip=plan.clip,
         )
+
+    def _read(self, plan: ClipPlan) -> list[EncodedClip]:
+        pairs = zip(plan.clip, plan.frames, strict=True)
+        return [self.index.read(int(clip), frames.tolist()) for clip, frames in pairs]
+
+    def _decode(
+        self, plan: ClipPlan, encoded: list[EncodedClip]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | tuple[None, None]]:
+        rgb = self._decode_frames(plan, encoded)
+        if self._sound is None:
+            return rgb, (None, None)
+        return rgb, self._decode_sound(plan, encoded, self._heard(encoded))
+
+    def _heard(self, encoded: list[EncodedClip]) -> NDArray[np.bool_]:
+        return np.array([e.sound is not None for e in encoded]) & self._wants_sound
+
+    def _after_error(
+        self, plan: ClipPlan, encoded: list[EncodedClip], error: RuntimeError
+    ) -> list[EncodedClip]:
+        """What to decode instead, by new graphs; raises ``error`` where neither data nor decoder is to blame."""
+        if not self.index.condemn(clip.clip for clip in encoded):
+            if self._films_on_host or not self.index.codecs & {VP9, VP9_MP4}:
+                raise error
+            if not self.index.codecs <= {JPEG, VP9, VP9_MP4}:
+                raise error
+            self._films_on_host = True
+            self._warn(f"the GPU can't decode VP9 ({_last_line(error)}): the CPU does")
+        self._build_decoders()
+        return self._read(plan)
 
     def batches(self, plans: Iterable[ClipPlan], *, depth: int = 2) -> Iterator[ClipBatch]:
         """Decode plans in a thread of their own, ``depth`` batches ahead of the reader."""
@@ -219,24 +218,45 @@ class InputPipeline:
             thread.join()
 
     def _decode_frames(self, plan: ClipPlan, encoded: list[EncodedClip]) -> Tensor:
-        n, f = len(plan), self.num_frames
         read = [clip.clip for clip in encoded]  # not always plan.clip: one may stand in for another
         boxes = square_boxes(plan, self.index.width[read], self.index.height[read])
-        per_frame = np.repeat(np.arange(n), f)
-        start, end = boxes[:, [1, 0]][per_frame], boxes[:, [3, 2]][per_frame]
-        self._frames.feed_input("jpeg", [frame for clip in encoded for frame in clip.frames])
-        self._frames.feed_input("start", list(start))
-        self._frames.feed_input("end", list(end))
-        self._frames.feed_input("flip", list(plan.flip.astype(np.int32)[per_frame]))
-        (images,) = self._frames.run()
-        size = self.clip.size
-        return _to_torch(images).reshape(n, f, size, size, 3)
+        flip = plan.flip.astype(np.int32)
+        films = np.array([clip.film is not None for clip in encoded])
+        shape = (len(encoded), self.num_frames, self.clip.size, self.clip.size, 3)
+        rgb = None
+        for kind, decode in ((False, self._decode_pictures), (True, self._decode_films)):
+            (which,) = np.nonzero(films == kind)
+            if not len(which):
+                continue
+            found = decode([encoded[i] for i in which], boxes[which], flip[which])
+            found = found.reshape(len(which), *shape[1:])
+            if len(which) == len(encoded):
+                return found
+            if rgb is None:
+                rgb = torch.empty(shape, dtype=torch.uint8, device=self.device)
+            rgb[torch.from_numpy(which).to(self.device)] = found
+        assert rgb is not None
+        return rgb
+
+    def _decode_pictures(
+        self, clips: list[EncodedClip], boxes: NDArray[np.float32], flip: NDArray[np.int32]
+    ) -> Tensor:
+        per_frame = np.repeat(np.arange(len(clips)), self.num_frames)
+        self._frames.feed_input("jpeg", [frame for clip in clips for frame in clip.frames])
+        return _run(self._frames, boxes[per_frame], flip[per_frame])
+
+    def _decode_films(
+        self, clips: list[EncodedClip], boxes: NDArray[np.float32], flip: NDArray[np.int32]
+    ) -> Tensor:
+        self._films.feed_input("film", [clip.film for clip in clips])
+        self._films.feed_input("places", [clip.places for clip in clips])
+        return _run(self._films, boxes, flip)
 
     def _compute_flow(self, rgb: Tensor) -> Tensor | None:
         if self._flow is not None:
             self._flow.feed_input("clip", rgb.contiguous())
             (flow,) = self._flow.run()
-            return _to_torch(flow)
+            return to_torch(flow)
         if self._pool is not None:
             return torch.from_numpy(dis_flow(rgb.numpy(), pool=self._pool))
         return None
@@ -255,13 +275,22 @@ class InputPipeline:
             self._sound.feed_input("start", list(starts[:, None]))
             self._sound.feed_input("shifted", list(shifted[:, None]))
             for row, cut in zip(waves, self._sound.run(), strict=True):
-                row[torch.from_numpy(which).to(self.device)] = _to_torch(cut)
+                row[torch.from_numpy(which).to(self.device)] = to_torch(cut)
         return waves[0], waves[1]
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
 
-def _to_torch(batch: Any) -> Tensor:
-    """Take a uniform DALI batch over to torch; copied, because DALI reuses its buffer in the next run."""
-    return torch.utils.dlpack.from_dlpack(batch.as_tensor()).clone()
+def _run(graph: Any, boxes: NDArray[np.float32], flip: NDArray[np.int32]) -> Tensor:
+    """Feed the boxes, (n, 4) as left, top, right and bottom, and flips of n pictures or films, and run."""
+    graph.feed_input("start", list(np.ascontiguousarray(boxes[:, [1, 0]])))
+    graph.feed_input("end", list(np.ascontiguousarray(boxes[:, [3, 2]])))
+    graph.feed_input("flip", list(flip))
+    (found,) = graph.run()
+    return to_torch(found)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0]

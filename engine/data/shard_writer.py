@@ -21,7 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 import engine
-from engine.data.shards import FORMAT, HAS_AUDIO, PARTIAL, RECORD, split_bits, told_splits
+from engine.data.codecs import JPEG, Pictures
+from engine.data.record import (
+    CODEC_SHIFT,
+    HAS_AUDIO,
+    PARTIAL,
+    RECORD,
+    codec_of,
+    crc_of,
+    split_bits,
+    told_splits,
+)
+from engine.data.shards import FORMAT
 
 BLOCK = 512
 """Bytes that a tar's parts are multiples of."""
@@ -70,10 +81,10 @@ def _sync(file: IO[bytes]) -> None:
 class NewClip:
     """A clip on its way into a shard."""
 
-    frames: list[bytes]
-    """JPEG files, one a frame."""
+    pictures: Pictures
     width: int
     height: int
+    """Pixels of a picture as it is to be seen: its sides' ratio counts, where a decoded one differs."""
     source: str
     """Path of the video it was cut from, relative to the folder that was given."""
     start: float
@@ -111,7 +122,7 @@ class ClipTar:
 
     def add(self, clip: NewClip, *, key: str) -> None:
         """Append one clip of at least one frame; ``key`` names its members and has no dot."""
-        assert clip.frames
+        assert clip.pictures.num_frames
         assert "." not in key
         try:
             with storing(self.path):
@@ -164,20 +175,22 @@ class ClipTar:
             self._file = None
 
     def _write(self, clip: NewClip, key: str) -> None:
-        num_frames = len(clip.frames)
+        num_frames, codec = clip.pictures.num_frames, clip.pictures.codec
         facts: dict[str, Any] = {"source": clip.source, "start": clip.start, "class": clip.label}
         facts |= {"fps": self._fps, "num_frames": num_frames, "duration": num_frames / self._fps}
         facts |= {"width": clip.width, "height": clip.height}
         facts |= {"note": clip.note} if clip.note else {}
         facts |= {"splits": told_splits(clip.splits)} if any(clip.splits) else {}
-        offsets = np.cumsum([0, *map(len, clip.frames)]).astype("<u4")
+        facts |= {} if codec is JPEG else {"codec": codec.name}
+        blob, places = clip.pictures.packed(width=clip.width, height=clip.height, fps=self._fps)
         buffer = io.BytesIO()
-        np.save(buffer, offsets)
+        np.save(buffer, places)
         table = buffer.getvalue()
-        told, blob, sound = json.dumps(facts).encode(), b"".join(clip.frames), clip.sound or b""
+        told, sound = json.dumps(facts).encode(), clip.sound or b""
         at = self._member(f"{key}.json", told)
-        table_at = self._member(f"{key}.offsets.npy", table) + len(table) - offsets.nbytes
-        frames_at = self._member(f"{key}.mjpg", blob)
+        kind = "offsets" if clip.pictures.shown is None else "shown"
+        table_at = self._member(f"{key}.{kind}.npy", table) + len(table) - places.nbytes
+        frames_at = self._member(f"{key}.{codec.suffix}", blob)
         sound_at = self._member(f"{key}.flac", sound) if sound else at
         record = np.zeros((), RECORD)
         record["at"], record["json_size"] = at, len(told)
@@ -193,8 +206,8 @@ class ClipTar:
             clip.height,
         )
         record["flags"] = (HAS_AUDIO if sound else 0) | (PARTIAL if clip.note else 0)
-        record["flags"] |= split_bits(clip.splits)
-        record["crc32"] = _crc(told, offsets.tobytes(), blob, sound)
+        record["flags"] |= split_bits(clip.splits) | codec.number << CODEC_SHIFT
+        record["crc32"] = crc_of(told, places.tobytes(), blob, sound)
         self._records += record.tobytes()
         self.labels.append(clip.label)
 
@@ -310,7 +323,7 @@ def write_dataset(folder: Path, shards: Sequence[Shard], **facts: Any) -> None:
     dataset = {
         "format": FORMAT,
         "engine": getattr(engine, "__version__", "unknown"),
-        "codec": "jpeg",
+        "codec": ", ".join(sorted({codec_of(flags).name for flags in np.unique(index["flags"])})),
         "clips": len(index),
         "index": name,
         "index_crc32": crc,
@@ -319,10 +332,3 @@ def write_dataset(folder: Path, shards: Sequence[Shard], **facts: Any) -> None:
         **facts,
     }
     write_atomic(folder / "dataset.json", json.dumps(dataset, indent=1).encode())
-
-
-def _crc(*parts: bytes) -> int:
-    crc = 0
-    for part in parts:
-        crc = zlib.crc32(part, crc)
-    return crc

@@ -1,9 +1,10 @@
-"""The on-disk format of training clips and its reader: WebDataset tars of JPEG frames, with an index.
+"""The on-disk format of training clips and its reader: WebDataset tars of encoded frames, with an index.
 
 A folder holds ``dataset.json`` (facts of the whole, and the names of the rest), ``index-CRC.bin`` (one RECORD a
-clip), ``shard-*.tar`` and ``rejects.jsonl``. In a tar a clip is KEY.json (facts), KEY.offsets.npy (uint32,
-num_frames + 1, into the next), KEY.mjpg (its JPEG frames, one after the other: a raw MJPEG stream) and, with
-sound, KEY.flac. ``shard_writer`` writes it.
+clip), ``shard-*.tar`` and ``rejects.jsonl``. In a tar a clip is KEY.json (facts), its pictures (``codecs``) and, with
+sound, KEY.flac. Pictures are KEY.mjpg (JPEG, one after the other: a raw MJPEG stream) or KEY.ivf (VP9), with
+KEY.offsets.npy (uint32, num_frames + 1, into them); or KEY.mp4, with KEY.shown.npy (uint32, num_frames: which of
+the film's frames each is). ``shard_writer`` writes it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.data.codecs import Codec, DamagedPictures, build, table_length, taken
 from engine.data.damage import (
     Damage,
     DamagedClip,
@@ -29,31 +31,17 @@ from engine.data.damage import (
     size_problem,
     substitutes,
 )
+from engine.data.record import (
+    HAS_AUDIO,
+    MAX_SPLITS,
+    PARTS,
+    RECORD,
+    SPLIT_SHIFT,
+    codec_of,
+    crc_of,
+)
 
 FORMAT = 1
-RECORD = np.dtype(
-    [
-        ("at", "<u8"),  # of the json in its shard; what follows lies at the distances below
-        ("shard", "<u4"),
-        ("json_size", "<u4"),
-        ("table", "<u4"),  # from "at" to the first offset
-        ("frames", "<u4"),  # from "at" to the first frame
-        ("frames_size", "<u4"),
-        ("sound", "<u4"),  # from "at" to the sound
-        ("sound_size", "<u4"),
-        ("num_frames", "<u4"),
-        ("label", "<i4"),  # -1: none
-        ("width", "<u2"),
-        ("height", "<u2"),
-        ("crc32", "<u4"),  # of json, table, frames and sound, in this order
-        ("flags", "<u4"),
-        ("spare", "<u8"),
-    ]
-)
-HAS_AUDIO, PARTIAL = 1, 2
-"""Bits of ``flags``; from SPLIT_SHIFT on, two bits say a clip's part in each split of its data set."""
-SPLIT_SHIFT, MAX_SPLITS = 8, 12
-PARTS = ("", "train", "test", "validation")
 OPEN_SHARDS = 256
 """Shards that one process keeps open."""
 
@@ -81,23 +69,16 @@ def read_dataset(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def split_bits(splits: Sequence[str]) -> int:
-    """A clip's parts in splits 1, 2 ... as bits of ``flags``."""
-    assert len(splits) <= MAX_SPLITS
-    return sum(PARTS.index(part) << (SPLIT_SHIFT + 2 * i) for i, part in enumerate(splits))
-
-
-def told_splits(splits: Sequence[str]) -> dict[str, str]:
-    """A clip's parts by the number of the split, as its facts tell them: ``{"1": "train", "3": "test"}``."""
-    return {str(i): part for i, part in enumerate(splits, start=1) if part}
-
-
 @dataclass(frozen=True)
 class EncodedClip:
     """Bytes of the frames asked for, and of the clip's whole sound."""
 
     frames: list[NDArray[np.uint8]]
-    """JPEG files, uint8 (bytes,) each, in the order asked for."""
+    """JPEG files, uint8 (bytes,) each, in the order asked for; none of a film."""
+    film: NDArray[np.uint8] | None
+    """An IVF or mp4 file, uint8 (bytes,), that holds the frames."""
+    places: NDArray[np.int32] | None
+    """(frames,): where they lie in the film, in the order asked for."""
     sound: NDArray[np.uint8] | None
     """A FLAC file, uint8 (bytes,)."""
     clip: int
@@ -132,6 +113,8 @@ class ClipIndex:
     """(clips,): number of the tar that holds the clip, rising over all folders."""
     flags: NDArray[np.uint32]
     """(clips,): HAS_AUDIO, PARTIAL and the bits of splits."""
+    codecs: set[Codec]
+    """How pictures are stored."""
     damaged: tuple[Damage, ...]
     """Shards that were left out."""
     substituted: Counter[int]
@@ -188,6 +171,8 @@ class ClipIndex:
         )
         self.has_audio = self.flags & HAS_AUDIO > 0
         self.damaged, self.substituted = tuple(damaged), Counter()
+        self.codecs = {codec_of(flags) for flags in np.unique(self.flags)}
+        self._condemned: set[int] = set()
         self._tell_damage()
 
     def _tell_damage(self) -> None:
@@ -250,30 +235,49 @@ class ClipIndex:
     def read_strictly(self, clip: int, frames: Sequence[int]) -> EncodedClip:
         """Like ``read``, but raises DamagedClip for a damaged clip."""
         path, record = self._find(clip)
-        n = int(record["num_frames"])
+        if clip in self._condemned:
+            raise DamagedClip(f"{path}: clip {clip} is damaged (its checksum): ingest again")
+        n, at = int(record["num_frames"]), int(record["at"])
         if len(frames) and not 0 <= min(frames) <= max(frames) < n:
             raise ValueError(
                 f"clip {clip} has frames 0 to {n - 1}, not {min(frames)} to {max(frames)}"
             )
-        at = int(record["at"])
-        offsets = (
-            self._pread(path, at + int(record["table"]), 4 * (n + 1)).view("<u4").astype(np.int64)
+        codec = codec_of(record["flags"])
+        length = 4 * table_length(codec, n)
+        table = self._pread(path, at + int(record["table"]), length).view("<u4")
+        begin, sound = at + int(record["frames"]), None
+        width, height = int(record["width"]), int(record["height"])
+        try:
+            want = taken(codec, table, int(record["frames_size"]), frames)
+            parts = [self._pread(path, begin + a, b - a) for a, b in want.ranges]
+            pictures, film = build(want, parts, width=width, height=height, fps=self.fps)
+            if size := int(record["sound_size"]):
+                sound = self._pread(path, at + int(record["sound"]), size)
+                if sound[:4].tobytes() != b"fLaC":
+                    raise DamagedPictures("its sound")
+        except DamagedPictures as error:
+            raise DamagedClip(f"{path}: clip {clip} is damaged ({error}): ingest again") from error
+        return EncodedClip(pictures, film, want.places, sound, clip)
+
+    def condemn(self, clips: Iterable[int]) -> list[int]:
+        """Check all bytes of clips that a decoder refused; those that are damaged are never read again."""
+        found = [clip for clip in dict.fromkeys(clips) if not self._is_intact(clip)]
+        self._condemned.update(found)
+        return found
+
+    def _is_intact(self, clip: int) -> bool:
+        path, record = self._find(clip)
+        at, length = (
+            int(record["at"]),
+            table_length(codec_of(record["flags"]), record["num_frames"]),
         )
-        if offsets[-1] != record["frames_size"] or (np.diff(offsets) < 4).any():
-            raise DamagedClip(f"{path}: clip {clip} is damaged (its table of frames): ingest again")
-        begin = at + int(record["frames"])
-        found = [
-            self._pread(path, begin + offsets[i], int(offsets[i + 1] - offsets[i])) for i in frames
+        sizes = [(0, record["json_size"]), (record["table"], 4 * length)]
+        sizes += [
+            (record["frames"], record["frames_size"]),
+            (record["sound"], record["sound_size"]),
         ]
-        if any(f[:2].tobytes() != b"\xff\xd8" or f[-2:].tobytes() != b"\xff\xd9" for f in found):
-            raise DamagedClip(
-                f"{path}: clip {clip} is damaged (no JPEG where one should be): ingest again"
-            )
-        size = int(record["sound_size"])
-        sound = self._pread(path, at + int(record["sound"]), size) if size else None
-        if sound is not None and sound[:4].tobytes() != b"fLaC":
-            raise DamagedClip(f"{path}: clip {clip} is damaged (its sound): ingest again")
-        return EncodedClip(found, sound, clip)
+        parts = [self._pread(path, at + int(away), int(size)).tobytes() for away, size in sizes]
+        return crc_of(*parts) == int(record["crc32"])
 
     def _tell_substitution(self, clip: int, error: DamagedClip) -> None:
         path, _ = self._find(clip)

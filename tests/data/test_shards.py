@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 
 from engine.data import shard_writer, shards
+from engine.data.codecs import JPEG, Pictures
 from engine.data.damage import DamagedClip
 from engine.data.inspection import verify
+from engine.data.record import RECORD
 from engine.data.shard_writer import NewClip, ShardWriter, StorageError
-from engine.data.shards import RECORD, ClipIndex, is_shards, read_dataset
+from engine.data.shards import ClipIndex, is_shards, read_dataset
 
 
 def clip(
@@ -29,7 +31,7 @@ def clip(
     rng = np.random.default_rng(number)
     frames = [b"\xff\xd8" + rng.bytes(20 + 7 * i + number) + b"\xff\xd9" for i in range(num_frames)]
     return NewClip(
-        frames=frames,
+        pictures=Pictures(JPEG, tuple(frames)),
         width=170,
         height=128,
         source=f"a/{number}.avi",
@@ -76,15 +78,15 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert index.height.tolist() == [128] * 5
     np.testing.assert_allclose(index.duration, [0.2, 0.12, 0.36, 0.2, 0.04])
     for number, expected in enumerate(CLIPS):
-        wanted = list(range(len(expected.frames)))[::-2]
+        wanted = list(range(len(expected.pictures.pieces)))[::-2]
         found = index.read(number, wanted)
-        assert [f.tobytes() for f in found.frames] == [expected.frames[i] for i in wanted]
+        assert [f.tobytes() for f in found.frames] == [expected.pictures.pieces[i] for i in wanted]
         assert (None if found.sound is None else found.sound.tobytes()) == expected.sound
         facts = index.facts(number)
         assert facts["source"] == expected.source
         assert facts["class"] == expected.label
         assert facts["start"] == expected.start
-        assert facts["num_frames"] == len(expected.frames)
+        assert facts["num_frames"] == len(expected.pictures.pieces)
         assert facts.get("note") == expected.note
 
 
@@ -104,7 +106,7 @@ def test_only_the_frames_wanted_are_read(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(shards.os, "pread", counting)
     index.read(2, [4])
-    assert sizes == [4 * 10, len(CLIPS[2].frames[4]), len(CLIPS[2].sound or b"")]
+    assert sizes == [4 * 10, len(CLIPS[2].pictures.pieces[4]), len(CLIPS[2].sound or b"")]
 
 
 def test_shards_are_plain_tars(folder: Path) -> None:
@@ -119,7 +121,7 @@ def test_shards_are_plain_tars(folder: Path) -> None:
     offsets = np.load(io.BytesIO(members["000000002.offsets.npy"]))
     blob = members["000000002.mjpg"]
     assert offsets.dtype == np.uint32
-    assert [blob[a:b] for a, b in pairwise(offsets)] == CLIPS[2].frames
+    assert [blob[a:b] for a, b in pairwise(offsets)] == list(CLIPS[2].pictures.pieces)
     assert members["000000003.flac"] == CLIPS[3].sound
     assert json.loads(members["000000001.json"])["class"] == "jump"
 
@@ -129,7 +131,7 @@ def test_webdataset_reads_shards(folder: Path) -> None:
     paths = [str(p) for p in sorted(folder.glob("*.tar"))]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False))
     assert [s["__key__"] for s in samples] == [f"{i:09d}" for i in range(5)]
-    assert samples[2]["mjpg"] == b"".join(CLIPS[2].frames)
+    assert samples[2]["mjpg"] == b"".join(CLIPS[2].pictures.pieces)
     assert samples[3]["flac"] == CLIPS[3].sound
     assert json.loads(samples[0]["json"])["source"] == "a/0.avi"
 
@@ -147,7 +149,7 @@ def test_several_folders_are_one_set(tmp_path: Path) -> None:
     assert index.classes == ("bend", "run", "walk")
     assert index.label.tolist() == [2, 1, 0, -1, 2]
     assert [index.facts(i)["source"] for i in range(5)] == [f"a/{i}.avi" for i in range(5)]
-    assert index.read(4, [1]).frames[0].tobytes() == clip(4).frames[1]
+    assert index.read(4, [1]).frames[0].tobytes() == clip(4).pictures.pieces[1]
 
 
 def test_folders_must_agree(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_an_index_can_be_sent_to_another_process(folder: Path) -> None:
     index.read(0, [0])
     data = pickle.dumps(index)
     again = pickle.loads(data)
-    assert again.read(2, [3]).frames[0].tobytes() == CLIPS[2].frames[3]
+    assert again.read(2, [3]).frames[0].tobytes() == CLIPS[2].pictures.pieces[3]
     assert again.label.tolist() == index.label.tolist()
 
 
@@ -169,7 +171,7 @@ def test_few_shards_stay_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(shards, "OPEN_SHARDS", 1)
     index = ClipIndex([folder])
     for number in (0, 4, 2, 0, 3):
-        assert index.read(number, [0]).frames[0].tobytes() == CLIPS[number].frames[0]
+        assert index.read(number, [0]).frames[0].tobytes() == CLIPS[number].pictures.pieces[0]
     assert len(index._files) == 1
 
 
@@ -213,9 +215,9 @@ def test_shards_that_are_not_whole_are_named_and_left_out(folder: Path, problem:
     assert index.label.tolist() == 2 * [1, 0, -1]
     assert index.shard.tolist() == [0, 0, 2, 3, 3, 5]
     assert [index.facts(i)["source"] for i in (2, 5)] == 2 * ["a/4.avi"]
-    assert index.read(5, [0]).frames[0].tobytes() == CLIPS[4].frames[0]
+    assert index.read(5, [0]).frames[0].tobytes() == CLIPS[4].pictures.pieces[0]
     again = pickle.loads(pickle.dumps(index))
-    assert again.read(4, [1]).frames[0].tobytes() == CLIPS[1].frames[1]
+    assert again.read(4, [1]).frames[0].tobytes() == CLIPS[1].pictures.pieces[1]
     assert problem in verify(folder)[0]
 
 
@@ -259,19 +261,19 @@ def test_a_clip_of_the_same_label_takes_a_damaged_ones_place(tmp_path: Path, wha
     told: list[str] = []
     index = ClipIndex([folder], warn=told.append)
     if what == "frame":
-        damage(folder, clips[4].frames[2])
+        damage(folder, clips[4].pictures.pieces[2])
     elif what == "sound":
         damage(folder, clips[4].sound or b"")
     elif what == "table":
-        damage(folder, np.cumsum([len(f) for f in clips[4].frames]).astype("<u4").tobytes())
+        damage(folder, np.cumsum([len(f) for f in clips[4].pictures.pieces]).astype("<u4").tobytes())
     else:
         (folder / "shard-00002.tar").unlink()
     wanted = [0, 2, 6]
     found = index.read(4, wanted)
     other = clips[found.clip]
     assert found.clip != 4 and other.label == "jump"
-    there = [min(i, len(other.frames) - 1) for i in wanted]
-    assert [f.tobytes() for f in found.frames] == [other.frames[i] for i in there]
+    there = [min(i, len(other.pictures.pieces) - 1) for i in wanted]
+    assert [f.tobytes() for f in found.frames] == [other.pictures.pieces[i] for i in there]
     assert found.sound is not None and found.sound.tobytes() == other.sound
     # A fresh process, as after a resume, takes the same one, and whatever was read before doesn't matter.
     fresh = ClipIndex([folder], warn=lambda _: None)
@@ -288,13 +290,13 @@ def test_a_clip_of_the_same_label_takes_a_damaged_ones_place(tmp_path: Path, wha
 
 
 def test_intact_frames_of_a_damaged_clip_are_read(folder: Path) -> None:
-    damage(folder, CLIPS[0].frames[2])
+    damage(folder, CLIPS[0].pictures.pieces[2])
     found = ClipIndex([folder]).read(0, [1, 3])
-    assert found.clip == 0 and found.frames[1].tobytes() == CLIPS[0].frames[3]
+    assert found.clip == 0 and found.frames[1].tobytes() == CLIPS[0].pictures.pieces[3]
 
 
 def test_nothing_in_a_damaged_clips_place_is_an_error(folder: Path) -> None:
-    damage(folder, CLIPS[1].frames[0])  # the only one of its class
+    damage(folder, CLIPS[1].pictures.pieces[0])  # the only one of its class
     with pytest.raises(ValueError, match="clip 1 is damaged"):
         ClipIndex([folder]).read(1, [0])
 
@@ -363,4 +365,4 @@ def test_a_million_clips_open_in_a_second(tmp_path: Path) -> None:
     began = time.perf_counter()
     index = ClipIndex([tmp_path])
     assert time.perf_counter() - began < 1.0
-    assert index.read(999_999, [2]).frames[0].tobytes() == CLIPS[0].frames[2]
+    assert index.read(999_999, [2]).frames[0].tobytes() == CLIPS[0].pictures.pieces[2]
