@@ -175,7 +175,8 @@ def _shown(display: Display) -> Callable[[Progress], None]:
     def show(now: Progress) -> None:
         nonlocal what, began
         if not now.total:
-            display.update(what, now.done, now.done)
+            if now.done:
+                display.update(what, now.done, now.done)
             return
         if not began:
             began = time.monotonic()
@@ -227,9 +228,10 @@ def _verify(shards: Path) -> None:
     from engine.display import Display
 
     with Display() as display:
+        display.start(f"checking {shards}", 0)
         problems = verify(
             shards,
-            progress=lambda done, total: display.prepare("checking MB", done >> 20, total >> 20),
+            progress=lambda done, total: display.update("checking MB", done >> 20, total >> 20),
         )
         for problem in problems:
             display.say(problem)

@@ -45,6 +45,8 @@ class Clip(Section, frozen=True):
     min_area: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.5
     """Smallest share of the frame's area that a training crop covers."""
     flip: bool = True
+    shuffle_shards: Natural = 0
+    """Shards that clips are drawn from at a time, for disks that are slow at random reads; 0: from all of them."""
 
 
 class Audio(Section, frozen=True):

@@ -256,7 +256,7 @@ def test_a_full_disk(
     line = refused("pretrain", "--loss", "random:1", *data, code=1)
     assert "No space left on device" in line
     line = refused("ingest", tiny_demo / "unlabelled", "--out", "out", "--workers", 1, code=1)
-    assert "No space left on device" in line and not (user / "out").exists()
+    assert "No space left on device" in line and not (user / "out" / "dataset.json").exists()
 
 
 def test_a_disk_that_fills_up_while_a_network_is_saved(

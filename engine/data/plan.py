@@ -25,6 +25,8 @@ class Facts(Protocol):
     num_frames: NDArray[np.int32]
     """(clips,) frames stored."""
     fps: float
+    shard: NDArray[np.int32]
+    """(clips,) number of the tar that holds the clip, rising; only a recipe with ``shuffle_shards`` asks for it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def plan_batch(
 ) -> ClipPlan:
     """Plan a training batch of ``batch_size`` clips for one of ``world`` ranks.
 
-    Every clip comes once an epoch, in an order drawn anew each epoch; the cut is drawn for each position.
+    Every clip comes once an epoch, in an order drawn anew each epoch; the cut is drawn for each position. With
+    ``clip.shuffle_shards`` the shards come in an order drawn anew, so many at a time, and the clips of those in
+    random order; a batch then reads that many shards, or where one such window ends, those of the next one too.
     """
     first = (step * world + rank) * batch_size
     positions = range(first, first + batch_size)
@@ -97,15 +101,46 @@ def plan_views(
 
 @lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, num_clips: int) -> NDArray[np.int64]:
-    rng = np.random.Generator(np.random.Philox(key=[seed, ORDER_STREAM], counter=[0, 0, 0, epoch]))
-    return rng.permutation(num_clips)
+    return _order_rng(seed, epoch).permutation(num_clips)
+
+
+def _order_rng(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, ORDER_STREAM], counter=[0, 0, 0, epoch]))
+
+
+class _ById:
+    """An array as a key of a cache: the very array, not its contents, which it keeps alive."""
+
+    def __init__(self, array: NDArray[np.int32]) -> None:
+        self.array = array
+
+    def __hash__(self) -> int:
+        return id(self.array)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and self.array is other.array
+
+
+@lru_cache(maxsize=4)
+def _epoch_order_by_shards(seed: int, epoch: int, shard: _ById, at_once: int) -> NDArray[np.int64]:
+    """An epoch's clips, ``at_once`` shards at a time; ``shard`` is each clip's, rising."""
+    rng = _order_rng(seed, epoch)
+    first = np.flatnonzero(np.diff(shard.array, prepend=-1, append=np.iinfo(np.int32).max))
+    shards = rng.permutation(len(first) - 1)
+    windows = [shards[i : i + at_once] for i in range(0, len(shards), at_once)]
+    clips = [np.concatenate([np.arange(first[s], first[s + 1]) for s in w]) for w in windows]
+    return np.concatenate([rng.permutation(window) for window in clips])
 
 
 def _plan_clip(
     facts: Facts, clip: Clip, audio: Audio, *, seed: int, position: int
 ) -> tuple[NDArray[Any], ...]:
     epoch, place = divmod(position, len(facts.num_frames))
-    which = int(_epoch_order(seed, epoch, len(facts.num_frames))[place])
+    if clip.shuffle_shards:
+        order = _epoch_order_by_shards(seed, epoch, _ById(facts.shard), clip.shuffle_shards)
+    else:
+        order = _epoch_order(seed, epoch, len(facts.num_frames))
+    which = int(order[place])
     rng = np.random.Generator(np.random.Philox(key=[seed, CUT_STREAM], counter=[0, 0, 0, position]))
     stored = int(facts.num_frames[which])
     num_frames = clip.num_frames + clip.num_future_frames
@@ -121,7 +156,7 @@ def _plan_clip(
     flip = clip.flip and bool(rng.random() < 0.5)
     window = num_frames * clip.frame_stride / facts.fps
     shift = _draw_shift(rng, start / facts.fps, window, stored / facts.fps, audio.min_shift)
-    order = _draw_order(rng, clip.num_frames)
+    shuffled = _draw_order(rng, clip.num_frames)
     return (
         np.array(which, np.int64),
         frames.astype(np.int64),
@@ -129,7 +164,7 @@ def _plan_clip(
         np.array(flip),
         np.array(start / facts.fps),
         np.array(shift),
-        order,
+        shuffled,
     )
 
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import engine
 from engine.data.executors import rejected
-from engine.data.parts import Done, Job, run_job
+from engine.data.parts import Done, Job, ShardJob, run_job
+
+CONNECT_SECONDS = 10.0
 
 
 class RayCluster:
@@ -26,6 +30,8 @@ class RayCluster:
             raise ValueError("--address needs Ray: pip install 'evolved-losses[ray]'") from None
         self._ray: Any = ray
         self._own = not ray.is_initialized()
+        if self._own and ":" in address:
+            _check_reachable(address)
         root = str(Path(engine.__file__).resolve().parents[1])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         if self._own:
@@ -52,7 +58,7 @@ class RayCluster:
         return bool(self._running)
 
     def submit(self, job: Job) -> None:
-        self._running[self._task.remote(job)] = job
+        self._running[self._task.remote(_everywhere(job))] = job
 
     def next(self) -> tuple[Job, Done]:
         done, _ = self._ray.wait(list(self._running), num_returns=1)
@@ -69,3 +75,20 @@ class RayCluster:
             self._ray.cancel(reference, force=True)
         if self._own:
             self._ray.shutdown()
+
+
+def _everywhere(job: Job) -> Job:
+    """The job with paths that mean the same in any working folder."""
+    if isinstance(job, ShardJob):
+        return replace(job, folder=job.folder.absolute(), out=job.out.absolute())
+    source = replace(job.source, folder=os.path.abspath(job.source.folder))
+    return replace(job, source=source, path=job.path.absolute())
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ValueError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"there is no Ray cluster at {address}: {error}") from None

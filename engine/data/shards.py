@@ -182,7 +182,9 @@ class ClipIndex:
                 " (to make it again, ingest the videos again)"
             )
         if self.damaged and not len(self):
-            raise ValueError(f"{self.damaged[0]}, and no other shard is left: ingest again")
+            raise ValueError(
+                f"{self.damaged[0]}, and no other shard is left: ingest the videos again"
+            )
 
     def _init_process(self, warn: Callable[[str], None] | None) -> None:
         self._files: OrderedDict[Path, IO[bytes]] = OrderedDict()

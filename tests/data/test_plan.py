@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -41,6 +42,56 @@ def test_every_clip_comes_once_an_epoch() -> None:
     orders = seen.reshape(3, n)
     np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(n), (3, 1)))
     assert not np.array_equal(orders[0], orders[1])
+
+
+SHARDED = SimpleNamespace(
+    num_frames=np.full(203, 50, np.int32),
+    shard=np.repeat([0, 1, 3, 4, 7, 8, 9], [40, 1, 60, 30, 12, 50, 10]).astype(np.int32),
+    fps=25.0,
+)
+"""Seven shards of several sizes; those left out for damage leave gaps in the numbers."""
+
+
+def epochs(shards: int, *, seed: int = 0, count: int = 2) -> np.ndarray:
+    clip = msgspec.structs.replace(CLIP, shuffle_shards=shards)
+    n = len(SHARDED.num_frames)
+    steps = [
+        plan_batch(SHARDED, clip, AUDIO, seed=seed, step=step, batch_size=7).clip
+        for step in range(count * n // 7)
+    ]
+    return np.concatenate(steps).reshape(count, n)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 7, 100])
+def test_shuffling_by_shards_visits_each_clip_once_an_epoch(shards: int) -> None:
+    seen = epochs(shards)
+    np.testing.assert_array_equal(np.sort(seen, axis=1), np.tile(np.arange(203), (2, 1)))
+    assert not np.array_equal(seen[0], seen[1])
+    assert not np.array_equal(seen, epochs(shards, seed=1))
+    np.testing.assert_array_equal(seen, epochs(shards))
+    for order in seen:  # shards come in windows: all of the first few, then all of the next few
+        numbers = SHARDED.shard[order]
+        place = 0
+        while place < len(order):
+            inside: set[int] = set()
+            while place < len(order) and (len(inside) < shards or numbers[place] in inside):
+                inside.add(int(numbers[place]))
+                place += 1
+            assert not inside & set(numbers[place:].tolist())
+
+
+def test_clips_of_shards_that_are_read_together_are_mixed() -> None:
+    (order,) = epochs(7, count=1)
+    assert not np.array_equal(order, np.sort(order))
+    assert len(set(SHARDED.shard[order[:30]].tolist())) >= 4
+
+
+def test_shuffling_by_shards_is_off_by_default() -> None:
+    assert CLIP.shuffle_shards == 0
+    with_shards = SimpleNamespace(**vars(FACTS), shard=np.zeros(7, np.int32))
+    a = plan_batch(with_shards, CLIP, AUDIO, seed=0, step=3, batch_size=4)
+    for x, y in zip(rows(a), rows(plan(3)), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_cuts_stay_inside_the_clip() -> None:

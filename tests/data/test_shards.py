@@ -224,7 +224,10 @@ def test_shards_that_are_not_whole_are_named_and_left_out(folder: Path, problem:
 def test_no_shard_left_is_an_error(folder: Path) -> None:
     for path in folder.glob("*.tar"):
         path.unlink()
-    with pytest.raises(ValueError, match=r"shard-00000.tar is missing, and no other shard is left"):
+    with pytest.raises(
+        ValueError,
+        match=r"shard-00000.tar is missing, and no other shard is left: ingest the videos again",
+    ):
         ClipIndex([folder], warn=lambda _: None)
 
 
