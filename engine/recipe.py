@@ -45,6 +45,8 @@ class Clip(Section, frozen=True):
     min_area: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.5
     """Smallest share of the frame's area that a training crop covers."""
     flip: bool = True
+    flow: Literal["fast", "fine", "best"] = "fine"
+    """How a CPU looks for optical flow; ``engine.data.flow`` has errors and costs. A GPU's engine ignores it."""
 
 
 class Audio(Section, frozen=True):
