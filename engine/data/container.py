@@ -65,7 +65,7 @@ class Clock:
     def __enter__(self) -> Clock:
         self.nowhere: IO[str] | None = None
         if multiprocessing.parent_process() is not None:
-            self.nowhere = open(os.devnull, "w")  # noqa: SIM115 - the traceback goes there
+            self.nowhere = open(os.devnull, "w")
             faulthandler.dump_traceback_later(self.limit + GRACE, exit=True, file=self.nowhere)
         return self
 
