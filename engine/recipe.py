@@ -47,6 +47,8 @@ class Clip(Section, frozen=True):
     flip: bool = True
     shuffle_shards: Natural = 0
     """Shards that clips are drawn from at a time, for disks that are slow at random reads; 0: from all of them."""
+    flow: Literal["fast", "fine", "best"] = "fine"
+    """How a CPU looks for optical flow; ``engine.data.flow`` has errors and costs. A GPU's engine ignores it."""
 
 
 class Audio(Section, frozen=True):

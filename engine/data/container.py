@@ -7,6 +7,8 @@ alike on every machine; the clock's is far beyond what an honest file needs.
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
 import os
 import time
 from collections import deque
@@ -14,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import av
 import av.filter
@@ -31,6 +33,8 @@ MAX_HELD = 336 * 2**20
 """Bytes that a decoder's pictures may take: with what else a worker needs, 400 MiB."""
 TIME_LIMIT = 120.0
 """Seconds that one call may read and decode."""
+GRACE = 30.0
+"""Seconds beyond a limit after which a worker process counts as stuck."""
 MAX_LEAD = 120.0
 """Seconds of film that are decoded to reach a moment from the key frame before it."""
 MAX_FAULTS = 1000
@@ -44,7 +48,11 @@ class MediaError(Exception):
 
 
 class Clock:
-    """How long one call may still take."""
+    """How long one call may still take.
+
+    As a context it also ends a worker process that is stuck inside a decoder, where no exception reaches, GRACE
+    seconds after the time is up; whoever runs the workers sees one that died of this file.
+    """
 
     def __init__(self, limit: float = TIME_LIMIT) -> None:
         self.limit, self.end = limit, time.monotonic() + limit
@@ -53,6 +61,18 @@ class Clock:
         """Raise MediaError where the time is up."""
         if time.monotonic() > self.end:
             raise MediaError(f"reading it takes more than {self.limit:g} s")
+
+    def __enter__(self) -> Clock:
+        self.nowhere: IO[str] | None = None
+        if multiprocessing.parent_process() is not None:
+            self.nowhere = open(os.devnull, "w")
+            faulthandler.dump_traceback_later(self.limit + GRACE, exit=True, file=self.nowhere)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.nowhere is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self.nowhere.close()
 
 
 def open_media(path: Path | str, *, limit: float = TIME_LIMIT) -> Any:

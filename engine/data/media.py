@@ -82,8 +82,7 @@ def probe(path: Path | str, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
 
     Raises MediaError with the reason where that fails, or takes more than ``time_limit`` seconds.
     """
-    clock = Clock(time_limit)
-    with open_media(path) as container:
+    with Clock(time_limit) as clock, open_media(path) as container:
         video = stream_of(container, "video")
         duration = float(video.duration * video.time_base) if video.duration else 0.0
         declared = bool(duration)
@@ -113,9 +112,9 @@ def probe(path: Path | str, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
             codec=str(video.codec_context.name),
             held=held_bytes(video.codec_context),
         )
-    # Where only the container tells a duration, some count it from zero and some from the start.
-    if not 0.0 < duration <= LONGEST or (not declared and abs(start) > 0.1):
-        facts = replace(facts, duration=scan_duration(path, clock))
+        # Where only the container tells a duration, some count it from zero and some from the start.
+        if not 0.0 < duration <= LONGEST or (not declared and abs(start) > 0.1):
+            facts = replace(facts, duration=scan_duration(path, clock))
     return facts
 
 
@@ -142,23 +141,23 @@ def decode_window(
     """
     if short_side < 2 or short_side % 2:
         raise ValueError(f"short_side must be an even number of pixels, not {short_side}")
-    clock = Clock(time_limit)
     problems: list[str] = []
     times = facts.start + start + np.arange(max(1, round(seconds * fps))) / fps
-    frames = _pictures(path, facts, times, problems, clock, fps=fps, short_side=short_side)
-    if not len(frames):
-        why = f": {problems[0]}" if problems else ""
-        raise MediaError(f"no frame can be decoded at {start:.2f} s{why}")
-    end = start + len(frames) / fps
-    if problems:
-        problems = [f"decoding stops at {end:.2f} s: {problems[0]}"]
-    elif min(start + seconds, facts.duration) - end > 0.5:
-        problems = [f"the picture ends at {end:.2f} s of {facts.duration:.2f} s"]
     sound = None
-    if facts.has_audio:
-        samples = round(len(frames) / fps * sample_rate)
-        sound, problem = read_sound(path, float(times[0]), samples, sample_rate, clock)
-        problems += [problem] if problem else []
+    with Clock(time_limit) as clock:
+        frames = _pictures(path, facts, times, problems, clock, fps=fps, short_side=short_side)
+        if not len(frames):
+            why = f": {problems[0]}" if problems else ""
+            raise MediaError(f"no frame can be decoded at {start:.2f} s{why}")
+        end = start + len(frames) / fps
+        if problems:
+            problems = [f"decoding stops at {end:.2f} s: {problems[0]}"]
+        elif min(start + seconds, facts.duration) - end > 0.5:
+            problems = [f"the picture ends at {end:.2f} s of {facts.duration:.2f} s"]
+        if facts.has_audio:
+            samples = round(len(frames) / fps * sample_rate)
+            sound, problem = read_sound(path, float(times[0]), samples, sample_rate, clock)
+            problems += [problem] if problem else []
     return Window(frames, sound, "; ".join(problems) or None)
 
 

@@ -258,7 +258,7 @@ class InputPipeline:
             (flow,) = self._flow.run()
             return to_torch(flow)
         if self._pool is not None:
-            return torch.from_numpy(dis_flow(rgb.numpy(), pool=self._pool))
+            return torch.from_numpy(dis_flow(rgb.numpy(), preset=self.clip.flow, pool=self._pool))
         return None
 
     def _decode_sound(

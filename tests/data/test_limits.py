@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from engine.data import container, sound
 from engine.data.container import MediaError
 from engine.data.media import decode_window, probe
 from tests.data.films import beep_at, texture, write_film
-from tests.data.test_fuzz import MEMORY, Worker
+from tests.data.test_fuzz import MEMORY, ROOT, Worker
 
 HOURS = 2.0
 
@@ -138,6 +141,42 @@ def test_time_is_bounded(tmp_path: Path) -> None:
     facts = probe(path)
     with pytest.raises(MediaError, match="more than 0 s"):
         decode_window(path, facts, start=0, seconds=1, fps=25, short_side=32, time_limit=0.0)
+
+
+STUCK = """
+import ctypes, multiprocessing, sys
+from engine.data import container
+
+def stuck(inside):
+    container.GRACE = 0.2
+    with container.Clock(0.1):
+        if inside:
+            ctypes.PyDLL(None).sleep(60)  # never gives the interpreter back, as a decoder in an endless loop
+    ctypes.PyDLL(None).sleep(1)
+
+if __name__ == "__main__":
+    codes = []
+    for inside in (True, False):
+        process = multiprocessing.get_context("spawn").Process(target=stuck, args=(inside,))
+        process.start()
+        process.join(30)
+        codes.append(process.exitcode)
+    print(codes)
+"""
+
+
+def test_a_decoder_that_never_returns_ends_its_worker_process(tmp_path: Path) -> None:
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.strip() == "[1, 0]"
 
 
 def test_a_stream_that_cannot_be_seeked_is_read_from_its_key_frame(
