@@ -268,7 +268,9 @@ def test_a_clip_of_the_same_label_takes_a_damaged_ones_place(tmp_path: Path, wha
     elif what == "sound":
         damage(folder, clips[4].sound or b"")
     elif what == "table":
-        damage(folder, np.cumsum([len(f) for f in clips[4].pictures.pieces]).astype("<u4").tobytes())
+        damage(
+            folder, np.cumsum([len(f) for f in clips[4].pictures.pieces]).astype("<u4").tobytes()
+        )
     else:
         (folder / "shard-00002.tar").unlink()
     wanted = [0, 2, 6]
