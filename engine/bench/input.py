@@ -1,15 +1,16 @@
 """From shards to batches: each stage of ``InputPipeline`` alone, then all of it, as training sees it.
 
 Reading is held against the memory's bandwidth, since files come from memory after a first time. Decoding, flow and
-sound are done by threads, and are held against as many times what one thread does; JPEG on a GPU against as many
-times what one decoder does with one frame after the other, which is an estimate, since it waits for every frame,
-and flow there against the one flow engine with one clip after the other. On a CPU all stages share the cores, so
-the whole is held against the sum of one thread's times over the threads; on a GPU against its slowest stage.
+sound are done by threads, and are held against as many times what one thread does. On a GPU, decoding is held
+against as many times what one decoder does with one frame (or film) after the other, which is an estimate, since it
+waits for each, and flow against the one flow engine with one clip after the other. On a CPU all stages share the
+cores, so the whole is held against the sum of one thread's times over the threads; on a GPU against its slowest stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from itertools import cycle
 from typing import Any
 
@@ -18,9 +19,10 @@ import numpy as np
 import torch
 
 from engine.bench.base import Bench, told
-from engine.bench.limits import jpeg_engines
+from engine.bench.limits import jpeg_engines, video_decoders
 from engine.bench.rows import BANDWIDTH, Limit, Row, gigabytes_per_second, per_second, quantiles
 from engine.bench.timing import Step, timed
+from engine.data.codecs import JPEG
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_batch
 from engine.data.shards import EncodedClip
@@ -55,6 +57,7 @@ class Stages:
         self.bench, self.recipe = bench, bench.recipe
         self.n = self.recipe.optim.batch_size
         self.threads = bench.runtime.threads
+        self.films = JPEG not in bench.videos.codecs
         self.sound = bool(bench.videos.has_audio.any())
         if not self.sound:
             bench.say("input: the videos have no sound: sound is left out")
@@ -119,7 +122,8 @@ class Stages:
         stages |= {"sound": sound} if self.sound else {}
         stages["flow"] = flow
         if self.bench.gpu and threads == 1:
-            stages |= {"decode": self._frame_by_frame(), "flow": self._clip_by_clip(batches)}
+            alone = self._film_by_film if self.films else self._frame_by_frame
+            stages |= {"decode": alone(), "flow": self._clip_by_clip(batches)}
         return {name: _in_turn(stage) for name, stage in stages.items()}
 
     def _frame_by_frame(self) -> Callable[[int], None]:
@@ -128,6 +132,16 @@ class Stages:
             [(one, [pipeline.index.read(int(one.clip[0]), f.tolist())]) for one, f in _frames(plan)]
             for plan in self.plans
         ]
+
+        def decode(i: int) -> None:
+            for plan, encoded in pieces[i]:
+                pipeline._decode_frames(plan, encoded)
+
+        return decode
+
+    def _film_by_film(self) -> Callable[[int], None]:
+        pipeline = self.pipeline(1, batch_size=1, num_frames=self.frames)
+        pieces = [[(one, pipeline._read(one)) for one in _clips(plan)] for plan in self.plans]
 
         def decode(i: int) -> None:
             for plan, encoded in pieces[i]:
@@ -148,8 +162,8 @@ class Stages:
         """What a stage can come to, from one thread's (or decoder's) milliseconds a batch."""
         count, what = self.threads, f"{self.threads} threads x one thread's"
         if self.bench.gpu and stage == "decode":
-            count = jpeg_engines(self.bench.device)
-            what = f"{count} JPEG decoders x one's"
+            count = (video_decoders if self.films else jpeg_engines)(self.bench.device)
+            what = f"{count} {'video' if self.films else 'JPEG'} decoders x one's"
         if self.bench.gpu and stage == "flow":
             count, what = 1, "the flow engine's, clip by clip"
         return Limit(what, count * per_second(self.n, ms), UNIT)
@@ -217,26 +231,26 @@ def _in_turn(stage: Callable[[int], Any]) -> Step:
     return lambda: stage(next(turns))
 
 
+def _clips(plan: ClipPlan) -> Iterator[ClipPlan]:
+    """A plan's clips as plans of one clip each."""
+    for i in range(len(plan)):
+        yield ClipPlan(
+            **{field.name: getattr(plan, field.name)[i : i + 1] for field in fields(plan)}
+        )
+
+
 def _frames(plan: ClipPlan) -> Iterator[tuple[ClipPlan, np.ndarray[Any, Any]]]:
     """A plan's frames as plans of one clip and one frame each."""
-    for i in range(len(plan)):
+    for clip in _clips(plan):
         for f in range(plan.frames.shape[1]):
-            one = slice(i, i + 1)
-            cut = ClipPlan(
-                clip=plan.clip[one],
-                frames=plan.frames[one, f : f + 1],
-                box=plan.box[one],
-                flip=plan.flip[one],
-                sound_start=plan.sound_start[one],
-                shift=plan.shift[one],
-                order=plan.order[one],
-            )
+            cut = replace(clip, frames=clip.frames[:, f : f + 1])
             yield cut, cut.frames[0]
 
 
 def _encoded_bytes(clip: EncodedClip) -> int:
     sound = 0 if clip.sound is None else clip.sound.nbytes
-    return sound + sum(frame.nbytes for frame in clip.frames)
+    film = 0 if clip.film is None else clip.film.nbytes
+    return sound + film + sum(frame.nbytes for frame in clip.frames)
 
 
 def _bytes_of(holder: ClipBatch | Views) -> int:

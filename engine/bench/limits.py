@@ -11,6 +11,8 @@ from engine.bench.timing import interleaved
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
 MATRIX_SIDES = {"cuda": (4096, 8192), "cpu": (512, 1024, 2048)}
+VIDEO_DECODERS = {(8, 0): 5, (9, 0): 7}
+"""NVDEC units by compute capability: A100 and H100, by their data sheets."""
 JPEG_ENGINES = {(8, 0): 5, (9, 0): 7, (10, 0): 7}
 """Hardware JPEG decoders of a GPU, by compute capability (A100, H100, B200)."""
 
@@ -39,6 +41,11 @@ def matrix_peak(
 def jpeg_engines(device: torch.device) -> int:
     """Hardware JPEG decoders; 1 where the GPU has none or is not known."""
     return JPEG_ENGINES.get(torch.cuda.get_device_capability(device), 1)
+
+
+def video_decoders(device: torch.device) -> int:
+    """Hardware video decoders; 1 where it is not known."""
+    return VIDEO_DECODERS.get(torch.cuda.get_device_capability(device), 1)
 
 
 @cache
