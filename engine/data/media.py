@@ -7,6 +7,7 @@ Shape letters: T frames, H height, W width.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class MediaFacts:
     codec: str
     held: int = 0
     """Bytes that decoding takes, about."""
+    cut_off: bool = False
+    """The file ends before its head says so, and its duration counts what is there alone."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,19 @@ def probe(path: Path | str, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
             has_audio=audio is not None and audio.codec_context is not None,
             codec=str(video.codec_context.name),
             held=held_bytes(video.codec_context),
+            cut_off=container.format.name == "avi" and _is_cut_off(path),
         )
         # Where only the container tells a duration, some count it from zero and some from the start.
         if not 0.0 < duration <= LONGEST or (not declared and abs(start) > 0.1):
             facts = replace(facts, duration=scan_duration(path, clock))
     return facts
+
+
+def _is_cut_off(path: Path | str) -> bool:
+    """Whether an AVI is shorter than its first bytes say: FFmpeg takes what is there for the whole."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        return int.from_bytes(head[4:8], "little") + 8 > file.seek(0, os.SEEK_END)
 
 
 def decode_window(
@@ -154,6 +165,8 @@ def decode_window(
             problems = [f"decoding stops at {end:.2f} s: {problems[0]}"]
         elif min(start + seconds, facts.duration) - end > 0.5:
             problems = [f"the picture ends at {end:.2f} s of {facts.duration:.2f} s"]
+        elif facts.cut_off and len(frames) < len(times):
+            problems = [f"the picture ends at {end:.2f} s: the file is cut off"]
         if facts.has_audio:
             samples = round(len(frames) / fps * sample_rate)
             sound, problem = read_sound(path, float(times[0]), samples, sample_rate, clock)

@@ -17,8 +17,8 @@ from tests.data.films import beep_at, texture, write_film
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("mp4", "mkv", "webm", "avi", "mov", "ts", "ogv", "flv")
-DECLARED = ("mp4", "mkv", "webm")
-"""Containers of which a part still says how long the whole was; FFmpeg takes a part of an AVI for a whole."""
+DECLARED = ("mp4", "mkv", "webm", "avi")
+"""Containers whose head says how long the whole is."""
 CUTS = int(os.environ.get("FUZZ_CUTS", "20"))
 FLIPS = int(os.environ.get("FUZZ_FLIPS", "200"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
