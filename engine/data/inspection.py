@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from engine.data.damage import index_name, size_problem
-from engine.data.shards import MAX_SPLITS, PARTIAL, PARTS, RECORD, ClipIndex, read_dataset
+from engine.data.shards import PARTIAL, RECORD, ClipIndex, read_dataset
+from engine.data.split_bits import MAX_SPLITS, PARTS
 
 BLOCK = 1 << 20
 

@@ -81,9 +81,14 @@ def run_job(job: Job) -> Done:
     return _cut(job) if isinstance(job, CutJob) else _assemble(job)
 
 
+def part_name(fingerprint: bytes) -> str:
+    """The file name of a source's part."""
+    return f"{fingerprint.hex()}.part"
+
+
 def part_path(folder: Path, fingerprint: bytes) -> Path:
     """Where a source's part is, in an ingest's working folder."""
-    return folder / f"{fingerprint.hex()}.part"
+    return folder / part_name(fingerprint)
 
 
 def made_path(folder: Path, fingerprint: str) -> Path:

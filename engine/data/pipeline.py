@@ -144,27 +144,38 @@ class InputPipeline:
         self.index, self.clip, self.audio, self.device = index, clip, audio, device
         self.num_frames = num_frames
         self.samples = round(num_frames * clip.frame_stride / index.fps * audio.sample_rate)
-        self._frames = _frames_graph(
-            size=clip.size, batch_size=batch_size * num_frames, device=device, threads=threads
-        )
+        self._sizes: dict[str, Any] = {
+            "batch_size": batch_size,
+            "device": device,
+            "threads": threads,
+        }
+        self._with_flow, self._with_sound = flow, sound
         gpu_flow = flow and device.type == "cuda"
-        self._flow = (
-            _flow_graph(batch_size=batch_size, device=device, threads=threads) if gpu_flow else None
-        )
         self._pool = ThreadPoolExecutor(threads, "flow") if flow and not gpu_flow else None
-        self._sound = (
-            _sound_graph(
-                samples=self.samples, batch_size=batch_size, device=device, threads=threads
-            )
-            if sound
-            else None
-        )
+        self._build()
+
+    def _build(self) -> None:
+        """Make the graphs; one that has failed is of no more use."""
+        sizes = self._sizes
+        frames = {**sizes, "batch_size": sizes["batch_size"] * self.num_frames}
+        self._frames = _frames_graph(size=self.clip.size, **frames)
+        gpu_flow = self._with_flow and self._pool is None
+        self._flow = _flow_graph(**sizes) if gpu_flow else None
+        self._sound = _sound_graph(samples=self.samples, **sizes) if self._with_sound else None
 
     def load(self, plan: ClipPlan) -> ClipBatch:
         """Decode one planned batch; blocks until it is there."""
-        encoded = [
-            self.index.read(int(c), f.tolist()) for c, f in zip(plan.clip, plan.frames, strict=True)
-        ]
+        try:
+            return self._load(plan, check=False)
+        except (
+            RuntimeError
+        ):  # a damaged clip, perhaps: look at every byte, and decode what is intact
+            self._build()
+            return self._load(plan, check=True)
+
+    def _load(self, plan: ClipPlan, *, check: bool) -> ClipBatch:
+        wanted = zip(plan.clip, plan.frames, strict=True)
+        encoded = [self.index.read(int(c), f.tolist(), check=check) for c, f in wanted]
         rgb = self._decode_frames(plan, encoded)
         flow = self._compute_flow(rgb)
         has_audio = np.array([e.sound is not None for e in encoded]) & (self._sound is not None)

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import engine
-from engine.data.shards import FORMAT, HAS_AUDIO, PARTIAL, RECORD, split_bits, told_splits
+from engine.data.shards import FORMAT, HAS_AUDIO, PARTIAL, RECORD
+from engine.data.split_bits import split_bits, told_splits
 
 BLOCK = 512
 """Bytes that a tar's parts are multiples of."""

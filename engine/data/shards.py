@@ -12,6 +12,7 @@ import json
 import os
 import threading
 import warnings
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from engine.data.damage import (
     size_problem,
     substitutes,
 )
+from engine.data.split_bits import in_part
 
 FORMAT = 1
 RECORD = np.dtype(
@@ -51,9 +53,7 @@ RECORD = np.dtype(
     ]
 )
 HAS_AUDIO, PARTIAL = 1, 2
-"""Bits of ``flags``; from SPLIT_SHIFT on, two bits say a clip's part in each split of its data set."""
-SPLIT_SHIFT, MAX_SPLITS = 8, 12
-PARTS = ("", "train", "test", "validation")
+"""Bits of ``flags``; ``split_bits`` has further ones."""
 OPEN_SHARDS = 256
 """Shards that one process keeps open."""
 
@@ -79,17 +79,6 @@ def read_dataset(folder: Path) -> dict[str, Any]:
             f"{folder} is in shard format {facts['format']}, and this version reads {FORMAT}: ingest the videos again"
         )
     return facts
-
-
-def split_bits(splits: Sequence[str]) -> int:
-    """A clip's parts in splits 1, 2 ... as bits of ``flags``."""
-    assert len(splits) <= MAX_SPLITS
-    return sum(PARTS.index(part) << (SPLIT_SHIFT + 2 * i) for i, part in enumerate(splits))
-
-
-def told_splits(splits: Sequence[str]) -> dict[str, str]:
-    """A clip's parts by the number of the split, as its facts tell them: ``{"1": "train", "3": "test"}``."""
-    return {str(i): part for i, part in enumerate(splits, start=1) if part}
 
 
 @dataclass(frozen=True)
@@ -224,34 +213,37 @@ class ClipIndex:
 
         Raises ValueError for another part or number.
         """
-        if part not in PARTS[1:] or not 1 <= number <= MAX_SPLITS:
-            raise ValueError(f"there is no part {part!r} of split {number}: {', '.join(PARTS[1:])}")
-        bits = (self.flags >> (SPLIT_SHIFT + 2 * (number - 1))) & 3
-        return np.asarray(bits == PARTS.index(part))
+        return in_part(self.flags, number, part)
 
-    def read(self, clip: int, frames: Sequence[int]) -> EncodedClip:
+    def read(self, clip: int, frames: Sequence[int], *, check: bool = False) -> EncodedClip:
         """Read the frames with these numbers, and the sound, and nothing else.
 
         Where they are damaged, a clip of the same label that depends on ``clip`` alone takes the clip's place,
         with the frames asked for as far as it has them; that is counted in ``substituted``, and told once a
-        shard. Raises ValueError for a clip or frame that is not there, and where no clip can be read.
+        shard. ``check`` reads and checks every byte of the clip, which finds damage that a decoder stumbles over.
+        Raises ValueError for a clip or frame that is not there, and where no clip can be read.
         """
         try:
-            return self.read_strictly(clip, frames)
+            return self.read_strictly(clip, frames, check=check)
         except DamagedClip as error:
             for other in substitutes(clip, self.label):
                 last = int(self.num_frames[other]) - 1
                 try:
-                    found = self.read_strictly(other, [min(f, last) for f in frames])
+                    wanted = [min(f, last) for f in frames]
+                    found = self.read_strictly(other, wanted, check=check)
                 except DamagedClip:
                     continue
                 self._tell_substitution(clip, error)
                 return found
             raise
 
-    def read_strictly(self, clip: int, frames: Sequence[int]) -> EncodedClip:
+    def read_strictly(
+        self, clip: int, frames: Sequence[int], *, check: bool = False
+    ) -> EncodedClip:
         """Like ``read``, but raises DamagedClip for a damaged clip."""
         path, record = self._find(clip)
+        if check and not self._is_intact(path, record):
+            raise DamagedClip(f"{path}: clip {clip} is damaged (its checksum): ingest again")
         n = int(record["num_frames"])
         if len(frames) and not 0 <= min(frames) <= max(frames) < n:
             raise ValueError(
@@ -276,6 +268,18 @@ class ClipIndex:
         if sound is not None and sound[:4].tobytes() != b"fLaC":
             raise DamagedClip(f"{path}: clip {clip} is damaged (its sound): ingest again")
         return EncodedClip(found, sound, clip)
+
+    def _is_intact(self, path: Path, record: np.void) -> bool:
+        crc, at = 0, int(record["at"])
+        table = 4 * (int(record["num_frames"]) + 1)
+        for begin, size in (
+            (at, record["json_size"]),
+            (at + int(record["table"]), table),
+            (at + int(record["frames"]), record["frames_size"]),
+            (at + int(record["sound"]), record["sound_size"]),
+        ):
+            crc = zlib.crc32(self._pread(path, begin, int(size)).data, crc)
+        return crc == int(record["crc32"])
 
     def _tell_substitution(self, clip: int, error: DamagedClip) -> None:
         path, _ = self._find(clip)
