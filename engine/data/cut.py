@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from engine.data.media import MediaError, MediaFacts, decode_window, probe
 from engine.data.shard_writer import NewClip, StorageError
 from engine.data.sources import Reject, Source
 
+CRASHED = "decoding it crashed the worker process"
 TRIM_SLACK = 1.5
 """Seconds by which a file may be longer than a stretch and still be taken for that stretch, trimmed."""
 
@@ -48,11 +49,19 @@ class Settings:
             raise ValueError(f"quality must be 1 to 100, not {self.quality}")
 
 
-def cut_source(source: Source, settings: Settings, keep: Callable[[NewClip], None]) -> list[Reject]:
+def cut_source(
+    source: Source,
+    settings: Settings,
+    keep: Callable[[NewClip], None],
+    *,
+    trying: Callable[[int], None],
+    skip: Collection[int] = (),
+) -> list[Reject]:
     """Cut a source's clips and hand each to ``keep``; gives what could not be used, with reasons.
 
-    Whatever is wrong with the file becomes a reject. Raises StorageError as ``keep`` does, and OSError where the
-    folder of the videos itself is gone, which is no fault of the file.
+    ``trying`` is told a clip's number before it is cut, where there are several; clips numbered in ``skip`` are
+    rejected unread, as ones that kill their process. Whatever is wrong with the file becomes a reject. Raises
+    StorageError as ``keep`` does, and OSError where the folder of the videos itself is gone.
     """
     lost: list[Reject] = []
     taken = 0
@@ -70,7 +79,12 @@ def cut_source(source: Source, settings: Settings, keep: Callable[[NewClip], Non
             raise MediaError(f"only {longest:.2f} s of it are asked for, {least}")
         inner = replace(settings, clip_seconds=min(settings.clip_seconds, longest))
         starts = plan_starts(duration, inner, source.relative, begin=begin)
-        for start in starts:
+        for number, start in enumerate(starts):
+            if number in skip:
+                lost.append(_reject(source, CRASHED, start))
+                continue
+            if len(starts) > 1:
+                trying(number)
             _try_cut(source, facts, start, inner, count, lost)
         if (
             not taken and starts[0] > begin
