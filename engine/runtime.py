@@ -54,8 +54,14 @@ class Runtime:
         return list(_one_thread_each().map(function, items))
 
 
+SWITCH_SECONDS = 1e-4
+"""After how long a thread of Python gives way to another. The usual 5 ms is as long as dozens of a small
+network's operations, each of which begins in Python."""
+
+
 @cache
 def _one_thread_each() -> ThreadPoolExecutor:
+    sys.setswitchinterval(SWITCH_SECONDS)
     return ThreadPoolExecutor(num_cores(), "member", initializer=lambda: torch.set_num_threads(1))
 
 

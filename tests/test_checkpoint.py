@@ -32,15 +32,6 @@ def make_trainer(shards: Path, optimizer: str = "adamw") -> Trainer:
     return Trainer(recipe, ClipIndex([shards / "unlabelled"]), runtime)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads within networks this small wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def trainer(tiny_shards: Path) -> Trainer:
     return make_trainer(tiny_shards)

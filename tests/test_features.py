@@ -140,7 +140,7 @@ def test_batch_statistics_are_those_of_a_training_network(index: ClipIndex) -> N
     (running,) = labelled_clips(
         index, "fitness.views_per_clip=1", 'fitness.batch_norm="running"'
     ).features([used])
-    assert np.abs(running - found).max() > 0.01
+    assert np.abs(running.numpy() - found).max() > 0.01
 
 
 @pytest.mark.parametrize("batch_norm", ["batch", "running"])

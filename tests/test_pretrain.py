@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,15 +21,6 @@ from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
 STEPS = ("--set", "optim.steps=5")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads within networks this small wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pretrain(shards: Path, run: Path, *more: object) -> tuple[int, str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,15 +25,6 @@ def make_trainer(shards: Path, *changes: str) -> Trainer:
     runtime = choose_runtime("cpu")
     make_deterministic(runtime)
     return Trainer(recipe, ClipIndex([shards / "labelled", shards / "unlabelled"]), runtime)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads within networks this small wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from gpu_checks.record import PART_ROW, SENSES, number
 
 COPY = 3.0e12
@@ -177,11 +180,18 @@ def check_lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def goal_table(rows: Sequence[dict[str, Any]], *, title: str) -> Table:
+    """``goal_lines`` as a table."""
+    goals = Table(title=title, show_lines=True)
+    for column in ("goal", "", "predicted (H100)", "seen", "reached", "why that was predicted"):
+        goals.add_column(column, overflow="fold")
+    for line in goal_lines(rows):
+        goals.add_row(*line)
+    return goals
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print both tables, for each machine that the rows are of."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console(highlight=False, width=230)
     for gpu in dict.fromkeys(row["gpu"] for row in rows):
         mine = [row for row in rows if row["gpu"] == gpu]
@@ -192,12 +202,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         for line in check_lines(mine):
             checks.add_row(*line)
         console.print(checks, markup=False)
-        goals = Table(title=f"goals on {gpu}", show_lines=True)
-        for column in ("goal", "", "predicted (H100)", "seen", "reached", "why that was predicted"):
-            goals.add_column(column, overflow="fold")
-        for line in goal_lines(mine):
-            goals.add_row(*line)
-        console.print(goals, markup=False)
+        if mine[0]["device"] == "cuda":  # tiny sizes on a CPU say nothing about the goals
+            console.print(goal_table(mine, title=f"goals on {gpu}"), markup=False)
         counts = [row["ok"] for row in latest(mine).values() if row["name"] != PART_ROW]
         told = f"{counts.count(True)} ok, {counts.count(False)} not ok, {counts.count('absent')} absent"
         console.print(told, markup=False)

@@ -30,15 +30,6 @@ SOME_SHIFT = torch.tensor([True, False, False, True])
 SOUND_TERMS = tuple(n for n in TERM_NAMES if "audio" in n)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from more, and wait for each other where cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_loss(*, size: int = SIZE, share: float = 1.0, stop: bool = True, seed: int = 0):
     torch.manual_seed(seed)
     loss = EvolvedLoss(
