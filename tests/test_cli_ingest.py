@@ -63,6 +63,30 @@ def test_files_folders_and_lists_at_once(videos: Path) -> None:
     assert code == 0 and "sources of an earlier run, kept" in out
 
 
+def test_progress_in_a_log_is_plain_lines(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, clips, hours, the rate of this run alone, and the time left."""
+    from engine import cli_ingest, display
+    from engine.data.ingest import Progress
+
+    clock = [100.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    told: list[str] = []
+    shown = display.Display(every=10.0)
+    monkeypatch.setattr(shown, "say", told.append)
+    show = cli_ingest._shown(shown)
+    show(Progress(400, 1000, 400, 390, 3600.0, 10))
+    for _ in range(50):
+        clock[0] += 1.0
+        done = 400 + 4 * round(clock[0] - 100)
+        show(Progress(done, 1000, 400, done - 10, 9.0 * done, 10))
+    assert told[0] == "reading videos: 1000, 400 of them done before"
+    assert len(told) == 6
+    assert (
+        told[-1]
+        == "reading videos: 600/1000  590 clips  1.50 h  4.0 files/s  10 rejects  100 s left"
+    )
+
+
 def test_what_shards_hold(videos: Path) -> None:
     call(videos, "--out", "set", "--short-side", 32, "--workers", 1)
     code, out, _ = call("--describe", "set")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from engine.data.sources import Reject, Source
 COPY = "copy"
 CODEC_NAMES = ("jpeg", "vp9", "h264", COPY)
 """What pictures can be stored as: frame by frame, as a short film, or as the source has them."""
+CRASHED = "decoding it crashed the worker process"
 TRIM_SLACK = 1.5
 """Seconds by which a file may be longer than a stretch and still be taken for that stretch, trimmed."""
 
@@ -59,11 +60,19 @@ class Settings:
             raise ValueError(f"codec must be one of {', '.join(CODEC_NAMES)}, not {self.codec}")
 
 
-def cut_source(source: Source, settings: Settings, keep: Callable[[NewClip], None]) -> list[Reject]:
+def cut_source(
+    source: Source,
+    settings: Settings,
+    keep: Callable[[NewClip], None],
+    *,
+    trying: Callable[[int], None],
+    skip: Collection[int] = (),
+) -> list[Reject]:
     """Cut a source's clips and hand each to ``keep``; gives what could not be used, with reasons.
 
-    Whatever is wrong with the file becomes a reject. Raises StorageError as ``keep`` does, and OSError where the
-    folder of the videos itself is gone, which is no fault of the file.
+    ``trying`` is told a clip's number before it is cut, where there are several; clips numbered in ``skip`` are
+    rejected unread, as ones that kill their process. Whatever is wrong with the file becomes a reject. Raises
+    StorageError as ``keep`` does, and OSError where the folder of the videos itself is gone.
     """
     lost: list[Reject] = []
     taken = 0
@@ -81,11 +90,15 @@ def cut_source(source: Source, settings: Settings, keep: Callable[[NewClip], Non
             raise MediaError(f"only {longest:.2f} s of it are asked for, {least}")
         inner = replace(settings, clip_seconds=min(settings.clip_seconds, longest))
         starts = plan_starts(duration, inner, source.relative, begin=begin)
-        for start in starts:
+        for number, start in enumerate(starts):
+            if number in skip:
+                lost.append(_reject(source, CRASHED, start))
+                continue
+            if len(starts) > 1:
+                trying(number)
             _try_cut(source, facts, start, inner, count, lost)
-        if (
-            not taken and starts[0] > begin
-        ):  # the head of a broken film is its likeliest intact part
+        # the head of a broken film is its likeliest intact part
+        if not taken and starts[0] > begin:
             _try_cut(source, facts, begin, inner, count, lost)
     except MediaError as error:
         lost.append(_reject(source, str(error)))
@@ -94,9 +107,8 @@ def cut_source(source: Source, settings: Settings, keep: Callable[[NewClip], Non
     except Exception as error:  # a decoder's own fault must end this file alone
         lost.append(_reject(source, f"unexpected {type(error).__name__}: {error}"))
     if lost and not os.path.isdir(source.folder):
-        raise OSError(
-            f"{source.folder} can't be reached any more: run the same command again later"
-        )
+        gone = f"{source.folder} can't be reached any more"
+        raise OSError(f"{gone}: run the same command again later")
     return lost if taken or not lost else [_reject(source, lost[0].reason)]
 
 

@@ -12,9 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol
 
-from engine.data.parts import CutJob, Done, Job, reject_source, run_job
-
-CRASHED = "decoding it crashed the worker process"
+from engine.data.parts import CutJob, Done, Job, after_crash, reject_source, run_job
 
 
 class Executor(Protocol):
@@ -63,7 +61,8 @@ class Pool:
     """Runs jobs in worker processes; a source that kills its worker is rejected.
 
     A dead worker fails every job then in flight, and nothing tells which one killed it: those are run again, one
-    at a time, so that only the guilty one is rejected.
+    at a time, so that only the guilty one is rejected: the clip that it was at, and if that is not enough, the
+    whole source.
     """
 
     def __init__(self, workers: int) -> None:
@@ -106,8 +105,11 @@ class Pool:
             if not self._alone:
                 self._suspects.extend(broken)
                 continue
-            self._alone = False
-            return broken[0], rejected(broken[0])
+            again = without_crash(broken[0])
+            if again is None:
+                self._alone = False
+                return broken[0], rejected(broken[0])
+            self._suspects.appendleft(again)
 
     def close(self) -> None:
         if (
@@ -118,10 +120,15 @@ class Pool:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def without_crash(job: Job) -> Job | None:
+    """What to do of a job whose process died of it; None for no more."""
+    return after_crash(job) if isinstance(job, CutJob) else None
+
+
 def rejected(job: Job) -> Done:
-    """The outcome of a job whose process died of it; raises RuntimeError where that was no source's fault."""
+    """The outcome of a job whose processes died of it; raises RuntimeError where that was no source's fault."""
     if isinstance(job, CutJob):
-        return reject_source(job, CRASHED)
+        return reject_source(job)
     raise RuntimeError(
         f"the process that wrote {job.group.shard} was killed twice: is there enough memory?"
     )

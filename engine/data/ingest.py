@@ -35,6 +35,7 @@ from engine.data.parts import (
     Made,
     ShardJob,
     made_path,
+    part_name,
     part_path,
     parts_in,
     read_made,
@@ -265,9 +266,7 @@ class _Queue:
         self.settings, self.work, self.out = settings, work, out
         parts = set(parts_in(work))
         self._waiting = {
-            g.fingerprint: {
-                i for i, p in enumerate(g.prints) if part_path(work, p).name not in parts
-            }
+            g.fingerprint: {i for i, p in enumerate(g.prints) if part_name(p) not in parts}
             for g in groups
         }
         self.reused = sum(len(g.sources) - len(self._waiting[g.fingerprint]) for g in groups)

@@ -13,13 +13,13 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.data.cut import Settings, cut_source
+from engine.data.cut import CRASHED, Settings, cut_source
 from engine.data.groups import Group, clip_key
 from engine.data.record import RECORD
 from engine.data.shard_writer import END, ClipTar, NewClip, Shard, storing, write_atomic
@@ -27,6 +27,8 @@ from engine.data.sources import Reject, Source
 
 COPY = 1 << 20
 """Bytes copied at a time."""
+CRASHES = 3
+"""Clips of a source that may kill their process before the source is given up."""
 TAIL = 16
 """Bytes at a part's end: the length of what precedes them, its checksum, MAGIC."""
 MAGIC = b"PART0001"
@@ -39,6 +41,8 @@ class CutJob:
     source: Source
     settings: Settings
     path: Path
+    skip: tuple[int, ...] = ()
+    """Numbers of clips that killed their process."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,14 @@ def run_job(job: Job) -> Done:
     return _cut(job) if isinstance(job, CutJob) else _assemble(job)
 
 
+def part_name(fingerprint: bytes) -> str:
+    """The file name of a source's part."""
+    return f"{fingerprint.hex()}.part"
+
+
 def part_path(folder: Path, fingerprint: bytes) -> Path:
     """Where a source's part is, in an ingest's working folder."""
-    return folder / f"{fingerprint.hex()}.part"
+    return folder / part_name(fingerprint)
 
 
 def made_path(folder: Path, fingerprint: str) -> Path:
@@ -97,18 +106,39 @@ def _cut(job: CutJob) -> Done:
     def keep(clip: NewClip) -> None:
         tar.add(clip, key=clip_key(job.source, len(tar.labels)))
 
+    def trying(number: int) -> None:
+        marker.write_text(str(number))
+
+    marker = _marker(job)
     try:
-        rejects = cut_source(job.source, job.settings, keep)
+        rejects = cut_source(job.source, job.settings, keep, trying=trying, skip=job.skip)
+        marker.unlink(missing_ok=True)
         return _end_part(tar, rejects)
     except BaseException:
         tar.discard()
         raise
 
 
-def reject_source(job: CutJob, reason: str) -> Done:
-    """Write the part of a source that can't even be tried."""
+def _marker(job: CutJob) -> Path:
+    """Where a job notes which clip it is at."""
+    return job.path.with_suffix(".at")
+
+
+def after_crash(job: CutJob) -> CutJob | None:
+    """The job without the clip at which its process died; None where no clip is known, or it has died too often."""
+    try:
+        number = int(_marker(job).read_text())
+    except (OSError, ValueError):
+        return None
+    _marker(job).unlink(missing_ok=True)
+    again = number in job.skip or len(job.skip) == CRASHES
+    return None if again else replace(job, skip=(*job.skip, number))
+
+
+def reject_source(job: CutJob) -> Done:
+    """Write the part of a source whose processes died of it."""
     source = job.source
-    reject = Reject(source.relative, reason, source.stretch, source.listed)
+    reject = Reject(source.relative, CRASHED, source.stretch, source.listed)
     return _end_part(ClipTar(job.path, fps=job.settings.fps), [reject])
 
 
@@ -236,6 +266,6 @@ def parts_in(folder: Path) -> Iterator[str]:
     for entry in os.scandir(folder):
         if entry.name.endswith(".part"):
             yield entry.name
-        elif entry.name.endswith(".tmp"):
+        elif entry.name.endswith((".tmp", ".at")):
             with suppress(OSError):
                 os.unlink(entry.path)

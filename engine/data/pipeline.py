@@ -154,9 +154,9 @@ class InputPipeline:
             clip=plan.clip,
         )
 
-    def _read(self, plan: ClipPlan) -> list[EncodedClip]:
+    def _read(self, plan: ClipPlan, *, check: bool = False) -> list[EncodedClip]:
         pairs = zip(plan.clip, plan.frames, strict=True)
-        return [self.index.read(int(clip), frames.tolist()) for clip, frames in pairs]
+        return [self.index.read(int(clip), frames.tolist(), check=check) for clip, frames in pairs]
 
     def _decode(
         self, plan: ClipPlan, encoded: list[EncodedClip]
@@ -172,8 +172,12 @@ class InputPipeline:
     def _after_error(
         self, plan: ClipPlan, encoded: list[EncodedClip], error: RuntimeError
     ) -> list[EncodedClip]:
-        """What to decode instead, by new graphs; raises ``error`` where neither data nor decoder is to blame."""
-        if not self.index.condemn(clip.clip for clip in encoded):
+        """What to decode instead, by new graphs; raises ``error`` where neither data nor decoder is to blame.
+
+        It depends on this batch alone, so that a resumed run takes the same clips.
+        """
+        checked = self._read(plan, check=True)
+        if [clip.clip for clip in checked] == [clip.clip for clip in encoded]:
             if self._films_on_host or not self.index.codecs & {VP9, VP9_MP4}:
                 raise error
             if not self.index.codecs <= {JPEG, VP9, VP9_MP4}:
@@ -181,7 +185,7 @@ class InputPipeline:
             self._films_on_host = True
             self._warn(f"the GPU can't decode VP9 ({_last_line(error)}): the CPU does")
         self._build_decoders()
-        return self._read(plan)
+        return checked
 
     def batches(self, plans: Iterable[ClipPlan], *, depth: int = 2) -> Iterator[ClipBatch]:
         """Decode plans in a thread of their own, ``depth`` batches ahead of the reader."""

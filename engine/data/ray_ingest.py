@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import engine
-from engine.data.executors import rejected
+from engine.data.executors import rejected, without_crash
 from engine.data.parts import Done, Job, ShardJob, run_job
 
 CONNECT_SECONDS = 10.0
@@ -61,14 +61,18 @@ class RayCluster:
         self._running[self._task.remote(_everywhere(job))] = job
 
     def next(self) -> tuple[Job, Done]:
-        done, _ = self._ray.wait(list(self._running), num_returns=1)
-        job = self._running.pop(done[0])
-        try:
-            return job, self._ray.get(done[0])
-        except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except self._ray.exceptions.WorkerCrashedError:
-            return job, rejected(job)
+        while True:
+            done, _ = self._ray.wait(list(self._running), num_returns=1)
+            job = self._running.pop(done[0])
+            try:
+                return job, self._ray.get(done[0])
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except self._ray.exceptions.WorkerCrashedError:
+                again = without_crash(job)
+                if again is None:
+                    return job, rejected(job)
+                self.submit(again)
 
     def close(self) -> None:
         for reference in self._running:

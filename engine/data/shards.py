@@ -14,7 +14,7 @@ import os
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -172,7 +172,6 @@ class ClipIndex:
         self.has_audio = self.flags & HAS_AUDIO > 0
         self.damaged, self.substituted = tuple(damaged), Counter()
         self.codecs = {codec_of(flags) for flags in np.unique(self.flags)}
-        self._condemned: set[int] = set()
         self._tell_damage()
 
     def _tell_damage(self) -> None:
@@ -214,30 +213,34 @@ class ClipIndex:
         bits = (self.flags >> (SPLIT_SHIFT + 2 * (number - 1))) & 3
         return np.asarray(bits == PARTS.index(part))
 
-    def read(self, clip: int, frames: Sequence[int]) -> EncodedClip:
+    def read(self, clip: int, frames: Sequence[int], *, check: bool = False) -> EncodedClip:
         """Read the frames with these numbers, and the sound, and nothing else.
 
         Where they are damaged, a clip of the same label that depends on ``clip`` alone takes the clip's place,
         with the frames asked for as far as it has them; that is counted in ``substituted``, and told once a
-        shard. Raises ValueError for a clip or frame that is not there, and where no clip can be read.
+        shard. ``check`` reads and checks every byte of the clip, which finds damage that a decoder stumbles over.
+        Raises ValueError for a clip or frame that is not there, and where no clip can be read.
         """
         try:
-            return self.read_strictly(clip, frames)
+            return self.read_strictly(clip, frames, check=check)
         except DamagedClip as error:
             for other in substitutes(clip, self.label):
                 last = int(self.num_frames[other]) - 1
                 try:
-                    found = self.read_strictly(other, [min(f, last) for f in frames])
+                    wanted = [min(f, last) for f in frames]
+                    found = self.read_strictly(other, wanted, check=check)
                 except DamagedClip:
                     continue
                 self._tell_substitution(clip, error)
                 return found
             raise
 
-    def read_strictly(self, clip: int, frames: Sequence[int]) -> EncodedClip:
+    def read_strictly(
+        self, clip: int, frames: Sequence[int], *, check: bool = False
+    ) -> EncodedClip:
         """Like ``read``, but raises DamagedClip for a damaged clip."""
         path, record = self._find(clip)
-        if clip in self._condemned:
+        if check and not self._is_intact(path, record):
             raise DamagedClip(f"{path}: clip {clip} is damaged (its checksum): ingest again")
         n, at = int(record["num_frames"]), int(record["at"])
         if len(frames) and not 0 <= min(frames) <= max(frames) < n:
@@ -261,17 +264,10 @@ class ClipIndex:
             raise DamagedClip(f"{path}: clip {clip} is damaged ({error}): ingest again") from error
         return EncodedClip(pictures, film, want.places, sound, clip)
 
-    def condemn(self, clips: Iterable[int]) -> list[int]:
-        """Check all bytes of clips that a decoder refused; those that are damaged are never read again."""
-        found = [clip for clip in dict.fromkeys(clips) if not self._is_intact(clip)]
-        self._condemned.update(found)
-        return found
-
-    def _is_intact(self, clip: int) -> bool:
-        path, record = self._find(clip)
+    def _is_intact(self, path: Path, record: np.void) -> bool:
         at, length = (
             int(record["at"]),
-            table_length(codec_of(record["flags"]), record["num_frames"]),
+            table_length(codec_of(record["flags"]), int(record["num_frames"])),
         )
         sizes = [(0, record["json_size"]), (record["table"], 4 * length)]
         sizes += [

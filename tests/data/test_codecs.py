@@ -289,4 +289,4 @@ def test_damaged_films_give_way_to_other_clips(film: Path, tmp_path: Path) -> No
     torch.testing.assert_close(batch.rgb[0], other.rgb[0], rtol=0, atol=0)
     assert index.substituted[0] >= 1 and any("checksum" in line for line in told)
     with pytest.raises(DamagedClip):
-        index.read_strictly(0, [0])
+        index.read_strictly(0, [0], check=True)

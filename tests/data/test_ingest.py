@@ -136,6 +136,41 @@ def test_a_worker_that_dies_rejects_its_file_alone(
     assert "crashed" in report.rejects[-1].reason
 
 
+def die_at_the_third_clip(job: Job) -> Done:
+    """A job runner whose process dies at one clip of a film."""
+    if isinstance(job, CutJob) and job.source.path.name == "long.mp4":
+        original, count = cut._cut, iter(set(range(9)) - set(job.skip))
+
+        def cut_or_die(*args: Any) -> Any:
+            if next(count) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        cut._cut = cut_or_die
+    return run_job(job)
+
+
+def test_a_clip_that_kills_its_worker_is_rejected_alone(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(videos / "long.mp4", seconds=11)
+    settings = {"clip_seconds": 2.0, "clips_per_video": 5}
+    whole = run(videos, tmp_path / "whole", **settings)
+    monkeypatch.setattr(executors, "run_job", die_at_the_third_clip)
+    report = run(videos, tmp_path / "set", workers=2, **settings)
+    assert report.clips == whole.clips - 1
+    index = ClipIndex([tmp_path / "whole"])
+    facts = [index.facts(i) for i in range(len(index))]
+    starts = [f["start"] for f in facts if f["source"] == "long.mp4"]
+    (crashed,) = (r for r in report.rejects if "crashed" in r.reason)
+    assert (crashed.path, crashed.where, crashed.partial) == (
+        "long.mp4",
+        f"{starts[2]:.3f} s",
+        True,
+    )
+    assert verify(tmp_path / "set") == []
+
+
 def test_an_unexpected_error_rejects_its_file_alone(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

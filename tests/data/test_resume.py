@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,6 +74,27 @@ def whole(films: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     found = content(out)
     assert 5 <= sum(name.startswith("shard-") for name in found) <= 12
     return found
+
+
+def test_other_tools_read_the_shards(films: Path, tmp_path: Path) -> None:
+    """Keys are those of one clip's files alone, over all shards; ``tarfile`` and WebDataset agree on them."""
+    webdataset: Any = pytest.importorskip("webdataset")
+    run(films, tmp_path / "set")
+    index = ClipIndex([tmp_path / "set"])
+    facts = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    paths = [str(tmp_path / "set" / shard["file"]) for shard in facts["shards"]]
+    samples = list(webdataset.WebDataset(paths, shardshuffle=False))
+    assert len(samples) == len({s["__key__"] for s in samples}) == len(index)
+    told = [json.loads(s["json"])["source"] for s in samples]
+    assert told == [index.facts(i)["source"] for i in range(len(index))]
+    keys = []
+    for path in paths:
+        with tarfile.open(path) as tar:
+            names = [info.name.split(".", 1) for info in tar.getmembers()]
+        keys += [key for key, group in itertools.groupby(names, key=lambda name: name[0])]
+        assert all(kind in ("json", "offsets.npy", "mjpg", "flac") for _, kind in names)
+    assert keys == [s["__key__"] for s in samples]
+    assert samples[3]["mjpg"].startswith(index.read(3, [0]).frames[0].tobytes())
 
 
 class Killed(BaseException):

@@ -294,6 +294,21 @@ def test_a_clip_of_the_same_label_takes_a_damaged_ones_place(tmp_path: Path, wha
         index.read_strictly(4, wanted)
 
 
+def test_checking_finds_a_flipped_bit_anywhere(folder: Path) -> None:
+    path = folder / "shard-00001.tar"
+    at = path.read_bytes().index(CLIPS[2].pictures.pieces[7]) + 9
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    index = ClipIndex([folder], warn=lambda _: None)
+    assert index.read(2, [0, 7]).clip == 2
+    assert index.read(2, [0], check=True).clip == 4  # the other one without a class
+    for clip in (0, 1, 3, 4):
+        assert index.read(clip, [0], check=True).clip == clip
+    with pytest.raises(DamagedClip, match=r"clip 2 is damaged .its checksum."):
+        index.read_strictly(2, [0], check=True)
+
+
 def test_intact_frames_of_a_damaged_clip_are_read(folder: Path) -> None:
     damage(folder, CLIPS[0].pictures.pieces[2])
     found = ClipIndex([folder]).read(0, [1, 3])
