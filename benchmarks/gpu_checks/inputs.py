@@ -227,7 +227,7 @@ def flow(job: Job, rec: Recorder) -> None:
     error = end_point_error(on_cpu._compute_flow(made), truth)
     rec.row("flow on the CPU of a known shift", error, unit="px", goal=0.5, sense="<=")
     (plan,) = plans(job, recipe, 1)
-    real = on_cpu._decode_frames(plan, _read(job, plan))
+    real = on_cpu._start_frames(plan, _read(job, plan))()
     host_ms = milliseconds(job, lambda: on_cpu._compute_flow(real)) / n
     rec.row("flow on the CPU", host_ms, unit="ms a clip", detail=f"{num_cores()} cores, {size} px")
     with rec.check("flow engine"):

@@ -182,9 +182,15 @@ class _Uploading:
     def feed_input(self, name: str, data: Any) -> None:
         self.graph.feed_input(name, data)
 
-    def run(self) -> tuple[_Held]:
-        (images,) = self.graph.run()
+    def schedule_run(self) -> None:
+        self.graph.schedule_run()
+
+    def share_outputs(self) -> tuple[_Held]:
+        (images,) = self.graph.share_outputs()
         return (_Held(pipeline.to_torch(images).to(self.device)),)
+
+    def release_outputs(self) -> None:
+        self.graph.release_outputs()
 
 
 def input_pipeline(job: Job, recipe: Recipe, device: torch.device, **options: Any) -> Any:

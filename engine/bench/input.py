@@ -110,10 +110,10 @@ class Stages:
                 pipeline.index.read(int(clip), frames.tolist())
 
         def decode(i: int) -> None:
-            pipeline._decode_frames(self.plans[i], encoded[i])
+            pipeline._start_frames(self.plans[i], encoded[i])()
 
         def sound(i: int) -> None:
-            pipeline._decode_sound(self.plans[i], encoded[i], heard[i])
+            pipeline._start_sound(self.plans[i], encoded[i], heard[i])()
 
         def flow(i: int) -> None:
             pipeline._compute_flow(batches[i])
@@ -135,7 +135,7 @@ class Stages:
 
         def decode(i: int) -> None:
             for plan, encoded in pieces[i]:
-                pipeline._decode_frames(plan, encoded)
+                pipeline._start_frames(plan, encoded)()
 
         return decode
 
@@ -145,7 +145,7 @@ class Stages:
 
         def decode(i: int) -> None:
             for plan, encoded in pieces[i]:
-                pipeline._decode_frames(plan, encoded)
+                pipeline._start_frames(plan, encoded)()
 
         return decode
 

@@ -8,12 +8,10 @@ flip, so it follows them exactly: on a GPU by its flow engine, on a CPU by ``eng
 
 from __future__ import annotations
 
-import queue
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.data.ahead import ahead
 from engine.data.codecs import JPEG, VP9, VP9_MP4
 from engine.data.flow import dis_flow
 from engine.data.graphs import films_graph, flow_graph, frames_graph, sound_graph, to_torch
@@ -135,17 +134,22 @@ class InputPipeline:
 
     def load(self, plan: ClipPlan) -> ClipBatch:
         """Decode one planned batch; blocks until it is there."""
-        encoded = self._read(plan)
+        return self._with_flow(self._decoded(plan, self._read(plan)))
+
+    def _with_flow(self, batch: ClipBatch) -> ClipBatch:
+        return replace(batch, flow=self._compute_flow(batch.rgb))
+
+    def _decoded(self, plan: ClipPlan, encoded: list[EncodedClip]) -> ClipBatch:
+        """The batch without its flow."""
         try:
             rgb, waves = self._decode(plan, encoded)
         except RuntimeError as error:
             encoded = self._after_error(plan, encoded, error)
             rgb, waves = self._decode(plan, encoded)
-        flow = self._compute_flow(rgb)
         has_audio = self._heard(encoded)
         return ClipBatch(
             rgb=rgb,
-            flow=flow,
+            flow=None,
             wave=waves[0],
             wave_shifted=waves[1],
             has_audio=self._to_device(has_audio),
@@ -161,10 +165,11 @@ class InputPipeline:
     def _decode(
         self, plan: ClipPlan, encoded: list[EncodedClip]
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | tuple[None, None]]:
-        rgb = self._decode_frames(plan, encoded)
+        frames = self._start_frames(plan, encoded)
         if self._sound is None:
-            return rgb, (None, None)
-        return rgb, self._decode_sound(plan, encoded, self._heard(encoded))
+            return frames(), (None, None)
+        sound = self._start_sound(plan, encoded, self._heard(encoded))
+        return frames(), sound()
 
     def _heard(self, encoded: list[EncodedClip]) -> NDArray[np.bool_]:
         return np.array([e.sound is not None for e in encoded]) & self._wants_sound
@@ -188,73 +193,56 @@ class InputPipeline:
         return checked
 
     def batches(self, plans: Iterable[ClipPlan], *, depth: int = 2) -> Iterator[ClipBatch]:
-        """Decode plans in a thread of their own, ``depth`` batches ahead of the reader."""
-        ready: queue.Queue[ClipBatch | BaseException | None] = queue.Queue(maxsize=depth)
-        stop = threading.Event()
+        """Decode plans, ``depth`` batches ahead of the reader.
 
-        def put(item: ClipBatch | BaseException | None) -> bool:
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
+        While one batch's flow is computed, the next one's pictures are decoded, and the one's after it read.
+        """
+        read = ahead(((plan, self._read(plan)) for plan in plans), depth=1, name="input-read")
+        decoded = ahead((self._decoded(*each) for each in read), depth=1, name="input-decode")
+        whole = (self._with_flow(batch) for batch in decoded)
+        return ahead(whole, depth=depth, name="input-flow")
 
-        def work() -> None:
-            try:
-                for plan in plans:
-                    if not put(self.load(plan)):
-                        return
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=work, name="input", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
-
-    def _decode_frames(self, plan: ClipPlan, encoded: list[EncodedClip]) -> Tensor:
+    def _start_frames(self, plan: ClipPlan, encoded: list[EncodedClip]) -> Callable[[], Tensor]:
+        """Begin to decode; the call that is returned waits for the frames, uint8 (N, F, H, W, 3)."""
         read = [clip.clip for clip in encoded]  # not always plan.clip: one may stand in for another
         boxes = square_boxes(plan, self.index.width[read], self.index.height[read])
         flip = plan.flip.astype(np.int32)
         films = np.array([clip.film is not None for clip in encoded])
-        shape = (len(encoded), self.num_frames, self.clip.size, self.clip.size, 3)
-        rgb = None
-        for kind, decode in ((False, self._decode_pictures), (True, self._decode_films)):
-            (which,) = np.nonzero(films == kind)
-            if not len(which):
-                continue
-            found = decode([encoded[i] for i in which], boxes[which], flip[which])
-            found = found.reshape(len(which), *shape[1:])
-            if len(which) == len(encoded):
-                return found
-            if rgb is None:
-                rgb = torch.empty(shape, dtype=torch.uint8, device=self.device)
-            rgb[torch.from_numpy(which).to(self.device)] = found
-        assert rgb is not None
-        return rgb
+        at_work: list[tuple[NDArray[np.int64], Any]] = []
+        for which, feed in (
+            (np.flatnonzero(~films), self._feed_pictures),
+            (np.flatnonzero(films), self._feed_films),
+        ):
+            if len(which):
+                graph = feed([encoded[i] for i in which], boxes[which], flip[which])
+                graph.schedule_run()
+                at_work.append((which, graph))
 
-    def _decode_pictures(
+        def collect() -> Tensor:
+            shape = (self.num_frames, self.clip.size, self.clip.size, 3)
+            found = [(which, _outputs(graph)[0].reshape(-1, *shape)) for which, graph in at_work]
+            if len(found) == 1:
+                return found[0][1]
+            rgb = torch.empty((len(encoded), *shape), dtype=torch.uint8, device=self.device)
+            for which, pictures in found:
+                rgb[torch.from_numpy(which).to(self.device)] = pictures
+            return rgb
+
+        return collect
+
+    def _feed_pictures(
         self, clips: list[EncodedClip], boxes: NDArray[np.float32], flip: NDArray[np.int32]
-    ) -> Tensor:
+    ) -> Any:
         per_frame = np.repeat(np.arange(len(clips)), self.num_frames)
         self._frames.feed_input("jpeg", [frame for clip in clips for frame in clip.frames])
-        return _run(self._frames, boxes[per_frame], flip[per_frame])
+        return _feed_boxes(self._frames, boxes[per_frame], flip[per_frame])
 
-    def _decode_films(
+    def _feed_films(
         self, clips: list[EncodedClip], boxes: NDArray[np.float32], flip: NDArray[np.int32]
-    ) -> Tensor:
+    ) -> Any:
         self._films.feed_input("film", [clip.film for clip in clips])
         self._films.feed_input("places", [clip.places for clip in clips])
-        return _run(self._films, boxes, flip)
+        return _feed_boxes(self._films, boxes, flip)
 
     def _compute_flow(self, rgb: Tensor) -> Tensor | None:
         if self._flow is not None:
@@ -265,34 +253,49 @@ class InputPipeline:
             return torch.from_numpy(dis_flow(rgb.numpy(), preset=self.clip.flow, pool=self._pool))
         return None
 
-    def _decode_sound(
+    def _start_sound(
         self, plan: ClipPlan, encoded: list[EncodedClip], has_audio: NDArray[np.bool_]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Begin to decode; the call that is returned waits for ``wave`` and ``wave_shifted``."""
         assert self._sound is not None
-        waves = torch.zeros(2, len(plan), self.samples, device=self.device)
-        (which,) = np.nonzero(has_audio)
+        which = np.flatnonzero(has_audio)
         if len(which):
             rate = self.audio.sample_rate
             starts = np.round(plan.sound_start[which] * rate).astype(np.int32)
             shifted = np.round((plan.sound_start + plan.shift)[which] * rate).astype(np.int32)
             self._sound.feed_input("flac", [encoded[i].sound for i in which])
-            self._sound.feed_input("start", list(starts[:, None]))
-            self._sound.feed_input("shifted", list(shifted[:, None]))
-            for row, cut in zip(waves, self._sound.run(), strict=True):
-                row[torch.from_numpy(which).to(self.device)] = to_torch(cut)
-        return waves[0], waves[1]
+            self._sound.feed_input("start", starts[:, None])
+            self._sound.feed_input("shifted", shifted[:, None])
+            self._sound.schedule_run()
+
+        def collect() -> tuple[Tensor, Tensor]:
+            waves = torch.zeros(2, len(plan), self.samples, device=self.device)
+            if len(which):
+                places = torch.from_numpy(which).to(self.device)
+                for row, cut in zip(waves, _outputs(self._sound), strict=True):
+                    row[places] = cut
+            return waves[0], waves[1]
+
+        return collect
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
 
-def _run(graph: Any, boxes: NDArray[np.float32], flip: NDArray[np.int32]) -> Tensor:
-    """Feed the boxes, (n, 4) as left, top, right and bottom, and flips of n pictures or films, and run."""
-    graph.feed_input("start", list(np.ascontiguousarray(boxes[:, [1, 0]])))
-    graph.feed_input("end", list(np.ascontiguousarray(boxes[:, [3, 2]])))
-    graph.feed_input("flip", list(flip))
-    (found,) = graph.run()
-    return to_torch(found)
+def _feed_boxes(graph: Any, boxes: NDArray[np.float32], flip: NDArray[np.int32]) -> Any:
+    """Feed the boxes, (n, 4) as left, top, right and bottom, and flips of n pictures or films; gives the graph."""
+    graph.feed_input("start", np.ascontiguousarray(boxes[:, [1, 0]]))
+    graph.feed_input("end", np.ascontiguousarray(boxes[:, [3, 2]]))
+    graph.feed_input("flip", flip)
+    return graph
+
+
+def _outputs(graph: Any) -> list[Tensor]:
+    """What a graph that was scheduled gives, once it is done."""
+    try:
+        return [to_torch(output) for output in graph.share_outputs()]
+    finally:
+        graph.release_outputs()
 
 
 def _last_line(error: Exception) -> str:
