@@ -84,10 +84,7 @@ def cut_source(
 
     try:
         facts = probe(source.path)
-        begin, duration, longest = stretch_of(source, facts)
-        if longest < settings.min_seconds:
-            least = f"less than {settings.min_seconds:g} s"
-            raise MediaError(f"only {longest:.2f} s of it are asked for, {least}")
+        begin, duration, longest = stretch_of(source, facts, least=settings.min_seconds)
         inner = replace(settings, clip_seconds=min(settings.clip_seconds, longest))
         starts = plan_starts(duration, inner, source.relative, begin=begin)
         for number, start in enumerate(starts):
@@ -112,10 +109,11 @@ def cut_source(
     return lost if taken or not lost else [_reject(source, lost[0].reason)]
 
 
-def stretch_of(source: Source, facts: MediaFacts) -> tuple[float, float, float]:
+def stretch_of(source: Source, facts: MediaFacts, *, least: float) -> tuple[float, float, float]:
     """Seconds at which the stretch wanted begins, its length in the file, and the longest that a clip may be.
 
-    All of the file where no stretch is named. Raises MediaError for a stretch beyond the file's end.
+    All of the file where no stretch is named. Raises MediaError for a stretch beyond the file's end, and for one
+    shorter than ``least`` seconds.
     """
     begin, end = source.start or 0.0, source.end
     if end is not None and source.may_be_trimmed and facts.duration <= end - begin + TRIM_SLACK:
@@ -126,6 +124,8 @@ def stretch_of(source: Source, facts: MediaFacts) -> tuple[float, float, float]:
         )
     if end is None:
         return begin, facts.duration - begin, math.inf
+    if end - begin < least:
+        raise MediaError(f"only {end - begin:.2f} s of it are asked for, less than {least:g} s")
     return begin, min(facts.duration, end) - begin, end - begin
 
 
