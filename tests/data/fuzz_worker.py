@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from engine.data.cut import Settings, Source, Task, run_task
+from engine.data.cut import Settings, cut_source
+from engine.data.shard_writer import NewClip
+from engine.data.sources import Source
 
 SETTINGS = Settings(
     fps=25,
@@ -27,13 +29,11 @@ SETTINGS = Settings(
 def cut(path: Path) -> dict[str, object]:
     """All clips and rejects of a file."""
     began = time.monotonic()
-    clips, rejects = [], []
-    task: Task | None = Task(Source(path, path.name, None), SETTINGS)
-    while task is not None:
-        outcome = run_task(task)
-        clips += [(len(clip.frames), clip.note, clip.sound is not None) for clip in outcome.clips]
-        rejects += [reject.reason for reject in outcome.rejects]
-        task = outcome.then
+    taken: list[NewClip] = []
+    source = Source(str(path.parent), path.name, None)
+    lost = cut_source(source, SETTINGS, taken.append, trying=lambda _: None)
+    clips = [(clip.pictures.num_frames, clip.note, clip.sound is not None) for clip in taken]
+    rejects = [reject.reason for reject in lost]
     seconds = time.monotonic() - began
     return {"clips": clips, "rejects": rejects, "seconds": seconds, "peak": peak_memory()}
 
