@@ -138,17 +138,21 @@ def _broke(future: Future[Done]) -> bool:
     return isinstance(future.exception(), BrokenProcessPool)
 
 
-def _follow_parent() -> None:
+def _follow(parent: int) -> None:
     """Leave Ctrl-C to the parent, and die when it dies, however that is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         die_with_parent = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(die_with_parent, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before
+            os._exit(1)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_follow, initargs=(os.getpid(),)
+    )
     try:
         pool.submit(os.getpid).result()
     except BrokenProcessPool as error:

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from engine.data import commit, groups
+from engine.data import commit, groups, shard_writer
 from engine.data import ingest as module
 from engine.data.encode import write_video
 from engine.data.executors import InProcess
@@ -143,7 +144,22 @@ def test_a_kill_while_the_new_set_takes_the_old_ones_place(
 ) -> None:
     out = tmp_path / "set"
     run(films, out, quality=50)
+    old = content(out)
     before = len(ClipIndex([out]))
+    original = shard_writer.write_atomic
+
+    def die_at_the_last_file(path: Path, data: bytes) -> None:
+        if path.name == "dataset.json":
+            raise Killed
+        original(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer, "write_atomic", die_at_the_last_file)
+        with pytest.raises(Killed):
+            run(films, out)
+    assert verify(out) == []
+    assert run(films, out, quality=50).reused == NUM_FILES
+    assert content(out) == old
     for target in ("write_dataset", "write_rejects", "is_shards"):
 
         def die(*_: object, **__: object) -> None:
@@ -162,6 +178,16 @@ def test_a_kill_while_the_new_set_takes_the_old_ones_place(
 def finished_in(work: Path) -> set[str]:
     """Names of parts and of shards' records."""
     return {p.name for p in work.glob("[0-9a-f]*") if p.suffix in (".part", ".made")}
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Processes whose working folder this is."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.readlink(process / "cwd") == str(folder):
+                found.append((process / "cmdline").read_bytes().decode())
+    return [line for line in found if line and "resource_tracker" not in line]
 
 
 def test_processes_killed_at_random_moments(
@@ -198,6 +224,10 @@ if __name__ == "__main__":
         os.kill(process.pid, signal.SIGKILL)  # its workers follow on their own
         process.wait()
         kills += 1
+        deadline = time.monotonic() + 10
+        while processes_in(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not processes_in(tmp_path)
         assert not (tmp_path / "set" / "dataset.json").exists() or kills > 1
     assert finished and kills >= 3
     assert content(tmp_path / "set") == whole
