@@ -81,6 +81,8 @@ class Text:
     size: float = 12
     anchor: Anchor = "start"
     bold: bool = False
+    key: str = ""
+    """What the page's script knows it by."""
 
     @property
     def baseline(self) -> float:
@@ -101,6 +103,8 @@ class Box:
     alpha: float = 1
     title: str = ""
     """What a pointer that rests on it is told."""
+    key: str = ""
+    """What the page's script knows it by."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ class Marks:
     size: float
     kind: Mark = "dot"
     alpha: float = 1
+    key: str = ""
+    """What the page's script knows them by."""
 
 
 @dataclass
