@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Polygon
 
-from engine.reporting.sketch import PALETTE, Box, Line, Marks, Sketch, Text
+from engine.reporting.sketch import PALETTE, Area, Box, Line, Marks, Sketch, Text
 
 PNG_SCALE = 2
 """Pixels of a PNG file per CSS pixel."""
@@ -51,7 +51,9 @@ def paint(sketch: Sketch, path: Path, *, title: str) -> None:
     os.replace(part, path)
 
 
-def _artists(shape: Text | Box | Line | Marks) -> Iterator[Line2D | FancyBboxPatch]:
+def _artists(
+    shape: Text | Box | Line | Area | Marks,
+) -> Iterator[Line2D | FancyBboxPatch | Polygon]:
     ink = PALETTE[shape.color][0]
     if isinstance(shape, Box):
         round_ = min(shape.radius, shape.width / 2, shape.height / 2)
@@ -66,6 +68,8 @@ def _artists(shape: Text | Box | Line | Marks) -> Iterator[Line2D | FancyBboxPat
             alpha=shape.alpha,
             lw=0,
         )
+    elif isinstance(shape, Area):
+        yield Polygon(shape.points, facecolor=ink, alpha=shape.alpha, lw=0)
     elif isinstance(shape, Line | Marks) and shape.points:
         xs, ys = zip(*shape.points, strict=True)
         if isinstance(shape, Line):

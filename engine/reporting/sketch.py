@@ -119,6 +119,15 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Area:
+    """A filled polygon."""
+
+    points: tuple[Point, ...]
+    color: str
+    alpha: float = 1
+
+
+@dataclass(frozen=True)
 class Marks:
     """One mark a point."""
 
@@ -137,9 +146,9 @@ class Sketch:
 
     width: float
     height: float
-    shapes: list[Text | Box | Line | Marks] = field(default_factory=list)
+    shapes: list[Text | Box | Line | Area | Marks] = field(default_factory=list)
 
-    def add(self, *shapes: Text | Box | Line | Marks) -> None:
+    def add(self, *shapes: Text | Box | Line | Area | Marks) -> None:
         """Put shapes on top."""
         self.shapes.extend(shapes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from engine.reporting.sketch import FONT, PALETTE, Box, Line, Marks, Sketch, Text
+from engine.reporting.sketch import FONT, PALETTE, Area, Box, Line, Marks, Sketch, Text
 
 
 def svg(sketch: Sketch, *, label: str, variables: bool, name: str = "") -> str:
@@ -30,10 +30,12 @@ def _n(value: float) -> str:
     return f"{round(value, 1):g}" if abs(value) < 1e5 else f"{value:.0f}"
 
 
-def _element(shape: Text | Box | Line | Marks, *, variables: bool) -> str:
+def _element(shape: Text | Box | Line | Area | Marks, *, variables: bool) -> str:
     ink = f"var(--{shape.color})" if variables else PALETTE[shape.color][0]
     key = (
-        f' data-k="{shape.key}"' if variables and not isinstance(shape, Line) and shape.key else ""
+        f' data-k="{shape.key}"'
+        if variables and not isinstance(shape, Line | Area) and shape.key
+        else ""
     )
     if isinstance(shape, Text):
         weight = ' font-weight="600"' if shape.bold else ""
@@ -53,6 +55,9 @@ def _element(shape: Text | Box | Line | Marks, *, variables: bool) -> str:
             f'<path d="{path}" fill="none" stroke-width="{shape.width:g}" stroke-linejoin="round"'
             f"{dash}{alpha} {_ink('stroke', ink)}/>"
         )
+    if isinstance(shape, Area):
+        path = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in shape.points) + "Z"
+        return f'<path d="{path}"{alpha} {_ink("fill", ink)}/>'
     return _marks(shape, ink=ink, alpha=alpha + key)
 
 
