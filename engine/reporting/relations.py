@@ -49,16 +49,14 @@ def important(run: Run, found: Importance, width: float) -> Sketch:
 
 def scatter(found: Agreement, width: float, *, x: str, y: str) -> Sketch:
     """One mark a member: its fitness by one measure against another."""
-    wide = is_wide(width)
     xs, ys = ([p[i] for p in found.pairs] for i in (0, 1))
-    side = min(width - 60, 420.0)
     tall = 260.0
-    sketch = Sketch(width if not wide else side + 60, tall + 72)
+    sketch = Sketch(width, tall + 72)
     limits = []
     for values in (xs, ys):
         pad = max(0.06 * (max(values) - min(values)), 0.004)
         limits.append((min(values) - pad, max(values) + pad))
-    frame = Frame(sketch, 48, 26, sketch.width - 60, tall, *limits)
+    frame = Frame(sketch, 48, 26, min(width - 60, 460.0), tall, *limits)
     marked = ticks(*limits[1], count=5)
     frame.rules(marked, digits=2 if len(marked) < 2 or marked[1] - marked[0] > 0.0099 else 3)
     for value in ticks(*limits[0], count=5):

@@ -83,7 +83,7 @@ def _read(path: Path, now: float) -> Row:
     search: Mapping[str, Any] = section if isinstance(section, Mapping) else {}
     is_search = bool(run.trials or run.summary) or (path / "study.db").exists()
     planned = whole(search.get("population"), 0) + whole(search.get("rounds"), 0)
-    total = planned if not run.summary else len(run.trials)
+    total = len(run.trials) if state == "finished" else planned
     confirmed = stat(run.summary.get("best"))
     seed = whole(run.recipe.get("seed"), -1)
     if not note and run.unread:
@@ -109,7 +109,10 @@ def _state(path: Path, run: Run) -> tuple[State, str]:
     """Whether a process holds the run's lock, else how the last one ended."""
     if locked(path):
         return "running", ""
-    if run.summary or (path / "rgb.safetensors").exists():
+    told = whole(
+        run.summary.get("members"), len(run.trials)
+    )  # a search may go on after its summary
+    if (run.summary and told >= len(run.trials)) or (path / "rgb.safetensors").exists():
         return "finished", ""
     ended = how_ended(path)
     if ended is not None and ended[0] == FAILED:

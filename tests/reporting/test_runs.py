@@ -74,6 +74,14 @@ def test_states(folder: Path) -> None:
     assert going["confirmed"] is None
 
 
+def test_a_search_that_went_on_after_its_summary(folder: Path) -> None:
+    """Its rounds were raised, and it was killed."""
+    member = json.loads((folder / "finished" / "members" / "00008.json").read_text())
+    text = json.dumps(member | {"trial": 9})
+    (folder / "finished" / "members" / "00009.json").write_text(text)
+    assert rows(folder)["finished"]["state"] == "interrupted"
+
+
 def test_members_of_total_and_age(folder: Path) -> None:
     recipe = (folder / "killed" / "recipe.toml").read_text().replace("rounds = 1", "rounds = 20")
     (folder / "killed" / "recipe.toml").write_text(recipe)
