@@ -128,7 +128,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def outcome_line(summary: Mapping[str, Any]) -> str:
     """A search's outcome for its log: the best loss and random ones with fresh seeds."""
-    best, random = (" ± ".join(_spread_cells(summary[key])[:2]) for key in ("best", "random"))
+    cells = {key: _spread_cells(summary[key]) for key in ("best", "random")}
+    best, random = (f"{mean} ± {sd} (n {n})" for mean, sd, n in cells.values())
     return (
         f"{summary['members']} members, {summary['failures']} failed; best: trial {summary['best_trial']},"
         f" {summary['best_search_fitness']:.3f} in the search; with fresh seeds {best}, random losses {random}"
