@@ -20,6 +20,7 @@ from engine.cli_common import (
     say_substitutes,
 )
 from engine.cli_ingest import ingest
+from engine.cli_report import report, runs
 
 
 @click.group()
@@ -29,7 +30,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|torchaudio")
 
 
-main.add_command(ingest)
+for command in (ingest, report, runs):
+    main.add_command(command)
 
 
 @main.command()
@@ -76,7 +78,7 @@ def evolve(
     default = "cpu" if videos else "demo"
     run, recipe = open_run("evolve", recipe_name, assignments, seed, run_path, resume, default)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
-    with Display() as display:
+    with Display(log=run.path) as display:
         if resume:
             videos, labelled = named_before(run.read_json("provenance.json"), videos, labelled)
         named = ([str(p) for p in videos] or ["demo"], [str(p) for p in labelled] or ["demo"])
@@ -99,9 +101,9 @@ def evolve(
         summary = evolution.go()
         say_substitutes(display, unlabelled, judged_by)
         with evolution.clock("report"):
-            report = write_report(run.path)
+            page = write_report(run.path)
     print_outcome(summary)
-    click.echo(f"report: {report}")
+    click.echo(f"report: {page}")
 
 
 @main.command()
@@ -153,7 +155,7 @@ def pretrain(
     weights = load_loss(loss_name) if loss_name else None
     run, recipe = open_run("pretrain", recipe_name, assignments, seed, run_path, resume, "cpu")
     runtime = choose_runtime(device, amp=recipe.optim.amp)
-    with Display() as display:
+    with Display(log=run.path) as display:
         library = open_library(videos, cache=default_shard_cache(), report=display.prepare)
         say_rejects(display, library)
         out = train(
@@ -167,18 +169,6 @@ def pretrain(
         )
         say_substitutes(display, library)
     click.echo(f"RGB network: {out}")
-
-
-@main.command()
-@click.argument("run", type=PATH)
-@errors_explained
-def report(run: Path) -> None:
-    """Write a run's report again, also while it is at work: RUN/report.html."""
-    from engine.report import write_report
-
-    if not (run / "recipe.toml").exists():
-        raise ValueError(f"{run}: no run there (it has no recipe.toml)")
-    click.echo(f"report: {write_report(run)}")
 
 
 @main.command()

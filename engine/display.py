@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,19 +20,23 @@ from rich.progress import (
 from rich.table import Table
 
 from engine.objective.terms import BY_NAME
+from engine.runlog import ENDED, FAILED, FINISHED, INTERRUPTED, RunLog
 
 
 class Display:
     """Shows what is being done, how far it is, the best so far, clips/s and time left.
 
-    Used as a context; on anything but a terminal the bars become a plain line every ``every`` seconds.
+    Used as a context; on anything but a terminal the bars become a plain line every ``every`` seconds, and so
+    they do in the run's log, wherever they are shown.
     """
 
-    def __init__(self, *, every: float = 10.0) -> None:
+    def __init__(self, *, every: float = 10.0, log: Path | None = None) -> None:
+        """``log``: a run's folder, whose log.txt keeps what is said from when the folder holds a run."""
         self.console = Console(highlight=False)
         self._plain = not self.console.is_terminal
         self._every, self._last, self._began = every, 0.0, time.monotonic()
         self._before = 0  # units of the stage that were done when it began
+        self._log = None if log is None else RunLog(log)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -56,29 +61,44 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
+        if error is None:
+            self.note(ENDED + FINISHED)
+        elif isinstance(error, KeyboardInterrupt):
+            self.note(ENDED + INTERRUPTED)
+        else:
+            self.note(f"{ENDED}{FAILED}: {error or type(error).__name__}")
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """A line of the run's log alone."""
+        if self._log is None or self._log.trouble:
+            return
+        self._log.write(text)
+        if self._log.trouble:
+            self.console.print(f"log.txt ends here: {self._log.trouble}", markup=False)
 
     def start(self, what: str, total: int, *, done: int = 0) -> None:
         """Begin a stage of ``total`` units, of which ``done`` were done before."""
         self._progress.reset(self._task, description=what, total=total, completed=done, note="")
         self._began = self._last = time.monotonic()
         self._before = done
-        if self._plain:
-            self.say(what)
+        (self.say if self._plain else self.note)(what)
 
     def update(self, what: str, done: float, total: int, *, note: str = "") -> None:
         """Where a stage stands."""
         now = time.monotonic()
         self._progress.update(self._task, description=what, completed=done, total=total, note=note)
-        if self._plain and now - self._last >= self._every:
+        if total > 0 and now - self._last >= self._every:
             self._last = now
             here = done - self._before
-            left = (now - self._began) / here * (total - done) if here > 0 else 0.0
-            text = f"{what}: {done:.1f}/{total}  {note}  {duration(left)} left"
-            self.say(text.replace(".0/", "/"))
+            parts = [f"{what}: {done:.1f}/{total}".replace(".0/", "/"), note]
+            if here > 0:
+                parts.append(f"{duration((now - self._began) / here * (total - done))} left")
+            (self.say if self._plain else self.note)("  ".join(p for p in parts if p))
 
     def prepare(self, what: str, done: int, total: int) -> None:
         """Progress of making or reading data."""
@@ -104,6 +124,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         result.add_row(*row)
     return result
+
+
+def outcome_line(summary: Mapping[str, Any]) -> str:
+    """A search's outcome for its log: the best loss and random ones with fresh seeds."""
+    cells = {key: _spread_cells(summary[key]) for key in ("best", "random")}
+    best, random = (f"{mean} ± {sd} (n {n})" for mean, sd, n in cells.values())
+    return (
+        f"{summary['members']} members, {summary['failures']} failed; best: trial {summary['best_trial']},"
+        f" {summary['best_search_fitness']:.3f} in the search; with fresh seeds {best}, random losses {random}"
+    )
 
 
 def print_outcome(summary: Mapping[str, Any]) -> None:

@@ -9,12 +9,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
+from engine.board import Board
 from engine.checkpoint import save_tensors
 from engine.cohort import MemberResult, evaluate_cohort, untrained_fitness
 from engine.data.library import Library, fingerprint
-from engine.display import Display
+from engine.display import Display, outcome_line
 from engine.features import LabelledClips
 from engine.fitness import kmeans_backend
 from engine.objective.terms import LossWeights
@@ -78,7 +78,7 @@ class Evolution:
                 recipe_hash=self.hash,
             )
         with self.clock("logging"):
-            self.board = SummaryWriter(str(run.tensorboard))
+            self.board = Board(run.tensorboard, before=self.study.members())
 
     def go(self) -> dict[str, Any]:
         """Run or continue the search, confirm its outcome with fresh seeds, and write summary.json."""
@@ -88,6 +88,7 @@ class Evolution:
             summary = self._summary(confirmed)
             self.run.write_json("summary.json", summary)
             self.board.close()
+        self.display.note(outcome_line(summary))
         return summary
 
     def _search(self) -> None:
@@ -170,10 +171,7 @@ class Evolution:
                 **attributes,
             }
             self.run.write_json(f"members/{proposal.trial:05d}.json", record)
-            if result.fitness is not None:
-                self.board.add_scalar("search/fitness", result.fitness, proposal.trial)
-                for name, value in result.terms.items():
-                    self.board.add_scalar(f"terms/{name}", value, proposal.trial)
+            self.board.member(record)
         with self.clock("search"):
             if result.fitness is None:
                 self.study.fail(

@@ -71,10 +71,14 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"{self.path}: another process is at work on this run") from None
+        for attempt in range(4):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:  # a list of runs may be looking whether it is held
+                if attempt == 3:
+                    raise RunError(f"{self.path}: another process is at work on this run") from None
+                time.sleep(0.05)
 
     def close(self) -> None:
         """Give the lock back."""

@@ -135,6 +135,7 @@ def test_a_run_leaves_its_whole_folder(reference: Path) -> None:
     assert (reference / "checkpoints" / "best.safetensors").is_file()
     assert list((reference / "figures").iterdir())
     assert [p for p in (reference / "tensorboard").iterdir() if "tfevents" in p.name]
+    assert (reference / "log.txt").read_text().splitlines()[-1].endswith("ended: finished")
     assert len(list((reference / "members").glob("0*.json"))) == 5
     assert load_recipe(reference / "recipe.toml") == RECIPE
 

@@ -1,4 +1,4 @@
-"""What a run folder holds, read without trust: its members, the best loss so far, lineage and comparisons.
+"""What a run folder holds, read without trust: its members, the best loss so far, events and time.
 
 A run may still be going, and its files come from a machine that may have died: every key is optional, a file
 that can't be read is kept as a note, and nothing here draws or writes.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,55 +24,41 @@ Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Stat:
-    """A mean, its standard deviation (None where there is one value only) and the number of values."""
-
-    mean: float
-    sd: float | None
-    n: int
-    values: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class Trial:
     """One finished member of the search."""
 
     number: int
     fitness: float | None
-    """None for a member that failed."""
+    """None for a member that failed or was pruned."""
     weights: Mapping[str, float]
+    state: Literal["complete", "failed", "pruned"] = "complete"
     reason: str = ""
+    """Why it failed."""
+    partial: float | None = None
+    """A pruned member's last fitness, measured before its training ended."""
     parent: int | None = None
     mutated: str | None = None
     round: int | None = None
     """0 for the initial population."""
     seconds: float | None = None
+    clips_per_second: float | None = None
+    """Training clips a second while it was trained; its share where a cohort took turns."""
     metrics: Mapping[str, float] | None = None
     terms: Mapping[str, float] | None = None
     """Last mean value of each loss term."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One mutation on the way from the initial population to the best member."""
+class Event:
+    """Something that went wrong or was done about it: a line of events.jsonl."""
 
-    trial: int
-    term: str | None
-    before: float | None
-    after: float | None
-    fitness_before: float | None
-    fitness_after: float | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Best against random losses, both trained again with fresh seeds."""
-
-    best: Stat
-    random: Stat
-    gain: float
-    pooled_sds: float | None
-    """The gain in pooled standard deviations; None where neither side has a spread."""
+    kind: str
+    """Such as worker_died, retry, time_limit, out_of_memory, non_finite, storage, resumed."""
+    trials: tuple[int, ...]
+    time: float | None
+    """Unix seconds."""
+    worker: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +72,10 @@ class Run:
     """Empty while the run goes on."""
     trials: tuple[Trial, ...]
     """By number."""
+    events: tuple[Event, ...] = ()
+    """In the file's order."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by stage and ``total``: the summary's, or while the run goes on timing.json's."""
     unread: tuple[str, ...] = ()
     """Files that could not be read, each with why."""
 
@@ -96,8 +86,13 @@ class Run:
 
     @cached_property
     def failed(self) -> tuple[Trial, ...]:
-        """The members that have none."""
-        return tuple(t for t in self.trials if t.fitness is None)
+        """The members that ended without one."""
+        return tuple(t for t in self.trials if t.state == "failed")
+
+    @cached_property
+    def pruned(self) -> tuple[Trial, ...]:
+        """The members whose training was ended early since others of their cohort did better."""
+        return tuple(t for t in self.trials if t.state == "pruned")
 
     @cached_property
     def improvements(self) -> tuple[Trial, ...]:
@@ -116,7 +111,7 @@ class Run:
     @cached_property
     def best(self) -> Trial | None:
         """The member that the summary names, else the fittest so far; None before any is complete."""
-        named = self.by_number.get(_integer(self.summary.get("best_trial"), -1))
+        named = self.by_number.get(whole(self.summary.get("best_trial"), -1))
         if named is not None and named.fitness is not None:
             return named
         return self.improvements[-1] if self.improvements else None
@@ -135,6 +130,26 @@ class Run:
         return tuple(t for t in self.trials if t.round == 0)
 
     @cached_property
+    def method(self) -> str:
+        """How weights were proposed: ``search.method`` of the recipe."""
+        section = self.recipe.get("search")
+        known = section.get("method", "evolution") if isinstance(section, Mapping) else "evolution"
+        return str(known)
+
+    @cached_property
+    def evolved(self) -> bool:
+        """Whether any member was made from another."""
+        return any(t.parent is not None for t in self.trials)
+
+    @cached_property
+    def turn(self) -> int | None:
+        """The initial population's last trial; None where nothing follows it or all members are alike."""
+        if self.method in ("random", "grid") or not self.initial:
+            return None
+        last = self.initial[-1].number
+        return last if last < self.trials[-1].number else None
+
+    @cached_property
     def name(self) -> str:
         """The recipe's name and the folder's."""
         recipe = str(self.recipe.get("name", "")).strip()
@@ -144,8 +159,14 @@ class Run:
     def num_fittest(self) -> int:
         """How many of the fittest members the curves average: a quarter of the population, at least 3."""
         section = self.recipe.get("search")
-        population = _integer(section.get("population"), 12) if isinstance(section, Mapping) else 12
+        population = whole(section.get("population"), 12) if isinstance(section, Mapping) else 12
         return max(3, population // 4)
+
+    def round_of(self, number: int) -> int:
+        """The round of the search that a trial belongs to; 0 for the initial population."""
+        trial = self.by_number.get(number)
+        known = trial.round if trial else None
+        return max(0, number - len(self.initial) + 1) if known is None else known
 
 
 def fitness_of(trial: Trial) -> float:
@@ -161,7 +182,8 @@ def number(value: object) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _integer(value: object, default: int) -> int:
+def whole(value: object, default: int) -> int:
+    """``value`` as a whole number, else ``default``."""
     return value if isinstance(value, int) and not isinstance(value, bool) else default
 
 
@@ -176,7 +198,7 @@ def _numbers(given: object) -> dict[str, float]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder: recipe.toml, provenance.json, members/*.json and, at the end, summary.json.
+    """Read a run folder: recipe.toml, provenance.json, members/*.json, timing.json, events.jsonl, summary.json.
 
     Raises ValueError where the folder holds none of them.
     """
@@ -189,7 +211,7 @@ def read_run(folder: Path) -> Run:
     trials: dict[int, Trial] = {}
     for path in sorted((folder / "members").glob("[0-9]*.json")):
         row = _read(path, unread=unread)
-        index = _integer(row.get("trial"), -1)
+        index = whole(row.get("trial"), -1)
         if index >= 0:
             trials[index] = _trial(index, row)
         elif row:
@@ -199,8 +221,16 @@ def read_run(folder: Path) -> Run:
             f"{folder}: not a run folder (no recipe.toml, provenance.json or members); "
             "give the folder that engine evolve wrote"
         )
-    in_order = tuple(trials[k] for k in sorted(trials))
-    return Run(folder, recipe, provenance, summary, in_order, tuple(unread))
+    return Run(
+        folder,
+        recipe,
+        provenance,
+        summary,
+        trials=tuple(trials[k] for k in sorted(trials)),
+        events=_events(folder / "events.jsonl", unread=unread),
+        seconds=_numbers(summary.get("seconds") or _read(folder / "timing.json", unread=unread)),
+        unread=tuple(unread),
+    )
 
 
 def _read(path: Path, *, unread: list[str]) -> dict[str, Any]:
@@ -218,113 +248,60 @@ def _read(path: Path, *, unread: list[str]) -> dict[str, Any]:
     return value
 
 
+def _events(path: Path, *, unread: list[str]) -> tuple[Event, ...]:
+    """Every whole line; a process that died may have left half of one."""
+    found: list[Event] = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        unread.append(f"{path.name}: {error}")
+        return ()
+    for count, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+            if line.strip():
+                unread.append(f"{path.name}, line {count}: not an event")
+            continue
+        given = row.get("trials")
+        trials = given if isinstance(given, list) else []
+        worker = row.get("worker")
+        found.append(
+            Event(
+                kind=row["kind"],
+                trials=tuple(k for k in trials if whole(k, -1) >= 0),
+                time=number(row.get("time")),
+                worker="" if worker is None else str(worker),
+                detail=str(row.get("detail") or ""),
+            )
+        )
+    return tuple(found)
+
+
 def _trial(index: int, row: Mapping[str, Any]) -> Trial:
-    fitness = number(row.get("fitness")) if row.get("state", "complete") == "complete" else None
-    reason = str(row.get("reason") or "") or ("" if fitness is not None else "no reason recorded")
+    given, fitness = row.get("state", "complete"), number(row.get("fitness"))
+    pruned = given == "pruned"
+    done = given == "complete" and fitness is not None
+    reason = "" if done or pruned else str(row.get("reason") or "no reason recorded")
     mutated = row.get("mutated")
-    parent = _integer(row.get("parent"), -1)
-    birth = _integer(row.get("round"), -1)
+    parent = whole(row.get("parent"), -1)
+    birth = whole(row.get("round"), -1)
     return Trial(
         number=index,
-        fitness=fitness,
+        fitness=fitness if done else None,
         weights=_weights(row.get("weights")),
+        state="pruned" if pruned else "complete" if done else "failed",
         reason=reason,
+        partial=fitness if pruned else None,
         parent=parent if parent >= 0 else None,
         mutated=mutated if isinstance(mutated, str) and mutated in BY_NAME else None,
         round=birth if birth >= 0 else None,
         seconds=number(row.get("seconds")),
+        clips_per_second=number(row.get("clips_per_second")),
         metrics=_numbers(row.get("metrics")),
         terms=_numbers(row.get("terms")),
     )
-
-
-def stat(given: object) -> Stat | None:
-    """A Stat from the summary's ``{"mean", "sd", "n", "values"}``, None where there is no mean."""
-    if not isinstance(given, Mapping) or (mean := number(given.get("mean"))) is None:
-        return None
-    listed = given.get("values")
-    raw = listed if isinstance(listed, Sequence) and not isinstance(listed, str) else ()
-    values = tuple(x for v in raw if (x := number(v)) is not None)
-    n = _integer(given.get("n"), max(1, len(values)))
-    return Stat(mean, number(given.get("sd")) if n > 1 else None, n, values)
-
-
-def initial_stat(run: Run) -> Stat | None:
-    """The initial population's fitness: the summary's, else from the members that are complete."""
-    if (given := stat(run.summary.get("initial_population"))) is not None:
-        return given
-    values = tuple(fitness_of(t) for t in run.initial if t.fitness is not None)
-    if not values:
-        return None
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Stat(float(np.mean(values)), sd, len(values), values)
-
-
-def compare(run: Run) -> Comparison | None:
-    """Best against random with fresh seeds; None while the run has not measured both.
-
-    The pooled variance weighs each side's by its n - 1.
-    """
-    best, random = stat(run.summary.get("best")), stat(run.summary.get("random"))
-    if best is None or random is None:
-        return None
-    spread = [(s.n - 1, s.sd) for s in (best, random) if s.sd is not None]
-    freedom = sum(n for n, _ in spread)
-    pooled = math.sqrt(sum(n * sd * sd for n, sd in spread) / freedom) if freedom else 0.0
-    gain = best.mean - random.mean
-    return Comparison(best, random, gain, gain / pooled if pooled > 0 else None)
-
-
-def lineage(run: Run) -> tuple[Step, ...]:
-    """The mutations from the initial population to the best member, oldest first."""
-    steps: list[Step] = []
-    child, seen = run.best, set[int]()
-    while child is not None and child.parent is not None and child.number not in seen:
-        seen.add(child.number)
-        parent = run.by_number.get(child.parent)
-        term = child.mutated
-        before = parent.weights[term] if parent and term else None
-        after = child.weights[term] if term else None
-        was = parent.fitness if parent else None
-        steps.append(Step(child.number, term, before, after, was, child.fitness))
-        child = parent
-    return tuple(reversed(steps))
-
-
-def ancestor(run: Run) -> int | None:
-    """The trial that the best member's lineage starts from."""
-    steps = lineage(run)
-    if steps:
-        return run.by_number[steps[0].trial].parent
-    return run.best.number if run.best else None
-
-
-def fittest_means(run: Run) -> tuple[Array, Array]:
-    """Mean weights of the fittest members so far, after every complete trial.
-
-    Returns trial numbers (M,) and weights (M, terms); the mean is over ``run.num_fittest`` members, or over as
-    many as there are. Rows equal to the one before are left out, save the last.
-    """
-    top: list[tuple[float, int]] = []
-    table = np.array([[t.weights[n] for n in TERM_NAMES] for t in run.complete], dtype=np.float64)
-    at: list[float] = []
-    rows: list[Array] = []
-    for i, trial in enumerate(run.complete):
-        entry = (fitness_of(trial), -i)
-        if len(top) < run.num_fittest or entry > top[-1]:
-            top = sorted([*top, entry], reverse=True)[: run.num_fittest]
-            at.append(float(trial.number))
-            rows.append(table[[-j for _, j in top]].mean(axis=0))
-    if rows and at[-1] != run.complete[-1].number:
-        at.append(float(run.complete[-1].number))
-        rows.append(rows[-1])
-    return np.array(at), np.array(rows).reshape(len(rows), len(TERM_NAMES))
-
-
-def failures(run: Run) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Every reason for which members failed, with their trial numbers, most frequent first."""
-    groups: dict[str, list[int]] = {}
-    for trial in run.failed:
-        groups.setdefault(trial.reason, []).append(trial.number)
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[1]))
-    return tuple((reason, tuple(numbers)) for reason, numbers in ordered)

@@ -1,22 +1,26 @@
 """The report's heat maps as sketches for a width in CSS pixels: the paper's Figs. 3 and 7.
 
-The x axis of Fig. 3 is the trial's number, and its columns are the weights of the best loss so far.
+Fig. 3 comes twice: as the paper has it, squares at a few moments of the search, and whole, a row a term over all
+trials. Both show the weights of the best loss so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.objective.terms import MODALITIES, NUM_LAYERS, TERMS, Term
-from engine.reporting.curves import mark_initial, trial_axis, trial_range
-from engine.reporting.facts import Run, lineage
+from engine.objective.terms import MODALITIES, MODALITY_LETTERS, NUM_LAYERS, TERMS, Term
+from engine.reporting.axes import mark_initial, trial_axis, trial_range
+from engine.reporting.facts import Run, Trial
+from engine.reporting.measures import lineage
 from engine.reporting.sketch import RAMP, Box, Frame, Line, Marks, Sketch, Text, is_wide, shade
 from engine.reporting.words import DISTILLED, MODALITY_LABELS, TASK_LABELS
 
 TASK_SHORT = ("Shuffle", "Backw.", "Align", "Predict", "Recon.", "Color", "Cross", "Embed")
+MOMENTS = 6
+"""Heat maps of Fig. 3."""
 ROW, GAP = 15.0, 7.0
-"""Fig. 3: height of a row, and space between groups of rows."""
+"""Fig. 3 by term: height of a row, and space between groups of rows."""
 Group = tuple[str, tuple[Term, ...]]
 TASK_GROUPS: tuple[Group, ...] = tuple(
     (label, tuple(t for t in TERMS if t.task == task)) for task, label in TASK_LABELS.items()
@@ -39,8 +43,59 @@ def _tall(groups: Sequence[Group]) -> float:
     return sum(len(terms) for _, terms in groups) * ROW + GAP * (len(groups) - 1)
 
 
+def moments(run: Run) -> list[tuple[int, Trial]]:
+    """Trials spread evenly from the first with a fitness to the last, each with the best so far."""
+    first, last = run.improvements[0].number, run.trials[-1].number
+    at = {round(first + k * (last - first) / (MOMENTS - 1)) for k in range(MOMENTS)}
+    return [(k, [t for t in run.improvements if t.number <= k][-1]) for k in sorted(at)]
+
+
+def rounds(run: Run, width: float) -> Sketch:
+    """Fig. 3: the squares of Fig. 7, of the best loss so far at a few moments of the search."""
+    columns = MOMENTS if is_wide(width) else 2
+    shown = moments(run)
+    each = (width - 12 * (columns - 1)) / columns
+    cell = (each - 12) / len(TASK_LABELS)
+    tall = 46 + 7 * cell + 16
+    lines = -(-len(shown) // columns)
+    sketch = Sketch(width, lines * (tall + 14) + 22)
+    for i, (number, best) in enumerate(shown):
+        x, y = (i % columns) * (each + 12), (i // columns) * (tall + 14)
+        sketch.add(Text(x + 12, y + 9, f"trial {number:,}", bold=True))
+        sketch.add(Text(x + each, y + 9, f"{best.fitness:.3f}", "muted", 11, "end"))
+        _small(sketch, best.weights, x=x + 12, y=y + 34, cell=cell)
+    _key(sketch, 0, sketch.height - 10)
+    return sketch
+
+
+def _small(
+    sketch: Sketch, weights: Mapping[str, float], *, x: float, y: float, cell: float
+) -> None:
+    """One moment: tasks by modality above, distilled layers by modality below."""
+    order = tuple(TASK_LABELS)
+    below = y + len(MODALITIES) * cell + 16
+    letters = {t.task: t.letter for t in TERMS}
+    for i, task in enumerate(order):
+        sketch.add(Text(x + (i + 0.5) * cell, y - 7, letters[task], "muted", 9, "middle"))
+    for k in range(NUM_LAYERS):
+        sketch.add(Text(x + (k + 0.5) * cell, below - 7, str(k), "muted", 9, "middle"))
+    for names, top in ((MODALITIES, y), (DISTILLED, below)):
+        for j, m in enumerate(names):
+            letter = MODALITY_LETTERS[m]
+            sketch.add(Text(x - 3, top + (j + 0.5) * cell, letter, "muted", 9, "end"))
+    for term in TERMS:
+        weight = weights[term.name]
+        if term.layer is None:
+            column, row, top = order.index(term.task), MODALITIES.index(term.modality), y
+        else:
+            column, row, top = term.layer, DISTILLED.index(term.modality), below
+        at = (x + column * cell + 0.5, top + row * cell + 0.5)
+        say = f"{term.name} {weight:.2f}"
+        sketch.add(Box(*at, cell - 1, cell - 1, shade(weight)[0], 2, title=say))
+
+
 def search(run: Run, width: float) -> Sketch:
-    """Fig. 3: the weights of the best loss so far at every trial, one row a term."""
+    """Fig. 3 whole: the weights of the best loss so far at every trial, one row a term."""
     wide = is_wide(width)
     first, second = _tall(TASK_GROUPS), _tall(DISTILL_GROUPS)
     panel = (width - 44) / 2 if wide else width
@@ -52,7 +107,7 @@ def search(run: Run, width: float) -> Sketch:
     _key(sketch, left + 124, below)
     sketch.add(Marks(((left + 130, below + 25),), "ink", 7, "down"))
     sketch.add(Text(left + 144, below + 24, "a new best is found", "muted", 11))
-    if run.initial and len(run.initial) < len(run.trials):
+    if run.turn is not None:
         dash = ((left + 130, below + 40), (left + 130, below + 56))
         sketch.add(Line(dash, "muted", dash=True))
         sketch.add(Text(left + 144, below + 48, "the initial population ends", "muted", 11))
@@ -128,12 +183,14 @@ class _Grid:
         say = f"{term.name} {weight:.3f}"
         code, value = y + 0.4 * self.cell, y + 0.71 * self.cell
         self.sketch.add(
-            Box(x + 1.5, y + 1.5, side, side, color, 5, title=say),
-            Text(middle, code, term.code, letters, self.code, "middle", bold=True),
-            Text(middle, value, f"{weight:.2f}", letters, self.value, "middle"),
+            Box(x + 1.5, y + 1.5, side, side, color, 5, title=say, key=f"b:{term.name}"),
+            Text(middle, code, term.code, letters, self.code, "middle", True, f"c:{term.name}"),
+            Text(
+                middle, value, f"{weight:.2f}", letters, self.value, "middle", key=f"v:{term.name}"
+            ),
         )
         if marked:
-            self.sketch.add(Marks(((x + self.cell - 8, y + 8),), letters, 5))
+            self.sketch.add(Marks(((x + self.cell - 8, y + 8),), letters, 5, key="corner"))
 
 
 def loss(run: Run, width: float) -> Sketch:

@@ -81,6 +81,8 @@ class Text:
     size: float = 12
     anchor: Anchor = "start"
     bold: bool = False
+    key: str = ""
+    """What the page's script knows it by."""
 
     @property
     def baseline(self) -> float:
@@ -101,6 +103,8 @@ class Box:
     alpha: float = 1
     title: str = ""
     """What a pointer that rests on it is told."""
+    key: str = ""
+    """What the page's script knows it by."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,15 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Area:
+    """A filled polygon."""
+
+    points: tuple[Point, ...]
+    color: str
+    alpha: float = 1
+
+
+@dataclass(frozen=True)
 class Marks:
     """One mark a point."""
 
@@ -123,6 +136,8 @@ class Marks:
     size: float
     kind: Mark = "dot"
     alpha: float = 1
+    key: str = ""
+    """What the page's script knows them by."""
 
 
 @dataclass
@@ -131,9 +146,9 @@ class Sketch:
 
     width: float
     height: float
-    shapes: list[Text | Box | Line | Marks] = field(default_factory=list)
+    shapes: list[Text | Box | Line | Area | Marks] = field(default_factory=list)
 
-    def add(self, *shapes: Text | Box | Line | Marks) -> None:
+    def add(self, *shapes: Text | Box | Line | Area | Marks) -> None:
         """Put shapes on top."""
         self.shapes.extend(shapes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from engine.reporting.sketch import FONT, PALETTE, Box, Line, Marks, Sketch, Text
+from engine.reporting.sketch import FONT, PALETTE, Area, Box, Line, Marks, Sketch, Text
 
 
 def svg(sketch: Sketch, *, label: str, variables: bool, name: str = "") -> str:
@@ -30,18 +30,23 @@ def _n(value: float) -> str:
     return f"{round(value, 1):g}" if abs(value) < 1e5 else f"{value:.0f}"
 
 
-def _element(shape: Text | Box | Line | Marks, *, variables: bool) -> str:
+def _element(shape: Text | Box | Line | Area | Marks, *, variables: bool) -> str:
     ink = f"var(--{shape.color})" if variables else PALETTE[shape.color][0]
+    key = (
+        f' data-k="{shape.key}"'
+        if variables and not isinstance(shape, Line | Area) and shape.key
+        else ""
+    )
     if isinstance(shape, Text):
         weight = ' font-weight="600"' if shape.bold else ""
         anchor = "" if shape.anchor == "start" else f' text-anchor="{shape.anchor}"'
         at = f'x="{_n(shape.x)}" y="{_n(shape.baseline)}" font-size="{shape.size:g}"'
-        return f"<text {at}{anchor}{weight} {_ink('fill', ink)}>{escape(shape.text)}</text>"
+        return f"<text{key} {at}{anchor}{weight} {_ink('fill', ink)}>{escape(shape.text)}</text>"
     alpha = "" if shape.alpha == 1 else f' opacity="{shape.alpha:g}"'
     if isinstance(shape, Box):
         at = f'x="{_n(shape.x)}" y="{_n(shape.y)}" width="{_n(shape.width)}" height="{_n(shape.height)}"'
         round_ = f' rx="{shape.radius:g}"' if shape.radius else ""
-        head = f"<rect {at}{round_}{alpha} {_ink('fill', ink)}"
+        head = f"<rect{key} {at}{round_}{alpha} {_ink('fill', ink)}"
         return f"{head}><title>{escape(shape.title)}</title></rect>" if shape.title else head + "/>"
     if isinstance(shape, Line):
         dash = ' stroke-dasharray="3 3"' if shape.dash else ""
@@ -50,7 +55,10 @@ def _element(shape: Text | Box | Line | Marks, *, variables: bool) -> str:
             f'<path d="{path}" fill="none" stroke-width="{shape.width:g}" stroke-linejoin="round"'
             f"{dash}{alpha} {_ink('stroke', ink)}/>"
         )
-    return _marks(shape, ink=ink, alpha=alpha)
+    if isinstance(shape, Area):
+        path = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in shape.points) + "Z"
+        return f'<path d="{path}"{alpha} {_ink("fill", ink)}/>'
+    return _marks(shape, ink=ink, alpha=alpha + key)
 
 
 def _ink(what: str, ink: str) -> str:
