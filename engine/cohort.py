@@ -17,8 +17,8 @@ from torch import Tensor
 from engine.features import LabelledClips
 from engine.fitness import FitnessResult, cohort_fitness, kmeans_fitness
 from engine.objective.terms import LossWeights
-from engine.runtime import is_out_of_memory
-from engine.train import MemberFailed, Trainer
+from engine.runtime import is_device_error, is_out_of_memory
+from engine.train import DeviceFailed, MemberFailed, Trainer, device_failed
 from engine.train_memory import members_that_fit
 from engine.train_state import Member
 
@@ -57,7 +57,7 @@ def evaluate_cohort(
     """Train each loss, once a seed, and measure its fitness; results in the order of ``losses``.
 
     As many members as fit into memory are trained at once; where they run out of it all the same, the half
-    of them, from their start. Neither changes a result.
+    of them, from their start. Neither changes a result. Raises DeviceFailed where the GPU itself does.
     """
     at_once = trainer.members_at_once or members_that_fit(trainer, losses, seed=seeds[0])
     results: list[MemberResult] = []
@@ -68,6 +68,8 @@ def evaluate_cohort(
             continue
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
+                if is_device_error(error) and not isinstance(error, DeviceFailed):
+                    raise device_failed(error) from error
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no memory"
         # only here does no traceback hold the members' tensors any more

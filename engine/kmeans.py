@@ -8,14 +8,15 @@ No sum depends on the order in which threads end: centres are a product with one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from engine.runtime import ieee_products
 
 TOLERANCE = 1e-4
 """scikit-learn's: share of the mean variance below which the centres' squared shift ends a run."""
@@ -38,18 +39,6 @@ class Clusterings:
     """(M, R) float64: sum of squared distances of the clips to their centres, in the features' units."""
     iterations: Tensor
     """(M, R) int64: iterations until convergence."""
-
-
-@contextmanager
-def ieee_products() -> Iterator[None]:
-    """Compute float32 matrix products on a GPU in float32, without TF32, whatever the process has set."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def draws(seed: int, *, runs: int, restarts: int, num_clusters: int) -> NDArray[np.float64]:
@@ -99,7 +88,7 @@ def plus_plus(x: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
             rest = left.sum(-1, dtype=torch.float64)
             # Of two clips that are each other's nearest, either leaves the same: take the first.
             best = (rest <= rest.amin(2, keepdim=True) + slack).int().argmax(2, keepdim=True)
-            nearest = left.take_along_dim(best.unsqueeze(3), dim=2).squeeze(2)
+            nearest = _picked(left, best, dim=2).squeeze(2)
             chosen.append(candidates.gather(2, best))
     return torch.cat(chosen, dim=2)
 
@@ -238,7 +227,7 @@ def _to_clips(x: Tensor, norms: Tensor, clips: Tensor) -> Tensor:
     """Squared distances (M, R, C, N) of all clips to given ones (M, R, C)."""
     m, r, c = clips.shape
     flat = clips.reshape(m, r * c)
-    rows = x.take_along_dim(flat.unsqueeze(2), dim=1)
+    rows = _picked(x, flat, dim=1)
     lengths = norms.gather(1, flat).unsqueeze(2)
     scores = torch.baddbmm(lengths, rows, x.transpose(1, 2), alpha=-2.0).view(m, r, c, -1)
     return _distances(scores, norms[:, None, None])
@@ -277,7 +266,15 @@ def _means(x: Tensor, labels: Tensor, before: Tensor) -> Tensor:
     source = torch.where(
         counts > 0, torch.arange(k, device=x.device), counts.argmax(2, keepdim=True)
     )
-    return means.take_along_dim(source.unsqueeze(3), dim=2)
+    return _picked(means, source, dim=2)
+
+
+def _picked(x: Tensor, which: Tensor, *, dim: int) -> Tensor:
+    """Whole rows of x (..., D) by their places (..., n) in dimension ``dim``, the one before the last.
+
+    ``take_along_dim`` gives the same and takes three times as long.
+    """
+    return x.gather(dim, which.unsqueeze(-1).expand(*which.shape, x.shape[-1]))
 
 
 def _one_hot(labels: Tensor, num_clusters: int) -> Tensor:
@@ -289,7 +286,7 @@ def _inertia(x: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
     """Sums (M, R) of squared distances, from differences: expanded products would lose digits."""
     sums = []
     for r in range(labels.shape[1]):
-        own = centres[:, r].take_along_dim(labels[:, r].unsqueeze(2), dim=1)
+        own = _picked(centres[:, r], labels[:, r], dim=1)
         sums.append(own.sub_(x).square_().sum((1, 2), dtype=torch.float64))
     return torch.stack(sums, dim=1)
 

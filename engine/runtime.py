@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import random
@@ -129,6 +130,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
+def is_device_error(error: BaseException) -> bool:
+    """Whether an error came from the GPU itself: most of them leave this process unable to use it again."""
+    kind = getattr(torch, "AcceleratorError", ())  # torch has it since 2.8
+    return isinstance(error, kind) or (
+        isinstance(error, RuntimeError)
+        and str(error).startswith(("CUDA error:", "Triton Error [CUDA]"))
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Collect what nothing refers to any more, and give a GPU's unused cache back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def set_seed(seed: int) -> None:
     """Seed Python, NumPy and torch; what a member draws at its start is then the same everywhere."""
     random.seed(seed)
@@ -144,6 +161,36 @@ def make_deterministic(runtime: Runtime) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     else:
         torch.backends.cudnn.benchmark = True
+
+
+@contextmanager
+def ieee_products() -> Iterator[None]:
+    """Compute float32 matrix products on a GPU in float32, without TF32, whatever the process has set.
+
+    By the same one of torch's two interfaces that the process has set it by: where they disagree, reading the older
+    one (as compilers do) is an error.
+    """
+    matmul = torch.backends.cuda.matmul
+    precise = matmul.fp32_precision
+    if precise != "tf32":
+        yield
+        return
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer one is what was set
+        older = "highest"
+    newer = older == "highest"
+    if newer:
+        matmul.fp32_precision = "ieee"
+    else:
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if newer:
+            matmul.fp32_precision = precise
+        else:
+            torch.set_float32_matmul_precision(older)
 
 
 def check_kernels_package() -> None:

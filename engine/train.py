@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,14 @@ from engine.objective.loss import (
 )
 from engine.objective.terms import TERM_NAMES, LossWeights
 from engine.recipe import Optim, Recipe
-from engine.runtime import Clock, Runtime, is_out_of_memory, set_seed
+from engine.runtime import (
+    Clock,
+    Runtime,
+    is_device_error,
+    is_out_of_memory,
+    release_memory,
+    set_seed,
+)
 from engine.train_check import CanNotCompile, check_step
 from engine.train_compiled import Seat, evaluate
 from engine.train_state import FlatState, Member
@@ -40,6 +47,16 @@ class MemberFailed(RuntimeError):
 
 class NonFiniteLoss(MemberFailed):
     """A member's loss became NaN or infinite; the message names the step and the terms."""
+
+
+class DeviceFailed(RuntimeError):
+    """The GPU can't be used any more in this process; members that were not done have to be trained in another."""
+
+
+def device_failed(error: BaseException) -> DeviceFailed:
+    """What to raise for an error of the GPU itself; the message says how to go on."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return DeviceFailed(f"the GPU is in an error state ({reason}); continue with --resume")
 
 
 @dataclass
@@ -61,6 +78,7 @@ class Trainer:
             self.mode = "off" if self.runtime.device.type == "cpu" else "default"
         self.seat: Seat | None = None
         self._checked = self.mode == "off" and not self.runtime.amp
+        self._checking = threading.Lock()
         self.sound = bool(self.index.has_audio.any())
         self.views = ViewMaker(self.recipe.clip, self.recipe.audio).to(self.runtime.device)
         self._initial: tuple[int, EvolvedLoss] | None = None
@@ -127,9 +145,7 @@ class Trainer:
         """Give back what no member at work needs: caches, and gradients of a step that came to nothing."""
         if self.seat is not None:
             self.seat.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self.runtime.device)
 
     def batches(
         self, *, seed: int, first: int, modalities: Sequence[str], rank: int = 0, world: int = 1
@@ -177,7 +193,8 @@ class Trainer:
         """Step members on one batch; each gets its loss, or what ended it.
 
         On a CPU members run side by side, a core each, which also makes a member's numbers independent of
-        its company; on a GPU, and compiled, they follow one another. Running out of memory is raised.
+        its company; on a GPU, and compiled, they follow one another. Running out of memory is raised, and so is
+        DeviceFailed for an error of the GPU itself, after which no member could go on.
         """
 
         def attempt(member: Member) -> float | MemberFailed:
@@ -188,6 +205,8 @@ class Trainer:
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
+                if is_device_error(error):
+                    raise device_failed(error) from error
                 return MemberFailed(f"step {member.step}: {str(error).splitlines()[0]}")
 
         with self.clock("train"):
@@ -202,7 +221,9 @@ class Trainer:
         for the loss in between.
         """
         if not self._checked:
-            self._check(member, views)
+            with self._checking:  # members may run side by side: one of them checks
+                if not self._checked:
+                    self._check(member, views)
         loss, optimizer = member.loss, member.optimizer
         if self.seat is not None and member.state is not None:
             self.seat.take(member.state)
@@ -229,7 +250,6 @@ class Trainer:
 
     def _check(self, member: Member, views: Views) -> None:
         """Before the first step: see ``check_step``. Compiles, or goes on without where the recipe lets it."""
-        self._checked = True
         try:
             check_step(member, views, seat=self.seat, runtime=self.runtime, warn=self.warn)
         except CanNotCompile as error:
@@ -237,6 +257,9 @@ class Trainer:
                 raise RuntimeError(f"{error}; go on without by --set optim.compile=off") from error
             self.warn(f"{error}: it runs uncompiled, slower")
             self.seat, self.mode = None, "off"
+        self._checked = (
+            True  # not before: running out of memory here, it is done again with fewer members
+        )
 
     def _looked_at(self, member: Member, total: Tensor, values: Tensor) -> float:
         """The loss, where it is time to wait for it, else nan; raises NonFiniteLoss."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.objective.loss import active_terms, branches
 from engine.objective.terms import LossWeights
-from engine.runtime import free_memory
-from engine.train import Trainer
+from engine.runtime import free_memory, is_device_error, is_out_of_memory
+from engine.train import Trainer, device_failed
 
 SHARE = 0.85
 """Of the memory that is free, what members may take: allocators lose some to gaps."""
@@ -21,18 +22,26 @@ def members_that_fit(trainer: Trainer, losses: Sequence[LossWeights], *, seed: i
 
     On a GPU one member is trained for a step, which shows what a member holds and what a step needs on top;
     on a CPU the members' state is counted, with an allowance for the step. The first answer that memory
-    gives is kept as ``trainer.members_at_once``.
+    gives is kept as ``trainer.members_at_once``. A loss that can't be trained says so when its turn comes, not here.
     """
     if len(losses) <= 1:
         return 1
     try:
         per_member, per_step = (
-            _measured(trainer, losses[0], seed=seed)
+            _measured(trainer, _largest(trainer, losses), seed=seed)
             if trainer.runtime.device.type == "cuda"
             else _counted(trainer, seed=seed)
         )
-    except ValueError:  # a loss that can't be trained says so when its turn comes
-        return len(losses)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        too_large = is_out_of_memory(error)
+        if is_device_error(error) and not too_large:
+            raise device_failed(error) from error
+        measured = False
+    else:
+        measured = True
+    if not measured:
+        trainer.free_memory()  # only here does no traceback hold the member's tensors any more
+        return 1 if too_large else len(losses)
     room = SHARE * free_memory(trainer.runtime.device) - per_step
     fits = max(int(room // max(per_member, 1)), 1)
     if fits < len(losses):
@@ -40,14 +49,24 @@ def members_that_fit(trainer: Trainer, losses: Sequence[LossWeights], *, seed: i
     return min(fits, len(losses))
 
 
+def _largest(trainer: Trainer, losses: Sequence[LossWeights]) -> LossWeights:
+    """The loss whose networks' branches suffice for most terms: no other one's step needs more."""
+
+    def size(weights: LossWeights) -> int:
+        active = active_terms(weights, sound=trainer.sound)
+        return len(branches(active).terms(sound=trainer.sound))
+
+    return max(losses, key=size)
+
+
 def _measured(trainer: Trainer, weights: LossWeights, *, seed: int) -> tuple[int, int]:
     """Bytes of a member on the GPU, and those that a step needs beside."""
     device = trainer.runtime.device
     member = trainer.member(weights, seed=seed)
     _, views = next(trainer.rounds([member], seed=seed))
-    for _ in range(
-        2
-    ):  # the first step makes what all members share: compiled code, checks, moments
+    # the first step makes what all members share: compiled code, checks, moments
+    for _ in range(2):
+        trainer.free_memory()  # what the one before left is the step's too
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
         trainer.step(member, views)
@@ -59,7 +78,9 @@ def _measured(trainer: Trainer, weights: LossWeights, *, seed: int) -> tuple[int
         per_member *= 4
     del member, second, views
     trainer.free_memory()
-    return per_member, per_step
+    # A CUDA graph's memory is no part of a replay's peak, and free_memory counts it as free: it is what stays idle.
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return per_member, max(per_step, idle)
 
 
 def _counted(trainer: Trainer, *, seed: int) -> tuple[int, int]:

@@ -1,14 +1,16 @@
 """The engine's fused ops: a Triton kernel on a CUDA tensor, plain PyTorch (``kernels.reference``) elsewhere.
 
-Both ops are ``torch.library`` ops, so that ``torch.compile`` keeps them whole in one graph. Triton is optional.
+Both ops are ``torch.library`` ops, so that ``torch.compile`` keeps them whole in one graph. Triton is optional, and a
+kernel that can't be built on a machine gives way to the reference, with a warning.
 Under ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, slowly, for tests.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,10 +29,13 @@ except ModuleNotFoundError as error:
 
 __all__ = ["HAS_TRITON", "clip_views", "weighted_loss"]
 
+Result = TypeVar("Result")
+
 __engine_kernels__ = True
 """Tells this package from the registry's package of the same top-level name."""
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_not_built: dict[str, str] = {}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -105,9 +110,42 @@ def clip_views(
     return rgb, grey
 
 
-def _on_kernel(x: Tensor) -> bool:
+def not_built() -> dict[str, str]:
+    """Kernels that could not be built on this machine, and why: the reference does their work."""
+    return dict(_not_built)
+
+
+def _on_kernel(x: Tensor, name: str) -> bool:
     """Whether a Triton kernel takes this tensor."""
-    return HAS_TRITON and x.is_cuda != _INTERPRETED
+    return HAS_TRITON and x.is_cuda != _INTERPRETED and name not in _not_built
+
+
+def _or_instead(name: str, launch: Callable[[], Result], instead: Callable[[], Result]) -> Result:
+    """Launch a kernel, or do what comes instead of one that can't be built, now and from then on.
+
+    Nothing is written before a launch, so what comes instead begins with whole inputs.
+    """
+    try:
+        return launch()
+    except Exception as error:  # Triton's own errors, a C compiler's, a linker's: of no common kind
+        if not _is_of_building(error):
+            raise
+        _not_built[name] = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    text = f"the Triton kernel {name} can't be built here ({_not_built[name]}): PyTorch computes it, slower"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return instead()
+
+
+def _is_of_building(error: Exception) -> bool:
+    """Not what a caller did (ValueError), nor the device's memory or state; in the interpreter nothing is built."""
+    of_device = (torch.OutOfMemoryError, *filter(None, [getattr(torch, "AcceleratorError", None)]))
+    said = str(error)
+    # A driver refuses an image that does not suit it at its first launch.
+    refused = any(sign in said for sign in ("image", "PTX", "toolchain"))
+    from_driver = said.startswith(("CUDA error:", "Triton Error [CUDA]")) and not refused
+    at_work = "out of memory" in said or "capturing" in said or from_driver
+    others = isinstance(error, (ValueError, MemoryError, *of_device))
+    return not (_INTERPRETED or at_work or others)
 
 
 def _check_weighted_loss(
@@ -162,9 +200,14 @@ def _weighted_loss(
     scalars: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    if _on_kernel(weights) and weights.dtype == torch.float32:
-        return weighted_loss_forward(students, teachers, masks, weights, scalars, save)
-    return reference.weighted_loss_forward(students, teachers, masks, weights, scalars, save)
+    arguments = (students, teachers, masks, weights, scalars, save)
+    if _on_kernel(weights, "weighted_loss") and weights.dtype == torch.float32:
+        return _or_instead(
+            "weighted_loss",
+            lambda: weighted_loss_forward(*arguments),
+            lambda: reference.weighted_loss_forward(*arguments),
+        )
+    return reference.weighted_loss_forward(*arguments)
 
 
 @_weighted_loss.register_fake
@@ -228,9 +271,13 @@ def _scale_in_place(grads: list[Tensor], upstream: Tensor) -> bool:
     eager = type(upstream) is Tensor and not torch.compiler.is_compiling()
     if not eager or torch._C._autograd._get_current_graph_task_keep_graph():
         return False
-    if _on_kernel(upstream) and upstream.dtype == torch.float32:
-        scale_(grads, upstream)
-        return True
+    if _on_kernel(upstream, "scale") and upstream.dtype == torch.float32:
+
+        def launch() -> bool:
+            scale_(grads, upstream)
+            return True
+
+        return _or_instead("scale", launch, lambda: False)
     return upstream.device.type == "cpu" and upstream.item() == 1
 
 
@@ -241,8 +288,12 @@ _weighted_loss.register_autograd(_backward, setup_context=_save_for_backward)
 def _clip_views(
     frames: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    if _on_kernel(frames):
-        return clip_views_forward(frames, mean, std, dtype)
+    if _on_kernel(frames, "clip_views"):
+        return _or_instead(
+            "clip_views",
+            lambda: clip_views_forward(frames, mean, std, dtype),
+            lambda: reference.clip_views(frames, mean, std, dtype=dtype),
+        )
     return reference.clip_views(frames, mean, std, dtype=dtype)
 
 

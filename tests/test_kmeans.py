@@ -283,6 +283,38 @@ def test_products_leave_tf32_alone(monkeypatch):
     assert seen == {"ieee"}
 
 
+@pytest.mark.parametrize("name", ["high", "medium"])
+def test_products_use_the_interface_that_tf32_was_set_by(monkeypatch, name):
+    """Else torch refuses to say what the older one is set to, which compilers ask."""
+    seen = set()
+    whole = torch.baddbmm
+    monkeypatch.setattr(
+        torch,
+        "baddbmm",
+        lambda *a, **k: (
+            seen.add((torch.get_float32_matmul_precision(), matmul.fp32_precision))
+            or whole(*a, **k)
+        ),
+    )
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision(name)
+        of(noise(20, 3), uniforms=draws(0, runs=1, restarts=1, num_clusters=3))
+        assert torch.get_float32_matmul_precision() == name and matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+    assert seen == {("highest", "ieee")}
+
+
+def test_rows_are_picked_as_by_their_places():
+    rng = np.random.default_rng(0)
+    x, which = rng.random((2, 3, 7, 5)), rng.integers(0, 7, (2, 3, 4))
+    got = kmeans._picked(torch.from_numpy(x), torch.from_numpy(which), dim=2)
+    np.testing.assert_array_equal(got, np.take_along_axis(x, which[..., None], axis=2))
+
+
 def test_starts_and_iterations_never_wait_for_the_device():
     """Tensors without data, on a device of their own: reading a value or mixing devices raises."""
     x = torch.empty(4, 30, 7, device="meta")

@@ -13,7 +13,14 @@ from engine.data.shards import ClipIndex
 from engine.objective.terms import check_weights
 from engine.recipe import Optim, Recipe, load_recipe, override, random_weights
 from engine.runtime import choose_runtime, make_deterministic
-from engine.train import NonFiniteLoss, Trainer, learning_rate, make_optimizer
+from engine.train import (
+    DeviceFailed,
+    MemberFailed,
+    NonFiniteLoss,
+    Trainer,
+    learning_rate,
+    make_optimizer,
+)
 from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -156,6 +163,33 @@ def test_a_member_that_ends_leaves_the_others_their_step(trainer: Trainer) -> No
     assert outcomes[0] == trainer.step_all([alone], views)[0]
     assert isinstance(outcomes[1], NonFiniteLoss) and "rgb/reconstruct" in str(outcomes[1])
     assert same(weights_of(healthy), weights_of(alone))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: device-side assert triggered\nmore", 710),
+        RuntimeError("CUDA error: an illegal memory access was encountered\nmore"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    ],
+    ids=["new torch", "old torch", "triton"],
+)
+def test_an_error_of_the_gpu_itself_is_no_members_fault(
+    error: Exception, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: object) -> float:
+        raise error
+
+    member = trainer.member(CROSS, seed=0)
+    _, views = next(trainer.rounds([member], seed=0))
+    monkeypatch.setattr(trainer, "step", step)
+    with pytest.raises(
+        DeviceFailed, match=r"GPU is in an error state \(.*\); continue with --resume"
+    ):
+        trainer.step_all([member], views)
+    error = RuntimeError("shape mismatch")
+    (outcome,) = trainer.step_all([member], views)
+    assert isinstance(outcome, MemberFailed), "other errors are"
 
 
 def test_a_loss_without_a_term_that_can_be_computed_is_refused(

@@ -189,10 +189,7 @@ def test_what_compiled_code_gets_wrong_is_told(
     before = trainer.member(SMALL, seed=0).loss.state_dict()
     before = {name: t.clone() for name, t in before.items()}
     (member,) = train(trainer, [SMALL])
-    assert [line.split("'s ")[1].split(" is")[0] for line in trainer.told] == [
-        "rgb/predict",
-        "rgb/reconstruct",
-    ]
+    assert len(trainer.told) == 1 and "by 0.5 in the median" in trainer.told[0]
     assert "--set optim.compile=off" in trainer.told[0]
     monkeypatch.undo()
     assert same(member, train(make_trainer(tiny_shards, "optim.steps=2"), [SMALL])[0]), (
@@ -206,7 +203,7 @@ def test_bf16_is_checked_without_compiling_too(
     trainer = make_trainer(tiny_shards, "optim.amp=bf16", "optim.steps=2")
     train(trainer, [SMALL])
     assert trainer.told == []
-    monkeypatch.setattr("engine.train_check.TOLERANCE", {"bf16": 1e-7})
+    monkeypatch.setattr("engine.train_check.TOLERANCE", {"bf16": (1e-7, 1e-7)})
     trainer = make_trainer(tiny_shards, "optim.amp=bf16", "optim.steps=2")
     train(trainer, [SMALL])
     assert trainer.told, "bf16 is never exact: the comparison sees it"

@@ -14,9 +14,9 @@ from engine.data.shards import ClipIndex
 from engine.data.views import Views
 from engine.features import LabelledClips
 from engine.objective.terms import check_weights
-from engine.recipe import load_recipe
+from engine.recipe import load_recipe, random_weights
 from engine.runtime import choose_runtime, is_out_of_memory, make_deterministic
-from engine.train import Trainer
+from engine.train import DeviceFailed, NonFiniteLoss, Trainer
 from engine.train_memory import members_that_fit
 from engine.train_state import Member
 
@@ -129,6 +129,86 @@ def test_members_at_once_follow_free_memory(
         trainer.members_at_once = None
         assert members_that_fit(trainer, LOSSES, seed=0) == want
         assert trainer.members_at_once == (None if want == 5 else want)
+
+
+@pytest.mark.parametrize(
+    ("error", "want"),
+    [
+        (NonFiniteLoss("loss is nan at step 0"), 5),
+        (ValueError("the loss has no weight above 0"), 5),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), 5),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1),
+        (MemoryError(), 1),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered", 710), None),
+    ],
+    ids=["nan", "no term", "library", "memory", "host memory", "device"],
+)
+def test_a_measurement_that_fails_ends_nothing(
+    error: Exception, want: int | None, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> tuple[int, int]:
+        raise error
+
+    monkeypatch.setattr(train_memory, "_counted", fails)
+    if want is None:
+        with pytest.raises(DeviceFailed, match="--resume"):
+            members_that_fit(trainer, LOSSES, seed=0)
+    else:
+        assert members_that_fit(trainer, LOSSES, seed=0) == want
+        assert trainer.members_at_once is None
+
+
+class Allocator:
+    """Stands for a GPU's: so much is allocated, has been at most, and is reserved."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, idle: int) -> None:
+        self.allocated = self.peak = 0
+        self.idle = idle
+        functions = {
+            "memory_allocated": lambda _: self.allocated,
+            "max_memory_allocated": lambda _: self.peak,
+            "memory_reserved": lambda _: self.allocated + self.idle,
+            "reset_peak_memory_stats": lambda _: setattr(self, "peak", self.allocated),
+        }
+        for name, function in functions.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    def take(self, size: int) -> None:
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+
+
+@pytest.mark.parametrize("idle", [0, 5000])
+def test_what_a_gpu_holds_for_its_graphs_is_not_free(
+    idle: int, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA graphs replay in memory of their own, which no peak shows; and a step begins with an empty cache."""
+    gpu = Allocator(monkeypatch, idle=idle)
+    new, steps = Trainer.member, []
+
+    def member(self: Trainer, *args: object, **kwargs: object) -> Member:
+        gpu.take(100)
+        return new(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    def step(member: Member, views: Views) -> float:
+        steps.append((gpu.allocated, member.active))
+        gpu.take(700)  # 300 of it are gradients, which stay
+        gpu.allocated -= 400
+        return 0.0
+
+    def free() -> None:
+        if steps:
+            gpu.allocated -= 300 * (gpu.allocated > 300)
+
+    monkeypatch.setattr(Trainer, "member", member)
+    monkeypatch.setattr(trainer, "step", step)
+    monkeypatch.setattr(trainer, "free_memory", free)
+    losses = [*LOSSES[:2], check_weights({"rgb/to_flow": 0.1}), random_weights(0)]
+    largest = train_memory._largest(trainer, losses)
+    assert largest == losses[-1]
+    per_member, per_step = train_memory._measured(trainer, largest, seed=0)
+    assert [held for held, _ in steps] == [100, 100], "what a step leaves is not there at the next"
+    assert per_member == 400 and per_step == max(700, idle)
 
 
 def test_free_memory_is_that_of_this_machine() -> None:

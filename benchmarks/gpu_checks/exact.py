@@ -103,6 +103,8 @@ def _clip_views(
 def _registers(job: Job, rec: Recorder) -> None:
     """What the driver says of each version of a kernel that the checks above compiled."""
     job.need_gpu()
+    lost = kernels.not_built()
+    rec.row("kernels that can't be built", len(lost), ok=not lost, detail=str(lost or "none"))
     seen = 0
     for op in ("weighted_loss", "clip_views"):
         for name, function in vars(sys.modules[f"kernels.{op}"]).items():
@@ -146,7 +148,7 @@ def _values(job: Job, rec: Recorder, recipe: Recipe) -> None:
     for label, amp, tf32 in (
         ("float32", "off", False), ("float32 with TF32", "off", True), ("bf16", "bf16", True),
     ):  # fmt: skip
-        torch.backends.cudnn.allow_tf32 = tf32
+        _convolutions(tf32=tf32)
         trainer = Trainer(recipe, job.index, job.runtime(amp))
         there = trainer.member(weights, seed=0)
         there.loss.load_state_dict(member.loss.state_dict())
@@ -162,7 +164,12 @@ def _values(job: Job, rec: Recorder, recipe: Recipe) -> None:
             detail=f"largest relative difference of {len(names)} values, at {names[worst]}",
             figures=dict(zip(names, zip(found["CPU float32"], found[label], strict=True), strict=True)),
         )  # fmt: skip
-    torch.backends.cudnn.allow_tf32 = True
+    _convolutions(tf32=True)
+
+
+def _convolutions(*, tf32: bool) -> None:
+    """By the interface that the rest of the checks reads: torch does not let the older one mix with it."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
 
 
 def _apart(one: float, other: float) -> float:
@@ -171,7 +178,7 @@ def _apart(one: float, other: float) -> float:
 
 def _first_losses(job: Job, rec: Recorder, recipe: Recipe) -> None:
     engine.train.CHECK_EVERY_ON_GPU = 1  # every loss is wanted
-    torch.backends.cudnn.allow_tf32 = False
+    _convolutions(tf32=False)
     weights = load_loss("equal")
     host = Trainer(recipe, job.index, choose_runtime("cpu", amp="off"))
     device = Trainer(recipe, job.index, job.runtime("off"))
@@ -188,4 +195,4 @@ def _first_losses(job: Job, rec: Recorder, recipe: Recipe) -> None:
     name = f"first {len(apart)} losses against the CPU's"
     figures = {"cpu": losses[0], "gpu": losses[1]}
     rec.row(name, max(apart), goal=0.02, sense="<=", detail=detail, figures=figures)
-    torch.backends.cudnn.allow_tf32 = True
+    _convolutions(tf32=True)
