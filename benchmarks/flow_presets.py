@@ -199,6 +199,7 @@ def table_of(rows: list[dict[str, Any]], side: int) -> Table:
 def main(folder: Path, sides: tuple[int, ...], out: Path | None) -> None:
     """Print a table a resolution."""
     facts = {"seed": None, "recipe_hash": None, **provenance(choose_runtime(amp="off"))}
+    facts.pop("command")  # it holds paths of this machine
     for side in sides:
         rows = rows_at(side, folder, facts)
         Console(width=120).print(table_of(rows, side))

@@ -48,9 +48,11 @@ def main(shards: tuple[Path, ...], count: int, device: str, out: Path | None) ->
     click.echo(f"growth from {count // 10} to {count} batches: {growth:.2f} %")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        row = {"batches": count, "mib": [round(s, 1) for s in sizes], "growth_percent": growth}
+        facts = {**provenance(runtime), "seed": 0, "recipe_hash": None}
+        facts.pop("command")  # it holds paths of this machine
+        row = {"benchmark": "input_memory", "batches": count, "mib": [round(s, 1) for s in sizes], "growth_percent": growth}
         with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | provenance(runtime)) + "\n")
+            file.write(json.dumps(row | facts) + "\n")
 
 
 if __name__ == "__main__":
