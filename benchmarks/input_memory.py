@@ -50,7 +50,8 @@ def main(shards: tuple[Path, ...], count: int, device: str, out: Path | None) ->
         out.parent.mkdir(parents=True, exist_ok=True)
         facts = {**provenance(runtime), "seed": 0, "recipe_hash": None}
         facts.pop("command")  # it holds paths of this machine
-        row = {"benchmark": "input_memory", "batches": count, "mib": [round(s, 1) for s in sizes], "growth_percent": growth}
+        row = {"benchmark": "input_memory", "batches": count, "growth_percent": growth}
+        row |= {"mib": [round(s, 1) for s in sizes]}
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | facts) + "\n")
 
