@@ -138,7 +138,7 @@ class Soloist:
         """What it found; raises RuntimeError with its reason where it could not."""
         try:
             found = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise RuntimeError("cohort: a member's process ended without a word") from None
         if isinstance(found, str):
             raise RuntimeError(f"cohort: a member's process failed: {found}")

@@ -13,10 +13,10 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "input_memory.py"
 
 
 def test_growth_is_that_of_the_sizes_printed(tiny_shards: Path, tmp_path: Path) -> None:
-    assert len(ClipIndex([tiny_shards])) > 0
+    assert len(ClipIndex([tiny_shards / "unlabelled"])) > 0
     out = tmp_path / "rows.jsonl"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tiny_shards), "--batches", "20", "--device", "cpu"]
+        [sys.executable, str(SCRIPT), str(tiny_shards / "unlabelled"), "--batches", "20", "--device", "cpu"]
         + ["--json", str(out)],
         capture_output=True,
         text=True,
