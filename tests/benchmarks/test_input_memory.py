@@ -16,7 +16,15 @@ def test_growth_is_that_of_the_sizes_printed(tiny_shards: Path, tmp_path: Path) 
     assert len(ClipIndex([tiny_shards / "unlabelled"])) > 0
     out = tmp_path / "rows.jsonl"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tiny_shards / "unlabelled"), "--batches", "20", "--device", "cpu"]
+        [
+            sys.executable,
+            str(SCRIPT),
+            str(tiny_shards / "unlabelled"),
+            "--batches",
+            "20",
+            "--device",
+            "cpu",
+        ]
         + ["--json", str(out)],
         capture_output=True,
         text=True,
