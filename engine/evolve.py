@@ -17,8 +17,9 @@ from engine.data.library import Library, fingerprint
 from engine.display import Display, outcome_line
 from engine.features import LabelledClips
 from engine.fitness import kmeans_backend
+from engine.lossfile import random_weights, save_loss
 from engine.objective.terms import LossWeights
-from engine.recipe import Recipe, random_weights, recipe_hash, save_loss
+from engine.recipe import Recipe, recipe_hash
 from engine.runfolder import RunError, RunFolder
 from engine.runtime import Clock, Runtime, make_deterministic, provenance
 from engine.search import MemberRecord, Proposal, SearchStudy

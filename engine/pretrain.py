@@ -13,8 +13,9 @@ from engine.checkpoint import load_member, save_member, save_tensors
 from engine.data.library import Library, fingerprint
 from engine.data.views import RGB_MEAN, RGB_STD
 from engine.display import Display
+from engine.lossfile import load_loss, save_loss
 from engine.objective.terms import LossWeights
-from engine.recipe import Recipe, load_loss, recipe_hash, save_loss
+from engine.recipe import Recipe, recipe_hash
 from engine.runfolder import RunError, RunFolder
 from engine.runtime import Runtime, make_deterministic, provenance
 from engine.train import Trainer, learning_rate

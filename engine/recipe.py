@@ -15,19 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 import tomli_w
 from msgspec import Meta, Struct
-
-from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
 
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Meta(gt=0.0)]
-
-RANDOM_LOSS_STREAM = 0x10553
-"""Keeps random losses' draws apart from every other use of the same seed."""
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -163,11 +157,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     Raises RecipeError for a missing file, TOML that does not parse, an unknown key, a wrong type or a value
     out of range; the message names file and key, and the nearest known key.
     """
-    text, where = _read_toml(name_or_path, folder="")
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+    values, where = read_toml(name_or_path, folder="")
     return recipe_from(values, where=where)
 
 
@@ -217,44 +207,6 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(msgspec.json.encode(values, order="sorted")).hexdigest()[:12]
 
 
-def load_loss(name_or_path: str | Path) -> LossWeights:
-    """Read a loss: a TOML file with a ``[weights]`` table, a preset's name, or ``random:SEED``.
-
-    Returns every term's weight; names that the file leaves out get 0. Raises RecipeError as ``load_recipe``.
-    """
-    name = str(name_or_path)
-    if name.startswith("random:"):
-        if not name[7:].isdigit():
-            raise RecipeError(f"loss {name!r}: write random:SEED with a whole number")
-        return random_weights(int(name[7:]))
-    text, where = _read_toml(name_or_path, folder="losses")
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where}: not valid TOML: {error}") from None
-    weights = values.get("weights")
-    if not isinstance(weights, dict):
-        raise RecipeError(
-            f"{where}: no [weights] table; a loss maps term names to numbers in [0, 1]"
-        )
-    try:
-        return check_weights(weights, where=where)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-
-
-def save_loss(weights: LossWeights, path: Path, *, name: str, about: str) -> None:
-    """Write a loss that ``load_loss`` reads."""
-    text = tomli_w.dumps({"name": name, "about": about, "weights": weights})
-    write_text_atomic(path, text)
-
-
-def random_weights(seed: int) -> LossWeights:
-    """A loss drawn uniformly from [0, 1] for every term: the paper's "random loss"."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, RANDOM_LOSS_STREAM]))
-    return dict(zip(TERM_NAMES, rng.random(len(TERM_NAMES)).tolist(), strict=True))
-
-
 def write_text_atomic(path: Path, text: str) -> None:
     """Write text so that a reader, or a run after a kill, sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -271,7 +223,19 @@ def preset_names(folder: str = "") -> list[str]:
     return sorted(p.name[:-5] for p in root.iterdir() if p.name.endswith(".toml"))
 
 
-def _read_toml(name_or_path: str | Path, *, folder: str) -> tuple[str, str]:
+def read_toml(name_or_path: str | Path, *, folder: str) -> tuple[dict[str, Any], str]:
+    """The values of a TOML file, or of one of ``recipes/folder`` by its name; and what to call it in messages.
+
+    Raises RecipeError for a name or file that is not there, and for text that does not parse.
+    """
+    text, where = _text_of(name_or_path, folder)
+    try:
+        return tomllib.loads(text), where
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+
+
+def _text_of(name_or_path: str | Path, folder: str) -> tuple[str, str]:
     path = Path(name_or_path)
     name = str(name_or_path)
     kind = "loss" if folder else "recipe"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engine.checkpoint import CheckpointError, load_member, load_tensors, save_member, save_tensors
 from engine.data.shards import ClipIndex
-from engine.recipe import load_recipe, override, random_weights, recipe_hash
+from engine.lossfile import random_weights
+from engine.recipe import load_recipe, override, recipe_hash
 from engine.runtime import choose_runtime, make_deterministic
 from engine.train import Trainer
 from engine.train_state import Member

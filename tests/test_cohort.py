@@ -13,8 +13,9 @@ from engine.cohort import MemberResult, evaluate_cohort, untrained_fitness
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
 from engine.features import LabelledClips
+from engine.lossfile import random_weights
 from engine.objective.terms import LossWeights, check_weights
-from engine.recipe import load_recipe, random_weights
+from engine.recipe import load_recipe
 from engine.runtime import choose_runtime, make_deterministic
 from engine.train import Trainer
 from engine.train_state import Member

@@ -21,8 +21,9 @@ from click.testing import CliRunner
 from engine import evolve
 from engine.checkpoint import load_tensors
 from engine.cli import main
+from engine.lossfile import load_loss
 from engine.objective.terms import TERM_NAMES
-from engine.recipe import load_loss, load_recipe, recipe_hash
+from engine.recipe import load_recipe, recipe_hash
 from engine.runfolder import RunFolder
 from engine.search import MemberRecord, SearchStudy
 from engine.train import Trainer

@@ -14,7 +14,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.objective.terms",),
     ("engine.runlog",),
     ("engine.recipe", "engine.runtime", "engine.display"),
-    ("engine.runfolder",),
+    ("engine.lossfile", "engine.runfolder"),
     ("engine.data",),
     ("engine.model",),
     ("engine.objective",),
@@ -47,7 +47,9 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "click": (
         "engine/cli.py",
         "engine/cli_common.py",
+        "engine/cli_evolve.py",
         "engine/cli_ingest.py",
+        "engine/cli_pretrain.py",
         "engine/cli_report.py",
     ),
     "cmaes": "engine/search.py",

@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from engine.checkpoint import load_tensors
 from engine.cli import main
 from engine.data.views import Views
+from engine.lossfile import load_loss, random_weights, save_loss
 from engine.model.resnet3d import ResNet3D
 from engine.objective.terms import check_weights
-from engine.recipe import load_loss, load_recipe, override, random_weights, recipe_hash, save_loss
+from engine.recipe import load_recipe, override, recipe_hash
 from engine.train import Trainer
 from engine.train_state import Member
 

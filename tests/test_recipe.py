@@ -2,18 +2,16 @@ import tomllib
 
 import pytest
 
+from engine.lossfile import load_loss, random_weights, save_loss
 from engine.objective.terms import BY_NAME, TERM_NAMES, check_weights
 from engine.recipe import (
     Recipe,
     RecipeError,
-    load_loss,
     load_recipe,
     override,
     preset_names,
-    random_weights,
     recipe_from,
     recipe_hash,
-    save_loss,
     to_toml,
 )
 

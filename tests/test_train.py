@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from engine.data.shards import ClipIndex
+from engine.lossfile import random_weights
 from engine.objective.terms import check_weights
-from engine.recipe import Optim, Recipe, load_recipe, override, random_weights
+from engine.recipe import Optim, Recipe, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
 from engine.train import (
     DeviceFailed,

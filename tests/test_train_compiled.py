@@ -13,9 +13,10 @@ from engine.checkpoint import load_member, save_member
 from engine.cohort import evaluate_cohort
 from engine.data.shards import ClipIndex
 from engine.features import LabelledClips
+from engine.lossfile import random_weights
 from engine.objective.loss import branches
 from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
-from engine.recipe import load_recipe, override, random_weights
+from engine.recipe import load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
 from engine.train import NonFiniteLoss, Trainer
 from engine.train_state import FlatState, Member

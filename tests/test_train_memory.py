@@ -13,8 +13,9 @@ from engine.cohort import evaluate_cohort
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
 from engine.features import LabelledClips
+from engine.lossfile import random_weights
 from engine.objective.terms import check_weights
-from engine.recipe import load_recipe, random_weights
+from engine.recipe import load_recipe
 from engine.runtime import choose_runtime, is_out_of_memory, make_deterministic
 from engine.train import DeviceFailed, NonFiniteLoss, Trainer
 from engine.train_memory import members_that_fit

@@ -12,7 +12,8 @@ from torch import Tensor
 import engine.train
 import kernels
 from engine.data.views import RGB_MEAN, RGB_STD, Views
-from engine.recipe import Recipe, load_loss
+from engine.lossfile import load_loss
+from engine.recipe import Recipe
 from engine.runtime import choose_runtime
 from engine.train import Trainer
 from gpu_checks.inputs import moved

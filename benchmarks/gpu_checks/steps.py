@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.bench.rows import teraflops
 from engine.bench.step import Variant
 from engine.data.views import Views
+from engine.lossfile import random_weights
 from engine.model.resnet3d import ResNet3D
-from engine.recipe import random_weights
 from engine.runtime import make_deterministic
 from engine.train import Trainer
 from gpu_checks.inputs import milliseconds

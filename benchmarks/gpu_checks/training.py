@@ -14,8 +14,9 @@ from pathlib import Path
 from engine.bench.cohort import possible_gain
 from engine.bench.solo import Job as SoloJob
 from engine.bench.solo import Soloist, costs, seconds_a_step, trainer_for
+from engine.lossfile import random_weights
 from engine.objective.terms import LossWeights
-from engine.recipe import override, random_weights
+from engine.recipe import override
 from engine.runtime import make_deterministic
 from engine.train import Member, MemberFailed, Trainer
 from gpu_checks.job import Job

@@ -24,7 +24,7 @@ from statistics import median
 from engine.bench.base import Bench, told
 from engine.bench.rows import Limit, Row, per_second, quantiles
 from engine.bench.solo import Job, Soloist, seconds_a_step, trainer_for
-from engine.recipe import random_weights
+from engine.lossfile import random_weights
 
 UNIT = "members/h"
 GPU_SIZES, GPU_QUICK, CPU_SIZE, CPU_QUICK = (1, 2, 4, 8, 16), (1, 4), 8, 4

@@ -16,8 +16,9 @@ from engine.bench.timing import timed
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_batch
 from engine.data.shards import ClipIndex
+from engine.lossfile import random_weights
 from engine.objective.terms import LossWeights
-from engine.recipe import Recipe, override, random_weights
+from engine.recipe import Recipe, override
 from engine.runtime import Runtime, make_deterministic
 from engine.train import MemberFailed, Trainer
 

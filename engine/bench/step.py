@@ -23,7 +23,8 @@ from engine.bench.base import Bench, told
 from engine.bench.rows import Row, per_second, quantiles
 from engine.bench.timing import Step
 from engine.data.views import Views
-from engine.recipe import load_loss, override
+from engine.lossfile import load_loss
+from engine.recipe import override
 from engine.runtime import choose_runtime, num_cores
 from engine.train import Trainer
 from engine.train_state import Member
