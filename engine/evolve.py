@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from engine.board import Board
-from engine.checkpoint import save_tensors
 from engine.cohort import MemberResult, evaluate_cohort, untrained_fitness
 from engine.data.library import Library, fingerprint
 from engine.display import Display, outcome_line
 from engine.features import LabelledClips
 from engine.fitness import kmeans_backend
 from engine.lossfile import random_weights, save_loss
+from engine.network_file import card_of, save_network
 from engine.objective.terms import LossWeights
 from engine.recipe import Recipe, recipe_hash
 from engine.runfolder import RunError, RunFolder
@@ -205,8 +205,16 @@ class Evolution:
         """Keep the RGB network of a member that is fitter than all before it."""
         best = max((m.fitness for m in self.study.members() if m.fitness is not None), default=-1.0)
         if result.fitness is not None and result.rgb is not None and result.fitness > best:
-            facts = {"trial": proposal.trial, "fitness": result.fitness, **self.card()}
-            save_tensors(self.run.checkpoints / "best.safetensors", result.rgb, facts=facts)
+            card = card_of(
+                self.recipe,
+                labels_used=True,
+                loss=proposal.weights,
+                recipe_hash=self.hash,
+                seed=self.recipe.seed,
+                num_clips=len(self.data.videos.index),
+            )
+            facts = {"trial": proposal.trial, "fitness": result.fitness}
+            save_network(self.run.checkpoints / "best.safetensors", result.rgb, card, **facts)
 
     def _keep_best(self) -> None:
         """Write best.toml as the study has it."""
@@ -228,17 +236,6 @@ class Evolution:
         }
         self.run.write_json("timing.json", seconds)
         return seconds
-
-    def card(self) -> dict[str, Any]:
-        """What an RGB network's file says of it."""
-        model = self.recipe.model
-        return {
-            "arch": model.arch,
-            "width": model.width,
-            "pool": model.pool,
-            "recipe_hash": self.hash,
-            "seed": self.recipe.seed,
-        }
 
     def _confirm(self) -> dict[str, list[float | None]]:
         """Train the best loss and a random one again with seeds that the search never saw."""

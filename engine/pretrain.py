@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.checkpoint import load_member, save_member, save_tensors
+from engine.checkpoint import load_member, save_member
 from engine.data.library import Library, fingerprint
-from engine.data.views import RGB_MEAN, RGB_STD
 from engine.display import Display
 from engine.lossfile import load_loss, save_loss
+from engine.network_file import card_of, save_network
 from engine.objective.terms import LossWeights
 from engine.recipe import Recipe, recipe_hash
 from engine.runfolder import RunError, RunFolder
@@ -71,8 +70,8 @@ def pretrain(
             save_member(last, member, facts={"recipe_hash": digest, "seed": recipe.seed})
     board.close()
     out = run.path / "rgb.safetensors"
-    card = network_card(recipe, weights, facts)
-    save_tensors(out, member.loss.rgb.state_dict(), facts=card)
+    told = {key: facts[key] for key in ("recipe_hash", "seed", "num_clips", "git_sha", "versions")}
+    save_network(out, member.loss.rgb.state_dict(), card_of(recipe, loss=weights, **told))
     return out
 
 
@@ -114,25 +113,3 @@ def _own_loss(run: RunFolder, weights: LossWeights | None) -> LossWeights:
         raise RunError(f"{run.path}: ended before it had its loss (loss.toml); give --loss again")
     save_loss(weights, path, name="loss", about="the loss that this run trains with")
     return weights
-
-
-def network_card(recipe: Recipe, weights: LossWeights, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the RGB network's file says of it: architecture, input, normalisation, loss, seed, versions."""
-    clip = recipe.clip
-    return {
-        "arch": recipe.model.arch,
-        "width": recipe.model.width,
-        "pool": recipe.model.pool,
-        "input": {
-            "num_frames": clip.num_frames,
-            "frame_stride": clip.frame_stride,
-            "size": clip.size,
-        },
-        "mean": RGB_MEAN,
-        "std": RGB_STD,
-        "loss": weights,
-        "recipe_hash": facts["recipe_hash"],
-        "seed": recipe.seed,
-        "versions": facts["versions"],
-        "git_sha": facts["git_sha"],
-    }

@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.features", "engine.fitness", "engine.search"),
     ("engine.train",),
     ("engine.checkpoint", "engine.board"),
+    ("engine.network_file",),
     ("engine.cohort", "engine.evaluate"),
     ("engine.workers",),
     ("engine.evolve", "engine.pretrain", "engine.doctor", "engine.bench", "engine.contact_sheet"),

@@ -84,6 +84,24 @@ def load_pretrained(network: ResNet3D, state: Mapping[str, Tensor], *, where: st
     return LoadReport(tuple(values), tuple(ignored), inflated, adapted)
 
 
+def architecture_of(state: Mapping[str, Tensor], *, where: str) -> str:
+    """The video architecture that a state dict belongs to, or is inflated into: such as ``r3d_18``.
+
+    Raises ValueError where its names are not those of a ResNet.
+    """
+    named, _ = _unwrapped(state, where)
+    found = _architecture(named, "conv1.weight" in named)
+    if found is None:
+        raise ValueError(f"{where}: these are not the weights of a ResNet that can be loaded")
+    return _video_arch(found)
+
+
+def is_image_network(state: Mapping[str, Tensor], *, where: str) -> bool:
+    """Whether a state dict's kernels are an image network's, which are inflated."""
+    named, _ = _unwrapped(state, where)
+    return "conv1.weight" in named and named["conv1.weight"].ndim == 4
+
+
 def _unwrapped(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by bare names, and the full names of what is ignored."""
     named: dict[str, tuple[str, Tensor]] = {}
