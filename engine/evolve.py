@@ -93,10 +93,7 @@ class Evolution:
         return summary
 
     def _search(self) -> None:
-        search, what = (
-            self.recipe.search,
-            "evolving" if self.recipe.search.method == "evolution" else "drawing",
-        )
+        what = "evolving" if self.recipe.search.method == "evolution" else "drawing"
         with self.clock("search"):
             proposals = self.study.ask()
             done = len(self.study.members())
@@ -117,7 +114,7 @@ class Evolution:
             reason = self.study.members()[0].attributes["reason"]
             raise RuntimeError(f"{self.run.path}: all {failed} members failed; the first: {reason}")
         self._keep_best()  # an interruption may have come between the last member and the file
-        if search.population + search.rounds > done:
+        if not self.study.finished:
             raise AssertionError("the study ended before its members were done")
 
     def _seeds(self) -> list[int]:
