@@ -192,7 +192,7 @@ class Evolution:
             "clips_per_second": round(result.clips_per_second, 2),
             "terms": result.terms,
             "recipe_hash": self.hash,
-            "labels_used": self.recipe.fitness.metric != "zipf",
+            "labels_used": self.recipe.fitness.uses_labels,
         }
 
     def _keep_network(self, proposal: Proposal, result: MemberResult) -> None:
@@ -319,7 +319,7 @@ class Evolution:
             "hours_of_video": round(float(videos.index.duration.sum()) / 3600, 4),
             "num_labelled": len(self.labelled.clips),
             "num_classes": self.labelled.num_classes,
-            "labels_used": self.recipe.fitness.metric != "zipf",
+            "labels_used": self.recipe.fitness.uses_labels,
             "rejected": [
                 f"{r.path}: {r.reason}" for r in dict.fromkeys((*videos.rejects, *labelled.rejects))
             ],

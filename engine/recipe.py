@@ -121,6 +121,11 @@ class Fitness(Section, frozen=True):
     """Statistics of batch norm while features are taken: of the labelled batch, or the running ones."""
     batch_size: Annotated[int, Meta(ge=4)] = 32
 
+    @property
+    def uses_labels(self) -> bool:
+        """Whether labels decide the fitness."""
+        return self.metric != "zipf"
+
 
 class Search(Section, frozen=True):
     """How weights are proposed."""

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.data",),
     ("engine.model",),
     ("engine.objective",),
-    ("engine.agreement", "engine.kmeans"),
+    ("engine.agreement", "engine.kmeans", "engine.zipf"),
     ("engine.features", "engine.fitness", "engine.search"),
     ("engine.train",),
     ("engine.checkpoint", "engine.board"),
