@@ -103,7 +103,7 @@ def cohort_fitness(
     there are none, no number of clusters, and k-means that is not there.
     """
     backend = kmeans_backend(device, settings.kmeans)
-    num_clusters = clusters_wanted(settings, num_classes if labels is not None else 0)
+    num_clusters = settings.clusters_for(num_classes if labels is not None else 0)
     if labels is not None:
         labels = np.asarray(labels)
         check_labels(labels, num_classes)
@@ -124,21 +124,6 @@ def cohort_fitness(
             for each, runs in zip(sound, clustered, strict=True)
         )
         return [next(results) if fault is None else fault for fault in faults]
-
-
-def clusters_wanted(settings: recipe.Fitness, num_classes: int) -> int:
-    """How many clusters k-means finds, for 0 classes without labels; raises ValueError that tells what to set."""
-    if num_classes == 0 and settings.uses_labels:
-        raise ValueError(
-            f'fitness.metric "{settings.metric}" needs labelled clips: give some with --labelled, '
-            "or judge without labels by --set fitness.metric=zipf"
-        )
-    wanted = settings.num_clusters or num_classes
-    if wanted < 2:
-        raise ValueError(
-            "clips without labels have no number of classes: set fitness.num_clusters (2 or more)"
-        )
-    return wanted
 
 
 def effective_rank(features: Floats | Tensor) -> float:
