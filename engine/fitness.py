@@ -1,14 +1,14 @@
-"""Fitness: how well k-means on the features of labelled clips finds the clips' classes.
+"""Fitness: how well k-means on clips' features finds their classes, or how near its clusters are to Zipf's law.
 
-Shape letters: M members, S runs, N clips, D features. Nothing here trains or sees a video; the labels are those of the
-train split, and all that they decide is a number per member.
+Shape letters: M members, S runs, N clips, D features. Nothing here trains or sees a video; labels, where there are
+any, are those of the train split, and all that they decide is a number per member.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from importlib.util import find_spec
 from statistics import fmean, stdev
@@ -17,21 +17,16 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from sklearn.cluster import KMeans  # type: ignore[import-untyped]
 from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
-from sklearn.metrics import (  # type: ignore[import-untyped]
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-)
-from sklearn.metrics.cluster import contingency_matrix  # type: ignore[import-untyped]
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 from engine import kmeans, recipe
+from engine.agreement import Agreement, Ints, agreement, check_labels
+from engine.zipf import zipf_fitness
 
 Floats = NDArray[np.floating[Any]]
-Ints = NDArray[np.integer[Any]]
 Backend = Literal["sklearn", "cuml", "batched"]
 
 AUTO: dict[str, Backend] = {"cpu": "sklearn", "cuda": "batched"}
@@ -44,25 +39,15 @@ and the batched one needs as many for all members, runs and starts as cuML for a
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How well clusters match classes; 1 is a perfect match by every measure."""
-
-    hungarian: float
-    """Accuracy in [0, 1] under the best one-to-one matching of clusters and classes."""
-    nmi: float
-    """Normalised mutual information in [0, 1], by the arithmetic mean of the two entropies."""
-    ari: float
-    """Adjusted Rand index: about 0 by chance, negative below it, at most 1."""
-
-
-@dataclass(frozen=True)
 class FitnessResult:
     """A member's fitness and what it was made of."""
 
     value: float
     """Mean of ``settings.metric`` over the k-means runs: what the search maximises."""
-    metrics: Agreement
-    """Means of all measures over the k-means runs."""
+    metrics: Agreement | None
+    """Means of its measures over the k-means runs; None without labels."""
+    zipf: float
+    """Mean over the k-means runs of ``zipf_fitness``, which sees no label."""
     sd: float
     """Sample standard deviation of ``settings.metric`` over the k-means runs; 0 for one run."""
     effective_rank: float
@@ -70,34 +55,15 @@ class FitnessResult:
     backend: Backend
     """Whose k-means was run: scikit-learn's, cuML's or the engine's own batched one."""
 
-
-def agreement(labels: Ints, clusters: Ints) -> Agreement:
-    """Compare classes with clusters, whatever the clusters are called.
-
-    ``labels`` (N,) are class ids, 0 or more; ``clusters`` (N,) are any integers. There may be more
-    classes than clusters or the reverse: clips of what is left unmatched count as wrong. Raises
-    ValueError for arrays that are empty or of other shapes or types, and for labels below 0.
-    """
-    labels, clusters = np.asarray(labels), np.asarray(clusters)
-    _check_labels(labels)
-    if clusters.shape != labels.shape or clusters.dtype.kind not in "iu":
-        raise ValueError(
-            f"agreement: clusters must be {labels.shape[0]} integers, one a clip,"
-            f" not {clusters.dtype} of shape {clusters.shape}"
-        )
-    counts = contingency_matrix(labels, clusters)
-    rows, columns = linear_sum_assignment(counts, maximize=True)
-    nmi = normalized_mutual_info_score(labels, clusters, average_method="arithmetic")
-    return Agreement(
-        hungarian=float(counts[rows, columns].sum() / labels.size),
-        nmi=float(np.clip(nmi, 0.0, 1.0)),  # rounding can leave [0, 1] by an ulp
-        ari=float(adjusted_rand_score(labels, clusters)),
-    )
+    def measures(self) -> dict[str, float]:
+        """All that was measured, by name; for a record."""
+        agreed = {} if self.metrics is None else asdict(self.metrics)
+        return {**agreed, "zipf": self.zipf, "effective_rank": self.effective_rank}
 
 
 def kmeans_fitness(
     features: Floats | Tensor,
-    labels: Ints,
+    labels: Ints | None,
     *,
     settings: recipe.Fitness,
     num_classes: int,
@@ -115,38 +81,47 @@ def kmeans_fitness(
 
 def cohort_fitness(
     features: Sequence[Floats | Tensor],
-    labels: Ints,
+    labels: Ints | None,
     *,
     settings: recipe.Fitness,
     num_classes: int,
     seed: int,
     device: str = "cpu",
 ) -> list[FitnessResult | str]:
-    """Cluster each member's features into ``num_classes`` and compare with the classes (the paper).
+    """Cluster each member's features; compare with the classes (the paper) and with Zipf's law (its follow-up).
 
     ``features`` (N, D) float, an array or a tensor a member, are clustered as they are: the paper clusters
     the representation itself, k-means is blind to a shift and to a common scale, and no other scaling is
-    better for every kind of feature. ``labels`` (N,) are class ids in [0, num_classes). Averages
+    better for every kind of feature. ``labels`` (N,) are class ids in [0, num_classes), or None where there are
+    none and the metric is zipf. Clusters are ``settings.num_clusters``, or as many as classes. Averages
     ``settings.kmeans_seeds`` runs, each the best of ``settings.kmeans_init`` starts, whose random numbers
     depend on ``seed`` alone. In any company a member's numbers are the same on a CPU, to the bit and
     whatever the number of threads; on a GPU (``device`` "cuda...") up to float32's rounding.
 
     A member without fitness gets the reason: features that are not finite, or not one row a label. Raises
-    ValueError for labels outside the classes, fewer clips than classes, and k-means that is not there.
+    ValueError for labels outside the classes, fewer clips than classes or clusters, a metric that wants labels where
+    there are none, no number of clusters, and k-means that is not there.
     """
     backend = kmeans_backend(device, settings.kmeans)
-    labels = np.asarray(labels)
-    _check_labels(labels, num_classes)
+    num_clusters = settings.clusters_for(num_classes if labels is not None else 0)
+    if labels is not None:
+        labels = np.asarray(labels)
+        check_labels(labels, num_classes)
     faults = [_fault(each, labels) for each in features]
     sound = [each for each, fault in zip(features, faults, strict=True) if fault is None]
+    if sound and len(sound[0]) < num_clusters:
+        raise ValueError(
+            f"fitness: {len(sound[0])} clips are too few for {num_clusters} clusters: "
+            "set fitness.num_clusters lower, or give more clips"
+        )
     if backend != "sklearn":
         sound = [_on_device(each, device) for each in sound]
     cluster = {"sklearn": _cluster_sklearn, "cuml": _cluster_cuml, "batched": _cluster_batched}
     with _one_thread():
-        clustered = cluster[backend](sound, num_classes, settings, seed) if sound else []
+        clustered = cluster[backend](sound, num_clusters, settings, seed) if sound else []
         results = iter(
-            _result([agreement(labels, run) for run in runs], settings.metric, rank, backend)
-            for runs, rank in zip(clustered, map(effective_rank, sound), strict=True)
+            _result(each, runs, labels, settings=settings, num_clusters=num_clusters, by=backend)
+            for each, runs in zip(sound, clustered, strict=True)
         )
         return [next(results) if fault is None else fault for fault in faults]
 
@@ -256,14 +231,28 @@ def _cuml_array(tensor: Tensor) -> Any:
     return cupy.asarray(tensor)
 
 
-def _result(runs: list[Agreement], metric: str, rank: float, backend: Backend) -> FitnessResult:
-    values = [getattr(each, metric) for each in runs]
+def _result(
+    features: Floats | Tensor,
+    runs: Ints,
+    labels: Ints | None,
+    *,
+    settings: recipe.Fitness,
+    num_clusters: int,
+    by: Backend,
+) -> FitnessResult:
+    """Of one member's features (N, D) and their clusters in each run (S, N)."""
+    s = settings.zipf_exponent
+    zipf = [zipf_fitness(features, run, num_clusters=num_clusters, exponent=s) for run in runs]
+    agreed = [] if labels is None else [agreement(labels, run) for run in runs]
+    values = [getattr(each, settings.metric) for each in agreed] if settings.uses_labels else zipf
+    metrics = Agreement(*map(fmean, zip(*map(astuple, agreed), strict=True))) if agreed else None
     return FitnessResult(
         value=fmean(values),
-        metrics=Agreement(*map(fmean, zip(*map(astuple, runs), strict=True))),
+        metrics=metrics,
+        zipf=fmean(zipf),
         sd=stdev(values) if len(values) > 1 else 0.0,
-        effective_rank=rank,
-        backend=backend,
+        effective_rank=effective_rank(features),
+        backend=by,
     )
 
 
@@ -325,25 +314,3 @@ def _fault(features: Any, labels: Ints | None = None) -> str | None:
     if labels is not None and len(labels) != len(features):
         return f"fitness: {len(features)} clips have features, {len(labels)} have labels"
     return None
-
-
-def _check_labels(labels: Ints, num_classes: int | None = None) -> None:
-    if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iu":
-        raise ValueError(
-            "fitness: labels must be integers, one a clip,"
-            f" not {labels.dtype} of shape {labels.shape}"
-        )
-    if labels.min() < 0:
-        raise ValueError(
-            f"fitness: {int((labels < 0).sum())} of {labels.size} clips have no label (-1):"
-            " leave clips without a class out"
-        )
-    if num_classes is None:
-        return
-    if labels.max() >= num_classes:
-        raise ValueError(f"fitness: label {labels.max()} is not one of {num_classes} classes")
-    if len(labels) < num_classes:
-        raise ValueError(
-            f"fitness: {len(labels)} labelled clips are too few for {num_classes} classes:"
-            " give at least one clip per class, better ten"
-        )
