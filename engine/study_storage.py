@@ -102,7 +102,7 @@ class StudyStorage:
         self._ids.update(self._patiently(lambda: self._add(proposals)))
 
     def finish(self, member: MemberRecord) -> None:
-        """Store what became of a trial; raises ValueError where it is done already, with another outcome."""
+        """Store what became of a trial; raises ValueError where another process did."""
         self._patiently(lambda: self._finish(member))
 
     def _add(self, proposals: Sequence[Proposal]) -> dict[int, int]:
@@ -116,7 +116,11 @@ class StudyStorage:
             there: dict[int, int] = {row[0]: row[1] for row in session.execute(query)}
             if there:
                 same = sorted(there) == [proposal.trial for proposal in proposals]
-                if same and all(_weights(session, there[p.trial]) == p.weights for p in proposals):
+                if (
+                    self._patiently.unsure
+                    and same
+                    and all(_weights(session, there[p.trial]) == p.weights for p in proposals)
+                ):
                     return there
                 raise RuntimeError(f"{self.where}: another process proposes members in this study")
             rows = [
@@ -156,7 +160,7 @@ class StudyStorage:
             trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
             if trial.state.is_finished():
                 there = _proposal(self._storage._build_frozen_trial_from_trial_model(trial))
-                if not _same(there, member):
+                if not (self._patiently.unsure and _same(there, member)):
                     raise ValueError(f"{self.where}: trial {member.trial} is done already")
                 return
             values, steps = models.TrialValueModel, models.TrialIntermediateValueModel
