@@ -36,7 +36,7 @@ class Proposal:
     """The term whose weight differs from the parent's."""
     round: int
     """0 for the initial population, then one member a round up to ``settings.rounds``; for cmaes, the generation."""
-    notes: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
+    notes: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False, compare=False)
     """What one of Optuna's own samplers must find again when the study is opened."""
 
 
@@ -225,8 +225,8 @@ class GridSampler(RandomSampler):
 
     A term in use has one of ``settings.levels`` weights: 1, 1 - 1/levels, ..., 1/levels. Order: single terms at weight
     1 in the table's order, then at each lower level; then pairs of terms at (1, 1), and at each other pair of levels,
-    from the highest down. Pairs of one block go by how far apart their terms are in the table, neighbours first: where
-    the search ends inside a block, every term has come about as often.
+    from the highest down. Pairs of one block go by how far apart their terms are in the table, taken as a ring, with
+    neighbours first: wherever the search ends inside a block, every term has come as often, give or take two.
 
     Raises ValueError where the search has more members than the grid.
     """
@@ -242,7 +242,7 @@ class GridSampler(RandomSampler):
                 " search.levels"
             )
         self._heights = [(levels - i) / levels for i in range(levels)]
-        self._pairs = sorted(combinations(range(n), 2), key=lambda pair: (pair[1] - pair[0], pair))
+        self._pairs = sorted(combinations(range(n), 2), key=lambda pair: (_apart(*pair, n), pair))
 
     def propose(
         self, number: int, *, done: Sequence[MemberRecord], pending: Sequence[Proposal]
@@ -261,6 +261,11 @@ class GridSampler(RandomSampler):
         weights = dict.fromkeys(TERM_NAMES, 0.0)
         weights.update({TERM_NAMES[t]: height for t, height in zip(terms, heights, strict=True)})
         return Proposal(number, weights, None, None, self.round_of(number))
+
+
+def _apart(one: int, other: int, around: int) -> int:
+    """Steps between two places of a ring."""
+    return min(other - one, around - other + one)
 
 
 def _vector(member: Proposal) -> npt.NDArray[np.float64]:
