@@ -185,8 +185,9 @@ class Trainer:
     def rounds(self, members: Sequence[Member], *, seed: int) -> Iterator[tuple[int, Views]]:
         """Steps and their views, made once for all ``members``, from where they stand to the end."""
         modalities = tuple({m: None for member in members for m in member.alive.modalities})
-        batches = self.batches(seed=seed, first=members[0].step, modalities=modalities)
-        for step in range(members[0].step, self.recipe.optim.steps):
+        first = min(member.step for member in members)
+        batches = self.batches(seed=seed, first=first, modalities=modalities)
+        for step in range(first, self.recipe.optim.steps):
             with self.clock("input"):
                 batch = next(batches)
             with self.clock("views"):
@@ -234,7 +235,7 @@ class Trainer:
             loss, optimizer = self.seat.loss, self.seat.optimizer
         optim = self.recipe.optim
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, member.step)
+            group["lr"] = learning_rate(optim, member.step, first=member.first)
         optimizer.zero_grad(
             set_to_none=True
         )  # before, so that gradients and activations never add up
@@ -293,8 +294,10 @@ def make_optimizer(loss: nn.Module, settings: Optim) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=True)
 
 
-def learning_rate(settings: Optim, step: int) -> float:
-    """Linear warm-up over ``warmup_steps``, then a cosine to zero at ``steps``."""
+def learning_rate(settings: Optim, step: int, *, first: int = 0) -> float:
+    """Linear warm-up over ``warmup_steps``, then a cosine to zero at ``steps``; joined at ``first``, warmed up to."""
+    if first and step - first < settings.warmup_steps:
+        return learning_rate(settings, step) * (step - first + 1) / settings.warmup_steps
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
