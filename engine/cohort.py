@@ -138,6 +138,7 @@ def _run(trainer: Trainer, number: int, job: MemberJob, seed: int) -> Run:
         weights=job.weights,
         seed=seed,
         first=first,
+        step=first,
         rungs=rungs(search, first=first, steps=steps),
         start=job.start,
         keeps_end=job.keep is not None,

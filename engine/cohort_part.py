@@ -50,6 +50,8 @@ class Run:
     seed: int
     first: int
     """The step that it starts from."""
+    step: int
+    """Steps of the schedule that are behind it."""
     rungs: tuple[int, ...]
     """Steps after which it is looked at on the way."""
     start: Path | None
@@ -58,7 +60,6 @@ class Run:
     """While it is in memory."""
     parked: Path | None = None
     """Where it waits."""
-    step: int = 0
     seconds: float = 0.0
     """Its share of its groups' time, by steps."""
     begun: bool = False
@@ -179,7 +180,7 @@ class Part:
                 load_member(run.parked, member, recipe_hash="")
             elif run.start is not None:
                 start_from(run.start, member.loss, seed=run.seed)
-                member.step = run.step = run.first
+                member.step = run.first
             member.first = run.first
             run.member = member
         except ValueError as error:
