@@ -6,12 +6,14 @@ fitnesses comes from their losses. A member that fails leaves; the others never 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from msgspec.structs import replace
 from torch import Tensor
 
 from engine.cohort_part import OnStep, Part, Run, TooManyMembers, how_judged, rung_fitness
@@ -20,7 +22,7 @@ from engine.cohort_state import keep_ends
 from engine.features import LabelledClips
 from engine.fitness import FitnessResult, kmeans_fitness
 from engine.objective.terms import LossWeights
-from engine.recipe import recipe_hash
+from engine.recipe import Search, recipe_hash
 from engine.runtime import is_device_error
 from engine.train import DeviceFailed, Trainer, device_failed
 from engine.train_memory import members_that_fit
@@ -69,25 +71,61 @@ def evaluate_cohort(
     jobs: Sequence[MemberJob],
     seeds: Sequence[int],
     on_step: OnStep | None = None,
+    full: bool = False,
 ) -> list[MemberResult]:
     """Train each job's loss, once a seed, and measure its fitness; results in the order of ``jobs``.
 
     As many members as fit into memory are trained at once; where they run out of it all the same, the half
     of them, from their start. Neither changes a result. What ``search.halving`` compares is the whole cohort, of
     which those that are trained from the same step are compared with each other: see ``engine.cohort_rungs``.
+    With ``full`` all are trained to the end and on all clips, whatever ``search`` says: what the search found is then
+    confirmed by what it did without. The trainer keeps a bank of clips from the first cohort on.
+
     Raises DeviceFailed where the GPU itself does, and OSError where an end state can't be written.
     """
+    search = trainer.recipe.search
+    if full:
+        search = replace(search, halving=False, collapse_rank=0.0, clip_bank=0)
+    with _bank(trainer, search.clip_bank):
+        return _evaluate(trainer, labelled, jobs, seeds=seeds, search=search, on_step=on_step)
+
+
+@contextmanager
+def _bank(trainer: Trainer, size: int | str) -> Iterator[None]:
+    """Train on the bank, made where there is none yet, or for a size of 0 on all clips."""
+    kept = trainer.bank
+    if size and kept is None:
+        kept = trainer.open_bank(size)
+    trainer.bank = kept if size else None
+    try:
+        yield
+    finally:
+        trainer.bank = kept
+
+
+def _evaluate(
+    trainer: Trainer,
+    labelled: LabelledClips,
+    jobs: Sequence[MemberJob],
+    *,
+    seeds: Sequence[int],
+    search: Search,
+    on_step: OnStep | None,
+) -> list[MemberResult]:
     losses = [job.weights for job in jobs]
     at_once = trainer.members_at_once or members_that_fit(trainer, losses, seed=seeds[0])
     results: list[MemberResult] = []
     while len(results) < len(jobs):
         # what is compared is trained together, in turns; others come one group after the other
-        count = len(jobs) if trainer.recipe.search.halving else at_once
+        count = len(jobs) if search.halving else at_once
         part = jobs[len(results) : len(results) + count]
         try:
-            results += _evaluate_part(
-                trainer, labelled, part, at_once=at_once, seeds=seeds, on_step=on_step
-            )
+            runs = [
+                _run(trainer, i, job, seed, search) for seed in seeds for i, job in enumerate(part)
+            ]
+            whole = Part(trainer, labelled, runs, search=search, at_once=at_once, on_step=on_step)
+            whole.finish()
+            results += _results(trainer, part, runs, search)
             continue
         except TooManyMembers as error:
             size = error.size
@@ -109,29 +147,22 @@ def untrained_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -
         return kmeans_fitness(features, labelled.labels, **how_judged(trainer, labelled, seed))
 
 
-def _evaluate_part(
-    trainer: Trainer,
-    labelled: LabelledClips,
-    jobs: Sequence[MemberJob],
-    *,
-    at_once: int,
-    seeds: Sequence[int],
-    on_step: OnStep | None,
+def _results(
+    trainer: Trainer, jobs: Sequence[MemberJob], runs: Sequence[Run], search: Search
 ) -> list[MemberResult]:
-    runs = [_run(trainer, i, job, seed) for seed in seeds for i, job in enumerate(jobs)]
-    Part(trainer, labelled, runs, at_once=at_once, on_step=on_step).finish()
+    """Each job's, in order; the end states that jobs keep are written."""
     results = []
     for i, job in enumerate(jobs):
         own = [run for run in runs if run.job == i and run.begun]
-        results.append(_result(trainer, own))
+        results.append(_result(trainer, own, search))
         ends = {run.seed: run.end for run in own if run.end is not None}
         if job.keep is not None and results[-1].state == "complete":
             keep_ends(job.keep, ends, recipe_hash=recipe_hash(trainer.recipe))
     return results
 
 
-def _run(trainer: Trainer, number: int, job: MemberJob, seed: int) -> Run:
-    search, steps = trainer.recipe.search, trainer.recipe.optim.steps
+def _run(trainer: Trainer, number: int, job: MemberJob, seed: int, search: Search) -> Run:
+    steps = trainer.recipe.optim.steps
     first = 0 if job.start is None else first_step(search, steps)
     return Run(
         job=number,
@@ -145,7 +176,7 @@ def _run(trainer: Trainer, number: int, job: MemberJob, seed: int) -> Run:
     )
 
 
-def _result(trainer: Trainer, runs: Sequence[Run]) -> MemberResult:
+def _result(trainer: Trainer, runs: Sequence[Run], search: Search) -> MemberResult:
     """One job's, of its runs under each seed that was begun."""
     bad = next((run for run in runs if run.failed is not None), None)
     pruned = next((run.pruned for run in runs if run.pruned is not None), None)
@@ -166,7 +197,7 @@ def _result(trainer: Trainer, runs: Sequence[Run]) -> MemberResult:
         terms={} if bad else runs[-1].terms,
         rgb=runs[-1].rgb if state == "complete" else None,
         rungs=tuple((at - runs[0].first, rung_fitness(runs, at)) for at in common)
-        if trainer.recipe.search.halving
+        if search.halving
         else (),
         steps=sum(run.step - run.first for run in runs),
     )

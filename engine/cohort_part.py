@@ -23,6 +23,7 @@ from engine.data.views import Views
 from engine.features import LabelledClips
 from engine.fitness import FitnessResult, cohort_fitness, effective_rank
 from engine.objective.terms import LossWeights
+from engine.recipe import Search
 from engine.runtime import is_out_of_memory
 from engine.train import MemberFailed, Trainer
 from engine.train_state import Member
@@ -88,11 +89,13 @@ class Part:
         labelled: LabelledClips,
         runs: Sequence[Run],
         *,
+        search: Search,
         at_once: int,
         on_step: OnStep | None,
     ) -> None:
         """``at_once``: most members in memory."""
         self.trainer, self.labelled, self.runs, self.on_step = trainer, labelled, runs, on_step
+        self.search = search
         self.at_once, self.steps = at_once, trainer.recipe.optim.steps
         self._rounds: Iterator[tuple[int, Views]] | None = None
         """Of the only group, which stays in memory."""
@@ -199,7 +202,7 @@ class Part:
         if not judged:
             return
         members = _members(judged)
-        ranks_only = end < self.steps and not self.trainer.recipe.search.halving
+        ranks_only = end < self.steps and not self.search.halving
         found: Sequence[FitnessResult | float | str]
         with self.trainer.clock("fitness"):
             features = self.labelled.features([member.loss.rgb for member in members])
@@ -224,7 +227,7 @@ class Part:
     def _prune(self, end: int) -> None:
         """Compare the jobs that were looked at after ``end`` steps, each by the mean over its seeds."""
         search, lost = (
-            self.trainer.recipe.search,
+            self.search,
             {r.job for r in self.runs if r.failed is not None},
         )
         looked = [run for run in self.runs if end in run.looks and run.job not in lost]

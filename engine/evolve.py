@@ -131,6 +131,7 @@ class Evolution:
         what: str,
         done: int,
         total: int | None = None,
+        full: bool = False,
     ) -> list[MemberResult]:
         """Train and judge a cohort while the display moves; ``done`` members came before it."""
         began, steps, batch = (
@@ -152,7 +153,9 @@ class Evolution:
             )
 
         jobs = [MemberJob(weights) for weights in losses]
-        return evaluate_cohort(self.trainer, self.labelled, jobs=jobs, seeds=seeds, on_step=on_step)
+        return evaluate_cohort(
+            self.trainer, self.labelled, jobs=jobs, seeds=seeds, on_step=on_step, full=full
+        )
 
     def _record(self, proposal: Proposal, result: MemberResult) -> None:
         """Write a member's file, then tell the study: what the study knows is always on disk too."""
@@ -261,6 +264,7 @@ class Evolution:
             what="confirming with fresh seeds",
             done=done,
             total=total,
+            full=True,
         )
         untrained = untrained_fitness(self.trainer, self.labelled, seed=seed)
         return {
