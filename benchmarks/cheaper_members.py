@@ -201,8 +201,8 @@ def comparison(
     names = [name for name in full if name in rows]
     scores = np.array([[full[n]["score"], rows[n]["score"]] for n in names])
     rng = np.random.Generator(np.random.Philox(0))
-    draws = [spearman(scores[rng.integers(len(names), size=len(names))]) for _ in range(RESAMPLES)]
-    low, high = np.nanpercentile(draws, [5, 95])
+    drawn = (spearman(scores[rng.integers(len(names), size=len(names))]) for _ in range(RESAMPLES))
+    draws = [rho for rho in drawn if rho is not None]
     top = max(len(names) // 4, 1)
     best = [set(np.argsort(-column, kind="stable")[:top]) for column in scores.T]
     states = [rows[n]["state"] for n in names]
@@ -214,19 +214,26 @@ def comparison(
             for kind in ("cpu", "seconds", "steps")
         },
         "spearman": spearman(scores),
-        "spearman_90": [float(low), float(high)],
-        "kendall": float(kendalltau(*scores.T).statistic),
+        "spearman_90": np.percentile(draws, [5, 95]).tolist() if draws else None,
+        "kendall": kendall(scores),
         "top_quarter_recall": len(best[0] & best[1]) / top,
         "states": {state: states.count(state) for state in sorted(set(states))},
         "cpu_full_member": sum(full[n]["cpu"] for n in names) / len(names),
     }
 
 
-def spearman(scores: np.ndarray[Any, Any]) -> float:
-    """Rank correlation of two columns; nan where one does not vary."""
-    if any(len(np.unique(column)) < 2 for column in scores.T):
-        return float("nan")
-    return float(spearmanr(*scores.T).statistic)
+def spearman(scores: np.ndarray[Any, Any]) -> float | None:
+    """Rank correlation of two columns; None where one does not vary."""
+    return float(spearmanr(*scores.T).statistic) if _varies(scores) else None
+
+
+def kendall(scores: np.ndarray[Any, Any]) -> float | None:
+    """Kendall's tau-b of two columns; None where one does not vary."""
+    return float(kendalltau(*scores.T).statistic) if _varies(scores) else None
+
+
+def _varies(scores: np.ndarray[Any, Any]) -> bool:
+    return all(len(np.unique(column)) > 1 for column in scores.T)
 
 
 def summary(bench: Bench, ways: Sequence[Way]) -> list[dict[str, Any]]:
@@ -250,6 +257,10 @@ def summary(bench: Bench, ways: Sequence[Way]) -> list[dict[str, Any]]:
     return [*found, {**facts, "effective_ranks": sorted(ranks)}, *banks]
 
 
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(
@@ -266,13 +277,13 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         if "cpu_share" not in row:
             continue
-        low, high = row["spearman_90"]
+        low, high = row["spearman_90"] or (None, None)
         table.add_row(
             row["way"],
             str(row["losses"]),
             *(f"{row[f'{kind}_share']:.2f}" for kind in ("cpu", "seconds", "steps")),
-            f"{row['spearman']:.2f} ({low:.2f} to {high:.2f})",
-            f"{row['kendall']:.2f}",
+            f"{_two(row['spearman'])} ({_two(low)} to {_two(high)})",
+            _two(row["kendall"]),
             f"{row['top_quarter_recall']:.2f}",
             ", ".join(f"{n} {state}" for state, n in row["states"].items()),
         )
