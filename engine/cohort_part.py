@@ -112,6 +112,7 @@ class Part:
                         self._park(group, Path(folder))
                 if end < self.steps:
                     self._prune(end)
+        self._rounds = None  # lets go of the decoders
 
     def _groups(self) -> list[list[Run]]:
         """Runs of one seed that are in memory together; a loss that failed under one seed is not tried again."""

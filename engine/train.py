@@ -100,7 +100,7 @@ class Trainer:
     def open_bank(self, size: int | str) -> ClipBank:
         """Decode the clips that ``search.clip_bank`` asks for, drawn with the recipe's seed; see ``ClipBank``."""
         r = self.recipe
-        with self.clock("bank"):
+        with self.clock("input"):
             return ClipBank(
                 self.index,
                 r.clip,

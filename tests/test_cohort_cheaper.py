@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from optuna.study import StudyDirection
 from engine.cohort import MemberJob, MemberResult, evaluate_cohort
 from engine.cohort_rungs import first_step, promoted, rungs
 from engine.data.shards import ClipIndex
+from engine.data.views import Views
 from engine.features import LabelledClips
 from engine.objective.terms import check_weights
 from engine.recipe import Search, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
 from engine.train import Trainer, learning_rate
+from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
 JOBS = [
@@ -125,6 +128,33 @@ def test_halving_compares_the_cohort_whatever_memory_holds(
     split = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[SEED])
     assert all(same(one, other) for one, other in zip(split, halved, strict=True))
     pickle.loads(pickle.dumps((JOBS, split)))
+
+
+@pytest.mark.parametrize("most", [2, 0])
+def test_a_halved_cohort_out_of_memory_begins_again_with_fewer_at_once(
+    most: int, tiny_shards: Path, halved: list[MemberResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
+    told: list[str] = []
+    trainer.warn = told.append
+    original = Trainer.step_all
+
+    def step_all(self: Trainer, members: Sequence[Member], views: Views) -> object:
+        if len(members) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, members, views)
+
+    monkeypatch.setattr(Trainer, "step_all", step_all)
+    results = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[SEED])
+    assert told[:2] == [
+        "out of memory with 5 members at once: going on with 3",
+        "out of memory with 3 members at once: going on with 2",
+    ]
+    if most:
+        assert all(same(one, other) for one, other in zip(results, halved, strict=True))
+    else:
+        assert {r.state for r in results} == {"failed"}
+        assert all(str(r.reason).startswith("out of memory: CUDA") for r in results)
 
 
 def test_halving_compares_means_over_repeats(tiny_shards: Path) -> None:

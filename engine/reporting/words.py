@@ -27,7 +27,6 @@ TASK_LABELS = {
 }
 MODALITY_LABELS = {"rgb": "RGB", "grey": "Grey", "flow": "Flow", "audio": "Audio"}
 TIME_LABELS = {
-    "bank": "Filling the clip bank",
     "input": "Decoding",
     "views": "Views and flow",
     "train": "Training",
