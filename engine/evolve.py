@@ -128,6 +128,7 @@ class Evolution:
         what: str,
         done: int,
         total: int | None = None,
+        full: bool = False,
     ) -> list[MemberResult]:
         """Train and judge a cohort while the display moves; ``done`` members came before it."""
         began, steps, batch = (
@@ -149,7 +150,9 @@ class Evolution:
             )
 
         jobs = [MemberJob(weights) for weights in losses]
-        return evaluate_cohort(self.trainer, self.labelled, jobs=jobs, seeds=seeds, on_step=on_step)
+        return evaluate_cohort(
+            self.trainer, self.labelled, jobs=jobs, seeds=seeds, on_step=on_step, full=full
+        )
 
     def _record(self, proposal: Proposal, result: MemberResult) -> None:
         """Write a member's file, then tell the study: what the study knows is always on disk too."""
@@ -255,6 +258,7 @@ class Evolution:
             what="confirming with fresh seeds",
             done=done,
             total=total,
+            full=True,
         )
         untrained = untrained_fitness(self.trainer, self.labelled, seed=seed)
         return {
