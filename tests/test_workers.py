@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine.jobs import Crew, Done, Evaluator, Job, LocalPool, Lost
+from engine.jobs import Crew, Done, Evaluator, Lost
 from engine.workers import RayPool
 
 ray = pytest.importorskip("ray")
