@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -27,13 +28,25 @@ OnStep = Callable[[int, Sequence[float]], None]
 
 
 @dataclass(frozen=True)
-class MemberResult:
-    """What training and clustering one loss gave."""
+class MemberJob:
+    """A member to train and judge."""
 
+    weights: LossWeights
+    start: Path | None = None
+    """Where an earlier member's end state lies, its parent's, from which its networks start; None: as initialised."""
+    keep: Path | None = None
+    """Where to save its end state for its children; None: nowhere."""
+
+
+@dataclass(frozen=True)
+class MemberResult:
+    """What training and clustering one loss gave; tensors are on the CPU."""
+
+    state: Literal["complete", "failed", "pruned"]
     fitness: float | None
-    """Mean over repeats; None for a member that failed."""
+    """Mean over repeats; None unless it is complete."""
     reason: str | None
-    """Why it failed."""
+    """Why it failed or was pruned."""
     results: tuple[FitnessResult, ...]
     """One per repeat."""
     seeds: tuple[int, ...]
@@ -44,24 +57,29 @@ class MemberResult:
     """Unweighted terms near the end of training, running mean; of the last repeat."""
     rgb: dict[str, Tensor] | None
     """The RGB network's weights; of the last repeat."""
+    rungs: tuple[tuple[int, float], ...] = ()
+    """Steps trained and fitness measured then, on the way to the end."""
+    steps: int = 0
+    """Steps trained, of all repeats."""
 
 
 def evaluate_cohort(
     trainer: Trainer,
     labelled: LabelledClips,
     *,
-    losses: Sequence[LossWeights],
+    jobs: Sequence[MemberJob],
     seeds: Sequence[int],
     on_step: OnStep | None = None,
 ) -> list[MemberResult]:
-    """Train each loss, once a seed, and measure its fitness; results in the order of ``losses``.
+    """Train each job's loss, once a seed, and measure its fitness; results in the order of ``jobs``.
 
     As many members as fit into memory are trained at once; where they run out of it all the same, the half
     of them, from their start. Neither changes a result. Raises DeviceFailed where the GPU itself does.
     """
+    losses = [job.weights for job in jobs]
     at_once = trainer.members_at_once or members_that_fit(trainer, losses, seed=seeds[0])
     results: list[MemberResult] = []
-    while len(results) < len(losses):
+    while len(results) < len(jobs):
         part = losses[len(results) : len(results) + at_once]
         try:
             results += _evaluate_part(trainer, labelled, part, seeds=seeds, on_step=on_step)
@@ -189,6 +207,7 @@ def _finished(
 ) -> MemberResult:
     clips = member.step * trainer.recipe.optim.batch_size
     return MemberResult(
+        state="complete",
         fitness=result.value,
         reason=None,
         results=(result,),
@@ -200,17 +219,19 @@ def _finished(
             name: tensor.detach().cpu().clone()
             for name, tensor in member.loss.rgb.state_dict().items()
         },
+        steps=member.step,
     )
 
 
 def _failed(reason: str, seed: int, seconds: float) -> MemberResult:
-    return MemberResult(None, reason, (), (seed,), seconds, 0.0, {}, None)
+    return MemberResult("failed", None, reason, (), (seed,), seconds, 0.0, {}, None)
 
 
 def _merged(repeats: Sequence[MemberResult]) -> MemberResult:
     bad = next((r for r in repeats if r.fitness is None), None)
     last = bad or repeats[-1]
     return MemberResult(
+        state=last.state,
         fitness=None if bad else float(np.mean([r.fitness for r in repeats])),
         reason=last.reason,
         results=tuple(result for r in repeats for result in r.results),
@@ -219,4 +240,6 @@ def _merged(repeats: Sequence[MemberResult]) -> MemberResult:
         clips_per_second=float(np.mean([r.clips_per_second for r in repeats])),
         terms=last.terms,
         rgb=last.rgb,
+        rungs=last.rungs,
+        steps=sum(r.steps for r in repeats),
     )

@@ -12,7 +12,7 @@ import torch
 
 from engine.board import Board
 from engine.checkpoint import save_tensors
-from engine.cohort import MemberResult, evaluate_cohort, untrained_fitness
+from engine.cohort import MemberJob, MemberResult, evaluate_cohort, untrained_fitness
 from engine.data.library import Library, fingerprint
 from engine.display import Display, outcome_line
 from engine.features import LabelledClips
@@ -151,9 +151,8 @@ class Evolution:
                 what, place, total or self.study.total, note=f"{shown}{rate:.0f} clips/s"
             )
 
-        return evaluate_cohort(
-            self.trainer, self.labelled, losses=losses, seeds=seeds, on_step=on_step
-        )
+        jobs = [MemberJob(weights) for weights in losses]
+        return evaluate_cohort(self.trainer, self.labelled, jobs=jobs, seeds=seeds, on_step=on_step)
 
     def _record(self, proposal: Proposal, result: MemberResult) -> None:
         """Write a member's file, then tell the study: what the study knows is always on disk too."""
@@ -184,21 +183,16 @@ class Evolution:
             self.display.say(f"member {proposal.trial} failed: {result.reason}")
 
     def _facts(self, result: MemberResult) -> dict[str, Any]:
-        last = result.results[-1] if result.results else None
-        metrics = {} if last is None else {
-            "hungarian": fmean(r.metrics.hungarian for r in result.results),
-            "nmi": fmean(r.metrics.nmi for r in result.results),
-            "ari": fmean(r.metrics.ari for r in result.results),
-            "effective_rank": fmean(r.effective_rank for r in result.results),
-        }  # fmt: skip
+        repeats = [each.measures() for each in result.results]
+        names = repeats[0] if repeats else ()
         return {
-            "metrics": metrics,
+            "metrics": {name: fmean(each[name] for each in repeats) for name in names},
             "seeds": list(result.seeds),
             "seconds": round(result.seconds, 3),
             "clips_per_second": round(result.clips_per_second, 2),
             "terms": result.terms,
             "recipe_hash": self.hash,
-            "labels_used": True,
+            "labels_used": self.recipe.fitness.metric != "zipf",
         }
 
     def _keep_network(self, proposal: Proposal, result: MemberResult) -> None:
@@ -325,7 +319,7 @@ class Evolution:
             "hours_of_video": round(float(videos.index.duration.sum()) / 3600, 4),
             "num_labelled": len(self.labelled.clips),
             "num_classes": self.labelled.num_classes,
-            "labels_used": True,
+            "labels_used": self.recipe.fitness.metric != "zipf",
             "rejected": [
                 f"{r.path}: {r.reason}" for r in dict.fromkeys((*videos.rejects, *labelled.rejects))
             ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from importlib.util import find_spec
 from statistics import fmean, stdev
@@ -17,21 +17,15 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from sklearn.cluster import KMeans  # type: ignore[import-untyped]
 from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
-from sklearn.metrics import (  # type: ignore[import-untyped]
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-)
-from sklearn.metrics.cluster import contingency_matrix  # type: ignore[import-untyped]
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 from engine import kmeans, recipe
+from engine.agreement import Agreement, Ints, agreement, check_labels
 
 Floats = NDArray[np.floating[Any]]
-Ints = NDArray[np.integer[Any]]
 Backend = Literal["sklearn", "cuml", "batched"]
 
 AUTO: dict[str, Backend] = {"cpu": "sklearn", "cuda": "batched"}
@@ -41,18 +35,6 @@ A CPU is bound by arithmetic, of which scikit-learn does half: it adds up a clus
 one multiplies by one-hot assignments. On a GPU one clustering of some thousand clips is bound by launches,
 and the batched one needs as many for all members, runs and starts as cuML for a single start.
 """
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How well clusters match classes; 1 is a perfect match by every measure."""
-
-    hungarian: float
-    """Accuracy in [0, 1] under the best one-to-one matching of clusters and classes."""
-    nmi: float
-    """Normalised mutual information in [0, 1], by the arithmetic mean of the two entropies."""
-    ari: float
-    """Adjusted Rand index: about 0 by chance, negative below it, at most 1."""
 
 
 @dataclass(frozen=True)
@@ -70,29 +52,9 @@ class FitnessResult:
     backend: Backend
     """Whose k-means was run: scikit-learn's, cuML's or the engine's own batched one."""
 
-
-def agreement(labels: Ints, clusters: Ints) -> Agreement:
-    """Compare classes with clusters, whatever the clusters are called.
-
-    ``labels`` (N,) are class ids, 0 or more; ``clusters`` (N,) are any integers. There may be more
-    classes than clusters or the reverse: clips of what is left unmatched count as wrong. Raises
-    ValueError for arrays that are empty or of other shapes or types, and for labels below 0.
-    """
-    labels, clusters = np.asarray(labels), np.asarray(clusters)
-    _check_labels(labels)
-    if clusters.shape != labels.shape or clusters.dtype.kind not in "iu":
-        raise ValueError(
-            f"agreement: clusters must be {labels.shape[0]} integers, one a clip,"
-            f" not {clusters.dtype} of shape {clusters.shape}"
-        )
-    counts = contingency_matrix(labels, clusters)
-    rows, columns = linear_sum_assignment(counts, maximize=True)
-    nmi = normalized_mutual_info_score(labels, clusters, average_method="arithmetic")
-    return Agreement(
-        hungarian=float(counts[rows, columns].sum() / labels.size),
-        nmi=float(np.clip(nmi, 0.0, 1.0)),  # rounding can leave [0, 1] by an ulp
-        ari=float(adjusted_rand_score(labels, clusters)),
-    )
+    def measures(self) -> dict[str, float]:
+        """All that was measured, by name; for a record."""
+        return {**asdict(self.metrics), "effective_rank": self.effective_rank}
 
 
 def kmeans_fitness(
@@ -136,7 +98,7 @@ def cohort_fitness(
     """
     backend = kmeans_backend(device, settings.kmeans)
     labels = np.asarray(labels)
-    _check_labels(labels, num_classes)
+    check_labels(labels, num_classes)
     faults = [_fault(each, labels) for each in features]
     sound = [each for each, fault in zip(features, faults, strict=True) if fault is None]
     if backend != "sklearn":
@@ -325,25 +287,3 @@ def _fault(features: Any, labels: Ints | None = None) -> str | None:
     if labels is not None and len(labels) != len(features):
         return f"fitness: {len(features)} clips have features, {len(labels)} have labels"
     return None
-
-
-def _check_labels(labels: Ints, num_classes: int | None = None) -> None:
-    if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iu":
-        raise ValueError(
-            "fitness: labels must be integers, one a clip,"
-            f" not {labels.dtype} of shape {labels.shape}"
-        )
-    if labels.min() < 0:
-        raise ValueError(
-            f"fitness: {int((labels < 0).sum())} of {labels.size} clips have no label (-1):"
-            " leave clips without a class out"
-        )
-    if num_classes is None:
-        return
-    if labels.max() >= num_classes:
-        raise ValueError(f"fitness: label {labels.max()} is not one of {num_classes} classes")
-    if len(labels) < num_classes:
-        raise ValueError(
-            f"fitness: {len(labels)} labelled clips are too few for {num_classes} classes:"
-            " give at least one clip per class, better ten"
-        )

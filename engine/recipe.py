@@ -100,9 +100,15 @@ class Optim(Section, frozen=True):
 
 
 class Fitness(Section, frozen=True):
-    """K-means agreement of the RGB network's features with the classes of labelled clips."""
+    """K-means on the RGB network's features: agreement with labelled clips' classes, or Zipf's law without."""
 
-    metric: Literal["hungarian", "nmi", "ari"] = "hungarian"
+    metric: Literal["hungarian", "nmi", "ari", "zipf"] = "hungarian"
+    num_clusters: Natural = 0
+    """Clusters; 0: as many as there are classes. Clips without labels (metric "zipf") need a number."""
+    zipf_exponent: PositiveFloat = 1.0
+    """Zipf's s: the i-th largest cluster is to weigh i^-s."""
+    max_clips: Natural = 0
+    """Most clips that are judged, drawn with the recipe's seed; 0: all that have labels, 2000 where none has."""
     views_per_clip: Positive = 2
     """Views in time, evenly spread over a clip, whose features are averaged."""
     kmeans_init: Positive = 10
@@ -131,6 +137,16 @@ class Search(Section, frozen=True):
     """Trainings per member, with different seeds, whose fitnesses are averaged."""
     confirm_seeds: Annotated[int, Meta(ge=0)] = 3
     """Fresh seeds with which the best and random losses are trained again at the end."""
+    halving: bool = False
+    """Drop the worse half of a cohort at 1/4 and again at 1/2 of the steps (successive halving)."""
+    warm_start: bool = False
+    """Start a member's networks from its parent's end state."""
+    warm_start_steps: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.5
+    """Share of the steps, the last ones, that a member with such a start is trained for."""
+    collapse_rank: Annotated[float, Meta(ge=0.0)] = 0.0
+    """Drop a member whose features' effective rank is below this at 1/4 of the steps; 0: never."""
+    clip_bank: Natural | Annotated[str, Meta(pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")] = 0
+    """Train on this many clips, or as many as fit a size such as "2GiB", kept decoded; 0: on all, decoded each time."""
 
 
 class Recipe(Section, frozen=True):

@@ -15,8 +15,8 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from engine import fitness, kmeans
+from engine.agreement import agreement
 from engine.fitness import (
-    agreement,
     cohort_fitness,
     effective_rank,
     kmeans_backend,

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.data",),
     ("engine.model",),
     ("engine.objective",),
-    ("engine.kmeans",),
+    ("engine.agreement", "engine.kmeans"),
     ("engine.features", "engine.fitness", "engine.search"),
     ("engine.train",),
     ("engine.checkpoint", "engine.board"),
@@ -61,7 +61,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "optuna": ("engine/search.py", "engine/reporting/importance.py"),
     "ray": ("engine/workers.py", "engine/data/ray_ingest.py"),
     "safetensors": "engine/checkpoint.py",
-    "sklearn": "engine/fitness.py",
+    "sklearn": ("engine/agreement.py", "engine/fitness.py"),
     "torchaudio": "engine/data/audio.py",
     "triton": "kernels/",
 }
