@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -39,11 +40,18 @@ class Runtime:
     device: torch.device
     amp: bool
     """Autocast the networks to bf16."""
+    processes: int = 1
+    """Processes of a run on this machine, which divide its cores (and, on a CPU, its memory) among themselves."""
+
+    @property
+    def cores(self) -> int:
+        """Cores for this process: its share of those that it may use."""
+        return max(1, num_cores() // self.processes)
 
     @property
     def threads(self) -> int:
-        """Threads for decoding: the cores this process may use, at most 16."""
-        return min(num_cores(), 16)
+        """Threads for decoding: this process's cores, at most 16."""
+        return min(self.cores, 16)
 
     def map(self, function: Callable[[Any], Result], items: Iterable[Any]) -> list[Result]:
         """Apply a function of torch to members: on a CPU side by side, a core each; on a GPU in turn.
@@ -52,7 +60,7 @@ class Runtime:
         """
         if self.device.type != "cpu":
             return [function(item) for item in items]
-        return list(_one_thread_each().map(function, items))
+        return list(_one_thread_each(self.cores).map(function, items))
 
 
 SWITCH_SECONDS = 1e-4
@@ -61,9 +69,9 @@ network's operations, each of which begins in Python."""
 
 
 @cache
-def _one_thread_each() -> ThreadPoolExecutor:
+def _one_thread_each(cores: int) -> ThreadPoolExecutor:
     sys.setswitchinterval(SWITCH_SECONDS)
-    return ThreadPoolExecutor(num_cores(), "member", initializer=lambda: torch.set_num_threads(1))
+    return ThreadPoolExecutor(cores, "member", initializer=lambda: torch.set_num_threads(1))
 
 
 class Clock:
@@ -92,8 +100,8 @@ def num_cores() -> int:
 def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
     """Pick the device: ``auto`` takes a GPU where there is one.
 
-    ``amp``: ``auto`` autocasts to bf16 on a GPU and stays in float32 on a CPU; ``bf16`` and ``off`` force it.
-    Raises ValueError for a GPU that is asked for and absent.
+    ``amp``: ``auto`` autocasts to bf16 on a GPU and stays in float32 on a CPU; ``off`` forces float32; ``bf16`` is
+    taken on a GPU, and on a CPU where ``cpu_has_bf16``. Raises ValueError for a GPU that is asked for and absent.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,7 +110,18 @@ def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
             f"device {device!r}: no CUDA GPU is visible; use --device cpu or check `engine doctor`"
         )
     chosen = torch.device(device)
-    return Runtime(chosen, amp == "bf16" or (amp == "auto" and chosen.type == "cuda"))
+    if chosen.type == "cpu":
+        return Runtime(chosen, amp == "bf16" and cpu_has_bf16())
+    return Runtime(chosen, amp in ("bf16", "auto"))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether bf16 can be trusted on this CPU: only where it has AMX's matrix units.
+
+    Elsewhere oneDNN's gradients of bf16 convolutions depend on what memory held before, so that equal seeds differ and
+    losses become nan (seen with torch 2.13 on a CPU with AVX-512's bf16: 3x3x3, 32 channels, 2x6x6 positions).
+    """
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def free_memory(device: torch.device) -> int:
@@ -204,11 +223,16 @@ def check_kernels_package() -> None:
         )
 
 
+def without_password(text: str) -> str:
+    """The text with no user or password in the addresses that it holds."""
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1", re.sub(r"://[^/\s]*@", "://", text))
+
+
 def provenance(runtime: Runtime) -> dict[str, Any]:
     """What every number is written with: code, device and library versions, start time."""
     gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": without_password(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "engine_version": engine.__version__,
         "git_sha": _git_sha(),
         "device": gpu or _cpu_name(),

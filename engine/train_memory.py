@@ -42,7 +42,8 @@ def members_that_fit(trainer: Trainer, losses: Sequence[LossWeights], *, seed: i
     if not measured:
         trainer.free_memory()  # only here does no traceback hold the member's tensors any more
         return 1 if too_large else len(losses)
-    room = SHARE * free_memory(trainer.runtime.device) - per_step
+    shared_by = trainer.runtime.processes if trainer.runtime.device.type == "cpu" else 1
+    room = SHARE * free_memory(trainer.runtime.device) / shared_by - per_step
     fits = max(int(room // max(per_member, 1)), 1)
     if fits < len(losses):
         trainer.members_at_once = fits
