@@ -7,9 +7,8 @@ comes of them is written down and told as it comes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ class Evolution:
         run: RunFolder,
         runtime: Runtime,
         display: Display,
-        workers: Workers = Workers(),  # noqa: B008
+        workers: Workers = Workers(),
     ) -> None:
         """Raises ValueError where the data does not fit (see ``LabelledClips``), or rounds were lowered too far."""
         self.recipe, self.data, self.run, self.display = recipe, data, run, display

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -21,21 +20,6 @@ from engine.runfolder import RunFolder
 from engine.runtime import Clock
 from engine.search import Proposal, SearchStudy
 
-WORDS = {
-    "worker_died": "worker died",
-    "node_lost": "node lost",
-    "time_limit": "time limit",
-    "out_of_memory": "out of memory",
-    "error": "error in a worker",
-    "start_failed": "worker could not start",
-    "storage": "storage away",
-    "non_finite": "not finite",
-    "retry": "done again",
-    "resumed": "resumed",
-    "failed": "failed",
-}
-"""Kinds of events, for the closing table."""
-
 
 class Records:
     """Keeps a run's folder in step with its study: what the study knows is always on disk too."""
@@ -46,7 +30,7 @@ class Records:
         self.events = Events(run.path)
         self._began = time.perf_counter()
         self._earlier: dict[str, float] = run.read_json("timing.json") or {}
-        self._worked: Counter[str] = Counter()
+        self._worked: dict[str, float] = {}
 
     def open(self, study: SearchStudy) -> None:
         """Begin with a study, which may have members already."""
@@ -133,7 +117,7 @@ class Records:
         for warning in outcome.warnings:
             self.display.say(warning)
         for stage, seconds in outcome.stages.items():
-            self._worked[stage] += seconds / workers
+            self._worked[stage] = self._worked.get(stage, 0.0) + seconds / workers
 
     def keep_best(self) -> None:
         """Write best.toml as the study has it, and take over the best member's network that its worker left."""

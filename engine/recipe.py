@@ -125,14 +125,26 @@ class Fitness(Section, frozen=True):
 class Search(Section, frozen=True):
     """How weights are proposed."""
 
-    method: Literal["evolution", "random"] = "evolution"
+    method: Literal[
+        "evolution", "cmaes", "random", "grid", "tpe", "gp", "qmc", "nsgaii", "optuna_cmaes"
+    ] = "evolution"
+    """``engine.samplers`` describes the first four; the others are Optuna's own."""
     population: Annotated[int, Meta(ge=2)] = 12
     rounds: Natural = 12
-    """Members evaluated after the initial population; the paper runs 2000."""
+    """Members evaluated after the initial population, whatever the method; the paper runs 2000."""
     tournament: Positive = 4
     generation: Positive = 4
     """Members proposed at once and trained on the same decoded batches."""
     replace: Literal["worst", "oldest"] = "oldest"
+    synchronous: bool = True
+    """Propose a generation once all earlier ones are done, so that the same members come whatever the number of
+    workers and kills. False: propose whenever a worker is free, from whatever is done by then; no worker waits."""
+    sigma: PositiveFloat = 0.3
+    """cmaes: standard deviation of the first generation's weights around 0.5."""
+    cmaes_population: Natural = 0
+    """cmaes: members of a generation; 0: 4 + 3 ln(39), which is 14."""
+    levels: Positive = 2
+    """grid: weights that a term may have, evenly spaced, up to 1."""
     repeats: Positive = 1
     """Trainings per member, with different seeds, whose fitnesses are averaged."""
     confirm_seeds: Annotated[int, Meta(ge=0)] = 3

@@ -19,7 +19,6 @@ import msgspec
 
 from engine.recipe import Recipe, load_recipe, recipe_hash, to_toml, write_text_atomic
 
-
 STORAGE = "storage.json"
 
 

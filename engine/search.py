@@ -1,158 +1,54 @@
 """Search: asks for loss weights and is told their fitness; knows nothing of videos or training.
 
-The paper's evolution: an initial population is drawn uniformly; then, round by round, a top
-performer (the winner of a tournament) is copied and one of its weights is drawn anew. Members are
-numbered as the study's trials. A proposal depends on the seed, its number and the results of
-earlier generations alone: a search that was killed and opened again proposes what it would have.
+Members are numbered as the study's trials. How weights are proposed is the samplers' part, where they are kept the
+storage's; this is the book-keeping between them: who is out, who is done, and who may be proposed next.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-import numpy as np
-import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
-from optuna.storages._rdb.models import TrialParamModel
-from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
-
-from engine.objective.terms import TERM_NAMES, LossWeights
 from engine.recipe import Search
+from engine.samplers import (
+    CmaSampler,
+    EvolutionSampler,
+    GridSampler,
+    MemberRecord,
+    Proposal,
+    RandomSampler,
+    Sampler,
+    State,
+    generation_of,
+)
+from engine.samplers_optuna import OptunaSampler
+from engine.study_storage import LINEAGE, StudyStorage
 
-if TYPE_CHECKING:
-    from sqlalchemy.orm import Session
+__all__ = ["MemberRecord", "Proposal", "SearchStudy"]
 
-SPACE: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in TERM_NAMES}
-"""What Optuna draws from: every term's weight in [0, 1]."""
-
-BUSY_SECONDS = 5.0
-"""How long a write waits for another process that holds the SQLite file."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A member to train."""
-
-    trial: int
-    """Its number in the study, from 0."""
-    weights: LossWeights
-    parent: int | None
-    """The trial whose weights were copied; None for weights that were all drawn."""
-    mutated: str | None
-    """The term whose weight differs from the parent's."""
-    round: int
-    """0 in the initial population, then 1 up to ``settings.rounds``: one member a round."""
-
-
-@dataclass(frozen=True)
-class MemberRecord(Proposal):
-    """A member that is done."""
-
-    state: Literal["complete", "failed"]
-    fitness: float | None
-    """None for a member that failed."""
-    attributes: Mapping[str, Any]
-    """What was told with it; for a member that failed, ``reason`` too."""
-
-
-def generation_of(number: int, *, settings: Search) -> range:
-    """The numbers of the trials proposed together with trial ``number``.
-
-    Chunks of ``settings.generation``, first of the initial population and then of its descendants;
-    the last chunk of either may be shorter.
-    """
-    first, stop = 0, settings.population
-    if number >= settings.population:
-        first, stop = settings.population, settings.population + settings.rounds
-    start = number - (number - first) % settings.generation
-    return range(start, min(start + settings.generation, stop))
-
-
-class RandomSampler(BaseSampler):
-    """Every weight uniform in [0, 1), from a random stream keyed by (seed, trial number)."""
-
-    def __init__(self, settings: Search, *, seed: int) -> None:
-        self.settings = settings
-        self.seed = seed
-
-    def stream(self, number: int) -> np.random.Generator:
-        """The random numbers of one trial: the same in any process, whatever was drawn before."""
-        key = np.random.SeedSequence(self.seed, spawn_key=(number,))
-        return np.random.Generator(np.random.Philox(key))
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """All weights: they are drawn together."""
-        return SPACE
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> LossWeights:
-        """Draw a trial's weights; only its number counts."""
-        values = self.stream(trial.number).random(len(TERM_NAMES))
-        return dict(zip(TERM_NAMES, values.tolist(), strict=True))
-
-    def sample_independent(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises ValueError: the study holds no parameters but the weights."""
-        raise ValueError("search: only loss weights are drawn")
-
-
-class EvolutionSampler(RandomSampler):
-    """Tournament selection, then a mutation of one weight (the paper).
-
-    Parents come from the population that replacement has left of the members completed in earlier
-    generations: the ``settings.population`` fittest ("worst" leaves; of equals, the older one) or
-    latest ("oldest" leaves; regularised evolution, Real et al. 2019). Where none has completed, a
-    child is drawn uniformly. Parent and mutated term go into the trial's user attributes.
-    """
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> LossWeights:
-        """Draw an initial member, or copy a tournament's winner and draw one weight anew."""
-        population = self.population(study, number=trial.number)
-        if trial.number < self.settings.population or not population:
-            return super().sample_relative(study, trial, search_space)
-        rng = self.stream(trial.number)
-        order = np.argsort(rng.random(len(population)))
-        contestants = [population[i] for i in order[: self.settings.tournament]]
-        parent = max(contestants, key=_by_fitness)
-        weights = {name: float(parent.params[name]) for name in TERM_NAMES}
-        mutated = TERM_NAMES[int(rng.random() * len(TERM_NAMES))]
-        while weights[mutated] == parent.params[mutated]:
-            weights[mutated] = float(rng.random())
-        trial.user_attrs.update(parent=parent.number, mutated=mutated)
-        return weights
-
-    def population(self, study: optuna.Study, *, number: int) -> list[FrozenTrial]:
-        """The members that may be parents of trial ``number``, the fittest or the latest first."""
-        start = generation_of(number, settings=self.settings).start
-        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        earlier = [trial for trial in reversed(complete) if trial.number < start]
-        if self.settings.replace == "worst":
-            earlier.sort(key=_by_fitness, reverse=True)
-        return earlier[: self.settings.population]
+OURS = {
+    "evolution": EvolutionSampler,
+    "cmaes": CmaSampler,
+    "random": RandomSampler,
+    "grid": GridSampler,
+}
+"""Samplers of our own, by ``search.method``; other methods are Optuna's."""
 
 
 class SearchStudy:
-    """An Optuna study of loss weights, behind ask and tell; fitness is maximised.
+    """A study of loss weights, behind ask and tell; fitness is maximised.
 
-    Creates the study ``name`` in ``storage``, or opens it if it exists: a Path is an SQLite file, a
-    string any storage URL of Optuna's, None keeps it in memory. One process at a time may ask.
+    Creates the Optuna study ``name`` in ``storage``, or opens it if it exists: a Path is an SQLite file, a string any
+    storage URL of Optuna's, None keeps it in memory alone. It is read once, here: one process at a time asks and tells,
+    and another that does so too is noticed when it writes. While the database is away, every call waits up to
+    ``patience`` seconds for it, and tells ``on_wait`` the reason once.
 
-    Raises ValueError where the study belongs to another recipe, and, as every method does, OSError
-    where the storage can't be read or written.
+    Raises ValueError for settings that the method can't work with, a URL that can't be used, and a study that belongs
+    to another recipe; and, as every method that writes, OSError where the storage can't be read or written.
     """
 
     def __init__(
@@ -163,71 +59,97 @@ class SearchStudy:
         name: str,
         seed: int,
         recipe_hash: str,
+        patience: float = 120.0,
+        on_wait: Callable[[str], None] | None = None,
     ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.settings = settings
-        samplers = {"random": RandomSampler, "evolution": EvolutionSampler}
-        self._sampler = samplers[settings.method](settings, seed=seed)
-        self._where = re.sub("://[^/]*@", "://", str(storage or "memory"))  # without a password
-        with self._storage_errors():
-            self._storage = _open(storage)
-            self._study = optuna.create_study(
-                storage=self._storage,
-                sampler=self._sampler,
-                study_name=name,
-                direction="maximize",
-                load_if_exists=True,
-            )
-            self._id = self._storage.get_study_id_from_name(name)
-            self._check_recipe(recipe_hash)
+        maker = OURS.get(settings.method, OptunaSampler)
+        self._sampler: Sampler = maker(settings, seed=seed)
+        self._storage: StudyStorage | None = None
+        self._trials: list[Proposal] = []
+        """By number; a MemberRecord if it is done."""
+        if storage is not None:
+            self._storage = StudyStorage(storage, name=name, patience=patience, on_wait=on_wait)
+            self._trials = self._storage.load(recipe_hash)
+        self._where = "memory" if self._storage is None else self._storage.where
+        self._out: set[int] = set()
+        """Trials handed out, and not yet told, failed, pruned or released."""
+        self._waiting = [t.trial for t in self._trials if not isinstance(t, MemberRecord)]
+        """Trials proposed that nobody has been handed, by number."""
+        self._first_open = 0
+        """No trial below it is open."""
 
     @property
     def total(self) -> int:
         """Members of the whole search: the initial population and one a round."""
         return self.settings.population + self.settings.rounds
 
-    def ask(self) -> list[Proposal]:
-        """The members to train next: those of the current generation that are not done.
+    @property
+    def finished(self) -> bool:
+        """Whether all ``total`` members are done."""
+        return self._all_done_below(self.total)
 
-        A generation is proposed once all members of earlier ones are done, by whichever process;
-        asking again before telling gives the same again. Empty when ``total`` members are done.
+    def ask(self, limit: int | None = None) -> list[Proposal]:
+        """Members to train next that this process has not been handed yet, at most ``limit``.
+
+        First those that were proposed and are open: left by a process that was killed, or released. Then new ones.
+        Methods that learn by generations (cmaes; evolution and Optuna's, if ``settings.synchronous``) propose a
+        generation when all members of earlier ones are done, and store it whole. The others (random, grid, qmc; all
+        but cmaes, if not synchronous) propose as many as are asked for, of what is done by now; with no limit,
+        ``settings.generation``. An empty list while members are out: tell some first; see ``finished``.
         """
-        with self._storage_errors():
-            trials = self._trials()
-            current = next((t.number for t in trials if not t.state.is_finished()), len(trials))
-            if current >= self.total:
-                return []
-            generation = generation_of(current, settings=self.settings)
-            if len(trials) < generation.stop:
-                for draft in [self._draw(n) for n in range(len(trials), generation.stop)]:
-                    self._study.add_trial(draft)
-                trials = self._trials()
-        if len(trials) != generation.stop:
-            raise RuntimeError(f"{self._where}: another process is proposing members in this study")
-        open_trials = [trials[i] for i in generation if not trials[i].state.is_finished()]
-        return [Proposal(**_asked(trial)) for trial in open_trials]
+        count = self.settings.generation if limit is None else limit
+        handed = self._hand_out(limit)
+        more = limit is None or len(handed) < limit
+        if more and (new := self._next(count - len(handed))):
+            self._propose(new)
+            handed += self._hand_out(None if limit is None else limit - len(handed))
+        return handed
+
+    def release(self, trial: int) -> None:
+        """A member handed out was lost with its worker: ``ask`` offers it again.
+
+        Raises ValueError for a trial that is not out.
+        """
+        if trial not in self._out:
+            raise ValueError(f"{self._where}: trial {trial} is not out")
+        self._out.remove(trial)
+        self._waiting = sorted([*self._waiting, trial])
 
     def tell(self, trial: int, *, fitness: float, attributes: Mapping[str, Any]) -> None:
         """Complete a member: its fitness, to be maximised, and facts to keep that JSON can hold.
 
         Raises ValueError for a fitness that is not finite, and for a trial that is unknown or done.
         """
-        if not np.isfinite(fitness):
+        if not math.isfinite(fitness):
             raise ValueError(f"search: trial {trial}'s fitness is {fitness}: fail it instead")
-        self._finish(trial, TrialState.COMPLETE, value=float(fitness), attributes=attributes)
+        self._finish(trial, "complete", fitness=float(fitness), attributes=attributes)
 
     def fail(self, trial: int, *, reason: str, attributes: Mapping[str, Any] | None = None) -> None:
         """End a member without fitness: it counts as done, is never a parent, and keeps the reason.
 
         Raises ValueError for a trial that is unknown or done.
         """
-        told = {**(attributes or {}), "reason": reason}
-        self._finish(trial, TrialState.FAIL, value=None, attributes=told)
+        self._finish(trial, "failed", attributes={**(attributes or {}), "reason": reason})
+
+    def prune(
+        self, trial: int, *, rungs: Sequence[tuple[int, float]], attributes: Mapping[str, Any]
+    ) -> None:
+        """End a member whose training was stopped early: it counts as done, and is never a parent.
+
+        ``rungs``: (step, fitness there) of each time that it was judged, the last one where it ended; Optuna's pruners
+        leave a trial of state PRUNED with such intermediate values.
+
+        Raises ValueError for no rung, a fitness that is not finite, and a trial that is unknown or done.
+        """
+        if not rungs or not all(math.isfinite(fitness) for _, fitness in rungs):
+            raise ValueError(f"search: trial {trial} is pruned with rungs {list(rungs)}")
+        reached = tuple(sorted((int(step), float(fitness)) for step, fitness in rungs))
+        self._finish(trial, "pruned", rungs=reached, attributes=attributes)
 
     def members(self) -> list[MemberRecord]:
         """All members that are done, by trial number."""
-        with self._storage_errors():
-            return [_record(trial) for trial in self._trials() if trial.state.is_finished()]
+        return [trial for trial in self._trials if isinstance(trial, MemberRecord)]
 
     def best(self) -> MemberRecord:
         """The fittest member, the earliest among equals; raises ValueError where none completed."""
@@ -236,115 +158,88 @@ class SearchStudy:
             raise ValueError(f"{self._where}: no member of this study completed")
         return max(complete, key=lambda member: (member.fitness, -member.trial))
 
-    def _trials(self) -> list[FrozenTrial]:
-        """All trials by number; Optuna reads only those anew that were not finished."""
-        return self._study.get_trials(deepcopy=False)
+    def open_members(self) -> list[Proposal]:
+        """All members that were proposed and are not done, by trial number."""
+        return [trial for trial in self._trials if not isinstance(trial, MemberRecord)]
 
-    def _draw(self, number: int) -> FrozenTrial:
-        """A running trial with weights and lineage, which one transaction stores as a whole.
+    def parents(self) -> list[MemberRecord]:
+        """The members done that any member to come may be made from; none where none is made from another."""
+        sampler = self._sampler
+        return sampler.population(self.members()) if isinstance(sampler, EvolutionSampler) else []
 
-        ``Study.ask`` stores a trial and then each weight by itself, which takes ten times as long
-        and, after a kill, leaves a trial without all its weights.
-        """
-        trial = create_trial(state=TrialState.RUNNING)
-        trial.number = number
-        trial.user_attrs["round"] = max(0, number + 1 - self.settings.population)
-        trial.params = self._sampler.sample_relative(self._study, trial, SPACE)
-        trial.distributions = SPACE
-        return trial
+    def generation(self, number: int) -> range:
+        """The numbers of the members that are proposed, or may be compared, with member ``number``."""
+        found = self._sampler.generation(number) or generation_of(number, settings=self.settings)
+        return range(found.start, min(found.stop, self.total))
+
+    def _hand_out(self, limit: int | None) -> list[Proposal]:
+        taken = [n for n in self._waiting if n < self.total][:limit]
+        self._waiting = self._waiting[len(taken) :]
+        self._out.update(taken)
+        return [self._trials[number] for number in taken]
+
+    def _next(self, count: int) -> range:
+        """The numbers to propose now; empty where members must be told first."""
+        begin = len(self._trials)
+        if begin >= self.total:
+            return range(0)
+        generation = self._sampler.generation(begin)
+        if generation is None:
+            return range(begin, min(begin + max(count, 0), self.total))
+        if not self._all_done_below(generation.start):
+            return range(0)
+        return range(begin, generation.stop)
+
+    def _propose(self, numbers: range) -> None:
+        generation = self._sampler.generation(numbers.start)
+        # What members of the same generation came to would depend on which of them were first.
+        known = self._trials if generation is None else self._trials[: generation.start]
+        done = [trial for trial in known if isinstance(trial, MemberRecord)]
+        pending = [trial for trial in known if not isinstance(trial, MemberRecord)]
+        pending += self._trials[len(known) :]
+        new: list[Proposal] = []
+        for number in numbers:
+            new.append(self._sampler.propose(number, done=done, pending=pending + new))
+        if self._storage is not None:
+            self._storage.add(new)
+        self._trials += new
+        self._waiting += numbers
+
+    def _all_done_below(self, stop: int) -> bool:
+        while self._first_open < len(self._trials) and isinstance(
+            self._trials[self._first_open], MemberRecord
+        ):
+            self._first_open += 1
+        return self._first_open >= stop
 
     def _finish(
-        self, number: int, state: TrialState, *, value: float | None, attributes: Mapping[str, Any]
-    ) -> None:
-        with self._storage_errors():
-            try:
-                trial = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
-                # One attribute for all: a member that was killed between this and the next write
-                # is told again, and must keep nothing of what it was told first.
-                self._storage.set_trial_user_attr(trial, "told", dict(attributes))
-            except KeyError:
-                raise ValueError(f"{self._where}: no trial {number} was asked for") from None
-            except UpdateFinishedTrialError:
-                raise ValueError(f"{self._where}: trial {number} is done already") from None
-            # Study.tell would read the trial twice more.
-            self._storage.set_trial_state_values(trial, state, None if value is None else [value])
-
-    def _check_recipe(self, recipe_hash: str) -> None:
-        found = self._study.user_attrs.get("recipe_hash")
-        if found is None and not self._trials():  # new, or killed before the next line
-            self._study.set_user_attr("recipe_hash", recipe_hash)
-        elif found != recipe_hash:
-            raise ValueError(
-                f"{self._where}: study {self._study.study_name!r} belongs to recipe {found}, not to"
-                f" {recipe_hash}: resume it with its own recipe, or start a new run"
-            )
-
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (StorageInternalError, SQLAlchemyError) as error:
-            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-            reason = getattr(cause, "orig", None) or cause or error
-            raise OSError(
-                f"{self._where}: the study can't be read or written ({reason}): check the folder,"
-                " its permissions, the free space, and that no other process holds the study"
-            ) from error
-
-
-class _Storage(RDBStorage):
-    """Optuna's storage without a look-up, for each weight, of the range that it had before.
-
-    The ranges never change here, and the look-ups take three quarters of the time of a proposal.
-    """
-
-    def _set_trial_param_without_commit(
         self,
-        session: Session,
-        trial_id: int,
-        param_name: str,
-        param_value_internal: float,
-        distribution: BaseDistribution,
-        previous_distribution: BaseDistribution | None = None,
+        number: int,
+        state: State,
+        *,
+        attributes: Mapping[str, Any],
+        fitness: float | None = None,
+        rungs: tuple[tuple[int, float], ...] = (),
     ) -> None:
-        row = TrialParamModel(
-            trial_id=trial_id,
-            param_name=param_name,
-            param_value=param_value_internal,
-            distribution_json=distribution_to_json(distribution),
+        if not 0 <= number < len(self._trials):
+            raise ValueError(f"{self._where}: no trial {number} was asked for")
+        trial = self._trials[number]
+        if isinstance(trial, MemberRecord):
+            raise ValueError(f"{self._where}: trial {number} is done already")
+        if taken := set(attributes) & set(LINEAGE):
+            raise ValueError(f"search: attributes {sorted(taken)} are the study's own")
+        member = MemberRecord(
+            **{field.name: getattr(trial, field.name) for field in fields(Proposal)},
+            state=state,
+            fitness=fitness,
+            # As it will be read.
+            attributes=json.loads(json.dumps(dict(attributes))),
+            partial=rungs[-1][1] if rungs else None,
+            rungs=rungs,
         )
-        session.add(row)
-
-
-def _open(storage: str | Path | None) -> BaseStorage:
-    if storage is None:
-        return InMemoryStorage()
-    if isinstance(storage, Path):
-        url = URL.create("sqlite", database=str(storage.absolute()))
-    else:
-        url = make_url(storage)
-    sqlite = url.get_backend_name() == "sqlite"
-    options = {"connect_args": {"timeout": BUSY_SECONDS}} if sqlite else {}
-    return _Storage(url.render_as_string(hide_password=False), engine_kwargs=options)
-
-
-def _by_fitness(trial: FrozenTrial) -> tuple[float, int]:
-    assert trial.value is not None
-    return trial.value, trial.number
-
-
-def _asked(trial: FrozenTrial) -> dict[str, Any]:
-    """The fields of a trial's Proposal."""
-    weights = {name: float(trial.params[name]) for name in TERM_NAMES}
-    lineage = {key: trial.user_attrs.get(key) for key in ("parent", "mutated", "round")}
-    return {"trial": trial.number, "weights": weights, **lineage}
-
-
-def _record(trial: FrozenTrial) -> MemberRecord:
-    complete = trial.state == TrialState.COMPLETE
-    return MemberRecord(
-        **_asked(trial),
-        state="complete" if complete else "failed",
-        fitness=trial.value if complete else None,
-        attributes=trial.user_attrs.get("told", {}),
-    )
+        if self._storage is not None:
+            self._storage.finish(member)
+        self._trials[number] = member
+        self._out.discard(number)
+        if number in self._waiting:
+            self._waiting.remove(number)

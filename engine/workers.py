@@ -244,7 +244,7 @@ class RayPool:
     def _look_at(self, slot: _Slot) -> Iterator[Lost]:
         """How far a job is, and whether a job's or a start's time is up."""
         now = time.monotonic()
-        if slot.stage == "busy" and slot.asked is not None:
+        if slot.job is not None and slot.asked is not None:
             done, _ = self._ray.wait([slot.asked], timeout=0)
             if done:
                 with suppress(self._ray.exceptions.RayError):  # the job's own answer will tell

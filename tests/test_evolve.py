@@ -18,7 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engine import evolve
+from engine import cohort_worker, evolve
 from engine.checkpoint import load_tensors
 from engine.cli import main
 from engine.lossfile import load_loss
@@ -217,12 +217,12 @@ def interrupt_at(
     ("owner", "name", "call", "after", "kept"),
     [
         (Trainer, "step_all", 2, False, 0),
-        (evolve, "evaluate_cohort", 3, False, 3),
+        (cohort_worker, "evaluate_cohort", 3, False, 3),
         # A member's file is written, and the study does not know of it.
         (SearchStudy, "tell", 2, False, 1),
         # The study knows of the best member, and nothing was derived of it.
         (SearchStudy, "tell", 2, True, 2),
-        (evolve.Evolution, "_confirm_once", 1, False, 5),
+        (evolve, "_confirmation", 1, False, 5),
     ],
     ids=["training", "generation", "telling", "told", "confirming"],
 )
@@ -282,7 +282,7 @@ def test_resuming_a_finished_run_changes_no_number(
     before = history(reference), outcome(reference)
     files = {p: p.read_bytes() for p in (reference / "members").iterdir()}
     with monkeypatch.context() as patched:
-        patched.setattr(evolve, "evaluate_cohort", None)  # training anything would fail
+        patched.setattr(cohort_worker, "evaluate_cohort", None)  # training anything would fail
         code, _, err = resume(reference)
     assert (code, err) == (0, "")
     assert (history(reference), outcome(reference)) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import subprocess
@@ -13,17 +14,20 @@ import optuna
 import pytest
 from sqlalchemy import event
 
-from engine import search
+from engine import search, study_storage
 from engine.objective.terms import TERM_NAMES, check_weights
 from engine.recipe import Search
-from engine.search import EvolutionSampler, SearchStudy, generation_of
+from engine.samplers import EvolutionSampler, generation_of
+from engine.search import SearchStudy
 
 SMALL = Search(population=6, rounds=9, tournament=3, generation=4)
 GENERATIONS = [range(4), range(4, 6), range(6, 10), range(10, 14), range(14, 15)]
 
 
-def open_study(settings=SMALL, *, storage=None, seed=0, name="search", recipe_hash="abc"):
-    return SearchStudy(settings, storage=storage, name=name, seed=seed, recipe_hash=recipe_hash)
+def open_study(settings=SMALL, *, storage=None, seed=0, name="search", recipe_hash="abc", **more):
+    return SearchStudy(
+        settings, storage=storage, name=name, seed=seed, recipe_hash=recipe_hash, **more
+    )
 
 
 def score(proposal):
@@ -137,42 +141,38 @@ def test_proposals_do_not_depend_on_kills(tmp_path):
         assert study.members() == open_study(storage=tmp_path / "whole.db").members()
 
 
-@pytest.mark.parametrize("stored", range(5))
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stored", [False, True])
 def test_a_kill_while_a_generation_is_being_asked(tmp_path, monkeypatch, stored):
+    """Before it is stored, or after; it is stored whole."""
     expected = run(open_study())
-    add_trial = optuna.Study.add_trial
-    left = [6 + stored]
-
-    def kill(self, trial):
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        add_trial(self, trial)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(optuna.Study, "add_trial", kill)
-        run(open_study(storage=tmp_path / "study.db"))
     study = open_study(storage=tmp_path / "study.db")
-    # With all four of the generation stored, the kill came in the next one.
-    assert [p.trial for p in study.ask()] == [[6, 7, 8, 9], [10, 11, 12, 13]][stored == 4]
-    assert run(study) == expected[6 if stored < 4 else 10 :]
+    for _ in range(2):
+        for proposal in study.ask():
+            tell(study, proposal)
+    add = study._storage.add
+    with pytest.raises(KeyboardInterrupt):
+        kill = lambda new: interrupt(add(new) if stored else None)  # noqa: E731
+        monkeypatch.setattr(study._storage, "add", kill)
+        study.ask()
+    study = open_study(storage=tmp_path / "study.db")
+    assert run(study) == expected[6:]
 
 
-def test_a_kill_between_the_two_writes_of_a_tell(tmp_path, monkeypatch):
+def test_a_kill_in_the_midst_of_a_tell(tmp_path, monkeypatch):
     study = open_study(storage=tmp_path / "study.db")
     first = study.ask()[0]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(study._storage, "set_trial_state_values", _interrupt)
-        study.fail(first.trial, reason="out of memory", attributes={"old": 1})
+        patch.setattr(study_storage, "_insert_attributes", interrupt)  # the value was sent before
+        study.tell(first.trial, fitness=0.9, attributes={"old": 1})
     study = open_study(storage=tmp_path / "study.db")
     assert study.members() == []
     assert study.ask()[0] == first
     study.tell(first.trial, fitness=0.5, attributes={"new": 2})
-    assert study.members()[0].attributes == {"new": 2}
-
-
-def _interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
+    assert open_study(storage=tmp_path / "study.db").members()[0].attributes == {"new": 2}
 
 
 def test_another_process_proposes_the_same(tmp_path):
@@ -248,11 +248,9 @@ def test_the_population_keeps_the_fittest_or_the_latest(replace, expected):
             else:
                 study.tell(proposal.trial, fitness=fitness[proposal.trial], attributes={})
     assert [p.trial for p in generation] == [10, 11, 12]
-    for told in range(2):  # its own generation's results change nothing for trial 12
-        sampler = EvolutionSampler(settings, seed=0)
-        population = sampler.population(study._study, number=12)
-        assert [trial.number for trial in population] == expected
-        study.tell(10 + told, fitness=2.0, attributes={})
+    population = EvolutionSampler(settings, seed=0).population(study.members())
+    assert [member.trial for member in population] == expected
+    assert {p.parent for p in generation} <= set(expected)
 
 
 def test_a_study_belongs_to_its_recipe(tmp_path):
@@ -287,7 +285,7 @@ def test_tell_refuses():
 
 
 def test_storage_errors_are_one_line_that_names_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(study_storage, "BUSY_SECONDS", 0.01)
 
     def message(call, *args, **kwargs):
         with pytest.raises(OSError) as error:
@@ -302,7 +300,7 @@ def test_storage_errors_are_one_line_that_names_the_file(tmp_path, monkeypatch):
     assert "file is not a database" in message(open_study, storage=tmp_path / "junk.db")
 
     path = tmp_path / "study.db"
-    study = open_study(storage=path)
+    study = open_study(storage=path, patience=0.2)
     study.ask()
     holder = sqlite3.connect(path)
     holder.execute("BEGIN EXCLUSIVE")
@@ -311,12 +309,24 @@ def test_storage_errors_are_one_line_that_names_the_file(tmp_path, monkeypatch):
     holder.close()
     study.tell(0, fitness=0.5, attributes={})
 
-    study = open_study(storage=path)
-    with study._storage.engine.connect() as connection:  # the pool's one connection
-        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-        connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
-    full = message(study.tell, 1, fitness=0.5, attributes={"long": "x" * 100_000})
-    assert "database or disk is full" in full
+
+def test_a_full_disk_is_not_waited_for(tmp_path):
+    study = open_study(storage=tmp_path / "study.db")
+    study.ask()
+    limit = 10
+
+    def limited(connection, *args):
+        connection.execute(f"PRAGMA max_page_count={limit}")  # at least as many as there are
+
+    event.listen(study._storage._storage.engine, "checkout", limited)
+    attributes = {"long": "x" * 100_000}
+    with pytest.raises(OSError, match="database or disk is full") as error:
+        study.tell(1, fitness=0.5, attributes=attributes)
+    assert error.value.errno == errno.ENOSPC  # which the command explains
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path))
+    limit = 100_000
+    study.tell(1, fitness=0.5, attributes=attributes)
+    assert [m.trial for m in open_study(storage=tmp_path / "study.db").members()] == [1]
 
 
 def test_a_file_may_have_any_name_and_messages_hold_no_password(tmp_path):
@@ -325,7 +335,7 @@ def test_a_file_may_have_any_name_and_messages_hold_no_password(tmp_path):
     study = open_study(storage=folder / "study.db")
     assert [path.name for path in folder.iterdir()] == ["study.db"]
     assert study._where == str(folder / "study.db")
-    with pytest.raises(OSError) as error:
+    with pytest.raises(ValueError) as error:
         open_study(storage="nosuchdialect://me:secret@host:1/db")
     assert str(error.value).startswith("nosuchdialect://host:1/db")
     assert "secret" not in str(error.value)
@@ -335,7 +345,9 @@ def test_a_trial_costs_few_statements_and_late_as_many_as_early(tmp_path):
     study = open_study(Search(population=20, rounds=40, generation=4), storage=tmp_path / "s.db")
     statements = []
     event.listen(
-        study._storage.engine, "before_cursor_execute", lambda *args: statements.append(args[2])
+        study._storage._storage.engine,
+        "before_cursor_execute",
+        lambda *args: statements.append(args[2]),
     )
     costs = []
     while generation := study.ask():
