@@ -179,11 +179,12 @@ class Evolution:
         done = {member.trial for member in self.study.members()}
         if not self.study.finished:
             what = "evolving" if self.recipe.search.method == "evolution" else "drawing"
-            self._pace.start(f"{what} losses", self.study.total, done=len(done), best=self._best())
             planner = self._planner()
+            pool = self._crew.pool
+            self._pace.start(f"{what} losses", self.study.total, done=len(done), best=self._best())
             for cohort, report in self._crew.run(planner.cohorts):
                 self._take(cohort, report, planner.out, done)
-                self._pace.done(report, len(done), best=self._best())
+                self._pace.done(report, len(done), best=self._best(), pool=pool)
                 planner.drop_states()
         members = self.study.members()
         failed = sum(member.state == "failed" for member in members)
@@ -244,7 +245,7 @@ class Evolution:
         known = {s: r for s, r in records.items() if r is not None and r["trial"] == best.trial}
         left = [seed for seed in seeds if seed not in known]
         if left:
-            done = 2 * (count - len(left))
+            pool, done = self._crew.pool, 2 * (count - len(left))
             self._pace.start("confirming with fresh seeds", 2 * count, done=done, best=None)
 
             def feed(idle: int) -> list[Cohort]:
@@ -256,7 +257,7 @@ class Evolution:
                 known[seed] = self._confirmed(cohort, report)
                 with self.clock("logging"):
                     self.run.write_json(f"members/confirm-{seed}.json", known[seed])
-                self._pace.done(report, 2 * len(known), best=None)
+                self._pace.done(report, 2 * len(known), best=None, pool=pool)
         names = ("untrained", "best", "random")
         return {name: [known[seed][name]["fitness"] for seed in seeds] for name in names}
 

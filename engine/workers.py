@@ -31,7 +31,9 @@ PLACE_SECONDS = 20.0
 MISSING_SECONDS = 600.0
 """How long a run without any worker waits for one: a cluster may be getting a node back."""
 STARTS = 3
-"""Failed starts, or losses while others get their work done, after which a worker is given up."""
+"""Errors at its start, or losses while others get their work done, after which a worker is given up."""
+DEATHS = 10
+"""Deaths at its start after which it is: one may be an accident."""
 OBJECT_STORE_BYTES = 100 * 2**20
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What another worker would meet too."""
@@ -221,7 +223,8 @@ class RayPool:
         slot.failures += 1
         others = any(s is not slot and s.failures == 0 and s.stage == "busy" for s in self._slots)
         self._reason = reason
-        if slot.failures >= STARTS and (job is None or others):
+        most = DEATHS if job is None and kind != "error" else STARTS
+        if slot.failures >= most and (job is None or others):
             slot.stage = "given up"
             reason += f"; {slot.name} is given up after {slot.failures} losses in a row"
         else:
@@ -298,6 +301,9 @@ def _start(ray: Any, address: str | None, *, cpus: float, gpus: float) -> None:
     root = str(Path(engine.__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # We tell of each worker that dies, in a line; Ray would print a paragraph.
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda *data, **more: None
     if address is None:
         os.environ["PYTHONPATH"] = path  # what Ray starts inherits it
         own = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
