@@ -3,8 +3,8 @@
     python tests/soak.py --kills 200 --seed 0
 
 A search is resumed until it is done, and compared with one that nothing interrupted: the study's trials (weights,
-fitness, parents, states), what fresh seeds confirmed, the best loss and its network's bytes. Drivers are forked from this
-process, which has everything imported, so that a kill costs a second and not ten.
+fitness, parents, states), what fresh seeds confirmed, the best loss and its network's bytes. Drivers are forked from
+this process, which has everything imported, so that a kill costs a second and not ten.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Soak:
     say: Callable[[str], None] = print
     kills: Counter[str] = field(default_factory=Counter)
     searches: int = 0
+    start_seconds: float = 0.0
+    """From the start of workers to the first member, once known; killing faster would leave nobody alive."""
     references: dict[Search, tuple[dict[str, Any], float]] = field(default_factory=dict)
 
     def run(self, *, kills: int, searches: list[Search], workers: list[Search]) -> None:
@@ -111,10 +113,12 @@ class Soak:
             driver = self.rng.random() < 0.3
             code, began = None, time.monotonic()
             while code is None:
-                code = self.wait(child, self.rng.uniform(0.2, 6.0))
+                code = self.wait(child, self.rng.uniform(0.1, 0.2 + 1.5 * self.start_seconds))
+                if not self.start_seconds and any((run / "members").glob("0*.json")):
+                    self.start_seconds = time.monotonic() - began
                 assert time.monotonic() - began < WAIT_SECONDS, f"{run}: hangs: {_log(run)}"
                 pids = [pid for pid in descendants(child) if is_worker(pid)]
-                if code is not None or not pids or kills >= most:
+                if code is not None or not pids or kills >= most or not self.start_seconds:
                     continue
                 kills += 1
                 if driver and kills % 4 == 3:
