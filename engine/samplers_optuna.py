@@ -44,7 +44,7 @@ class OptunaSampler(RandomSampler):
 
     def __init__(self, settings: Search, *, seed: int) -> None:
         super().__init__(settings, seed=seed)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of what is only slower
         try:
             sampler = self._sampler(0)
         except ImportError as error:
@@ -89,7 +89,7 @@ class OptunaSampler(RandomSampler):
             "tpe": lambda: TPESampler(seed=seed),
             "gp": lambda: GPSampler(seed=seed),
             "qmc": lambda: _Sobol(seed=self.seed, scramble=True),  # one sequence for all trials
-            "nsgaii": lambda: NSGAIISampler(population_size=self.settings.population, seed=seed),
+            "nsgaii": lambda: _Nsga(population_size=self.settings.population, seed=seed),
             "optuna_cmaes": lambda: CmaEsSampler(seed=seed, warn_independent_sampling=False),
         }
         with warnings.catch_warnings():
@@ -105,6 +105,13 @@ class OptunaSampler(RandomSampler):
         for step, fitness in member.rungs:
             storage.set_trial_intermediate_value(trial, step, fitness)
         self._study.tell(trial, member.fitness, state=STATES[member.state])
+
+
+class _Nsga(NSGAIISampler):
+    """Optuna's, with each generation's parents by number, whether they were chosen now or are read from its notes."""
+
+    def get_parent_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        return sorted(super().get_parent_population(study, generation), key=lambda t: t.number)
 
 
 class _Sobol(QMCSampler):

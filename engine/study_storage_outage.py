@@ -40,6 +40,8 @@ class Patience:
     ) -> None:
         self.where, self.file, self.seconds, self.on_wait = where, file, seconds, on_wait
         self.opening = True
+        self.unsure = False
+        """Whether the last try failed, so that what it was to do may have been done."""
 
     def __call__(self, action: Callable[[], T]) -> T:
         """What ``action`` returns, which may be run several times.
@@ -51,8 +53,11 @@ class Patience:
         told = False
         while True:
             try:
-                return action()
+                result = action()
+                self.unsure = False
+                return result
             except (StorageInternalError, SQLAlchemyError) as error:
+                self.unsure = True
                 reason = _reason(error)
                 full = _is_full(error, self.file)
                 left = began + self.seconds - time.monotonic()

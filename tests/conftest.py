@@ -1,6 +1,7 @@
 """What every test shares: real videos where they are present, GPU tests only on a GPU, one thread."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -10,6 +11,8 @@ os.environ.setdefault(
 
 import pytest
 import torch
+
+from tests.postgres import Server, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -33,6 +36,16 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("real videos not present")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL server of this session's own; skips the test where none is installed."""
+    if reason := why_not():
+        pytest.skip(reason)
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
