@@ -6,25 +6,26 @@ fitnesses comes from their losses. A member that fails leaves; the others never 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+from msgspec.structs import replace
 from torch import Tensor
 
+from engine.cohort_part import OnStep, Part, Run, TooManyMembers, how_judged, rung_fitness
+from engine.cohort_rungs import first_step, rungs
+from engine.cohort_state import keep_ends
 from engine.features import LabelledClips
-from engine.fitness import FitnessResult, cohort_fitness, kmeans_fitness
+from engine.fitness import FitnessResult, kmeans_fitness
 from engine.objective.terms import LossWeights
-from engine.runtime import is_device_error, is_out_of_memory
-from engine.train import DeviceFailed, MemberFailed, Trainer, device_failed
+from engine.recipe import Search, recipe_hash
+from engine.runtime import is_device_error
+from engine.train import DeviceFailed, Trainer, device_failed
 from engine.train_memory import members_that_fit
-from engine.train_state import Member
-
-OnStep = Callable[[int, Sequence[float]], None]
-"""Called after each step with the step and the losses of the members at work (nan for those that left)."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class MemberJob:
 
     weights: LossWeights
     start: Path | None = None
-    """Where an earlier member's end state lies, its parent's, from which its networks start; None: as initialised."""
+    """What ``keep`` was for its parent: its networks start from there, for the last ``search.warm_start_steps``."""
     keep: Path | None = None
     """Where to save its end state for its children; None: nowhere."""
 
@@ -70,50 +71,72 @@ def evaluate_cohort(
     jobs: Sequence[MemberJob],
     seeds: Sequence[int],
     on_step: OnStep | None = None,
+    full: bool = False,
 ) -> list[MemberResult]:
     """Train each job's loss, once a seed, and measure its fitness; results in the order of ``jobs``.
 
     As many members as fit into memory are trained at once; where they run out of it all the same, the half
-    of them, from their start. Neither changes a result. Raises DeviceFailed where the GPU itself does.
+    of them, from their start. Neither changes a result. What ``search.halving`` compares is the whole cohort, of
+    which those that are trained from the same step are compared with each other: see ``engine.cohort_rungs``.
+    With ``full`` all are trained to the end and on all clips, whatever ``search`` says: what the search found is then
+    confirmed by what it did without. The trainer keeps a bank of clips from the first cohort on.
+
+    Raises DeviceFailed where the GPU itself does, and OSError where an end state can't be written.
     """
+    search = trainer.recipe.search
+    if full:
+        search = replace(search, halving=False, collapse_rank=0.0, clip_bank=0)
+    with _bank(trainer, search.clip_bank):
+        return _evaluate(trainer, labelled, jobs, seeds=seeds, search=search, on_step=on_step)
+
+
+@contextmanager
+def _bank(trainer: Trainer, size: int | str) -> Iterator[None]:
+    """Train on the bank, made where there is none yet, or for a size of 0 on all clips."""
+    kept = trainer.bank
+    if size and kept is None:
+        kept = trainer.open_bank(size)
+    trainer.bank = kept if size else None
+    try:
+        yield
+    finally:
+        trainer.bank = kept
+
+
+def _evaluate(
+    trainer: Trainer,
+    labelled: LabelledClips,
+    jobs: Sequence[MemberJob],
+    *,
+    seeds: Sequence[int],
+    search: Search,
+    on_step: OnStep | None,
+) -> list[MemberResult]:
     losses = [job.weights for job in jobs]
     at_once = trainer.members_at_once or members_that_fit(trainer, losses, seed=seeds[0])
     results: list[MemberResult] = []
     while len(results) < len(jobs):
-        part = losses[len(results) : len(results) + at_once]
+        # what is compared is trained together, in turns; others come one group after the other
+        count = len(jobs) if search.halving else at_once
+        part = jobs[len(results) : len(results) + count]
         try:
-            results += _evaluate_part(trainer, labelled, part, seeds=seeds, on_step=on_step)
+            runs = [
+                _run(trainer, i, job, seed, search) for seed in seeds for i, job in enumerate(part)
+            ]
+            whole = Part(trainer, labelled, runs, search=search, at_once=at_once, on_step=on_step)
+            whole.finish()
+            results += _results(trainer, part, runs, search)
             continue
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                if is_device_error(error) and not isinstance(error, DeviceFailed):
-                    raise device_failed(error) from error
-                raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no memory"
-        # only here does no traceback hold the members' tensors any more
+        except TooManyMembers as error:
+            size = error.size
+        except RuntimeError as error:
+            if is_device_error(error) and not isinstance(error, DeviceFailed):
+                raise device_failed(error) from error
+            raise
         trainer.free_memory()
-        if len(part) == 1:
-            advice = "try a smaller --set optim.batch_size or clip.size"
-            results.append(_failed(f"out of memory: {reason}; {advice}", seeds[0], 0.0))
-        else:
-            at_once = trainer.members_at_once = -(-len(part) // 2)
-            trainer.warn(f"out of memory with {len(part)} members at once: going on with {at_once}")
+        at_once = trainer.members_at_once = -(-size // 2)
+        trainer.warn(f"out of memory with {size} members at once: going on with {at_once}")
     return results
-
-
-def _evaluate_part(
-    trainer: Trainer,
-    labelled: LabelledClips,
-    losses: Sequence[LossWeights],
-    *,
-    seeds: Sequence[int],
-    on_step: OnStep | None,
-) -> list[MemberResult]:
-    runs = [
-        _evaluate_once(trainer, labelled, losses=losses, seed=seed, on_step=on_step)
-        for seed in seeds
-    ]
-    return [_merged(repeats) for repeats in zip(*runs, strict=True)]
 
 
 def untrained_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -> FitnessResult:
@@ -121,125 +144,60 @@ def untrained_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -
     network = trainer.initial_loss(seed).rgb
     with trainer.clock("fitness"):
         (features,) = labelled.features([network])
-        return kmeans_fitness(features, labelled.labels, **_how(trainer, labelled, seed))
+        return kmeans_fitness(features, labelled.labels, **how_judged(trainer, labelled, seed))
 
 
-def _evaluate_once(
-    trainer: Trainer,
-    labelled: LabelledClips,
-    *,
-    losses: Sequence[LossWeights],
-    seed: int,
-    on_step: OnStep | None,
+def _results(
+    trainer: Trainer, jobs: Sequence[MemberJob], runs: Sequence[Run], search: Search
 ) -> list[MemberResult]:
-    began = time.perf_counter()
-    members: list[Member | None] = []
-    failed: dict[int, str] = {}
-    with trainer.clock("train"):
-        for i, weights in enumerate(losses):
-            try:
-                members.append(trainer.member(weights, seed=seed))
-            except ValueError as error:
-                failed[i] = str(error)
-                members.append(None)
-    _train(trainer, members, failed, seed=seed, on_step=on_step)
-    alive = [member for member in members if member is not None]
-    results = iter(_cluster_all(trainer, labelled, alive, seed))
-    seconds = (time.perf_counter() - began) / max(len(losses), 1)
-    finished = []
-    for i, member in enumerate(members):
-        result = failed[i] if member is None else next(results)
-        if member is None or isinstance(result, str):
-            finished.append(_failed(str(result), seed, seconds))
-        else:
-            finished.append(_finished(member, result, trainer, seed, seconds))
-    return finished
+    """Each job's, in order; the end states that jobs keep are written."""
+    results = []
+    for i, job in enumerate(jobs):
+        own = [run for run in runs if run.job == i and run.begun]
+        results.append(_result(trainer, own, search))
+        ends = {run.seed: run.end for run in own if run.end is not None}
+        if job.keep is not None and results[-1].state == "complete":
+            keep_ends(job.keep, ends, recipe_hash=recipe_hash(trainer.recipe))
+    return results
 
 
-def _train(
-    trainer: Trainer,
-    members: list[Member | None],
-    failed: dict[int, str],
-    *,
-    seed: int,
-    on_step: OnStep | None,
-) -> None:
-    alive = [member for member in members if member is not None]
-    if not alive:
-        return
-    for step, views in trainer.rounds(alive, seed=seed):
-        going = [i for i, member in enumerate(members) if member is not None]
-        outcomes = trainer.step_all([member for member in members if member is not None], views)
-        losses = [float("nan")] * len(members)
-        for i, outcome in zip(going, outcomes, strict=True):
-            if isinstance(outcome, MemberFailed):
-                members[i], failed[i] = None, str(outcome)
-            else:
-                losses[i] = outcome
-        if on_step is not None:
-            on_step(step, losses)
-        if all(member is None for member in members):
-            return
-
-
-def _cluster_all(
-    trainer: Trainer, labelled: LabelledClips, members: Sequence[Member], seed: int
-) -> list[FitnessResult | str]:
-    """Fitness of each member, or why it has none: features that are not finite."""
-    if not members:
-        return []
-    with trainer.clock("fitness"):
-        features = labelled.features([member.loss.rgb for member in members])
-        return cohort_fitness(features, labelled.labels, **_how(trainer, labelled, seed))
-
-
-def _how(trainer: Trainer, labelled: LabelledClips, seed: int) -> dict[str, Any]:
-    return {
-        "settings": trainer.recipe.fitness,
-        "num_classes": labelled.num_classes,
-        "seed": seed,
-        "device": trainer.runtime.device.type,
-    }
-
-
-def _finished(
-    member: Member, result: FitnessResult, trainer: Trainer, seed: int, seconds: float
-) -> MemberResult:
-    clips = member.step * trainer.recipe.optim.batch_size
-    return MemberResult(
-        state="complete",
-        fitness=result.value,
-        reason=None,
-        results=(result,),
-        seeds=(seed,),
-        seconds=seconds,
-        clips_per_second=clips / seconds,
-        terms=member.term_values(),
-        rgb={
-            name: tensor.detach().cpu().clone()
-            for name, tensor in member.loss.rgb.state_dict().items()
-        },
-        steps=member.step,
+def _run(trainer: Trainer, number: int, job: MemberJob, seed: int, search: Search) -> Run:
+    steps = trainer.recipe.optim.steps
+    first = 0 if job.start is None else first_step(search, steps)
+    return Run(
+        job=number,
+        weights=job.weights,
+        seed=seed,
+        first=first,
+        step=first,
+        rungs=rungs(search, first=first, steps=steps),
+        start=job.start,
+        keeps_end=job.keep is not None,
     )
 
 
-def _failed(reason: str, seed: int, seconds: float) -> MemberResult:
-    return MemberResult("failed", None, reason, (), (seed,), seconds, 0.0, {}, None)
-
-
-def _merged(repeats: Sequence[MemberResult]) -> MemberResult:
-    bad = next((r for r in repeats if r.fitness is None), None)
-    last = bad or repeats[-1]
+def _result(trainer: Trainer, runs: Sequence[Run], search: Search) -> MemberResult:
+    """One job's, of its runs under each seed that was begun."""
+    bad = next((run for run in runs if run.failed is not None), None)
+    pruned = next((run.pruned for run in runs if run.pruned is not None), None)
+    state: Literal["complete", "failed", "pruned"]
+    state = "failed" if bad else "pruned" if pruned else "complete"
+    results = tuple(run.result for run in runs if run.result is not None)
+    clips = [(run.step - run.first) * trainer.recipe.optim.batch_size for run in runs]
+    speeds = [n / run.seconds if n else 0.0 for n, run in zip(clips, runs, strict=True)]
+    common = sorted(set.intersection(*(set(run.looks) for run in runs)))
     return MemberResult(
-        state=last.state,
-        fitness=None if bad else float(np.mean([r.fitness for r in repeats])),
-        reason=last.reason,
-        results=tuple(result for r in repeats for result in r.results),
-        seeds=tuple(seed for r in repeats for seed in r.seeds),
-        seconds=sum(r.seconds for r in repeats),
-        clips_per_second=float(np.mean([r.clips_per_second for r in repeats])),
-        terms=last.terms,
-        rgb=last.rgb,
-        rungs=last.rungs,
-        steps=sum(r.steps for r in repeats),
+        state=state,
+        fitness=float(np.mean([r.value for r in results])) if state == "complete" else None,
+        reason=bad.failed if bad else pruned,
+        results=results,
+        seeds=tuple(run.seed for run in runs),
+        seconds=sum(run.seconds for run in runs),
+        clips_per_second=float(np.mean(speeds)),
+        terms={} if bad else runs[-1].terms,
+        rgb=runs[-1].rgb if state == "complete" else None,
+        rungs=tuple((at - runs[0].first, rung_fitness(runs, at)) for at in common)
+        if search.halving
+        else (),
+        steps=sum(run.step - run.first for run in runs),
     )

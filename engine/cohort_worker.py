@@ -36,8 +36,8 @@ class Cohort:
     seeds: tuple[int, ...]
     keep_from: float | None = None
     """Leave the fittest member's RGB network in the run's folder if it is at least as fit; None: never."""
-    untrained: bool = False
-    """Judge the network as it is initialised, too."""
+    confirm: bool = False
+    """Train to the end and on all clips, whatever the search leaves out, and judge the untrained network too."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,16 @@ class CohortEvaluator:
             tell(Progress(done, taken * optim.batch_size))
 
         results = evaluate_cohort(
-            trainer, self.labelled, jobs=cohort.members, seeds=cohort.seeds, on_step=on_step
+            trainer,
+            self.labelled,
+            jobs=cohort.members,
+            seeds=cohort.seeds,
+            on_step=on_step,
+            full=cohort.confirm,
         )
         self._keep(cohort, results)
         untrained = None
-        if cohort.untrained:
+        if cohort.confirm:
             untrained = untrained_fitness(trainer, self.labelled, seed=cohort.seeds[0]).value
         warnings, self._warnings[:] = tuple(self._warnings), []
         counts = tuple(Counter(index.substituted) for index in self._indices)

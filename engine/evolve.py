@@ -165,7 +165,7 @@ class Evolution:
 
     def _parts(self, cohort: Cohort) -> list[Cohort]:
         """How a lost cohort is tried again: its members alone, unless they are compared with each other."""
-        whole = self.recipe.search.halving or cohort.untrained
+        whole = self.recipe.search.halving or cohort.confirm
         return [cohort] if whole else split(cohort)
 
     def _seconds(self, cohort: Cohort) -> float:
@@ -310,7 +310,7 @@ class Evolution:
             "hours_of_video": round(float(videos.index.duration.sum()) / 3600, 4),
             "num_labelled": len(self.labelled.clips),
             "num_classes": self.labelled.num_classes,
-            "labels_used": self.recipe.fitness.metric != "zipf",
+            "labels_used": self.recipe.fitness.uses_labels,
             "rejected": [
                 f"{r.path}: {r.reason}" for r in dict.fromkeys((*videos.rejects, *labelled.rejects))
             ],
@@ -324,4 +324,4 @@ class Evolution:
 
 def _confirmation(weights: dict[str, float], trial: int, seed: int) -> Cohort:
     members = (MemberJob(weights), MemberJob(random_weights(seed)))
-    return Cohort(members, (trial, -1), (seed,), untrained=True)
+    return Cohort(members, (trial, -1), (seed,), confirm=True)

@@ -109,7 +109,7 @@ class Records:
             "clips_per_second": round(result.clips_per_second, 2),
             "terms": result.terms,
             "recipe_hash": self.hash,
-            "labels_used": self.recipe.fitness.metric != "zipf",
+            "labels_used": self.recipe.fitness.uses_labels,
         }
 
     def outcome(self, outcome: Outcome, *, workers: int) -> None:

@@ -1,4 +1,4 @@
-"""Features of labelled clips: what fitness clusters."""
+"""Features of the clips that judge a loss: what fitness clusters."""
 
 from __future__ import annotations
 
@@ -20,30 +20,37 @@ from engine.recipe import Recipe
 from engine.runtime import Runtime
 
 BANK_BYTES = 256 * 2**20
-"""Labelled frames up to this size stay decoded between members."""
+"""Judged frames up to this size stay decoded between members."""
+UNLABELLED_CLIPS = 2000
+"""Most clips that judge where none has a label and ``fitness.max_clips`` does not say so."""
+CHOICE_STREAM = 0xC405
+"""Keeps the draw of judged clips apart from other draws of the same seed."""
 
 
 class LabelledClips:
-    """The labelled clips of a data set, decoded for evaluation: central crops, views spread over time."""
+    """The clips of a data set that judge, decoded for evaluation: central crops, views spread over time.
+
+    Those with labels; where no label decides (``fitness.metric = "zipf"``) and there are not two classes, all clips.
+    Of more than ``fitness.max_clips`` a subset, which depends on the recipe's seed and the number of clips alone.
+    """
+
+    labels: NDArray[np.int64] | None
+    """(clips,) classes numbered from 0; None without labels."""
+    num_classes: int
+    """0 without labels."""
 
     def __init__(self, index: ClipIndex, recipe: Recipe, *, runtime: Runtime) -> None:
-        """Raises ValueError where classes are missing, or there are fewer labelled clips than classes."""
-        (self.clips,) = np.nonzero(index.label >= 0)
-        if len(self.clips) == 0:
-            raise ValueError(
-                "no labelled clips: labels come from class folders, VIDEOS/CLASS/clip.mp4; "
-                "put each class's videos into a folder of its own"
+        """Raises ValueError where classes or labels are missing, or there are not more clips than clusters."""
+        self.clips, self.labels = _choose(index, recipe)
+        self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
+        clusters = recipe.fitness.clusters_for(self.num_classes)
+        if len(self.clips) <= max(clusters, self.num_classes):
+            kind, what = (
+                ("labelled clips", "classes") if self.num_classes else ("clips", "clusters")
             )
-        self.labels: NDArray[np.int64] = np.unique(index.label[self.clips], return_inverse=True)[1]
-        self.num_classes = int(self.labels.max()) + 1
-        if self.num_classes < 2:
             raise ValueError(
-                "the labelled clips are all of one class; fitness needs two classes or more"
-            )
-        if len(self.clips) <= self.num_classes:
-            raise ValueError(
-                f"{len(self.clips)} labelled clips for {self.num_classes} classes: "
-                "fitness needs more clips than classes"
+                f"{len(self.clips)} {kind} for {max(clusters, self.num_classes)} {what}: "
+                f"fitness needs more clips than {what}"
             )
         # Batch statistics must not tell classes apart by the order in which folders were read.
         self._order = np.random.Generator(np.random.Philox(key=[0, 0xFEA7])).permutation(
@@ -57,7 +64,7 @@ class LabelledClips:
 
     @torch.no_grad()
     def features(self, networks: Sequence[ResNet3D]) -> list[Tensor]:
-        """Pooled features of each network, float32 (clips, D) in ``labels``' order, from one decode.
+        """Pooled features of each network, float32 (clips, D) in the order of ``clips``, from one decode.
 
         They stay on the device.
 
@@ -119,6 +126,34 @@ class LabelledClips:
             yield batch.rgb
         if self._bank is not None:
             self._bank = kept
+
+
+def _choose(index: ClipIndex, recipe: Recipe) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    """Which clips judge, rising, and their classes numbered from 0."""
+    (clips,) = np.nonzero(index.label >= 0)
+    known = len(np.unique(index.label[clips]))
+    blind = not recipe.fitness.uses_labels and known < 2
+    if not blind and known == 0:
+        raise ValueError(
+            "no labelled clips: labels come from class folders, VIDEOS/CLASS/clip.mp4; "
+            "put each class's videos into a folder of its own"
+        )
+    if not blind and known < 2:
+        raise ValueError(
+            "the labelled clips are all of one class; fitness needs two classes or more"
+        )
+    if blind:
+        clips = np.arange(len(index.label))
+    most = recipe.fitness.max_clips or (UNLABELLED_CLIPS if blind else len(clips))
+    if len(clips) > most:
+        rng = np.random.Generator(np.random.Philox(key=[recipe.seed, CHOICE_STREAM]))
+        clips = np.sort(rng.permutation(clips)[:most])
+    if blind:
+        return clips, None
+    labels = np.unique(index.label[clips], return_inverse=True)[1]
+    if labels.max() < 1:
+        raise ValueError(f"the {most} clips of fitness.max_clips are all of one class: raise it")
+    return clips, labels
 
 
 def balanced(count: int, largest: int) -> list[int]:

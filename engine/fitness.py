@@ -1,7 +1,7 @@
-"""Fitness: how well k-means on the features of labelled clips finds the clips' classes.
+"""Fitness: how well k-means on clips' features finds their classes, or how near its clusters are to Zipf's law.
 
-Shape letters: M members, S runs, N clips, D features. Nothing here trains or sees a video; the labels are those of the
-train split, and all that they decide is a number per member.
+Shape letters: M members, S runs, N clips, D features. Nothing here trains or sees a video; labels, where there are
+any, are those of the train split, and all that they decide is a number per member.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from engine import kmeans, recipe
 from engine.agreement import Agreement, Ints, agreement, check_labels
+from engine.zipf import zipf_fitness
 
 Floats = NDArray[np.floating[Any]]
 Backend = Literal["sklearn", "cuml", "batched"]
@@ -43,8 +44,10 @@ class FitnessResult:
 
     value: float
     """Mean of ``settings.metric`` over the k-means runs: what the search maximises."""
-    metrics: Agreement
-    """Means of all measures over the k-means runs."""
+    metrics: Agreement | None
+    """Means of its measures over the k-means runs; None without labels."""
+    zipf: float
+    """Mean over the k-means runs of ``zipf_fitness``, which sees no label."""
     sd: float
     """Sample standard deviation of ``settings.metric`` over the k-means runs; 0 for one run."""
     effective_rank: float
@@ -54,12 +57,13 @@ class FitnessResult:
 
     def measures(self) -> dict[str, float]:
         """All that was measured, by name; for a record."""
-        return {**asdict(self.metrics), "effective_rank": self.effective_rank}
+        agreed = {} if self.metrics is None else asdict(self.metrics)
+        return {**agreed, "zipf": self.zipf, "effective_rank": self.effective_rank}
 
 
 def kmeans_fitness(
     features: Floats | Tensor,
-    labels: Ints,
+    labels: Ints | None,
     *,
     settings: recipe.Fitness,
     num_classes: int,
@@ -77,38 +81,47 @@ def kmeans_fitness(
 
 def cohort_fitness(
     features: Sequence[Floats | Tensor],
-    labels: Ints,
+    labels: Ints | None,
     *,
     settings: recipe.Fitness,
     num_classes: int,
     seed: int,
     device: str = "cpu",
 ) -> list[FitnessResult | str]:
-    """Cluster each member's features into ``num_classes`` and compare with the classes (the paper).
+    """Cluster each member's features; compare with the classes (the paper) and with Zipf's law (its follow-up).
 
     ``features`` (N, D) float, an array or a tensor a member, are clustered as they are: the paper clusters
     the representation itself, k-means is blind to a shift and to a common scale, and no other scaling is
-    better for every kind of feature. ``labels`` (N,) are class ids in [0, num_classes). Averages
+    better for every kind of feature. ``labels`` (N,) are class ids in [0, num_classes), or None where there are
+    none and the metric is zipf. Clusters are ``settings.num_clusters``, or as many as classes. Averages
     ``settings.kmeans_seeds`` runs, each the best of ``settings.kmeans_init`` starts, whose random numbers
     depend on ``seed`` alone. In any company a member's numbers are the same on a CPU, to the bit and
     whatever the number of threads; on a GPU (``device`` "cuda...") up to float32's rounding.
 
     A member without fitness gets the reason: features that are not finite, or not one row a label. Raises
-    ValueError for labels outside the classes, fewer clips than classes, and k-means that is not there.
+    ValueError for labels outside the classes, fewer clips than classes or clusters, a metric that wants labels where
+    there are none, no number of clusters, and k-means that is not there.
     """
     backend = kmeans_backend(device, settings.kmeans)
-    labels = np.asarray(labels)
-    check_labels(labels, num_classes)
+    num_clusters = settings.clusters_for(num_classes if labels is not None else 0)
+    if labels is not None:
+        labels = np.asarray(labels)
+        check_labels(labels, num_classes)
     faults = [_fault(each, labels) for each in features]
     sound = [each for each, fault in zip(features, faults, strict=True) if fault is None]
+    if sound and len(sound[0]) < num_clusters:
+        raise ValueError(
+            f"fitness: {len(sound[0])} clips are too few for {num_clusters} clusters: "
+            "set fitness.num_clusters lower, or give more clips"
+        )
     if backend != "sklearn":
         sound = [_on_device(each, device) for each in sound]
     cluster = {"sklearn": _cluster_sklearn, "cuml": _cluster_cuml, "batched": _cluster_batched}
     with _one_thread():
-        clustered = cluster[backend](sound, num_classes, settings, seed) if sound else []
+        clustered = cluster[backend](sound, num_clusters, settings, seed) if sound else []
         results = iter(
-            _result([agreement(labels, run) for run in runs], settings.metric, rank, backend)
-            for runs, rank in zip(clustered, map(effective_rank, sound), strict=True)
+            _result(each, runs, labels, settings=settings, num_clusters=num_clusters, by=backend)
+            for each, runs in zip(sound, clustered, strict=True)
         )
         return [next(results) if fault is None else fault for fault in faults]
 
@@ -218,14 +231,28 @@ def _cuml_array(tensor: Tensor) -> Any:
     return cupy.asarray(tensor)
 
 
-def _result(runs: list[Agreement], metric: str, rank: float, backend: Backend) -> FitnessResult:
-    values = [getattr(each, metric) for each in runs]
+def _result(
+    features: Floats | Tensor,
+    runs: Ints,
+    labels: Ints | None,
+    *,
+    settings: recipe.Fitness,
+    num_clusters: int,
+    by: Backend,
+) -> FitnessResult:
+    """Of one member's features (N, D) and their clusters in each run (S, N)."""
+    s = settings.zipf_exponent
+    zipf = [zipf_fitness(features, run, num_clusters=num_clusters, exponent=s) for run in runs]
+    agreed = [] if labels is None else [agreement(labels, run) for run in runs]
+    values = [getattr(each, settings.metric) for each in agreed] if settings.uses_labels else zipf
+    metrics = Agreement(*map(fmean, zip(*map(astuple, agreed), strict=True))) if agreed else None
     return FitnessResult(
         value=fmean(values),
-        metrics=Agreement(*map(fmean, zip(*map(astuple, runs), strict=True))),
+        metrics=metrics,
+        zipf=fmean(zipf),
         sd=stdev(values) if len(values) > 1 else 0.0,
-        effective_rank=rank,
-        backend=backend,
+        effective_rank=effective_rank(features),
+        backend=by,
     )
 
 

@@ -121,6 +121,25 @@ class Fitness(Section, frozen=True):
     """Statistics of batch norm while features are taken: of the labelled batch, or the running ones."""
     batch_size: Annotated[int, Meta(ge=4)] = 32
 
+    @property
+    def uses_labels(self) -> bool:
+        """Whether labels decide the fitness."""
+        return self.metric != "zipf"
+
+    def clusters_for(self, num_classes: int) -> int:
+        """How many clusters k-means finds, for 0 classes without labels; raises ValueError that says what to set."""
+        if num_classes == 0 and self.uses_labels:
+            raise ValueError(
+                f'fitness.metric "{self.metric}" needs labelled clips: give some with --labelled, '
+                "or judge without labels by --set fitness.metric=zipf"
+            )
+        wanted = self.num_clusters or num_classes
+        if wanted < 2:
+            raise ValueError(
+                "clips without labels have no number of classes: set fitness.num_clusters (2 or more)"
+            )
+        return wanted
+
 
 class Search(Section, frozen=True):
     """How weights are proposed."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from engine.data.clip_bank import ClipBank
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import plan_batch
 from engine.data.shards import ClipIndex
@@ -71,6 +72,8 @@ class Trainer:
     """Most members of a cohort; None: as many as memory is found to hold (see ``engine.cohort``)."""
     warn: Callable[[str], object] = warnings.warn
     """Told once, at the first step, where compiled code or bf16 does not compute what float32 does."""
+    bank: ClipBank | None = None
+    """Clips to train on that are decoded already; None: all, decoded for each batch."""
 
     def __post_init__(self) -> None:
         self.mode = self.recipe.optim.compile
@@ -93,6 +96,21 @@ class Trainer:
             set_seed(seed)
             self._initial = seed, self._build()
         return copy.deepcopy(self._initial[1])
+
+    def open_bank(self, size: int | str) -> ClipBank:
+        """Decode the clips that ``search.clip_bank`` asks for, drawn with the recipe's seed; see ``ClipBank``."""
+        r = self.recipe
+        with self.clock("bank"):
+            return ClipBank(
+                self.index,
+                r.clip,
+                audio=r.audio,
+                size=size,
+                seed=r.seed,
+                device=self.runtime.device,
+                threads=self.runtime.threads,
+                sound=self.sound,
+            )
 
     def _build(self) -> EvolvedLoss:
         r = self.recipe
@@ -156,20 +174,9 @@ class Trainer:
     ) -> Iterator[ClipBatch]:
         """The run's batches from step ``first`` on, decoded ahead in a thread of their own."""
         r = self.recipe
-        pipeline = InputPipeline(
-            self.index,
-            r.clip,
-            audio=r.audio,
-            device=self.runtime.device,
-            batch_size=r.optim.batch_size,
-            num_frames=r.clip.num_frames + r.clip.num_future_frames,
-            threads=self.runtime.threads,
-            flow="flow" in modalities,
-            sound="audio" in modalities,
-        )
         plans = (
             plan_batch(
-                self.index,
+                self.bank or self.index,
                 r.clip,
                 r.audio,
                 seed=seed,
@@ -180,13 +187,28 @@ class Trainer:
             )
             for step in range(first, r.optim.steps)
         )
+        flow, sound = "flow" in modalities, "audio" in modalities
+        if self.bank is not None:
+            return self.bank.batches(plans, flow=flow, sound=sound)
+        pipeline = InputPipeline(
+            self.index,
+            r.clip,
+            audio=r.audio,
+            device=self.runtime.device,
+            batch_size=r.optim.batch_size,
+            num_frames=r.clip.num_frames + r.clip.num_future_frames,
+            threads=self.runtime.threads,
+            flow=flow,
+            sound=sound,
+        )
         return pipeline.batches(plans)
 
     def rounds(self, members: Sequence[Member], *, seed: int) -> Iterator[tuple[int, Views]]:
         """Steps and their views, made once for all ``members``, from where they stand to the end."""
         modalities = tuple({m: None for member in members for m in member.alive.modalities})
-        batches = self.batches(seed=seed, first=members[0].step, modalities=modalities)
-        for step in range(members[0].step, self.recipe.optim.steps):
+        first = min(member.step for member in members)
+        batches = self.batches(seed=seed, first=first, modalities=modalities)
+        for step in range(first, self.recipe.optim.steps):
             with self.clock("input"):
                 batch = next(batches)
             with self.clock("views"):
@@ -234,7 +256,7 @@ class Trainer:
             loss, optimizer = self.seat.loss, self.seat.optimizer
         optim = self.recipe.optim
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, member.step)
+            group["lr"] = learning_rate(optim, member.step, first=member.first)
         optimizer.zero_grad(
             set_to_none=True
         )  # before, so that gradients and activations never add up
@@ -293,8 +315,10 @@ def make_optimizer(loss: nn.Module, settings: Optim) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=True)
 
 
-def learning_rate(settings: Optim, step: int) -> float:
-    """Linear warm-up over ``warmup_steps``, then a cosine to zero at ``steps``."""
+def learning_rate(settings: Optim, step: int, *, first: int = 0) -> float:
+    """Linear warm-up over ``warmup_steps``, then a cosine to zero at ``steps``; joined at ``first``, warmed up to."""
+    if first and step - first < settings.warmup_steps:
+        return learning_rate(settings, step) * (step - first + 1) / settings.warmup_steps
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)

@@ -32,6 +32,8 @@ class Member:
     state: FlatState | None = None
     """All of its state in one piece, where steps are compiled."""
     step: int = 0
+    first: int = 0
+    """The step that it started from, above 0 with networks that are trained already."""
     values: Tensor | None = None
     """Running mean of the computed terms' values, float32 (computed,)."""
 

@@ -228,3 +228,48 @@ def test_batches_are_few_and_of_like_size(count: int, largest: int) -> None:
     assert sum(sizes) == count and max(sizes) <= largest
     assert max(sizes) - min(sizes) <= 1
     assert largest * (len(sizes) - 1) < count
+
+
+def test_clips_without_labels_judge_by_zipf(tiny_shards: Path) -> None:
+    index = ClipIndex([tiny_shards / "unlabelled"])
+    zipf = ('fitness.metric="zipf"', "fitness.num_clusters=3")
+    found = labelled_clips(index, *zipf)
+    assert found.labels is None and found.num_classes == 0
+    np.testing.assert_array_equal(found.clips, np.arange(len(index)))
+    (rows,) = (x.numpy() for x in found.features([Quadrants()]))
+    np.testing.assert_allclose(rows, one_by_one(index, found.clips, Quadrants()), atol=1e-5)
+    with pytest.raises(ValueError, match=r"set fitness\.num_clusters"):
+        labelled_clips(index, zipf[0])
+    with pytest.raises(ValueError, match="8 clips for 8 clusters"):
+        labelled_clips(index, zipf[0], "fitness.num_clusters=8")
+
+
+def test_labels_are_kept_beside_zipf(index: ClipIndex) -> None:
+    found = labelled_clips(index, 'fitness.metric="zipf"')
+    assert found.labels is not None and found.num_classes == 8
+    np.testing.assert_array_equal(found.clips, labelled_clips(index).clips)
+
+
+@pytest.mark.parametrize("metric", ["hungarian", "zipf"])
+def test_a_subset_judges_where_there_are_too_many(index: ClipIndex, metric: str) -> None:
+    kinds = (f'fitness.metric="{metric}"', "fitness.num_clusters=4")
+    whole = labelled_clips(index, *kinds)
+    some = labelled_clips(index, *kinds, "fitness.max_clips=15")
+    assert len(some.clips) == 15 and set(some.clips) < set(whole.clips)
+    assert list(some.clips) == sorted(some.clips)
+    again = labelled_clips(index, *kinds, "fitness.max_clips=15")
+    np.testing.assert_array_equal(some.clips, again.clips)
+    other = labelled_clips(index, *kinds, "fitness.max_clips=15", "seed=1")
+    assert set(other.clips) != set(some.clips)
+    assert len(labelled_clips(index, *kinds, "fitness.max_clips=100").clips) == len(whole.clips)
+    rows = [each.features([Quadrants()])[0].numpy() for each in (some, whole)]
+    where = np.searchsorted(whole.clips, some.clips)
+    np.testing.assert_allclose(rows[0], rows[1][where], atol=1e-5)
+
+
+def test_no_more_unlabelled_clips_judge_than_are_needed() -> None:
+    index = SimpleNamespace(label=np.full(5000, -1, np.int32))
+    zipf = recipe_of('fitness.metric="zipf"', "fitness.num_clusters=10")
+    found = LabelledClips(index, zipf, runtime=RUNTIME)  # type: ignore[arg-type]
+    assert len(found.clips) == module.UNLABELLED_CLIPS
+    assert found.clips.min() < 500 and found.clips.max() > 4500

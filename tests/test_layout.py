@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.data",),
     ("engine.model",),
     ("engine.objective",),
-    ("engine.agreement", "engine.kmeans"),
+    ("engine.agreement", "engine.kmeans", "engine.zipf"),
     ("engine.samplers",),
     ("engine.study_storage",),
     ("engine.features", "engine.fitness", "engine.search"),
