@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.cohort import MemberJob
 from engine.cohort_worker import Cohort
-from engine.recipe import Recipe
+from engine.recipe import Recipe, Search
 from engine.runtime import Clock
 from engine.search import Proposal, SearchStudy
 
@@ -47,15 +47,10 @@ class Planner:
         best = max(known, default=float("-inf"))
         return [self._cohort(group, best) for group in groups]
 
-    def share(self, generation: int) -> int:
-        """Members of a job, where all workers take part in a generation of that many."""
-        if self._recipe.search.halving:
-            return generation
-        return self._members_at_once or -(-generation // self._workers)
-
     def _shares(self, count: int) -> list[list[Proposal]]:
         coming = len(self._study.members())
-        share = self.share(len(self._study.generation(min(coming, self._study.total - 1))))
+        generation = self._study.generation(min(coming, self._study.total - 1))
+        share = self._members_at_once or -(-len(generation) // self._workers)
         members = self._ask(count * share)
         jobs = min(count, len(members))
         return [members[i::jobs] for i in range(jobs)]
@@ -110,6 +105,19 @@ class Planner:
         for member in members:
             if member.trial not in needed:
                 self.state(member.trial).unlink(missing_ok=True)
+
+
+def job_sizes(
+    search: Search, generation: int, *, workers: int, members_at_once: int | None
+) -> list[int]:
+    """How many members each job of a generation has, where all workers are idle when it begins."""
+    if search.halving:
+        return [generation]
+    jobs = min(workers, generation)
+    most = members_at_once or generation
+    if most * jobs < generation:
+        jobs = -(-generation // most)
+    return [generation // jobs + (i < generation % jobs) for i in range(jobs)]
 
 
 def split(cohort: Cohort) -> list[Cohort]:

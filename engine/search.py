@@ -158,6 +158,11 @@ class SearchStudy:
             raise ValueError(f"{self._where}: no member of this study completed")
         return max(complete, key=lambda member: (member.fitness, -member.trial))
 
+    @property
+    def waits(self) -> bool:
+        """Whether a generation is proposed only when all members of earlier ones are done."""
+        return self._sampler.generation(0) is not None
+
     def open_members(self) -> list[Proposal]:
         """All members that were proposed and are not done, by trial number."""
         return [trial for trial in self._trials if not isinstance(trial, MemberRecord)]
