@@ -31,7 +31,7 @@ MOST_KILLS = 8
 """Of a driver in one search; then it may end."""
 WAIT_SECONDS = 600.0
 """A search that takes longer than this without being killed hangs."""
-WORKER_SHARE = 0.25
+WORKER_SHARE = 0.15
 """Of all kills, those that are meant for workers."""
 
 
@@ -50,6 +50,10 @@ class Search:
         settings += [f"search.method={self.method}", "search.cmaes_population=4", *self.extra]
         pairs = [part for setting in settings for part in ("--set", setting)]
         return ["--recipe", str(TINY), "--seed", str(self.seed), *pairs]
+
+
+MORE = ("--members-per-gpu", "8")
+"""For every driver: spares it counting how many fit."""
 
 
 @dataclass
@@ -113,7 +117,7 @@ class Soak:
             driver = self.rng.random() < 0.3
             code, began = None, time.monotonic()
             while code is None:
-                code = self.wait(child, self.rng.uniform(0.1, 0.2 + 1.5 * self.start_seconds))
+                code = self.wait(child, self.rng.uniform(0.1, 0.2 + self.start_seconds))
                 if not self.start_seconds and any((run / "members").glob("0*.json")):
                     self.start_seconds = time.monotonic() - began
                 assert time.monotonic() - began < WAIT_SECONDS, f"{run}: hangs: {_log(run)}"
@@ -168,7 +172,7 @@ class Soak:
         child = os.fork()
         if child:
             return child
-        _drive(["evolve", "--run", str(run), *how, *where, *more], self.folder / "log.txt")
+        _drive(["evolve", "--run", str(run), *how, *where, *MORE, *more], self.folder / "log.txt")
         raise AssertionError("never reached")
 
     @staticmethod
@@ -300,6 +304,8 @@ def import_everything() -> None:
 
     The report is left out: it only reads, and takes longer than such a search.
     """
+    import torch
+
     import engine.cli
     import engine.evolve
     import engine.report
@@ -310,6 +316,7 @@ def import_everything() -> None:
     ):  # what a database needs is imported when it is opened
         path = Path(folder) / "study.db"
         engine.evolve.SearchStudy(Settings(), storage=path, name="x", seed=0, recipe_hash="x").ask()
+    torch.use_deterministic_algorithms(True)  # imports as much as all the rest
     engine.report.write_report = lambda run: run / "report.html"
 
 
@@ -319,7 +326,7 @@ SEARCHES = [
     Search("cmaes", 4, rounds=4),
     Search("evolution", 5, rounds=5, extra=("search.replace=worst", "search.repeats=2")),
 ]
-WORKERS = [Search("evolution", 6, rounds=14), Search("random", 7, rounds=14)]
+WORKERS = [Search("evolution", 6, rounds=17), Search("random", 7, rounds=17)]
 
 
 def main() -> None:
