@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +18,13 @@ from engine.cli_common import (
     say_substitutes,
 )
 
+if TYPE_CHECKING:
+    from engine.display import Display
+    from engine.evolve import Data, Workers
+    from engine.recipe import Recipe
+    from engine.runfolder import RunFolder
+    from engine.runtime import Runtime
+
 
 @click.command()
 @click.option(
@@ -28,6 +36,19 @@ from engine.cli_common import (
     type=PATH,
     help="Class folders, or shards of them, to judge losses by.",
 )
+@click.option("--method", help="How losses are proposed: search.method of the recipe.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=0),
+    help="Members after the initial population; may be raised with --resume.",
+)
+@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Workers, with a GPU each.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Workers on CPUs.")
+@click.option(
+    "--address",
+    metavar="auto|HOST:PORT",
+    help="Ray cluster to join [default: Ray is started here].",
+)
 @click.option(
     "--members-per-gpu",
     type=MembersPerGpu(),
@@ -36,12 +57,39 @@ from engine.cli_common import (
     metavar="auto|N",
     help="Members of a generation that are trained at once; auto: as many as memory holds.",
 )
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Longest training of a member on a worker [default: any].",
+)
+@click.option(
+    "--max-retries",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="How often a member is tried again whose worker was lost.",
+)
+@click.option(
+    "--storage", metavar="URL", help="Database for the study [default: a file in the run]."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done and how long it would take.")
 @run_options
 @errors_explained
 def evolve(
     videos: tuple[Path, ...],
     labelled: tuple[Path, ...],
+    method: str | None,
+    rounds: int | None,
+    gpus: int | None,
+    workers: int | None,
+    address: str | None,
     members_per_gpu: int | None,
+    time_limit: float,
+    max_retries: int,
+    storage: str | None,
+    dry_run: bool,
     recipe_name: str | None,
     assignments: tuple[str, ...],
     seed: int | None,
@@ -50,41 +98,111 @@ def evolve(
     device: str,
 ) -> None:
     """Find a loss: the main job. Without arguments it runs on a small data set that it makes itself."""
-    from engine.data.library import default_shard_cache, demo_folders, open_library
-    from engine.display import Display, print_outcome
-    from engine.evolve import Data, Evolution
-    from engine.report import write_report
+    from engine.display import Display
     from engine.runtime import check_kernels_package, choose_runtime
 
     if bool(videos) != bool(labelled):
         raise ValueError("give both --videos and --labelled, or neither for the demo's data")
     check_kernels_package()
+    given = {"search.method": method, "search.rounds": rounds}
+    assignments += tuple(f"{key}={value}" for key, value in given.items() if value is not None)
     default = "cpu" if videos else "demo"
     run, recipe = open_run("evolve", recipe_name, assignments, seed, run_path, resume, default)
+    crew = _workers(gpus, workers, address, members_per_gpu, time_limit, max_retries, device)
+    if crew.count != 0:
+        device = "auto" if crew.gpus else "cpu"
     runtime = choose_runtime(device, amp=recipe.optim.amp)
-    with Display(log=run.path) as display:
-        if resume:
-            videos, labelled = named_before(run.read_json("provenance.json"), videos, labelled)
-        named = ([str(p) for p in videos] or ["demo"], [str(p) for p in labelled] or ["demo"])
-        if named == (["demo"], ["demo"]):
-            videos, labelled = (tuple(folders) for folders in demo_folders(display.prepare))
-        cache = default_shard_cache()
-        unlabelled = open_library(videos, cache=cache, report=display.prepare)
-        judged_by = open_library(labelled, cache=cache, report=display.prepare)
-        for library in (unlabelled, judged_by):
-            say_rejects(display, library)
-        evolution = Evolution(
-            recipe,
-            Data(unlabelled, judged_by, named),
-            run=run,
-            runtime=runtime,
-            display=display,
-            members_at_once=members_per_gpu,
+    run.use_storage(storage)
+    with Display(log=None if dry_run else run.path) as display:
+        data = _data(run, videos, labelled, resume=resume, display=display)
+        if dry_run:
+            from engine.evolve_dry_run import dry_run as look
+
+            look(recipe, data, runtime=runtime, workers=crew, display=display)
+            return
+        _evolve(recipe, data, run=run, runtime=runtime, workers=crew, display=display)
+
+
+def _workers(
+    gpus: int | None,
+    workers: int | None,
+    address: str | None,
+    members_at_once: int | None,
+    time_limit: float,
+    max_retries: int,
+    device: str,
+) -> Workers:
+    """Who does the work; raises ValueError for options that contradict each other or the machine."""
+    import torch
+
+    from engine.evolve import Workers
+
+    if gpus and workers:
+        raise ValueError("give --gpus N (a GPU each) or --workers N (on CPUs), not both")
+    on_gpus = bool(gpus) or (address is not None and not workers)
+    if (on_gpus and device == "cpu") or (workers and device.startswith("cuda")):
+        raise ValueError(
+            f"--device {device} contradicts {'--gpus' if gpus else '--workers' if workers else '--address'}"
         )
-        display.say(f"run folder {run.path}")
-        summary = evolution.go()
-        say_substitutes(display, unlabelled, judged_by)
-        with evolution.clock("report"):
-            page = write_report(run.path)
+    here = torch.cuda.device_count()
+    if gpus and address is None and gpus > here:
+        raise ValueError(f"--gpus {gpus}: this machine has {here}; use --workers N for its CPUs")
+    in_process = gpus is None and workers is None and address is None
+    count = 0 if in_process else gpus or workers
+    return Workers(
+        count,
+        gpus=on_gpus,
+        address=address,
+        members_at_once=members_at_once,
+        time_limit=time_limit,
+        max_retries=max_retries,
+    )
+
+
+def _data(
+    run: RunFolder,
+    videos: tuple[Path, ...],
+    labelled: tuple[Path, ...],
+    *,
+    resume: bool,
+    display: Display,
+) -> Data:
+    """Open what was named, or what a resumed run began with."""
+    from engine.data.library import default_shard_cache, demo_folders, open_library
+    from engine.evolve import Data
+
+    if resume:
+        videos, labelled = named_before(run.read_json("provenance.json"), videos, labelled)
+    named = ([str(p) for p in videos] or ["demo"], [str(p) for p in labelled] or ["demo"])
+    if named == (["demo"], ["demo"]):
+        videos, labelled = (tuple(folders) for folders in demo_folders(display.prepare))
+    cache = default_shard_cache()
+    unlabelled = open_library(videos, cache=cache, report=display.prepare)
+    judged_by = open_library(labelled, cache=cache, report=display.prepare)
+    for library in (unlabelled, judged_by):
+        say_rejects(display, library)
+    return Data(unlabelled, judged_by, named)
+
+
+def _evolve(
+    recipe: Recipe,
+    data: Data,
+    *,
+    run: RunFolder,
+    runtime: Runtime,
+    workers: Workers,
+    display: Display,
+) -> None:
+    from engine.display import print_events, print_outcome
+    from engine.evolve import Evolution
+    from engine.report import write_report
+
+    evolution = Evolution(recipe, data, run=run, runtime=runtime, display=display, workers=workers)
+    display.say(f"run folder {run.path}")
+    summary = evolution.go()
+    say_substitutes(display, data.videos, data.labelled)
+    with evolution.clock("report"):
+        page = write_report(run.path)
     print_outcome(summary)
+    print_events(evolution.records.events.counts)
     click.echo(f"report: {page}")

@@ -163,6 +163,29 @@ def print_outcome(summary: Mapping[str, Any]) -> None:
         )
 
 
+EVENTS = {
+    "worker_died": "worker died",
+    "node_lost": "node lost",
+    "time_limit": "time limit reached",
+    "out_of_memory": "out of memory",
+    "error": "error in a worker",
+    "start_failed": "worker could not start",
+    "retry": "jobs done again",
+    "non_finite": "member not finite",
+    "failed": "member failed",
+    "storage": "study's storage was away",
+    "resumed": "run resumed",
+}
+"""Kinds of events, for the closing table."""
+
+
+def print_events(counts: Mapping[str, int]) -> None:
+    """Print what happened beside the search, by kind, if anything did."""
+    if counts:
+        rows = [[EVENTS.get(kind, kind), str(count)] for kind, count in counts.items()]
+        Console(highlight=False).print(table("What happened", ["", "times"], rows))
+
+
 def _spread_cells(spread: dict[str, Any]) -> list[str]:
     if not spread["n"]:
         return ["-", "-", "0"]

@@ -1,29 +1,33 @@
-"""The main job: evolve a loss on unlabelled videos, judged by clustering labelled ones."""
+"""The main job: evolve a loss on unlabelled videos, judged by clustering labelled ones.
+
+One loop, whoever does the work: the study is asked, its members are packed into cohorts, workers train them, and what
+comes of them is written down and told as it comes.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from engine.board import Board
-from engine.cohort import MemberJob, MemberResult, evaluate_cohort, untrained_fitness
+from engine.cohort import MemberJob, MemberResult
+from engine.cohort_worker import Cohort, CohortEvaluator, CohortFactory, Outcome, Progress
 from engine.data.library import Library, fingerprint
 from engine.display import Display, outcome_line
+from engine.evolve_pace import Pace
+from engine.evolve_plan import Planner, split
+from engine.evolve_record import Records
 from engine.features import LabelledClips
-from engine.fitness import kmeans_backend
-from engine.lossfile import random_weights, save_loss
-from engine.network_file import card_of, save_network
-from engine.objective.terms import LossWeights
-from engine.recipe import Recipe, recipe_hash
+from engine.jobs import Crew, Done, Job, LocalPool, Lost, Pool
+from engine.lossfile import random_weights
+from engine.recipe import Recipe
 from engine.runfolder import RunError, RunFolder
-from engine.runtime import Clock, Runtime, make_deterministic, provenance
-from engine.search import MemberRecord, Proposal, SearchStudy
-from engine.train import Trainer
+from engine.runtime import Clock, Runtime, provenance
+from engine.search import Proposal, SearchStudy
+from engine.workers import RayPool
 
 FRESH_SEEDS = 10_000
 """Distance from the search's seed to the first of the seeds that confirm its outcome."""
@@ -39,6 +43,30 @@ class Data:
     """The videos and labelled folders as the user named them."""
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Who trains the members."""
+
+    count: int | None = 0
+    """Ray's workers; 0: this process does it all, without Ray. None: as many as the cluster has GPUs."""
+    gpus: bool = False
+    """A GPU a worker."""
+    address: str | None = None
+    """Ray's cluster: auto or HOST:PORT; None: Ray is started on this machine."""
+    members_at_once: int | None = None
+    """Most members of a job; None: a generation is shared out, and memory decides how many are trained at once."""
+    time_limit: float = 0.0
+    """Seconds that a member may take for each of its trainings; 0: any."""
+    max_retries: int = 2
+    """How often a member is tried again whose worker was lost."""
+
+    def __post_init__(self) -> None:
+        if self.count == 0 and self.time_limit:
+            raise ValueError(
+                "--time-limit needs a worker that can be ended and replaced: add --gpus N or --workers N"
+            )
+
+
 class Evolution:
     """One run of the search, from its first member to the report's numbers; each stage can be repeated."""
 
@@ -50,266 +78,231 @@ class Evolution:
         run: RunFolder,
         runtime: Runtime,
         display: Display,
-        members_at_once: int | None = None,
+        workers: Workers = Workers(),
     ) -> None:
-        """``members_at_once``: of a generation, on this device; None: as many as fit into memory.
-
-        Raises ValueError where the data does not fit: see ``LabelledClips``.
-        """
-        make_deterministic(runtime)
-        kmeans_backend(runtime.device.type, recipe.fitness.kmeans)  # one that is absent is told now
+        """Raises ValueError where the data does not fit (see ``LabelledClips``), or rounds were lowered too far."""
         self.recipe, self.data, self.run, self.display = recipe, data, run, display
-        self.clock, self._began = Clock(), time.perf_counter()
-        self._earlier: dict[str, float] = run.read_json("timing.json") or {}
-        self.trainer = Trainer(
-            recipe, data.videos.index, runtime, self.clock, members_at_once, display.say
-        )
-        if runtime.device.type == "cpu" and self.trainer.mode == "off":
-            torch.set_num_threads(1)  # members take the cores: see Runtime.map
-        self.labelled = LabelledClips(data.labelled.index, recipe, runtime=runtime)
-        self.hash = recipe_hash(recipe)
+        self.runtime, self.workers, self.clock = runtime, workers, Clock()
+        self._identity = fingerprint(data.videos, data.labelled)
+        self._evaluator: CohortEvaluator | None = None
+        if workers.count == 0:
+            self._evaluator = CohortEvaluator(
+                recipe,
+                data.videos.index,
+                data.labelled.index,
+                runtime=runtime,
+                checkpoints=run.checkpoints,
+                members_at_once=workers.members_at_once,
+            )
+            self.labelled = self._evaluator.labelled
+        else:  # only to know that it fits
+            on_cpu = Runtime(torch.device("cpu"), amp=False)
+            self.labelled = LabelledClips(data.labelled.index, recipe, runtime=on_cpu)
         run.begin()
-        self._write_provenance(runtime)
+        self.records = Records(recipe, run, display, self.clock)
+        self._write_provenance()
         with self.clock("search"):
             self.study = SearchStudy(
                 recipe.search,
-                storage=run.study,
-                name="evolve",
+                storage=run.storage or run.study,
+                name=run.study_name,
                 seed=recipe.seed,
-                recipe_hash=self.hash,
+                recipe_hash=self.records.hash,
+                on_wait=self.records.away,
             )
-        with self.clock("logging"):
-            self.board = Board(run.tensorboard, before=self.study.members())
+        self._check_rounds()
+        self.records.open(self.study)
+        self._pace = Pace(display)
+        self._pool: Pool | None = None
 
     def go(self) -> dict[str, Any]:
         """Run or continue the search, confirm its outcome with fresh seeds, and write summary.json."""
-        self._search()
-        confirmed = self._confirm()
+        try:
+            self._search()
+            confirmed = self._confirm()
+        finally:
+            if self._pool is not None:
+                self._pool.close()
         with self.clock("logging"):
-            summary = self._summary(confirmed)
-            self.run.write_json("summary.json", summary)
-            self.board.close()
+            summary = self.records.summary(confirmed)
+            self.records.board.close()
         self.display.note(outcome_line(summary))
         return summary
 
+    @cached_property
+    def _crew(self) -> Crew:
+        """Made when there is work: starting Ray takes seconds."""
+        if self._evaluator is not None:
+            self._pool = LocalPool(self._evaluator, on_news=self._on_news)
+        else:
+            self.display.say("starting workers")
+            self._pool = RayPool(
+                self._factory(),
+                size=self.workers.count,
+                address=self.workers.address,
+                gpus=float(self.workers.gpus),
+                on_news=self._on_news,
+            )
+        return Crew(
+            self._pool,
+            self.workers.max_retries,
+            split=self._parts,
+            limit=self._seconds,
+            on_lost=self.records.lost,
+        )
+
+    def _factory(self) -> CohortFactory:
+        videos, labelled = self.data.videos, self.data.labelled
+        return CohortFactory(
+            self.recipe,
+            videos=tuple(path.absolute() for path in videos.shards),
+            labelled=tuple(path.absolute() for path in labelled.shards),
+            data=self._identity,
+            checkpoints=self.run.checkpoints.absolute(),
+            device="cuda" if self.workers.gpus else "cpu",
+            members_at_once=self.workers.members_at_once,
+        )
+
+    def _parts(self, cohort: Cohort) -> list[Cohort]:
+        """How a lost cohort is tried again: its members alone, unless they are compared with each other."""
+        whole = self.recipe.search.halving or cohort.confirm
+        return [cohort] if whole else split(cohort)
+
+    def _seconds(self, cohort: Cohort) -> float:
+        return self.workers.time_limit * len(cohort.members) * len(cohort.seeds)
+
+    def _on_news(self, job: Job, news: Progress) -> None:
+        assert self._pool is not None
+        self._pace.moved(job, news, pool=self._pool)
+
     def _search(self) -> None:
-        what = "evolving" if self.recipe.search.method == "evolution" else "drawing"
-        with self.clock("search"):
-            proposals = self.study.ask()
-            done = len(self.study.members())
-        self.display.start(f"{what} losses", self.study.total)
-        while proposals:
-            results = self._evaluate(
-                [p.weights for p in proposals], self._seeds(), what=f"{what} losses", done=done
-            )
-            for proposal, result in zip(proposals, results, strict=True):
-                self._record(proposal, result)
-            done += len(proposals)
-            self._keep_best()
-            self._keep_time()
-            with self.clock("search"):
-                proposals = self.study.ask()
-        failed = sum(m.state == "failed" for m in self.study.members())
-        if failed == self.study.total:
-            reason = self.study.members()[0].attributes["reason"]
-            raise RuntimeError(f"{self.run.path}: all {failed} members failed; the first: {reason}")
-        self._keep_best()  # an interruption may have come between the last member and the file
+        done = {member.trial for member in self.study.members()}
         if not self.study.finished:
-            raise AssertionError("the study ended before its members were done")
-
-    def _seeds(self) -> list[int]:
-        return [self.recipe.seed + repeat for repeat in range(self.recipe.search.repeats)]
-
-    def _evaluate(
-        self,
-        losses: Sequence[LossWeights],
-        seeds: Sequence[int],
-        *,
-        what: str,
-        done: int,
-        total: int | None = None,
-        full: bool = False,
-    ) -> list[MemberResult]:
-        """Train and judge a cohort while the display moves; ``done`` members came before it."""
-        began, steps, batch = (
-            time.perf_counter(),
-            self.recipe.optim.steps,
-            self.recipe.optim.batch_size,
-        )
-        taken = 0
-        best = max((m.fitness for m in self.study.members() if m.fitness is not None), default=None)
-        shown = f"best {best:.3f}  " if best is not None else ""
-
-        def on_step(step: int, values: Sequence[float]) -> None:
-            nonlocal taken
-            taken += len(values)
-            rate = taken * batch / (time.perf_counter() - began)
-            place = done + min(taken / (steps * len(seeds)), len(losses))
-            self.display.update(
-                what, place, total or self.study.total, note=f"{shown}{rate:.0f} clips/s"
-            )
-
-        jobs = [MemberJob(weights) for weights in losses]
-        return evaluate_cohort(
-            self.trainer, self.labelled, jobs=jobs, seeds=seeds, on_step=on_step, full=full
-        )
-
-    def _record(self, proposal: Proposal, result: MemberResult) -> None:
-        """Write a member's file, then tell the study: what the study knows is always on disk too."""
-        attributes = self._facts(result)
-        with self.clock("logging"):
-            self._keep_network(proposal, result)
-            record = {
-                "trial": proposal.trial,
-                "state": "failed" if result.fitness is None else "complete",
-                "reason": result.reason,
-                "weights": proposal.weights,
-                "fitness": result.fitness,
-                "parent": proposal.parent,
-                "mutated": proposal.mutated,
-                "round": proposal.round,
-                **attributes,
-            }
-            self.run.write_json(f"members/{proposal.trial:05d}.json", record)
-            self.board.member(record)
-        with self.clock("search"):
-            if result.fitness is None:
-                self.study.fail(
-                    proposal.trial, reason=result.reason or "unknown", attributes=attributes
-                )
-            else:
-                self.study.tell(proposal.trial, fitness=result.fitness, attributes=attributes)
-        if result.fitness is None:
-            self.display.say(f"member {proposal.trial} failed: {result.reason}")
-
-    def _facts(self, result: MemberResult) -> dict[str, Any]:
-        repeats = [each.measures() for each in result.results]
-        names = repeats[0] if repeats else ()
-        return {
-            "metrics": {name: fmean(each[name] for each in repeats) for name in names},
-            "seeds": list(result.seeds),
-            "seconds": round(result.seconds, 3),
-            "clips_per_second": round(result.clips_per_second, 2),
-            "terms": result.terms,
-            "recipe_hash": self.hash,
-            "labels_used": self.recipe.fitness.uses_labels,
-        }
-
-    def _keep_network(self, proposal: Proposal, result: MemberResult) -> None:
-        """Keep the RGB network of a member that is fitter than all before it."""
-        best = max((m.fitness for m in self.study.members() if m.fitness is not None), default=-1.0)
-        if result.fitness is not None and result.rgb is not None and result.fitness > best:
-            card = card_of(
-                self.recipe,
-                labels_used=True,
-                loss=proposal.weights,
-                recipe_hash=self.hash,
-                seed=self.recipe.seed,
-                num_clips=len(self.data.videos.index),
-            )
-            facts = {"trial": proposal.trial, "fitness": result.fitness}
-            save_network(self.run.checkpoints / "best.safetensors", result.rgb, card, **facts)
-
-    def _keep_best(self) -> None:
-        """Write best.toml as the study has it."""
+            what = "evolving" if self.recipe.search.method == "evolution" else "drawing"
+            planner = self._planner()
+            pool = self._crew.pool
+            self._pace.start(f"{what} losses", self.study.total, done=len(done), best=self._best())
+            for cohort, report in self._crew.run(planner.cohorts):
+                self._take(cohort, report, planner.out, done)
+                self._pace.done(report, len(done), best=self._best(), pool=pool)
+                planner.drop_states()
         members = self.study.members()
-        if all(m.fitness is None for m in members):
-            return
-        best = self.study.best()
-        about = f"best of {len(members)} members: trial {best.trial}, fitness {best.fitness:.4f}"
-        with self.clock("logging"):
-            save_loss(best.weights, self.run.best, name=f"{self.run.path.name}/best", about=about)
+        failed = sum(member.state == "failed" for member in members)
+        if failed == len(members):
+            reason = members[0].attributes["reason"]
+            raise RuntimeError(f"{self.run.path}: all {failed} members failed; the first: {reason}")
+        self.records.keep_best()  # an interruption may have come between the last member and the file
+        assert self.study.finished, "the study ended before its members were done"
+        self.study.best()
 
-    def _keep_time(self) -> dict[str, float]:
-        """Seconds by stage, those before an interruption included; written to timing.json."""
-        spent = {**self.clock.seconds, "total": time.perf_counter() - self._began}
-        spent["other"] = spent["total"] - sum(self.clock.seconds.values())
-        stages = dict.fromkeys((*self._earlier, *spent))
-        seconds = {
-            name: round(self._earlier.get(name, 0.0) + spent.get(name, 0.0), 3) for name in stages
-        }
-        self.run.write_json("timing.json", seconds)
-        return seconds
+    def _planner(self) -> Planner:
+        assert self._crew.pool is not None
+        return Planner(
+            self.recipe,
+            self.study,
+            workers=self._crew.pool.size,
+            members_at_once=self.workers.members_at_once,
+            checkpoints=self.run.checkpoints,
+            clock=self.clock,
+        )
+
+    def _take(
+        self, cohort: Cohort, report: Done | Lost, out: dict[int, Proposal], done: set[int]
+    ) -> None:
+        """Write down and tell what became of a cohort, as far as it was not known."""
+        results = self._results(cohort, report)
+        for trial, result in zip(cohort.trials, results, strict=True):
+            if trial not in done:
+                self.records.member(out.pop(trial), result)
+                done.add(trial)
+        self.records.keep_best()
+        self.records.keep_time()
+
+    def _results(self, cohort: Cohort, report: Done | Lost) -> Sequence[MemberResult]:
+        if isinstance(report, Lost):
+            assert report.job is not None
+            attempts = f" ({report.job.attempt} attempts)" if report.job.attempt > 1 else ""
+            reason = f"{report.kind.replace('_', ' ')}: {report.reason}{attempts}"
+            failed = MemberResult("failed", None, reason, (), cohort.seeds, 0.0, 0.0, {}, None)
+            return [failed] * len(cohort.trials)
+        outcome: Outcome = report.result
+        assert self._pool is not None
+        self.records.outcome(outcome, workers=self._pool.size)
+        for library, counts in zip(
+            (self.data.videos, self.data.labelled), outcome.substituted, strict=True
+        ):
+            library.index.substituted.update(counts)
+        return outcome.results
+
+    def _best(self) -> float | None:
+        return max((m.fitness for m in self.study.members() if m.fitness is not None), default=None)
 
     def _confirm(self) -> dict[str, list[float | None]]:
         """Train the best loss and a random one again with seeds that the search never saw."""
-        found: dict[str, list[float | None]] = {"untrained": [], "best": [], "random": []}
         best, count = self.study.best(), self.recipe.search.confirm_seeds
-        self.display.start("confirming with fresh seeds", 2 * count)
-        for i in range(count):
-            seed = self.recipe.seed + FRESH_SEEDS + i
-            name = f"members/confirm-{seed}.json"
-            record = self.run.read_json(name)
-            if record is None or record["trial"] != best.trial:
-                record = self._confirm_once(best, seed, done=2 * i, total=2 * count)
+        seeds = [self.recipe.seed + FRESH_SEEDS + i for i in range(count)]
+        records = {seed: self.run.read_json(f"members/confirm-{seed}.json") for seed in seeds}
+        known = {s: r for s, r in records.items() if r is not None and r["trial"] == best.trial}
+        left = [seed for seed in seeds if seed not in known]
+        if left:
+            pool, done = self._crew.pool, 2 * (count - len(left))
+            self._pace.start("confirming with fresh seeds", 2 * count, done=done, best=None)
+
+            def feed(idle: int) -> list[Cohort]:
+                now, left[:] = left[:idle], left[idle:]
+                return [_confirmation(best.weights, best.trial, seed) for seed in now]
+
+            for cohort, report in self._crew.run(feed):
+                (seed,) = cohort.seeds
+                known[seed] = self._confirmed(cohort, report)
                 with self.clock("logging"):
-                    self.run.write_json(name, record)
-            for key in found:
-                found[key].append(record[key]["fitness"])
-        return found
+                    self.run.write_json(f"members/confirm-{seed}.json", known[seed])
+                self._pace.done(report, 2 * len(known), best=None, pool=pool)
+        names = ("untrained", "best", "random")
+        return {name: [known[seed][name]["fitness"] for seed in seeds] for name in names}
 
-    def _confirm_once(
-        self, best: MemberRecord, seed: int, *, done: int, total: int
-    ) -> dict[str, Any]:
-        random = random_weights(seed)
-        results = self._evaluate(
-            [best.weights, random],
-            [seed],
-            what="confirming with fresh seeds",
-            done=done,
-            total=total,
-            full=True,
-        )
-        untrained = untrained_fitness(self.trainer, self.labelled, seed=seed)
+    def _confirmed(self, cohort: Cohort, report: Done | Lost) -> dict[str, Any]:
+        best, random = self._results(cohort, report)
+        untrained = report.result.untrained if isinstance(report, Done) else None
+
+        def told(result: MemberResult) -> dict[str, Any]:
+            return {
+                "fitness": result.fitness, "reason": result.reason, **self.records.facts(result)
+            }  # fmt: skip
+
         return {
-            "seed": seed,
-            "trial": best.trial,
-            "untrained": {"fitness": untrained.value},
-            "best": {
-                "fitness": results[0].fitness,
-                "reason": results[0].reason,
-                **self._facts(results[0]),
-            },
-            "random": {
-                "fitness": results[1].fitness,
-                "reason": results[1].reason,
-                "weights": random,
-                **self._facts(results[1]),
-            },
+            "seed": cohort.seeds[0],
+            "trial": cohort.trials[0],
+            "untrained": {"fitness": untrained},
+            "best": told(best),
+            "random": {**told(random), "weights": cohort.members[1].weights},
         }
 
-    def _summary(self, confirmed: dict[str, list[float | None]]) -> dict[str, Any]:
-        members, best = self.study.members(), self.study.best()
-        initial = [m.fitness for m in members if m.round == 0]
-        return {
-            "untrained": _spread(confirmed["untrained"]),
-            "initial_population": _spread(initial),
-            "best_trial": best.trial,
-            "best_search_fitness": best.fitness,
-            "best": _spread(confirmed["best"]),
-            "random": _spread(confirmed["random"]),
-            "weights": best.weights,
-            "seconds": self._keep_time(),
-            "failures": sum(m.state == "failed" for m in members),
-            "members": len(members),
-            "recipe_hash": self.hash,
-            "seed": self.recipe.seed,
-        }
+    def _check_rounds(self) -> None:
+        """Take over rounds that were changed for a run that goes on."""
+        done = len(self.study.members())
+        if done > self.study.total:
+            least = done - self.recipe.search.population
+            raise RunError(
+                f"{self.run.path}: {done} members are done already, so --rounds must be {least} or more"
+            )
+        if done < self.study.total:
+            (self.run.path / "summary.json").unlink(missing_ok=True)
+        self.run.save_recipe(self.recipe)
 
-    def _write_provenance(self, runtime: Runtime) -> None:
+    def _write_provenance(self) -> None:
         videos, labelled = self.data.videos, self.data.labelled
-        identity = fingerprint(videos, labelled)
         old = self.run.read_json("provenance.json")
-        if old is not None and old["data"] != identity:
+        if old is not None and old["data"] != self._identity:
             raise RunError(
                 f"{self.run.path}: the videos are not those that this run began with; "
                 "bring them back, or start a new run"
             )
         facts = {
-            **provenance(runtime),
+            **provenance(self.runtime),
             "seed": self.recipe.seed,
             "recipe": self.recipe.name,
-            "recipe_hash": self.hash,
+            "recipe_hash": self.records.hash,
             "videos": self.data.named[0],
             "labelled": self.data.named[1],
             "num_clips": len(videos.index),
@@ -321,18 +314,14 @@ class Evolution:
             "rejected": [
                 f"{r.path}: {r.reason}" for r in dict.fromkeys((*videos.rejects, *labelled.rejects))
             ],
-            "data": identity,
+            "data": self._identity,
         }
         if old is not None:
             facts = {**old, "resumed": [*old.get("resumed", []), facts["started"]]}
+            self.records.events.add("resumed", f"{self.workers.count or 'no'} workers")
         self.run.write_json("provenance.json", facts)
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
-    return {
-        "mean": fmean(known) if known else None,
-        "sd": stdev(known) if len(known) > 1 else 0.0,
-        "n": len(known),
-        "values": known,
-    }
+def _confirmation(weights: dict[str, float], trial: int, seed: int) -> Cohort:
+    members = (MemberJob(weights), MemberJob(random_weights(seed)))
+    return Cohort(members, (trial, -1), (seed,), confirm=True)

@@ -248,9 +248,10 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Twelve hex digits that identify a recipe's values (its name aside)."""
+    """Twelve hex digits that identify a recipe's values, but for its name and its rounds: a search may go on."""
     values = msgspec.to_builtins(recipe)
     values.pop("name")
+    values["search"].pop("rounds")
     return hashlib.sha256(msgspec.json.encode(values, order="sorted")).hexdigest()[:12]
 
 

@@ -1,19 +1,25 @@
-"""A run's folder: what is written when, so that a kill at any moment loses one generation at most.
+"""A run's folder: what is written when, so that a kill at any moment loses the members at work and no more.
 
-runs/NAME/ recipe.toml  provenance.json  study.db  best.toml  members/  checkpoints/  tensorboard/
-           summary.json  report.html  figures/
+runs/NAME/ recipe.toml  provenance.json  study.db (or storage.json: where the study lies)  best.toml  members/
+           checkpoints/  tensorboard/  events.jsonl  log.txt  timing.json  summary.json  report.html  figures/
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import msgspec
+
 from engine.recipe import Recipe, load_recipe, recipe_hash, to_toml, write_text_atomic
+
+STORAGE = "storage.json"
 
 
 class RunError(ValueError):
@@ -30,6 +36,9 @@ class RunFolder:
         self.members = path / "members"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.storage: str | None = None
+        """The database that holds the study; None: ``study``, a file here."""
+        self.study_name = "evolve"
         self._lock: TextIO | None = None
         self._new: Recipe | None = None
 
@@ -51,12 +60,50 @@ class RunFolder:
         for folder in (self.members, self.checkpoints, self.tensorboard):
             folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        write_text_atomic(self.path / "recipe.toml", to_toml(self._new))
+        self._write_storage()
+        self.save_recipe(self._new)
         self._new = None
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        """Write recipe.toml, which makes the folder a run's."""
+        write_text_atomic(self.path / "recipe.toml", to_toml(recipe))
+
+    def use_storage(self, url: str | None) -> None:
+        """Keep the study in a database; for a run that is continued, where it is now (None: as noted).
+
+        The address is noted in storage.json, which only its owner may read, since it may hold a password. Leave it out
+        of the address where the database's own ways (PGPASSWORD, ~/.pgpass) give it. Raises RunError for a run that
+        began with its study elsewhere.
+        """
+        noted = None if self._new is not None else self.read_json(STORAGE)
+        if noted is not None:
+            self.storage, self.study_name = url or noted["url"], noted["study"]
+            if url not in (None, noted["url"]):
+                self._write_storage()
+        elif url is not None and self._new is None:
+            raise RunError(
+                f"{self.path}: keeps its study in {self.study.name}: leave --storage out"
+            )
+        elif url is not None:
+            # Runs of many machines may share a database.
+            self.storage, self.study_name = url, f"{self.path.name}-{secrets.token_hex(4)}"
+
+    def _write_storage(self) -> None:
+        if self.storage is None:
+            return
+        facts = {"url": self.storage, "study": self.study_name}
+        new = self.path / f".{STORAGE}.tmp"
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(facts, indent=1) + "\n")
+        os.replace(new, self.path / STORAGE)
 
     @classmethod
     def reopen(cls, path: Path, recipe: Recipe | None) -> tuple[RunFolder, Recipe]:
-        """Continue a run; raises RunError where there is none, or it was made with another recipe."""
+        """Continue a run; raises RunError where there is none, or it was made with another recipe.
+
+        The recipe may differ in its rounds, which the run's own then takes over: ``save_recipe`` makes that last.
+        """
         run = cls(path)
         if not (path / "recipe.toml").exists():
             raise RunError(f"{path}: no run to resume there (it has no recipe.toml)")
@@ -66,6 +113,9 @@ class RunFolder:
                 f"{path}: was made with recipe {recipe_hash(own)} ({own.name}), not {recipe_hash(recipe)} "
                 f"({recipe.name}); resume without --recipe, --set and --seed, or give another --run"
             )
+        if recipe is not None and recipe.search.rounds != own.search.rounds:
+            search = msgspec.structs.replace(own.search, rounds=recipe.search.rounds)
+            own = msgspec.structs.replace(own, search=search)
         run._take_lock()
         return run, own
 

@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -39,11 +40,18 @@ class Runtime:
     device: torch.device
     amp: bool
     """Autocast the networks to bf16."""
+    processes: int = 1
+    """Processes of a run on this machine, which divide its cores (and, on a CPU, its memory) among themselves."""
+
+    @property
+    def cores(self) -> int:
+        """Cores for this process: its share of those that it may use."""
+        return max(1, num_cores() // self.processes)
 
     @property
     def threads(self) -> int:
-        """Threads for decoding: the cores this process may use, at most 16."""
-        return min(num_cores(), 16)
+        """Threads for decoding: this process's cores, at most 16."""
+        return min(self.cores, 16)
 
     def map(self, function: Callable[[Any], Result], items: Iterable[Any]) -> list[Result]:
         """Apply a function of torch to members: on a CPU side by side, a core each; on a GPU in turn.
@@ -52,7 +60,7 @@ class Runtime:
         """
         if self.device.type != "cpu":
             return [function(item) for item in items]
-        return list(_one_thread_each().map(function, items))
+        return list(_one_thread_each(self.cores).map(function, items))
 
 
 SWITCH_SECONDS = 1e-4
@@ -61,9 +69,9 @@ network's operations, each of which begins in Python."""
 
 
 @cache
-def _one_thread_each() -> ThreadPoolExecutor:
+def _one_thread_each(cores: int) -> ThreadPoolExecutor:
     sys.setswitchinterval(SWITCH_SECONDS)
-    return ThreadPoolExecutor(num_cores(), "member", initializer=lambda: torch.set_num_threads(1))
+    return ThreadPoolExecutor(cores, "member", initializer=lambda: torch.set_num_threads(1))
 
 
 class Clock:
@@ -215,11 +223,16 @@ def check_kernels_package() -> None:
         )
 
 
+def without_password(text: str) -> str:
+    """The text with no user or password in the addresses that it holds."""
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1", re.sub(r"://[^/\s]*@", "://", text))
+
+
 def provenance(runtime: Runtime) -> dict[str, Any]:
     """What every number is written with: code, device and library versions, start time."""
     gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": without_password(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "engine_version": engine.__version__,
         "git_sha": _git_sha(),
         "device": gpu or _cpu_name(),

@@ -242,7 +242,9 @@ class GridSampler(RandomSampler):
                 " search.levels"
             )
         self._heights = [(levels - i) / levels for i in range(levels)]
-        self._pairs = sorted(combinations(range(n), 2), key=lambda pair: (_apart(*pair, n), pair))
+        self._pairs = sorted(
+            combinations(range(n), 2), key=lambda pair: (_apart(pair[0], pair[1], n), pair)
+        )
 
     def propose(
         self, number: int, *, done: Sequence[MemberRecord], pending: Sequence[Proposal]

@@ -23,6 +23,7 @@ from engine.samplers import (
     RandomSampler,
     Sampler,
     State,
+    generation_of,
 )
 from engine.samplers_optuna import OptunaSampler
 from engine.study_storage import LINEAGE, StudyStorage
@@ -156,6 +157,25 @@ class SearchStudy:
         if not complete:
             raise ValueError(f"{self._where}: no member of this study completed")
         return max(complete, key=lambda member: (member.fitness, -member.trial))
+
+    @property
+    def waits(self) -> bool:
+        """Whether a generation is proposed only when all members of earlier ones are done."""
+        return self._sampler.generation(0) is not None
+
+    def open_members(self) -> list[Proposal]:
+        """All members that were proposed and are not done, by trial number."""
+        return [trial for trial in self._trials if not isinstance(trial, MemberRecord)]
+
+    def parents(self) -> list[MemberRecord]:
+        """The members done that any member to come may be made from; none where none is made from another."""
+        sampler = self._sampler
+        return sampler.population(self.members()) if isinstance(sampler, EvolutionSampler) else []
+
+    def generation(self, number: int) -> range:
+        """The numbers of the members that are proposed, or may be compared, with member ``number``."""
+        found = self._sampler.generation(number) or generation_of(number, settings=self.settings)
+        return range(found.start, min(found.stop, self.total))
 
     def _hand_out(self, limit: int | None) -> list[Proposal]:
         taken = [n for n in self._waiting if n < self.total][:limit]

@@ -8,7 +8,7 @@ import torch
 
 from engine.objective.loss import active_terms, branches
 from engine.objective.terms import LossWeights
-from engine.runtime import free_memory, is_device_error, is_out_of_memory
+from engine.runtime import Runtime, free_memory, is_device_error, is_out_of_memory
 from engine.train import Trainer, device_failed
 
 SHARE = 0.85
@@ -27,11 +27,7 @@ def members_that_fit(trainer: Trainer, losses: Sequence[LossWeights], *, seed: i
     if len(losses) <= 1:
         return 1
     try:
-        per_member, per_step = (
-            _measured(trainer, _largest(trainer, losses), seed=seed)
-            if trainer.runtime.device.type == "cuda"
-            else _counted(trainer, seed=seed)
-        )
+        per_member, per_step = memory_needed(trainer, _largest(trainer, losses), seed=seed)
     except (ValueError, RuntimeError, MemoryError) as error:
         too_large = is_out_of_memory(error)
         if is_device_error(error) and not too_large:
@@ -42,11 +38,24 @@ def members_that_fit(trainer: Trainer, losses: Sequence[LossWeights], *, seed: i
     if not measured:
         trainer.free_memory()  # only here does no traceback hold the member's tensors any more
         return 1 if too_large else len(losses)
-    room = SHARE * free_memory(trainer.runtime.device) - per_step
-    fits = max(int(room // max(per_member, 1)), 1)
+    fits = that_many_fit(trainer.runtime, per_member=per_member, per_step=per_step)
     if fits < len(losses):
         trainer.members_at_once = fits
     return min(fits, len(losses))
+
+
+def memory_needed(trainer: Trainer, weights: LossWeights, *, seed: int) -> tuple[int, int]:
+    """Bytes that a member takes, and those that its step takes beside: measured on a GPU, counted on a CPU."""
+    if trainer.runtime.device.type == "cuda":
+        return _measured(trainer, weights, seed=seed)
+    return _counted(trainer, seed=seed)
+
+
+def that_many_fit(runtime: Runtime, *, per_member: int, per_step: int) -> int:
+    """Members that this process's share of the memory that is free holds, at least 1."""
+    shared_by = runtime.processes if runtime.device.type == "cpu" else 1
+    room = SHARE * free_memory(runtime.device) / shared_by - per_step
+    return max(int(room // max(per_member, 1)), 1)
 
 
 def _largest(trainer: Trainer, losses: Sequence[LossWeights]) -> LossWeights:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import os
 import signal
 import subprocess
@@ -16,21 +14,29 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-from engine import evolve
+from engine import cohort_worker, evolve
 from engine.checkpoint import load_tensors
-from engine.cli import main
 from engine.lossfile import load_loss
 from engine.objective.terms import TERM_NAMES
 from engine.recipe import load_recipe, recipe_hash
 from engine.runfolder import RunFolder
-from engine.search import MemberRecord, SearchStudy
+from engine.search import SearchStudy
 from engine.train import Trainer
 from engine.train_state import Member
-
-TINY = Path(__file__).with_name("tiny.toml")
-RECIPE = load_recipe(TINY)
+from tests.runs import (
+    RECIPE,
+    TINY,
+    begin,
+    command,
+    ended_as,
+    history,
+    members,
+    one_line,
+    outcome,
+    read,
+    resume,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,84 +45,6 @@ def as_before() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def command(*arguments: object) -> tuple[int, str, str]:
-    """Run the command: exit code, stdout, stderr."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    told = result.exit_code, result.stdout, result.stderr
-    assert result.exception is None or isinstance(result.exception, SystemExit), told
-    del result
-    gc.collect()  # the traceback holds the run, and the run its lock
-    return told
-
-
-def begin(shards: Path, run: Path, *more: object) -> tuple[int, str, str]:
-    data = ("--videos", shards / "unlabelled", "--labelled", shards / "labelled")
-    return command("evolve", *data, "--recipe", TINY, "--run", run, "--device", "cpu", *more)
-
-
-def resume(run: Path, *more: object) -> tuple[int, str, str]:
-    return command("evolve", "--resume", "--run", run, "--device", "cpu", *more)
-
-
-def one_line(told: tuple[int, str, str], *, code: int) -> str:
-    assert told[0] == code, told
-    lines = told[2].splitlines()
-    assert len(lines) == 1 and lines[0].startswith("engine: "), told[2]
-    return lines[0]
-
-
-def read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text())
-    return value
-
-
-def members(run: Path) -> list[MemberRecord]:
-    study = SearchStudy(
-        RECIPE.search,
-        storage=run / "study.db",
-        name="evolve",
-        seed=RECIPE.seed,
-        recipe_hash=recipe_hash(RECIPE),
-    )
-    return study.members()
-
-
-TIMES = ("seconds", "clips_per_second")
-
-
-def history(run: Path) -> list[dict[str, Any]]:
-    """All that the study knows, less what a clock measured."""
-    rows = []
-    for member in members(run):
-        told = {k: v for k, v in member.attributes.items() if k not in TIMES}
-        fields = ("trial", "weights", "fitness", "parent", "mutated", "round", "state")
-        rows.append({**{name: getattr(member, name) for name in fields}, **told})
-    return rows
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    summary = read(run / "summary.json")
-    summary.pop("seconds")
-    return summary
-
-
-def equal_networks(one: Path, other: Path) -> bool:
-    tensors, facts = load_tensors(one / "checkpoints" / "best.safetensors")
-    others, other_facts = load_tensors(other / "checkpoints" / "best.safetensors")
-    assert tensors.keys() == others.keys()
-    return facts == other_facts and all(torch.equal(tensors[n], others[n]) for n in tensors)
-
-
-def ended_as(run: Path, reference: Path) -> None:
-    """A run is whole, and as the reference in all but the time it took."""
-    assert history(run) == history(reference)
-    assert outcome(run) == outcome(reference)
-    assert load_loss(run / "best.toml") == load_loss(reference / "best.toml")
-    assert equal_networks(run, reference)
-    assert (run / "report.html").stat().st_size > 1000
-    assert not list(run.rglob("*.tmp"))
 
 
 @pytest.fixture(scope="module")
@@ -217,12 +145,12 @@ def interrupt_at(
     ("owner", "name", "call", "after", "kept"),
     [
         (Trainer, "step_all", 2, False, 0),
-        (evolve, "evaluate_cohort", 3, False, 3),
+        (cohort_worker, "evaluate_cohort", 3, False, 3),
         # A member's file is written, and the study does not know of it.
         (SearchStudy, "tell", 2, False, 1),
         # The study knows of the best member, and nothing was derived of it.
         (SearchStudy, "tell", 2, True, 2),
-        (evolve.Evolution, "_confirm_once", 1, False, 5),
+        (evolve, "_confirmation", 1, False, 5),
     ],
     ids=["training", "generation", "telling", "told", "confirming"],
 )
@@ -282,7 +210,7 @@ def test_resuming_a_finished_run_changes_no_number(
     before = history(reference), outcome(reference)
     files = {p: p.read_bytes() for p in (reference / "members").iterdir()}
     with monkeypatch.context() as patched:
-        patched.setattr(evolve, "evaluate_cohort", None)  # training anything would fail
+        patched.setattr(cohort_worker, "evaluate_cohort", None)  # training anything would fail
         code, _, err = resume(reference)
     assert (code, err) == (0, "")
     assert (history(reference), outcome(reference)) == before

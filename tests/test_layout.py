@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels", "engine"),
     ("engine.objective.terms",),
-    ("engine.runlog",),
+    ("engine.events", "engine.jobs", "engine.runlog"),
     ("engine.recipe", "engine.runtime", "engine.display"),
     ("engine.lossfile", "engine.runfolder"),
     ("engine.data",),

@@ -31,7 +31,7 @@ class RayCluster:
         self._ray: Any = ray
         self._own = not ray.is_initialized()
         if self._own and ":" in address:
-            _check_reachable(address)
+            check_reachable(address)
         root = str(Path(engine.__file__).resolve().parents[1])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         if self._own:
@@ -89,7 +89,7 @@ def _everywhere(job: Job) -> Job:
     return replace(job, source=source, path=job.path.absolute())
 
 
-def _check_reachable(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Raise ValueError where nobody listens: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:

@@ -1,0 +1,201 @@
+"""What a worker does: it keeps videos, networks and compiled steps at hand, and trains one cohort after another.
+
+Everything that comes and goes here is small and can be sent: a network worth keeping is left in the run's folder.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint import save_tensors
+from engine.cohort import MemberJob, MemberResult, evaluate_cohort, untrained_fitness
+from engine.data.library import Library, fingerprint
+from engine.data.shards import ClipIndex
+from engine.features import LabelledClips
+from engine.fitness import kmeans_backend
+from engine.jobs import Tell
+from engine.recipe import Recipe, recipe_hash
+from engine.runtime import Runtime, choose_runtime, make_deterministic
+from engine.train import Trainer
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Members that share their batches: one worker's job."""
+
+    members: tuple[MemberJob, ...]
+    trials: tuple[int, ...]
+    """The members' numbers."""
+    seeds: tuple[int, ...]
+    keep_from: float | None = None
+    """Leave the fittest member's RGB network in the run's folder if it is at least as fit; None: never."""
+    confirm: bool = False
+    """Train to the end and on all clips, whatever the search leaves out, and judge the untrained network too."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cohort."""
+
+    results: tuple[MemberResult, ...]
+    """One a member, without networks."""
+    untrained: float | None = None
+    stages: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by stage."""
+    warnings: tuple[str, ...] = ()
+    substituted: tuple[Counter[int], ...] = ()
+    """Of the videos and of the labelled clips: damaged ones, and how often others took their places."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a cohort is."""
+
+    members: float
+    """Members' worth of steps that are done."""
+    clips: int
+    """Clips that members were trained on."""
+
+
+class CohortEvaluator:
+    """Trains and judges cohorts, on one device."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        videos: ClipIndex,
+        labelled: ClipIndex,
+        *,
+        runtime: Runtime,
+        checkpoints: Path,
+        members_at_once: int | None = None,
+    ) -> None:
+        """``members_at_once``: of a cohort; None: as many as memory holds. Raises ValueError as ``LabelledClips``."""
+        make_deterministic(runtime)
+        kmeans_backend(runtime.device.type, recipe.fitness.kmeans)  # one that is absent is told now
+        self._warnings: list[str] = []
+        self.trainer = Trainer(
+            recipe,
+            videos,
+            runtime,
+            members_at_once=members_at_once,
+            warn=self._warnings.append,
+        )
+        self.labelled = LabelledClips(labelled, recipe, runtime=runtime)
+        self._indices = (videos, labelled)
+        self._checkpoints = checkpoints
+
+    def __call__(self, cohort: Cohort, tell: Tell) -> Outcome:
+        """Train, judge, and keep what is to be kept. Raises DeviceFailed and OSError."""
+        trainer = self.trainer
+        on_cpu = trainer.runtime.device.type == "cpu"
+        if on_cpu:  # members take the cores (see Runtime.map), unless a compiled step does
+            torch.set_num_threads(1 if trainer.mode == "off" else trainer.runtime.cores)
+        trainer.clock.seconds.clear()
+        optim, taken = trainer.recipe.optim, 0
+
+        def on_step(step: int, losses: Sequence[float]) -> None:
+            nonlocal taken
+            taken += len(losses)
+            done = min(taken / (optim.steps * len(cohort.seeds)), len(cohort.members))
+            tell(Progress(done, taken * optim.batch_size))
+
+        results = evaluate_cohort(
+            trainer,
+            self.labelled,
+            jobs=cohort.members,
+            seeds=cohort.seeds,
+            on_step=on_step,
+            full=cohort.confirm,
+        )
+        self._keep(cohort, results)
+        untrained = None
+        if cohort.confirm:
+            untrained = untrained_fitness(trainer, self.labelled, seed=cohort.seeds[0]).value
+        warnings, self._warnings[:] = tuple(self._warnings), []
+        counts = tuple(Counter(index.substituted) for index in self._indices)
+        for index in self._indices:
+            index.substituted.clear()
+        return Outcome(
+            tuple(replace(result, rgb=None) for result in results),
+            untrained,
+            dict(trainer.clock.seconds),
+            warnings,
+            counts,
+        )
+
+    def _keep(self, cohort: Cohort, results: Sequence[MemberResult]) -> None:
+        ranked = [
+            (result.fitness, -trial, result)
+            for trial, result in zip(cohort.trials, results, strict=True)
+            if result.fitness is not None and result.rgb is not None
+        ]
+        if cohort.keep_from is None or not ranked:
+            return
+        fitness, minus_trial, result = max(ranked, key=lambda row: row[:2])
+        if fitness >= cohort.keep_from and result.rgb is not None:
+            facts = {"trial": -minus_trial, "fitness": fitness, **card(self.trainer.recipe)}
+            save_tensors(candidate(self._checkpoints, -minus_trial), result.rgb, facts=facts)
+
+
+def candidate(checkpoints: Path, trial: int) -> Path:
+    """Where a worker leaves the network of a member that may turn out the best."""
+    return checkpoints / f".candidate-{trial:05d}.safetensors"
+
+
+def card(recipe: Recipe) -> dict[str, Any]:
+    """What an RGB network's file says of it."""
+    return {
+        "arch": recipe.model.arch,
+        "width": recipe.model.width,
+        "pool": recipe.model.pool,
+        "recipe_hash": recipe_hash(recipe),
+        "seed": recipe.seed,
+    }
+
+
+@dataclass(frozen=True)
+class CohortFactory:
+    """Makes a worker's evaluator, in the worker's process, which may be on another machine."""
+
+    recipe: Recipe
+    videos: tuple[Path, ...]
+    """Shards, absolute."""
+    labelled: tuple[Path, ...]
+    data: str
+    """The fingerprint that they must have."""
+    checkpoints: Path
+    """Absolute."""
+    device: str
+    members_at_once: int | None
+
+    def __call__(self, workers_here: int) -> CohortEvaluator:
+        """Raises ValueError where this machine doesn't see the data, other data, or no run's folder."""
+        here = socket.gethostname()
+        for path in (*self.videos, *self.labelled, self.checkpoints):
+            if not path.is_dir():
+                raise ValueError(
+                    f"{path} is not there on {here}: videos and run must lie where all nodes see them,"
+                    " under the same paths"
+                )
+        libraries = [
+            Library(ClipIndex(folders), folders, ()) for folders in (self.videos, self.labelled)
+        ]
+        if fingerprint(*libraries) != self.data:
+            raise ValueError(f"{self.videos[0]} holds other videos on {here} than at the start")
+        runtime = choose_runtime(self.device, amp=self.recipe.optim.amp)
+        return CohortEvaluator(
+            self.recipe,
+            libraries[0].index,
+            libraries[1].index,
+            runtime=replace(runtime, processes=workers_here),
+            checkpoints=self.checkpoints,
+            members_at_once=self.members_at_once,
+        )
