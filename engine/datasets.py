@@ -169,7 +169,10 @@ def _find_lists(root: Path, name: str) -> Path:
     """The folder of a data set's lists: in the videos' folder, or beside it."""
     sign, usual, what = LISTS[name]
     near = [root, root / usual, root.parent / usual, root / "lists", root / "splits"]
-    beside = [*sorted(root.iterdir()), root.parent, *sorted(root.parent.iterdir())]
+    within = [
+        folder for each in (usual, "lists", "splits") for folder in sorted(root.glob(f"*/{each}"))
+    ]
+    beside = [*sorted(root.iterdir()), *within, root.parent, *sorted(root.parent.iterdir())]
     for folder in [*near, *(p for p in beside if p.is_dir())]:
         try:
             if next(folder.glob(sign), None) is not None:
@@ -183,7 +186,7 @@ def _find_lists(root: Path, name: str) -> Path:
 
 
 def _check_whole(found: Found, name: str, roots: Sequence[Path]) -> None:
-    missing = [r.path for r in found.rejects if r.reason.startswith(MISSING)]
+    missing = sorted(r.path for r in found.rejects if r.reason.startswith(MISSING))
     if not missing:
         return
     where = ", ".join(map(str, roots))
