@@ -67,3 +67,28 @@ def tiny_shards(tiny_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for name in ("labelled", "unlabelled"):
         ingest([tiny_demo / name], root / name, short_side=48, workers=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty labelled videos whose classes are colours, laid out as UCF101 unpacks: UCF-101 and ucfTrainTestlist."""
+    from tests.labelled import make_ucf101
+
+    root = tmp_path_factory.mktemp("colours")
+    make_ucf101(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def colour_set(colours: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """The same, opened: an ``engine.datasets.Dataset`` of three official splits."""
+    from engine.datasets import open_dataset
+
+    return open_dataset(
+        colours,
+        name="ucf101",
+        cache=tmp_path_factory.mktemp("cache"),
+        report=lambda *_: None,
+        short_side=32,
+        workers=1,
+    )
