@@ -133,6 +133,45 @@ class Search(Section, frozen=True):
     """Fresh seeds with which the best and random losses are trained again at the end."""
 
 
+class Evaluation(Section, frozen=True):
+    """How a frozen network's features are taken and judged; ``engine.evaluate`` has the protocols."""
+
+    views: Positive = 3
+    """Views in time, evenly spread over a clip."""
+    crops: Literal[1, 3] = 1
+    """Squares of each view: the central one, or both ends of the longer side as well."""
+    batch_norm: Literal["running", "batch"] = "running"
+    """Statistics of batch norm: those of training, or of batches that mix all classes (they see test clips)."""
+    batch_size: Annotated[int, Meta(ge=2)] = 32
+    kmeans_init: Positive = 10
+    kmeans_seeds: Annotated[int, Meta(ge=1, le=100)] = 10
+    strengths: tuple[PositiveFloat, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+    """The linear layer's C, inverse to its regularisation, to choose from on held-out train groups."""
+    holdout_parts: Annotated[int, Meta(ge=2)] = 4
+    """Parts of train, by group; ``holdout_turns`` of them are held out, one after the other, to choose C."""
+    holdout_turns: Positive = 4
+
+
+class Finetune(Section, frozen=True):
+    """Training with labels: the whole network with a new layer on top, or (``linear``) that layer alone."""
+
+    protocol: Literal["finetune", "linear"] = "finetune"
+    dataset: str = ""
+    """The data set that the recipe is for, by name; empty: any."""
+    num_classes: Natural = 0
+    """Its classes; 0: as many as there are."""
+    init: Literal["checkpoint", "scratch"] = "checkpoint"
+    head_lr: PositiveFloat = 10.0
+    """The new layer's learning rate, as a multiple of ``optim.lr``."""
+    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.5
+    label_smoothing: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    validation: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    """Share of train, by group, that is held out and scored beside test."""
+    views: Positive = 10
+    """Clips of a test video, evenly spread over it."""
+    crops: Literal[1, 3] = 3
+
+
 class Recipe(Section, frozen=True):
     """Everything that decides a run's numbers, apart from the videos."""
 
@@ -145,6 +184,8 @@ class Recipe(Section, frozen=True):
     optim: Optim = Optim()
     fitness: Fitness = Fitness()
     search: Search = Search()
+    evaluation: Evaluation = Evaluation()
+    finetune: Finetune = Finetune()
 
 
 class RecipeError(ValueError):

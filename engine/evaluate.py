@@ -1,0 +1,124 @@
+"""The protocols that judge a network on labelled videos: k-means, a linear layer, fine-tuning, retrieval.
+
+All of them judge videos: a video's features are the mean over its views. ``docs/evaluation.md`` says what each
+computes. Labels of the test part decide nothing but the numbers that are reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.datasets import Dataset
+from engine.extract import Extractor
+from engine.model.resnet3d import ResNet3D
+from engine.network_file import Card
+from engine.protocols import Evaluated, Judge, Videos, cuts_of, used_clips, videos_of
+from engine.recipe import Evaluation
+from engine.runtime import Runtime, provenance
+
+Report = Callable[[str, int, int], None]
+
+FROZEN = ("kmeans", "linear", "retrieval")
+PROTOCOLS = (*FROZEN, "finetune")
+
+
+def evaluate(
+    network: ResNet3D,
+    card: Card,
+    dataset: Dataset,
+    *,
+    protocol: str,
+    settings: Evaluation,
+    runtime: Runtime,
+    seed: int = 0,
+    on_progress: Report | None = None,
+) -> Evaluated:
+    """Judge a frozen network by one protocol of FROZEN (``engine.finetune`` has the fine-tuned one).
+
+    Raises ValueError for another protocol, and for features that are not finite.
+    """
+    (found,) = evaluate_many(
+        [(network, card)],
+        dataset,
+        protocols=[protocol],
+        settings=settings,
+        runtime=runtime,
+        seed=seed,
+        on_progress=on_progress,
+    )
+    return found[protocol]
+
+
+def evaluate_many(
+    networks: Sequence[tuple[ResNet3D, Card]],
+    dataset: Dataset,
+    *,
+    protocols: Sequence[str],
+    settings: Evaluation,
+    runtime: Runtime,
+    seed: int = 0,
+    seeds: int = 1,
+    on_progress: Report | None = None,
+) -> list[dict[str, Evaluated]]:
+    """Judge frozen networks by several protocols, from one decode for all networks of equal input.
+
+    Gives a dict by protocol for each network. With ``seeds``, each protocol runs with that many seeds from ``seed``
+    on, and folds and seeds are spread over alike; retrieval has nothing to draw.
+    """
+    for protocol in protocols:
+        if protocol not in FROZEN:
+            raise ValueError(f"unknown protocol {protocol!r}: {', '.join(FROZEN)}, or finetune")
+    taken = take_features(
+        networks, dataset, settings=settings, runtime=runtime, on_progress=on_progress
+    )
+    told, results = provenance(runtime), []
+    for number, ((_, card), views) in enumerate(zip(networks, taken, strict=True)):
+        videos = videos_of(dataset, views)
+        _check_finite(videos, card, dataset)
+        found = {}
+        for protocol in protocols:
+            judge = Judge(dataset, videos, settings, runtime, card)
+            found[protocol] = judge.judged(protocol, range(seed, seed + seeds), told)
+        results.append(found)
+        if on_progress is not None:
+            on_progress("judging features", number + 1, len(networks))
+    return results
+
+
+def take_features(
+    networks: Sequence[tuple[ResNet3D, Card]],
+    dataset: Dataset,
+    *,
+    settings: Evaluation,
+    runtime: Runtime,
+    on_progress: Report | None = None,
+) -> list[Tensor]:
+    """Features of each network: float32 (clips that folds use, V, D), clips in their order in the data set."""
+    clips = used_clips(dataset)
+    found: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(card.input for _, card in networks):
+        same = [i for i, (_, card) in enumerate(networks) if card.input == shape]
+        cuts = cuts_of(networks[same[0]][1], settings)
+        extractor = Extractor(
+            dataset.index, clips, cuts=cuts, runtime=runtime, bank=dataset.decoded
+        )
+        outputs = extractor.outputs(
+            [networks[i][0] for i in same],
+            [networks[i][1] for i in same],
+            batch_norm=settings.batch_norm,
+            on_progress=on_progress,
+        )
+        found |= dict(zip(same, outputs, strict=True))
+    return [found[i] for i in range(len(networks))]
+
+
+def _check_finite(videos: Videos, card: Card, dataset: Dataset) -> None:
+    bad = ~torch.isfinite(videos.features).all(1)
+    if bad.any():
+        raise ValueError(
+            f"{card.source or 'the network'}: features of {int(bad.sum())} of {len(bad)} videos of {dataset.name} are"
+            " not finite: its training diverged, or it is not the network that its card says"
+        )
