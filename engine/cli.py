@@ -10,6 +10,7 @@ import click
 
 import engine
 from engine.cli_common import PATH, errors_explained, say_rejects
+from engine.cli_evaluate import evaluate, finetune
 from engine.cli_evolve import evolve
 from engine.cli_ingest import ingest
 from engine.cli_pretrain import pretrain
@@ -23,7 +24,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|torchaudio")
 
 
-for command in (ingest, evolve, pretrain, report, runs):
+for command in (ingest, evolve, pretrain, evaluate, finetune, report, runs):
     main.add_command(command)
 
 

@@ -114,11 +114,7 @@ def open_dataset(
     """
     if name not in NAMES:
         raise ValueError(f"unknown data set {name!r}: {', '.join(NAMES)}")
-    roots = [Path(root)] if isinstance(root, str | Path) else [Path(r) for r in root]
-    roots = [path.expanduser().resolve() for path in roots]
-    for path in roots:
-        if not path.exists():
-            raise ValueError(f"{path}: no such file or folder")
+    roots = _existing([root] if isinstance(root, str | Path) else root)
     folds = folds or ("group" if name == "folders" else "official")
     if folds not in ("official", "group"):
         raise ValueError(f"--folds {folds}: write official or group")
@@ -141,6 +137,14 @@ def open_dataset(
     return _described(
         index, name, folds, pattern, rejects, tuple(warnings), listed and listed + len(missing)
     )
+
+
+def _existing(paths: Sequence[Path]) -> list[Path]:
+    roots = [Path(path).expanduser().resolve() for path in paths]
+    for path in roots:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+    return roots
 
 
 def find(roots: Sequence[Path], *, name: str, splits: Path | None = None) -> Found:

@@ -7,16 +7,18 @@ computes. Labels of the test part decide nothing but the numbers that are report
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.datasets import Dataset
 from engine.extract import Extractor
+from engine.finetune import finetune
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card
 from engine.protocols import Evaluated, Judge, Videos, cuts_of, used_clips, videos_of
-from engine.recipe import Evaluation
+from engine.recipe import Evaluation, Recipe
 from engine.runtime import Runtime, provenance
 
 Report = Callable[[str, int, int], None]
@@ -34,9 +36,10 @@ def evaluate(
     settings: Evaluation,
     runtime: Runtime,
     seed: int = 0,
+    training: Recipe | None = None,
     on_progress: Report | None = None,
 ) -> Evaluated:
-    """Judge a frozen network by one protocol of FROZEN (``engine.finetune`` has the fine-tuned one).
+    """Judge a network by one protocol of PROTOCOLS; ``training`` is the recipe that "finetune" trains by.
 
     Raises ValueError for another protocol, and for features that are not finite.
     """
@@ -47,6 +50,7 @@ def evaluate(
         settings=settings,
         runtime=runtime,
         seed=seed,
+        training=training,
         on_progress=on_progress,
     )
     return found[protocol]
@@ -61,30 +65,38 @@ def evaluate_many(
     runtime: Runtime,
     seed: int = 0,
     seeds: int = 1,
+    training: Recipe | None = None,
     on_progress: Report | None = None,
 ) -> list[dict[str, Evaluated]]:
-    """Judge frozen networks by several protocols, from one decode for all networks of equal input.
+    """Judge networks by several protocols; frozen ones of equal input share one decode.
 
     Gives a dict by protocol for each network. With ``seeds``, each protocol runs with that many seeds from ``seed``
     on, and folds and seeds are spread over alike; retrieval has nothing to draw.
     """
     for protocol in protocols:
-        if protocol not in FROZEN:
-            raise ValueError(f"unknown protocol {protocol!r}: {', '.join(FROZEN)}, or finetune")
-    taken = take_features(
-        networks, dataset, settings=settings, runtime=runtime, on_progress=on_progress
-    )
-    told, results = provenance(runtime), []
-    for number, ((_, card), views) in enumerate(zip(networks, taken, strict=True)):
-        videos = videos_of(dataset, views)
-        _check_finite(videos, card, dataset)
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"unknown protocol {protocol!r}: {', '.join(PROTOCOLS)}")
+    if "finetune" in protocols and training is None:
+        raise ValueError("fine-tuning needs a recipe to train by")
+    frozen = [protocol for protocol in protocols if protocol in FROZEN]
+    views: list[Tensor] = []
+    if frozen:
+        shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
+        views = take_features(networks, dataset, settings=settings, **shared)
+    every, told, results = range(seed, seed + seeds), provenance(runtime), []
+    for number, (network, card) in enumerate(networks):
         found = {}
-        for protocol in protocols:
+        if frozen:
+            videos = videos_of(dataset, views[number])
+            _check_finite(videos, card, dataset)
             judge = Judge(dataset, videos, settings, runtime, card)
-            found[protocol] = judge.judged(protocol, range(seed, seed + seeds), told)
-        results.append(found)
+            found = {protocol: judge.judged(protocol, every, told) for protocol in frozen}
+        if training is not None and "finetune" in protocols:
+            more: dict[str, Any] = {"recipe": training, "runtime": runtime, "seeds": every}
+            found["finetune"] = finetune(network, card, dataset, on_progress=on_progress, **more)
+        results.append({protocol: found[protocol] for protocol in protocols})
         if on_progress is not None:
-            on_progress("judging features", number + 1, len(networks))
+            on_progress("judging networks", number + 1, len(networks))
     return results
 
 

@@ -97,7 +97,7 @@ class Extractor:
         together = list(zip(networks, cards, strict=True))
         with _evaluating(networks, batch_norm=batch_norm):
             for view, part, frames in self._batches():
-                clips = {(card.mean, card.std): _normalised(frames, card, device) for card in cards}
+                clips = {(card.mean, card.std): normalised(frames, card, device) for card in cards}
                 made = self._map(partial(self._output, clips=clips), together)
                 if not found:
                     shape = (len(self.clips), self.cuts.count)
@@ -108,6 +108,7 @@ class Extractor:
                 done += len(part)
                 if on_progress is not None:
                     on_progress("taking features", done, total)
+        check_undamaged(self.index)
         return [each.cpu() for each in found]
 
     def _map(self, function: Callable[[Any], Tensor], items: Sequence[Any]) -> list[Tensor]:
@@ -146,7 +147,7 @@ class Extractor:
         """Frames of planned batches, decoded ahead."""
         pipeline = InputPipeline(
             self.index,
-            _clip(self.cuts.clip),
+            clip_of(self.cuts.clip),
             audio=Audio(),
             device=self.runtime.device,
             batch_size=max(self._sizes),
@@ -161,7 +162,7 @@ class Extractor:
     def _plan(self, number: int, clips: NDArray[np.int64]) -> ClipPlan:
         view, crop = divmod(number, self.cuts.crops)
         plan = plan_views(
-            self.index, _clip(self.cuts.clip), clips=clips, view=view, num_views=self.cuts.views
+            self.index, clip_of(self.cuts.clip), clips=clips, view=view, num_views=self.cuts.views
         )
         place = CROPS[self.cuts.crops][crop]
         # the largest square has room along the longer side alone
@@ -169,15 +170,28 @@ class Extractor:
         return replace(plan, box=np.tile(np.array(box, np.float32), (len(clips), 1)))
 
 
-def _normalised(frames: Tensor, card: Card, device: torch.device) -> Tensor:
+def check_undamaged(index: ClipIndex) -> None:
+    """Raise ValueError where a damaged clip's place was taken by another, which might be of another part."""
+    if index.substituted:
+        raise ValueError(
+            f"{len(index.substituted)} labelled clips were found damaged while reading, such as"
+            f" {index.facts(min(index.substituted))['source']}: delete {index.folders[0]}, which is made again"
+        )
+
+
+def normalised(frames: Tensor, card: Card, device: torch.device) -> Tensor:
     """uint8 (n, T, H, W, 3) to (n, 3, T, H, W) by the card's statistics, channels-last."""
     mean, std = (torch.tensor(values, device=device) for values in (card.mean, card.std))
     return kernels.clip_views(frames.to(device), mean, std)[0]
 
 
-def _clip(shape: ClipInput) -> Clip:
-    # no future frames: built beside the recipe's checks, which ask for some
-    return msgspec.structs.replace(
-        Clip(num_frames=shape.num_frames, frame_stride=shape.frame_stride, size=shape.size),
-        num_future_frames=0,
+def clip_of(shape: ClipInput) -> Clip:
+    """The recipe's section for a network's input, of T frames alone."""
+    return without_future(
+        Clip(num_frames=shape.num_frames, frame_stride=shape.frame_stride, size=shape.size)
     )
+
+
+def without_future(clip: Clip) -> Clip:
+    """The same clip of T frames alone; recipes can't ask for it, since a loss needs what comes next."""
+    return msgspec.structs.replace(clip, num_future_frames=0)

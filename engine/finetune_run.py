@@ -1,0 +1,114 @@
+"""A fine-tuning as a run's folder: what it began with, and what it found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.datasets import Dataset
+from engine.evaluate import evaluate_many
+from engine.finetune import check_recipe, finetune
+from engine.finetune_model import from_scratch
+from engine.network_file import load_network
+from engine.protocols import Evaluated
+from engine.recipe import Recipe
+from engine.results import write_confusion
+from engine.runfolder import RunError, RunFolder
+from engine.runtime import Runtime, make_deterministic, provenance
+
+GIVEN = "finetune.json"
+
+
+def settled(
+    run: RunFolder,
+    recipe: Recipe,
+    *,
+    checkpoint: Path | None,
+    name: str | None,
+    seeds: int,
+    data: dict[str, Any],
+) -> dict[str, Any]:
+    """What a run works on: as given now, or as it began with where it is continued and nothing else is given.
+
+    Raises ValueError for what is missing, RunError where a continued run is given another network.
+    """
+    before = run.read_json(GIVEN)
+    if before is not None:
+        if checkpoint is not None and str(checkpoint.resolve()) != before["checkpoint"]:
+            raise RunError(
+                f"{run.path}: began with {before['checkpoint'] or 'no checkpoint'}, not {checkpoint}; resume without"
+                " --checkpoint, or start a new run"
+            )
+        moved = {"root": [str(Path(p).resolve()) for p in data["root"]]} if data["root"] else {}
+        return {**before, "data": {**before["data"], **moved}}
+    name = name or recipe.finetune.dataset
+    if not name:
+        raise ValueError(f"recipe {recipe.name!r} names no data set: give --dataset")
+    if checkpoint is None and recipe.finetune.init == "checkpoint":
+        raise ValueError(
+            "--checkpoint is missing: a network's file or a run's folder, or --set finetune.init=scratch for none"
+        )
+    plain = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in data.items()}
+    plain["root"] = [str(Path(p).resolve()) for p in data["root"]]
+    source = "" if checkpoint is None else str(checkpoint.resolve())
+    return {"checkpoint": source, "name": name, "seeds": seeds, "data": plain}
+
+
+def run_finetuning(
+    run: RunFolder,
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    given: dict[str, Any],
+    runtime: Runtime,
+    checkpoint_every: int,
+    on_progress: Callable[[str, int, int], None],
+    say: Callable[[str], object],
+) -> Evaluated:
+    """Do what is left of the recipe's protocol, and write results.json and confusion.csv.
+
+    Raises RunError where the videos are not those that the run began with, and what ``finetune`` raises.
+    """
+    make_deterministic(runtime)
+    check_recipe(recipe, dataset)
+    if given["checkpoint"]:
+        network, card = load_network(Path(given["checkpoint"]), device=runtime.device)
+    else:
+        network, card = from_scratch(recipe, runtime)
+    run.begin()
+    _note(run, given, dataset, runtime)
+    seeds = range(recipe.seed, recipe.seed + given["seeds"])
+    shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
+    if recipe.finetune.protocol == "linear":
+        more: dict[str, Any] = {
+            "settings": recipe.evaluation,
+            "seed": recipe.seed,
+            "seeds": given["seeds"],
+        }
+        every = evaluate_many([(network, card)], dataset, protocols=["linear"], **more, **shared)
+        found = every[0]["linear"]
+    else:
+        more = {"folder": run.path, "checkpoint_every": checkpoint_every, "say": say}
+        found = finetune(network, card, dataset, recipe=recipe, seeds=seeds, **more, **shared)
+    run.write_json("results.json", found.row())
+    write_confusion(run.path / "confusion.csv", found)
+    return found
+
+
+def _note(run: RunFolder, given: dict[str, Any], dataset: Dataset, runtime: Runtime) -> None:
+    """Write what the run begins with, or check that it is continued on the same videos."""
+    digest = hashlib.sha256()
+    for folder in dataset.index.folders:
+        digest.update((folder / "dataset.json").read_bytes())
+    facts = {**provenance(runtime), "data": digest.hexdigest()[:12]}
+    old = run.read_json("provenance.json")
+    if old is not None:
+        if old["data"] != facts["data"]:
+            raise RunError(
+                f"{run.path}: the videos are not those that this run began with; bring them back, or start a new run"
+            )
+        facts = {**old, "resumed": [*old.get("resumed", []), facts["started"]]}
+    run.write_json("provenance.json", facts)
+    run.write_json(GIVEN, given)
