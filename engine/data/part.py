@@ -21,7 +21,16 @@ def part_of(index: ClipIndex, clips: NDArray[np.int64]) -> ClipIndex:
         raise ValueError("a part of a data set needs a clip at least")
     assert (np.diff(clips) > 0).all() and 0 <= clips[0] and clips[-1] < len(index)
     part = copy.copy(index)
-    for name in ("label", "shard", "flags", "num_frames", "width", "height", "has_audio", "duration"):
+    for name in (
+        "label",
+        "shard",
+        "flags",
+        "num_frames",
+        "width",
+        "height",
+        "has_audio",
+        "duration",
+    ):
         setattr(part, name, getattr(index, name)[clips])
     part._rows = []
     for number, rows in enumerate(index._rows):

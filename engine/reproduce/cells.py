@@ -78,7 +78,13 @@ class Store:
         return network.file is not None or self.network_path(network, seed).exists()
 
     def save(
-        self, network: Network, seed: int, state: Mapping[str, Tensor], card: Card, *, seconds: float
+        self,
+        network: Network,
+        seed: int,
+        state: Mapping[str, Tensor],
+        card: Card,
+        *,
+        seconds: float,
     ) -> None:
         """Keep a network that was trained."""
         path = self.network_path(network, seed)

@@ -97,7 +97,11 @@ def _curves(table: Table) -> Sketch:
     """A panel a column; for Fig. 5, whose series are two ways to train, a panel a series as in the paper."""
     series = list(dict.fromkeys(row.series for row in table.rows))
     beside = table.name == "fig5"
-    panels = [(c, [s]) for c in table.columns for s in series] if beside else [(c, series) for c in table.columns]
+    panels = (
+        [(c, [s]) for c in table.columns for s in series]
+        if beside
+        else [(c, series) for c in table.columns]
+    )
     across = 2 if len(panels) > 1 else 1
     deep = -(-len(panels) // across)
     sketch = Sketch(WIDE, max(deep, 1) * (CURVE_HEIGHT + HEAD + FOOT))

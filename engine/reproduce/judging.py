@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -57,7 +60,9 @@ def dataset_for(column: Column, dataset: Dataset, scale: Scale) -> Dataset:
     inside = np.isin(dataset.group, seen)
     others = len(np.unique(dataset.group[known])) - len(seen)
     if not column.unseen:
-        words = f"{dataset.folds_by}; clips of {len(seen)} of the groups were trained on without labels"
+        words = (
+            f"{dataset.folds_by}; clips of {len(seen)} of the groups were trained on without labels"
+        )
         return replace(dataset, folds_by=words)
     fold = Fold("unseen", np.flatnonzero(known & inside), np.flatnonzero(known & ~inside))
     words = (
@@ -92,6 +97,8 @@ class Judging:
     scale: Scale
     datasets: Sequence[Dataset]
     store: Store
+    folder: Path
+    """For checkpoints of fine-tuning, where the scale asks for some."""
     runtime: Runtime
     display: Display
 
@@ -117,7 +124,7 @@ class Judging:
         self.display.start(f"{cells[0].column.title}, seed {cells[0].seed}", len(cells))
         loaded = []
         for cell in cells:
-            network = self._guarded(cell, lambda c=cell: self._load(c))
+            network = self._guarded(cell, partial(self._load, cell))
             if network is not None:
                 loaded.append((cell, network))
         if not loaded:
@@ -128,7 +135,7 @@ class Judging:
             if _fatal(error):
                 raise device_failed(error) from error
             for pair in loaded:  # one of them spoils it: find out which
-                self._guarded(pair[0], lambda p=pair: self._judged([p]))
+                self._guarded(pair[0], partial(self._judged, [pair]))
 
     def _judged(self, loaded: Sequence[tuple[Cell, tuple[ResNet3D, Card]]]) -> None:
         began, (first, _) = time.perf_counter(), loaded[0]
@@ -149,7 +156,7 @@ class Judging:
         what = f"{cells[0].column.title}, seed {cells[0].seed}"
         self.display.start(what, len(cells))
         for number, cell in enumerate(cells, start=1):
-            self._guarded(cell, lambda c=cell: self._tune(c))
+            self._guarded(cell, partial(self._tune, cell))
             self.display.update(what, number, len(cells), note=cell.row.name)
 
     def _tune(self, cell: Cell) -> None:
@@ -157,17 +164,26 @@ class Judging:
         network, card = self._load(cell)
         dataset = dataset_for(cell.column, self.datasets[cell.column.dataset], self.scale)
         dataset = with_fewer_labels(dataset, cell.row.labelled, seed=cell.seed)
-        recipe = recipe_of(self.scale, cell.seed)
+        more: dict[str, Any] = {}
+        folder = self.folder / cell.row.name / str(cell.seed) / cell.column.name
+        if self.scale.checkpoint_every:
+            folder.mkdir(parents=True, exist_ok=True)
+            more = {"folder": folder, "checkpoint_every": self.scale.checkpoint_every}
         found = finetune(
-            network, card, dataset, recipe=recipe, runtime=self.runtime, seeds=[cell.seed]
+            network,
+            card,
+            dataset,
+            recipe=recipe_of(self.scale, cell.seed),
+            runtime=self.runtime,
+            seeds=[cell.seed],
+            **more,
         )
         self._keep(cell, found, card, time.perf_counter() - began)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _load(self, cell: Cell) -> tuple[ResNet3D, Card]:
         assert cell.row.network is not None
-        network, card = self.store.load(
-            cell.row.network, cell.seed, device=self.runtime.device
-        )
+        network, card = self.store.load(cell.row.network, cell.seed, device=self.runtime.device)
         if cell.row.network.file is not None:  # judged on the clips of all other rows
             card = msgspec.structs.replace(card, input=card_of(self.scale.pretrain).input)
         return network, card

@@ -60,7 +60,11 @@ NAMES = {
     "no_distillation": "Equal weights, no distillation",
     "evolved": "Evolved loss",
 }
-SUPERVISED, UNSUPERVISED, OURS = "Supervised", "Single tasks, no labels", "Evolved search space, no labels"
+SUPERVISED, UNSUPERVISED, OURS = (
+    "Supervised",
+    "Single tasks, no labels",
+    "Evolved search space, no labels",
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,9 @@ def _table1(scale: Scale, given: Given) -> list[Row]:
 
 def _table2(scale: Scale, given: Given) -> list[Row]:
     def row(name: str, group: str, network: Network | None, missing: str) -> Row:
-        paper = dict(zip(("hmdb51/finetune", "ucf101/finetune"), TABLE2.get(name, ()), strict=False))
+        paper = dict(
+            zip(("hmdb51/finetune", "ucf101/finetune"), TABLE2.get(name, ()), strict=False)
+        )
         return Row(name, NAMES.get(name, f"Loss {name}"), group, network, paper, missing)
 
     peer, unsupervised = "the paper's number, no run of ours", "Unsupervised"
@@ -171,7 +177,7 @@ def _table2(scale: Scale, given: Given) -> list[Row]:
 def _fig4(scale: Scale, given: Given) -> list[Row]:
     rows = []
     starts = {"scratch": (Network("scratch"), ""), "evolved": _evolved(given)}
-    starts |= {n: (Network(n, loss=l), "") for n, l in given.losses.items() if n != "evolved"}
+    starts |= {n: (Network(n, loss=loss), "") for n, loss in given.losses.items() if n != "evolved"}
     for name, (network, missing) in starts.items():
         series = NAMES.get(name, f"Loss {name}")
         for share in scale.labelled:

@@ -1,4 +1,4 @@
-"""A scale: how large networks, clips and trainings of a table are, and with how many seeds; TOML of recipes/reproduce."""
+"""A scale: how large a table's networks, clips and trainings are, and its seeds; TOML files in recipes/reproduce."""
 
 from __future__ import annotations
 
@@ -57,14 +57,13 @@ def load_scale(name_or_path: str | Path, assignments: Sequence[str] = ()) -> Sca
     ``[pretrain]`` is a recipe, on top of the one that the key ``recipe`` names if it does; ``[finetune]`` holds what
     fine-tuning changes of it. Raises RecipeError as ``load_recipe`` does.
     """
-    values, where = read_toml(name_or_path, folder="reproduce")
-    values = assigned(values, assignments)
-    base: dict[str, Any] = {}
-    if "recipe" in values:
-        base = msgspec.to_builtins(load_recipe(values.pop("recipe")))
-    name = f"{values.get('name', 'custom')}"
-    pretrain = _merged(base, {**values.pop("pretrain", {}), "name": name})
-    finetune = _merged(pretrain, values.pop("finetune", {}))
+    read, where = read_toml(name_or_path, folder="reproduce")
+    values = assigned(dict(read), assignments)
+    base, name = values.pop("recipe", None), str(values.get("name", "custom"))
+    start: dict[str, Any] = {} if base is None else msgspec.to_builtins(load_recipe(base))
+    pretrain = _merged(start, {**values.pop("pretrain", {}), "name": name})
+    change: dict[str, Any] = values.pop("finetune", {})
+    finetune = _merged(pretrain, change)
     recipes = {
         "pretrain": recipe_from(pretrain, where=f"{where}: pretrain"),
         "finetune": recipe_from(finetune, where=f"{where}: finetune"),

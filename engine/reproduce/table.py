@@ -46,7 +46,11 @@ class Entry:
     def __str__(self) -> str:
         if self.mean is None:
             return "-"
-        return f"{self.mean:.1f}" + ("" if self.sd is None else f" ± {self.sd:.1f}") + f" ({len(self.values)})"
+        return (
+            f"{self.mean:.1f}"
+            + ("" if self.sd is None else f" ± {self.sd:.1f}")
+            + f" ({len(self.values)})"
+        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ def build(
     baselines: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Table:
     """A table from the cells that are there."""
-    entries, protocols = {}, {}
+    entries: dict[tuple[str, str], Entry] = {}
+    protocols: dict[str, str] = {}
     for row in rows:
         for column in columns:
             found = [store.read(Cell(row, seed, column)) for seed in seeds]
@@ -162,7 +167,9 @@ def _shown(table: Table) -> tuple[list[str], list[list[str]]]:
 def as_text(table: Table) -> tuple[RichTable, list[str]]:
     """For the terminal: the table, and lines to go under it."""
     heads, lines = _shown(table)
-    under = [f"{c.title}: {table.protocols[c.name]}" for c in table.columns if c.name in table.protocols]
+    under = [
+        f"{c.title}: {table.protocols[c.name]}" for c in table.columns if c.name in table.protocols
+    ]
     return rich_table(table.title, heads, lines), [*under, *table.notes()]
 
 
@@ -180,7 +187,7 @@ def as_markdown(table: Table) -> str:
     if notes := table.notes():
         parts += ["Missing numbers:", "", *(f"- {note}." for note in notes), ""]
     parts.append(
-        "\"labels\": whether labels had a part in the representation, in its training or in choosing its loss."
+        '"labels": whether labels had a part in the representation, in its training or in choosing its loss.'
         " The paper's numbers are on HMDB51, UCF101 or Kinetics, with its own unlabelled videos."
     )
     return "\n".join(parts) + "\n"

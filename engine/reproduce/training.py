@@ -97,7 +97,9 @@ class Training:
             fits = members_that_fit(trainer, losses, seed=seed) if losses else 1
             for first in range(0, len(same), fits):
                 name = f"seed{seed}" + (f"-{share:g}" if share < 1 else "") + "-epochs" * epochs
-                yield _Cohort(f"{name}-{first}" if first else name, trainer, same[first : first + fits])
+                yield _Cohort(
+                    f"{name}-{first}" if first else name, trainer, same[first : first + fits]
+                )
 
     def _trainer(self, seed: int, share: float, epochs: bool) -> Trainer:
         recipe, index = msgspec.structs.replace(self.scale.pretrain, seed=seed), self.index
