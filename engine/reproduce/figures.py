@@ -8,7 +8,7 @@ from engine.reporting.sketch import WIDE, Area, Box, Frame, Line, Marks, Sketch,
 from engine.reproduce.rows import Column
 from engine.reproduce.table import Entry, Table
 
-EACH, HEAD, FOOT = 22.0, 30.0, 64.0
+EACH, HEAD, FOOT = 22.0, 38.0, 64.0
 """Heights in pixels of a row, of the panels' names, and of what is under the panels."""
 NAMES_WIDTH = 210.0
 CURVE_HEIGHT = 230.0
@@ -57,7 +57,11 @@ def _panel(
     entries = [table.entry(row, column) for row in table.rows]
     lines = [values[column.name] for values in table.baselines.values() if column.name in values]
     frame = Frame(sketch, left, HEAD, width, tall, _limits(entries, lines))
-    sketch.add(Text(left + width / 2, 12, f"{column.title}, %", "ink", 12, "middle", bold=True))
+    title, _, more = column.title.partition(" (")
+    middle = left + width / 2
+    sketch.add(Text(middle, 8, f"{title}, %", "ink", 12, "middle", bold=True))
+    if more:
+        sketch.add(Text(middle, 24, f"({more}", "muted", 11, "middle"))
     for value in ticks(*frame.xlim, count=4):
         x = frame.x(value)
         sketch.add(Line(((x, frame.top), (x, frame.bottom)), "rule"))

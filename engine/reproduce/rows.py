@@ -201,7 +201,9 @@ def _fig5(scale: Scale, given: Given) -> list[Row]:
             if loss is not None:
                 # with all clips both are one training
                 name = "evolved" if share == 1.0 else f"{mode}-{_percent(share, sign='')}"
-                network = Network(name, loss=loss, share=share, epochs=mode == "epochs")
+                network = Network(
+                    name, loss=loss, share=share, epochs=mode == "epochs" and share < 1.0
+                )
             title = f"{series}, {_percent(share)} of the clips"
             point = f"{mode}-{_percent(share, sign='')}"
             rows.append(Row(point, title, series, network, {}, missing, 1.0, series, share))

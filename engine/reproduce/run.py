@@ -130,6 +130,7 @@ class Reproduction:
     def go(self, *, retry_failed: bool = False) -> Table:
         """Do what is missing; gives the table, which is also written after each seed."""
         make_deterministic(self.runtime)
+        unlabelled = self._unlabelled()
         self.run.begin()
         self._note()
         if retry_failed:
@@ -141,7 +142,7 @@ class Reproduction:
         )
         training = Training(
             self.scale,
-            self._unlabelled(),
+            unlabelled,
             self.store,
             self.run.checkpoints,
             self.runtime,

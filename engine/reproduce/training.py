@@ -51,7 +51,7 @@ class Training:
     def train(self, jobs: Sequence[Job]) -> None:
         """Train and keep each network, or keep why it could not be."""
         waiting = deque(self._cohorts(jobs))
-        total = sum(len(c.jobs) * c.trainer.recipe.optim.steps for c in waiting)
+        total = sum(c.trained * c.trainer.recipe.optim.steps for c in waiting)
         self.display.start("training", total)
         at_once = num_cores() if self.runtime.device.type == "cpu" else 1
         at_work: list[_Cohort] = []
@@ -125,6 +125,11 @@ class _Cohort:
     ended: bool = False
     seconds: float = 0.0
     rounds: Iterator[tuple[int, Views]] = field(default_factory=lambda: iter(()))
+
+    @property
+    def trained(self) -> int:
+        """Networks that are trained; others stay as they begin."""
+        return sum(network.loss is not None for network, _ in self.jobs)
 
     def begin(self, of: Training) -> None:
         """Make the members, from their last checkpoint if there is one; untrained networks are done with that."""
@@ -201,8 +206,7 @@ class _Cohort:
             git_sha=told["git_sha"],
             versions=told["versions"],
         )
-        trained = [j for j in self.jobs if j[0].loss is not None]
-        seconds = 0.0 if network.loss is None else self.seconds / len(trained)
+        seconds = 0.0 if network.loss is None else self.seconds / self.trained
         of.store.save(network, seed, state, card, seconds=seconds)
 
 
