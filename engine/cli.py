@@ -15,6 +15,7 @@ from engine.cli_evolve import evolve
 from engine.cli_ingest import ingest
 from engine.cli_pretrain import pretrain
 from engine.cli_report import report, runs
+from engine.cli_reproduce import reproduce
 
 
 @click.group()
@@ -24,7 +25,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|torchaudio")
 
 
-for command in (ingest, evolve, pretrain, evaluate, finetune, report, runs):
+for command in (ingest, evolve, pretrain, evaluate, finetune, report, runs, reproduce):
     main.add_command(command)
 
 

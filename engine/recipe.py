@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tomllib
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -264,7 +265,11 @@ def recipe_from(values: dict[str, Any], *, where: str) -> Recipe:
 
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:
     """Apply ``section.key=value`` assignments, values in TOML's syntax (a bare word is a string)."""
-    values = msgspec.to_builtins(recipe)
+    return recipe_from(assigned(msgspec.to_builtins(recipe), assignments), where="--set")
+
+
+def assigned(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Nested ``values`` with ``section.key=value`` assignments put in."""
     for assignment in assignments:
         key, sign, text = assignment.partition("=")
         if not sign:
@@ -280,7 +285,7 @@ def override(recipe: Recipe, assignments: list[str]) -> Recipe:
             if not isinstance(target, dict):
                 raise RecipeError(f"--set {assignment}: {section!r} is not a section")
         target[last] = value
-    return recipe_from(values, where="--set")
+    return values
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -327,7 +332,7 @@ def read_toml(name_or_path: str | Path, *, folder: str) -> tuple[dict[str, Any],
 def _text_of(name_or_path: str | Path, folder: str) -> tuple[str, str]:
     path = Path(name_or_path)
     name = str(name_or_path)
-    kind = "loss" if folder else "recipe"
+    kind = {"": "recipe", "losses": "loss"}.get(folder, "scale")
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8"), name
