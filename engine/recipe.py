@@ -91,8 +91,16 @@ class Optim(Section, frozen=True):
     steps: Positive = 150
     warmup_steps: Natural = 15
     batch_size: Annotated[int, Meta(ge=2)] = 16
+    """Clips of a step, whatever the number of processes and of pieces that share them."""
     grad_clip: PositiveFloat = 1.0
     """Largest norm of the gradient."""
+    accumulate: Positive = 1
+    """Pieces that each process takes its part of the batch in, one after another, for memory; negatives and batch
+    norm's statistics then come from a piece (of all processes)."""
+    batch_norm: Literal["local", "sync", "frozen"] = "local"
+    """Statistics of each process's part of the batch, of all processes' parts, or the running ones, unchanged."""
+    ema: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    """``engine pretrain``: decay of the RGB network's running average, which is then what is written; 0: none."""
     amp: Literal["auto", "off", "bf16"] = "auto"
     """auto: bf16 on a GPU, float32 on a CPU."""
     compile: Literal["auto", "off", "default", "reduce-overhead"] = "auto"
@@ -171,6 +179,8 @@ def recipe_from(values: dict[str, Any], *, where: str) -> Recipe:
         raise RecipeError(f"{where}: {key.rstrip('`') or 'recipe'}: {what}") from None
     if recipe.optim.warmup_steps >= recipe.optim.steps:
         raise RecipeError(f"{where}: optim.warmup_steps must be less than optim.steps")
+    if recipe.optim.batch_size % recipe.optim.accumulate:
+        raise RecipeError(f"{where}: optim.batch_size must be a multiple of optim.accumulate")
     return recipe
 
 

@@ -13,7 +13,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels", "engine"),
     ("engine.objective.terms",),
     ("engine.runlog",),
-    ("engine.recipe", "engine.runtime", "engine.display"),
+    ("engine.recipe", "engine.runtime", "engine.display", "engine.distributed"),
     ("engine.lossfile", "engine.runfolder"),
     ("engine.data",),
     ("engine.model",),
