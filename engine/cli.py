@@ -13,6 +13,7 @@ from engine.cli_common import PATH, errors_explained, say_rejects
 from engine.cli_evolve import evolve
 from engine.cli_ingest import ingest
 from engine.cli_pretrain import pretrain
+from engine.cli_recipes import recipes
 from engine.cli_report import report, runs
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|torchaudio")
 
 
-for command in (ingest, evolve, pretrain, report, runs):
+for command in (ingest, evolve, pretrain, recipes, report, runs):
     main.add_command(command)
 
 

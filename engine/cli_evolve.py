@@ -59,7 +59,7 @@ def evolve(
     if bool(videos) != bool(labelled):
         raise ValueError("give both --videos and --labelled, or neither for the demo's data")
     check_kernels_package()
-    default = "cpu" if videos else "demo"
+    default = "cpu/evolve" if videos else "demo"
     run, recipe = open_run("evolve", recipe_name, assignments, seed, run_path, resume, default)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display(log=run.path) as display:

@@ -7,9 +7,12 @@ each differentiates its share of the loss, and the shares' gradients are summed.
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,25 +89,6 @@ class Ranks:
             raise RanksDiffer(box[1])
         result: Result = box[0]
         return result
-
-    def each(self, make: Callable[[], Result]) -> Result:
-        """What ``make`` gives here, once it gave something on every rank; where it raises on one, all raise."""
-        if self.world == 1:
-            return make()
-        result: Result | None = None
-        error: Exception | None = None
-        try:
-            result = make()
-        except Exception as raised:
-            error = raised
-        said: list[Any] = [None] * self.world
-        dist.all_gather_object(said, None if error is None else str(error) or type(error).__name__)
-        if error is not None:
-            raise error
-        for rank, reason in enumerate(said):
-            if reason is not None:
-                raise RanksDiffer(f"rank {rank}: {reason}")
-        return result  # type: ignore[return-value]
 
     def agree(self, facts: dict[str, Any]) -> None:
         """Raise RanksDiffer where some rank's facts are not rank 0's; the message names rank, machine and fact."""
@@ -280,6 +264,16 @@ class Ended(RuntimeError):
     """Processes ended, again after every restart; the message says which and how."""
 
 
+_START = """
+import pickle, sys
+with open(sys.argv[1], "rb") as file:
+    sys.path[:] = pickle.load(file)
+    work, arguments = pickle.load(file)
+work(*arguments)
+"""
+"""What each process runs: it needs nothing of the program that started it, such as a guard of its main module."""
+
+
 def launch(work: Callable[..., None], *arguments: Any, processes: int, restarts: int) -> None:
     """Run ``work(*arguments, notes)`` in so many processes of this machine, and all again when one of them dies.
 
@@ -290,8 +284,12 @@ def launch(work: Callable[..., None], *arguments: Any, processes: int, restarts:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said here instead
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
         notes = Path(folder)
+        with (notes / "work").open("wb") as file:
+            pickle.dump(sys.path, file)
+            pickle.dump((work, (*arguments, notes)), file)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -303,7 +301,7 @@ def launch(work: Callable[..., None], *arguments: Any, processes: int, restarts:
             logs_specs=DefaultLogsSpecs(log_dir=str(notes / "logs")),
         )
         try:
-            elastic_launch(config, work)(*arguments, notes)
+            elastic_launch(config, sys.executable)("-c", _START, str(notes / "work"))
         except SignalException:
             raise KeyboardInterrupt from None
         except ChildFailedError as error:

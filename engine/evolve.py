@@ -224,7 +224,8 @@ class Evolution:
         best = self.study.best()
         about = f"best of {len(members)} members: trial {best.trial}, fitness {best.fitness:.4f}"
         with self.clock("logging"):
-            save_loss(best.weights, self.run.best, name=f"{self.run.path.name}/best", about=about)
+            name = f"{self.run.path.name}/best"
+            save_loss(best.weights, self.run.best, name=name, about=about, labels_used=True)
 
     def _keep_time(self) -> dict[str, float]:
         """Seconds by stage, those before an interruption included; written to timing.json."""

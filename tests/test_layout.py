@@ -51,6 +51,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
         "engine/cli_evolve.py",
         "engine/cli_ingest.py",
         "engine/cli_pretrain.py",
+        "engine/cli_recipes.py",
         "engine/cli_report.py",
     ),
     "cmaes": "engine/search.py",
