@@ -1,7 +1,7 @@
 """Atomic checkpoints: weights as safetensors, and a member's whole state for exact resume.
 
-A run's folder holds ``last``, ``previous``, which takes over where ``last`` turns out damaged, and ``step-N``, which were
-asked to be kept. What a checkpoint holds is the same for any number of processes.
+A run's folder holds ``last``, ``previous``, which takes over where ``last`` turns out damaged, and ``step-N``, where
+they are to be kept. What a checkpoint holds is the same for any number of processes.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional
 
 Result = TypeVar("Result")
@@ -137,12 +138,16 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         cores = sorted(os.sched_getaffinity(0))
         each = len(cores) // ranks.local_world
         if each:
-            own = cores[ranks.local_rank * each : (ranks.local_rank + 1) * each]
-            os.sched_setaffinity(0, own)
+            share = cores[ranks.local_rank * each : (ranks.local_rank + 1) * each]
+            os.sched_setaffinity(0, share)
             torch.set_num_threads(min(torch.get_num_threads(), each))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, rank, world = next(rendezvous("env://"))
+    # a group that was started again may find the addresses of the one before it in the same store
+    fresh = dist.PrefixStore(f"attempt-{restarts_so_far()}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=world)
     try:
         yield
     finally:

@@ -102,4 +102,5 @@ def tensors_of(loss: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Te
     yield from loss.buffers()
     for group in optimizer.param_groups:
         for p in group["params"]:
-            yield from optimizer.state[p].values()
+            state = optimizer.state[p]
+            yield from (state[key] for key in sorted(state))
