@@ -296,7 +296,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 @click.command()
 @click.option("--videos", multiple=True, type=click.Path(path_type=Path), help="Else the demo's.")
 @click.option("--labelled", multiple=True, type=click.Path(path_type=Path))
-@click.option("--recipe", "recipe_name", default="cpu", show_default=True)
+@click.option("--recipe", "recipe_name", default="cpu/evolve", show_default=True)
 @click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE")
 @click.option("--losses", "count", type=click.IntRange(min=4), default=16, show_default=True)
 @click.option("--cohort", "size", type=click.IntRange(min=2), default=8, show_default=True)

@@ -27,7 +27,7 @@ from engine.train import Trainer
 @click.argument("losses", nargs=-1, required=True)
 @click.option("--videos", multiple=True, type=click.Path(path_type=Path), required=True)
 @click.option("--labelled", multiple=True, type=click.Path(path_type=Path), required=True)
-@click.option("--recipe", "recipe_name", default="cpu", show_default=True)
+@click.option("--recipe", "recipe_name", default="cpu/evolve", show_default=True)
 @click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE")
 @click.option("--seeds", "num_seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Append a row a loss.")

@@ -14,6 +14,7 @@ from engine.cli_evaluate import evaluate, finetune
 from engine.cli_evolve import evolve
 from engine.cli_ingest import ingest
 from engine.cli_pretrain import pretrain
+from engine.cli_recipes import recipes
 from engine.cli_report import report, runs
 from engine.cli_reproduce import reproduce
 
@@ -25,7 +26,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|torchaudio")
 
 
-for command in (ingest, evolve, pretrain, evaluate, finetune, report, runs, reproduce):
+COMMANDS = (ingest, evolve, pretrain, evaluate, finetune, reproduce, recipes, report, runs)
+for command in COMMANDS:
     main.add_command(command)
 
 

@@ -106,7 +106,7 @@ def evolve(
     check_kernels_package()
     given = {"search.method": method, "search.rounds": rounds}
     assignments += tuple(f"{key}={value}" for key, value in given.items() if value is not None)
-    default = "cpu" if videos else "demo"
+    default = "cpu/evolve" if videos else "demo"
     run, recipe = open_run("evolve", recipe_name, assignments, seed, run_path, resume, default)
     crew = _workers(gpus, workers, address, members_per_gpu, time_limit, max_retries, device)
     if crew.count != 0:

@@ -30,9 +30,14 @@ class Display:
     they do in the run's log, wherever they are shown.
     """
 
-    def __init__(self, *, every: float = 10.0, log: Path | None = None) -> None:
-        """``log``: a run's folder, whose log.txt keeps what is said from when the folder holds a run."""
-        self.console = Console(highlight=False)
+    def __init__(
+        self, *, every: float = 10.0, log: Path | None = None, quiet: bool = False
+    ) -> None:
+        """``log``: a run's folder, whose log.txt keeps what is said from when the folder holds a run.
+
+        ``quiet``: show nothing, for the processes of a run that another one speaks for.
+        """
+        self.console = Console(highlight=False, quiet=quiet)
         self._plain = not self.console.is_terminal
         self._every, self._last, self._began = every, 0.0, time.monotonic()
         self._before = 0  # units of the stage that were done when it began

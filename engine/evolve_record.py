@@ -127,7 +127,8 @@ class Records:
         best = self.study.best()
         about = f"best of {len(members)} members: trial {best.trial}, fitness {best.fitness:.4f}"
         with self.clock("logging"):
-            save_loss(best.weights, self.run.best, name=f"{self.run.path.name}/best", about=about)
+            name, used = f"{self.run.path.name}/best", self.recipe.fitness.uses_labels
+            save_loss(best.weights, self.run.best, name=name, about=about, labels_used=used)
             left = candidate(self.run.checkpoints, best.trial)
             if left.exists():
                 os.replace(left, self.run.checkpoints / "best.safetensors")

@@ -36,9 +36,19 @@ def load_loss(name_or_path: str | Path) -> LossWeights:
         raise RecipeError(str(error)) from None
 
 
-def save_loss(weights: LossWeights, path: Path, *, name: str, about: str) -> None:
-    """Write a loss that ``load_loss`` reads."""
-    text = tomli_w.dumps({"name": name, "about": about, "weights": weights})
+def loss_used_labels(name_or_path: str | Path) -> bool:
+    """Whether a loss's file says that labels had a part in choosing it; errors are left to ``load_loss``."""
+    if str(name_or_path).startswith("random:"):
+        return False
+    return read_toml(name_or_path, folder="losses")[0].get("labels_used") is True
+
+
+def save_loss(
+    weights: LossWeights, path: Path, *, name: str, about: str, labels_used: bool = False
+) -> None:
+    """Write a loss that ``load_loss`` reads; ``labels_used``: labels had a part in choosing it."""
+    told = {"labels_used": True} if labels_used else {}
+    text = tomli_w.dumps({"name": name, "about": about, **told, "weights": weights})
     write_text_atomic(path, text)
 
 

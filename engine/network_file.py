@@ -50,6 +50,8 @@ class Card(Struct, frozen=True, kw_only=True):
     """Eq. 1's weights; None for a network that was not trained by them."""
     recipe_hash: str | None = None
     seed: int | None = None
+    ema: float = 0.0
+    """Decay of the running average over training steps that these weights are; 0: they are the last step's."""
     num_clips: int | None = None
     """Unlabelled clips trained on."""
     git_sha: str | None = None

@@ -92,8 +92,16 @@ class Optim(Section, frozen=True):
     steps: Positive = 150
     warmup_steps: Natural = 15
     batch_size: Annotated[int, Meta(ge=2)] = 16
+    """Clips of a step, whatever the number of processes and of pieces that share them."""
     grad_clip: PositiveFloat = 1.0
     """Largest norm of the gradient."""
+    accumulate: Positive = 1
+    """Pieces that each process takes its part of the batch in, one after another, for memory; negatives and batch
+    norm's statistics then come from a piece (of all processes)."""
+    batch_norm: Literal["local", "sync", "frozen"] = "local"
+    """Statistics of each process's part of the batch, of all processes' parts, or the running ones, unchanged."""
+    ema: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    """``engine pretrain``: decay of the RGB network's running average, which is then what is written; 0: none."""
     amp: Literal["auto", "off", "bf16"] = "auto"
     """auto: bf16 on a GPU, float32 on a CPU."""
     compile: Literal["auto", "off", "default", "reduce-overhead"] = "auto"
@@ -241,7 +249,7 @@ class RecipeError(ValueError):
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Read a recipe from a TOML file, or by the name of one that comes with the package (``cpu``, ``demo``).
+    """Read a recipe from a TOML file, or by the name of one that comes with the package (``demo``, ``cpu/evolve``).
 
     Raises RecipeError for a missing file, TOML that does not parse, an unknown key, a wrong type or a value
     out of range; the message names file and key, and the nearest known key.
@@ -260,6 +268,8 @@ def recipe_from(values: dict[str, Any], *, where: str) -> Recipe:
         raise RecipeError(f"{where}: {key.rstrip('`') or 'recipe'}: {what}") from None
     if recipe.optim.warmup_steps >= recipe.optim.steps:
         raise RecipeError(f"{where}: optim.warmup_steps must be less than optim.steps")
+    if recipe.optim.batch_size % recipe.optim.accumulate:
+        raise RecipeError(f"{where}: optim.batch_size must be a multiple of optim.accumulate")
     return recipe
 
 
@@ -312,9 +322,30 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def preset_names(folder: str = "") -> list[str]:
-    """Names of the recipes (or, with ``losses``, of the losses) that come with the package."""
+    """Names of the recipes (or, with ``losses``, of the losses) that come with the package.
+
+    A recipe in a folder goes by both names, such as ``paper/evolve``.
+    """
     root = files("recipes").joinpath(folder) if folder else files("recipes")
-    return sorted(p.name[:-5] for p in root.iterdir() if p.name.endswith(".toml"))
+    found = [p.name for p in root.iterdir()]
+    if not folder:
+        inside = (p for p in root.iterdir() if p.is_dir() and p.name != "losses")
+        found += [f"{p.name}/{each.name}" for p in inside for each in p.iterdir()]
+    return sorted(name[:-5] for name in found if name.endswith(".toml"))
+
+
+def preset_text(name: str, folder: str = "") -> str:
+    """The text of a recipe (or, with ``losses``, of a loss) that comes with the package."""
+    root = files("recipes").joinpath(folder) if folder else files("recipes")
+    return root.joinpath(*f"{name}.toml".split("/")).read_text(encoding="utf-8")
+
+
+def recipe_named(name: str) -> str:
+    """The text of a recipe or loss that comes along, or of a file; raises RecipeError with the nearest known name."""
+    loss = name.removeprefix("losses/")
+    if loss in preset_names("losses"):
+        return preset_text(loss, "losses")
+    return _text_of(name, "")[0]
 
 
 def read_toml(name_or_path: str | Path, *, folder: str) -> tuple[dict[str, Any], str]:
@@ -338,15 +369,14 @@ def _text_of(name_or_path: str | Path, folder: str) -> tuple[str, str]:
             return path.read_text(encoding="utf-8"), name
         except UnicodeDecodeError:
             raise RecipeError(f"{kind} {name}: not a text file in UTF-8") from None
-    if path.suffix == ".toml" or path.parent != Path("."):
-        raise RecipeError(f"{kind} {name}: no such file")
     known = preset_names(folder)
-    if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(known)}"
-        raise RecipeError(f"{kind} {name!r} is neither a file nor a preset; {hint}")
-    resource = files("recipes").joinpath(folder) if folder else files("recipes")
-    return resource.joinpath(f"{name}.toml").read_text(encoding="utf-8"), f"{kind} {name!r}"
+    if name in known:
+        return preset_text(name, folder), f"{kind} {name!r}"
+    if path.suffix == ".toml" or path.is_absolute():
+        raise RecipeError(f"{kind} {name}: no such file")
+    near = [n for n in known if n.startswith(f"{name}/")] or get_close_matches(name, known, n=1)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+    raise RecipeError(f"{kind} {name!r} is neither a file nor a preset; {hint}")
 
 
 def _reject_unknown(

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
 from engine import kmeans
-from engine.fitness import agreement
+from engine.agreement import agreement
 
 Ints = NDArray[np.int64]
 

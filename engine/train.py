@@ -17,6 +17,7 @@ from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import plan_batch
 from engine.data.shards import ClipIndex
 from engine.data.views import ViewMaker, Views
+from engine.distributed import ALONE, Ranks, sync_batch_norm, without_others
 from engine.objective.loss import (
     EvolvedLoss,
     active_terms,
@@ -35,7 +36,8 @@ from engine.runtime import (
     set_seed,
 )
 from engine.train_check import CanNotCompile, check_step
-from engine.train_compiled import Seat, evaluate
+from engine.train_compiled import Seat
+from engine.train_shares import differentiate, split
 from engine.train_state import FlatState, Member
 
 CHECK_EVERY_ON_GPU = 10
@@ -74,11 +76,20 @@ class Trainer:
     """Told once, at the first step, where compiled code or bf16 does not compute what float32 does."""
     bank: ClipBank | None = None
     """Clips to train on that are decoded already; None: all, decoded for each batch."""
+    ranks: Ranks = ALONE
+    """The processes that train together; each takes its part of every batch."""
 
     def __post_init__(self) -> None:
         self.mode = self.recipe.optim.compile
         if self.mode == "auto":
             self.mode = "off" if self.runtime.device.type == "cpu" else "default"
+        optim = self.recipe.optim
+        self.part = self.ranks.share_of(optim.batch_size, pieces=optim.accumulate)
+        if self.mode == "reduce-overhead" and self.ranks.world * optim.accumulate > 1:
+            self.mode = "default"
+            self.warn(
+                "CUDA graphs are for one process and one piece a step: compiling without them"
+            )
         self.seat: Seat | None = None
         self._checked = self.mode == "off" and not self.runtime.amp
         self._checking = threading.Lock()
@@ -121,6 +132,12 @@ class Trainer:
         for m, network in loss.networks.items():
             channels_last = torch.channels_last if m == "audio" else torch.channels_last_3d
             network.to(memory_format=channels_last)  # type: ignore[call-overload]
+        if r.optim.batch_norm == "sync" and self.ranks.world > 1:
+            sync_batch_norm(loss, self.ranks)
+        if r.optim.batch_norm == "frozen":
+            for module in loss.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return loss.to(self.runtime.device)
 
     def _samples(self) -> int:
@@ -169,10 +186,8 @@ class Trainer:
             self.seat.optimizer.zero_grad(set_to_none=True)
         release_memory(self.runtime.device)
 
-    def batches(
-        self, *, seed: int, first: int, modalities: Sequence[str], rank: int = 0, world: int = 1
-    ) -> Iterator[ClipBatch]:
-        """The run's batches from step ``first`` on, decoded ahead in a thread of their own."""
+    def batches(self, *, seed: int, first: int, modalities: Sequence[str]) -> Iterator[ClipBatch]:
+        """This rank's part of the run's batches from step ``first`` on, decoded ahead in a thread of their own."""
         r = self.recipe
         plans = (
             plan_batch(
@@ -181,9 +196,9 @@ class Trainer:
                 r.audio,
                 seed=seed,
                 step=step,
-                batch_size=r.optim.batch_size,
-                rank=rank,
-                world=world,
+                batch_size=self.part,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
             )
             for step in range(first, r.optim.steps)
         )
@@ -195,7 +210,7 @@ class Trainer:
             r.clip,
             audio=r.audio,
             device=self.runtime.device,
-            batch_size=r.optim.batch_size,
+            batch_size=self.part,
             num_frames=r.clip.num_frames + r.clip.num_future_frames,
             threads=self.runtime.threads,
             flow=flow,
@@ -260,8 +275,15 @@ class Trainer:
         optimizer.zero_grad(
             set_to_none=True
         )  # before, so that gradients and activations never add up
-        total, values = evaluate(member, views, seat=self.seat, runtime=self.runtime)
-        total.backward()
+        total, values = differentiate(
+            member,
+            views,
+            loss=loss,
+            seat=self.seat,
+            runtime=self.runtime,
+            settings=optim,
+            ranks=self.ranks,
+        )
         nn.utils.clip_grad_norm_(loss.parameters(), optim.grad_clip)
         seen = self._looked_at(member, total, values)
         optimizer.step()
@@ -276,8 +298,11 @@ class Trainer:
 
     def _check(self, member: Member, views: Views) -> None:
         """Before the first step: see ``check_step``. Compiles, or goes on without where the recipe lets it."""
+        pieces = self.recipe.optim.accumulate
+        (first, *_), *_ = split(views, member.computed, pieces=pieces, ranks=self.ranks)
         try:
-            check_step(member, views, seat=self.seat, runtime=self.runtime, warn=self.warn)
+            with without_others():
+                check_step(member, first, seat=self.seat, runtime=self.runtime, warn=self.warn)
         except CanNotCompile as error:
             if self.recipe.optim.compile != "auto":
                 raise RuntimeError(f"{error}; go on without by --set optim.compile=off") from error

@@ -69,13 +69,20 @@ class Seat:
 
 
 def evaluate(
-    member: Member, views: Views, *, seat: Seat | None, runtime: Runtime
+    member: Member,
+    views: Views,
+    *,
+    seat: Seat | None,
+    runtime: Runtime,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Eq. 1 in the run's number format, of the member in the seat or, without one, by its own networks.
 
-    Returns the total and the computed terms' values. A CUDA graph's next run overwrites both.
+    ``weights`` (computed,): other than the member's own. Returns the total and the computed terms' values. A CUDA
+    graph's next run overwrites both.
     """
+    weights = member.ordered if weights is None else weights
     with torch.autocast(runtime.device.type, torch.bfloat16, runtime.amp):
         if seat is None:
-            return member.loss.evaluate(views, member.ordered, member.computed)
-        return seat.evaluate(views, member.ordered, alive=member.alive, active=member.computed)
+            return member.loss.evaluate(views, weights, member.computed)
+        return seat.evaluate(views, weights, alive=member.alive, active=member.computed)

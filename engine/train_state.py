@@ -56,7 +56,7 @@ class FlatState:
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Moments that the optimizer would make at its first step are made here, as zeros."""
         start_moments(optimizer)
-        tensors = list(_tensors(loss, optimizer))
+        tensors = list(tensors_of(loss, optimizer))
         ends: dict[torch.dtype, int] = {}
         places = []
         for tensor in tensors:
@@ -98,9 +98,11 @@ def start_moments(optimizer: torch.optim.Optimizer) -> None:
                 state["momentum_buffer"] = torch.zeros_like(p)
 
 
-def _tensors(loss: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+def tensors_of(loss: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Weights, buffers and the moments that there are, in an order that is theirs."""
     yield from loss.parameters()
     yield from loss.buffers()
     for group in optimizer.param_groups:
         for p in group["params"]:
-            yield from optimizer.state[p].values()
+            state = optimizer.state[p]
+            yield from (state[key] for key in sorted(state))

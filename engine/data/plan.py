@@ -1,7 +1,8 @@
 """What a batch holds, decided before anything is read: a pure function of (seed, step, rank, world).
 
 No process state enters, so a resumed run sees the batches that it would have seen, every member of a search
-sees the same ones, and a batch split over ranks is the batch of one process.
+sees the same ones, and a batch split over ranks is the batch of one process: rank r of W takes its clips r, r + W,
+r + 2 W and so on. The first (or last) clips of every rank are then, together, the first (or last) of the batch.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def plan_batch(
     ``clip.shuffle_shards`` the shards come in an order drawn anew, so many at a time, and the clips of those in
     random order; a batch then reads that many shards, or where one such window ends, those of the next one too.
     """
-    first = (step * world + rank) * batch_size
-    positions = range(first, first + batch_size)
+    first = step * world * batch_size
+    positions = range(first + rank, first + world * batch_size, world)
     rows = [_plan_clip(facts, clip, audio, seed=seed, position=p) for p in positions]
     return ClipPlan(*(np.stack(column) for column in zip(*rows, strict=True)))
 

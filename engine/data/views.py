@@ -6,7 +6,7 @@ Shape letters: N clips, T input frames, P future frames, H W pixels, F audio fra
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import kernels
 from engine.data.audio import LogMel
 from engine.data.pipeline import ClipBatch
+from engine.distributed import Ranks
 from engine.recipe import Audio, Clip
 
 RGB_MEAN = (0.43216, 0.394666, 0.37645)
@@ -21,6 +22,17 @@ RGB_STD = (0.22803, 0.22145, 0.216989)
 """Kinetics' statistics, so that networks trained on it fit."""
 FLOW_SCALE = 20.0
 """Flow in shares of the frame's side is multiplied by this: a twentieth of the frame becomes 1."""
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """The batch that several ranks hold parts of, in the order in which one process would."""
+
+    ranks: Ranks
+    has_audio: Tensor
+    """bool (world N,)."""
+    has_shift: Tensor
+    """bool (world N,)."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +51,29 @@ class Views:
     """bool (N,)."""
     order: Tensor
     """int64 (N, T)."""
+    whole: WholeBatch | None = None
+    """Where other ranks hold parts of this batch: what contrastive terms must know of it."""
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def part(self, number: int, of: int) -> Views:
+        """Every ``of``-th clip from ``number`` on, in memory of its own; ``whole`` is left out."""
+
+        def cut(x: Tensor) -> Tensor:
+            layout = torch.channels_last_3d if x.dim() == 5 else torch.contiguous_format
+            return x[number::of].contiguous(memory_format=layout)
+
+        return replace(
+            self,
+            clip={m: cut(x) for m, x in self.clip.items()},
+            future={m: cut(x) for m, x in self.future.items()},
+            shifted_audio=None if self.shifted_audio is None else cut(self.shifted_audio),
+            has_audio=cut(self.has_audio),
+            has_shift=cut(self.has_shift),
+            order=cut(self.order),
+            whole=None,
+        )
 
 
 class ViewMaker(nn.Module):

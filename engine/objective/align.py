@@ -1,4 +1,8 @@
-"""Contrastive tasks: audio alignment (A) and joint embedding (E), with a margin on cosine similarity."""
+"""Contrastive tasks: audio alignment (A) and joint embedding (E), with a margin on cosine similarity.
+
+Where ranks hold parts of a batch, negatives come from all of it: every rank computes the whole batch's value and
+differentiates it by its own clips' embeddings, so that the sum of their gradients is the batch's.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.data.views import Views
+from engine.distributed import gathered
 from engine.objective.task import Activations, Scalar, Task, TermValue, masked_mean
 
 
@@ -33,13 +38,17 @@ class AlignAudioTask(Task):
         if self.terms[0] not in active:
             return []
         assert activations.shifted_audio is not None
-        video = embedded(self.video, activations.clip[self.modality][-1])
-        sound = embedded(self.audio, activations.clip["audio"][-1])
-        shifted = embedded(self.audio, activations.shifted_audio)
+        video, sound, shifted = of_all_ranks(
+            views,
+            embedded(self.video, activations.clip[self.modality][-1]),
+            embedded(self.audio, activations.clip["audio"][-1]),
+            embedded(self.audio, activations.shifted_audio),
+        )
+        batch = views.whole or views
         aligned = (video * sound).sum(1)
         in_time = self.margin - aligned + (video * shifted).sum(1)
         of_clip = self.margin - aligned + (video * sound.roll(1, 0)).sum(1)
-        mask = torch.cat([views.has_shift, views.has_audio & views.has_audio.roll(1, 0)])
+        mask = torch.cat([batch.has_shift, batch.has_audio & batch.has_audio.roll(1, 0)])
         return [Scalar(self.terms[0], masked_mean(torch.cat([in_time, of_clip]).relu(), mask))]
 
 
@@ -63,15 +72,19 @@ class EmbedTask(Task):
         """The margin loss; where sound is involved, over clips that have it."""
         if self.terms[0] not in active:
             return []
-        rgb = embedded(self.rgb, activations.clip["rgb"][-1])
-        other = embedded(self.with_rgb, activations.clip[self.other][-1])
+        rgb, other = of_all_ranks(
+            views,
+            embedded(self.rgb, activations.clip["rgb"][-1]),
+            embedded(self.with_rgb, activations.clip[self.other][-1]),
+        )
+        batch = views.whole or views
         with torch.autocast(rgb.device.type, enabled=False):  # it would take the product to bf16
             similarity = rgb @ other.T
         own = similarity.diagonal()
         n = len(own)
         mask = ~torch.eye(n, dtype=torch.bool, device=own.device)
         if self.other == "audio":
-            mask = mask & views.has_audio[:, None] & views.has_audio[None, :]
+            mask = mask & batch.has_audio[:, None] & batch.has_audio[None, :]
         to_other = self.margin - own[:, None] + similarity
         to_rgb = self.margin - own[None, :] + similarity
         return [
@@ -80,6 +93,16 @@ class EmbedTask(Task):
                 masked_mean(torch.stack([to_other, to_rgb]).relu(), mask.expand(2, n, n)),
             )
         ]
+
+
+def of_all_ranks(views: Views, *embeddings: Tensor) -> tuple[Tensor, ...]:
+    """Each (N, D) of the whole batch, in the order of one process; as they are where this rank is alone."""
+    if views.whole is None:
+        return embeddings
+    ranks = views.whole.ranks
+    parts = gathered(torch.cat(embeddings, dim=1), ranks)
+    whole = parts.transpose(0, 1).flatten(0, 1)
+    return whole.split([e.shape[1] for e in embeddings], dim=1)  # type: ignore[no-any-return]
 
 
 def embedded(project: nn.Linear, features: Tensor) -> Tensor:

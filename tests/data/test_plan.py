@@ -33,7 +33,8 @@ def test_ranks_share_the_batch_of_one_process() -> None:
     whole = plan(3, batch_size=4)
     halves = [plan(3, batch_size=2, rank=rank, world=2) for rank in (0, 1)]
     for together, *parts in zip(rows(whole), *(rows(h) for h in halves), strict=True):
-        np.testing.assert_array_equal(together, np.concatenate(parts))
+        np.testing.assert_array_equal(together[0::2], parts[0])
+        np.testing.assert_array_equal(together[1::2], parts[1])
 
 
 def test_every_clip_comes_once_an_epoch() -> None:

@@ -1,0 +1,165 @@
+"""A pretraining as a job for one process or many: what each is told, and what each of them does.
+
+Under ``torchrun`` every process runs the command; rank 0 alone opens the run and tells the others. ``--gpus`` and
+``--workers`` start the processes here, on one machine, by the same elastic launcher, which starts all of them again
+from the last checkpoint when one dies.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.data.library import Library, default_shard_cache, open_library
+from engine.data.shards import is_shards
+from engine.display import Display
+from engine.distributed import ALONE, Ranks, joined, launch, ranks_of_environment, restarts_so_far
+from engine.objective.terms import LossWeights
+from engine.pretrain import pretrain
+from engine.pretrain_record import SAVING, Saving
+from engine.recipe import Recipe
+from engine.runfolder import RunFolder
+from engine.runtime import choose_runtime
+from engine.train import MemberFailed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all processes of a run are told."""
+
+    recipe: Recipe
+    run: Path
+    videos: tuple[Path, ...]
+    labelled: tuple[Path, ...] = ()
+    weights: LossWeights | None = None
+    """None: those that the run began with."""
+    labels_used: bool = False
+    device: str = "auto"
+    resume: bool = False
+    saving: Saving = SAVING
+
+
+def carry_out(
+    job: Job,
+    display: Display,
+    *,
+    run: RunFolder | None,
+    ranks: Ranks = ALONE,
+    opened: Callable[[Library], object] = lambda library: None,
+) -> tuple[Path | None, Library]:
+    """Train in this process, which is one of ``ranks``; returns the RGB network's file on rank 0, and the videos.
+
+    ``opened`` is called with the videos, and with the labelled clips.
+    """
+    runtime = choose_runtime(device_of(job.device, ranks), amp=job.recipe.optim.amp)
+    cache = default_shard_cache()
+    library = open_library(job.videos, cache=cache, report=display.prepare)
+    opened(library)
+    labelled = None
+    if job.labelled and ranks.leads:
+        labelled = open_library(job.labelled, cache=cache, report=display.prepare)
+        opened(labelled)
+    out = pretrain(
+        job.recipe,
+        library,
+        weights=job.weights,
+        run=run,
+        runtime=runtime,
+        display=display,
+        saving=job.saving,
+        labelled=labelled,
+        labels_used=job.labels_used,
+        ranks=ranks,
+    )
+    return out, library
+
+
+def device_of(device: str, ranks: Ranks) -> str:
+    """The device of a rank; raises ValueError where its machine has too few GPUs, or one is named for many ranks."""
+    if ranks.world == 1:
+        return device
+    if device.startswith("cuda:"):
+        raise ValueError(f"--device {device} is one GPU: give --device cuda for several processes")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    check_gpus(ranks.local_world)
+    return f"{device}:{ranks.local_rank}"
+
+
+def check_gpus(wanted: int) -> None:
+    """Raise ValueError where this machine has fewer GPUs."""
+    found = torch.cuda.device_count()
+    if wanted > found:
+        raise ValueError(
+            f"{wanted} processes, one GPU each, but this machine shows {found}: ask for fewer, or use "
+            "--device cpu --workers N"
+        )
+
+
+def in_processes(job: Job, *, processes: int, restarts: int) -> Path:
+    """Start so many processes on this machine, and all again, up to ``restarts`` times, when one dies.
+
+    Raises ValueError for what a restart can't help, Ended once restarts are used up, and KeyboardInterrupt.
+    """
+    Ranks(world=processes).share_of(job.recipe.optim.batch_size, pieces=job.recipe.optim.accumulate)
+    launch(_work, job, processes=processes, restarts=restarts)
+    return job.run / "rgb.safetensors"
+
+
+def _work(job: Job, notes: Path) -> None:
+    """One of the processes that ``in_processes`` starts."""
+    if (notes / "final").exists():  # started again, after what a restart can't help
+        return
+    ranks = ranks_of_environment()
+    assert ranks is not None
+    try:
+        as_rank(lambda: job, ranks, device=job.device, run=job.run)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, MemberFailed) as error:
+        _note(notes / "final", error)
+        sys.exit(1)
+    except Exception as error:
+        _note(notes / f"rank-{ranks.rank}", error)
+        sys.exit(1)
+
+
+def _note(path: Path, error: Exception) -> None:
+    if not path.exists() or path.name != "final":
+        path.write_text(" ".join(str(error).split()) or type(error).__name__, encoding="utf-8")
+
+
+def as_rank(
+    make: Callable[[], Job], ranks: Ranks, *, device: str, run: Path
+) -> tuple[Path | None, Library]:
+    """Take part in a job as one of several processes; ``make`` is called on rank 0 alone, which tells the others.
+
+    Every machine must find the job's shards at the same path. Returns and raises as ``carry_out``.
+    """
+    own = torch.device(device_of(device, ranks))
+    log = run if ranks.leads else None
+    with joined(ranks, own), Display(log=log, quiet=not ranks.leads) as display:
+        job = ranks.shared(make)
+        for path in job.videos:
+            if not is_shards(path):
+                raise ValueError(
+                    f"{path}: not shards, which several machines need: engine ingest {path} --out SHARDS, then "
+                    "--videos SHARDS"
+                )
+        if restarts_so_far():
+            display.say(f"a process ended: all of them start again ({restarts_so_far()})")
+        folder = open_again(job) if ranks.leads else None
+        return carry_out(job, display, run=folder, ranks=ranks)
+
+
+def open_again(job: Job) -> RunFolder:
+    """The run's folder: a new one, or one that this job, or one before it, has begun."""
+    if job.resume or (restarts_so_far() and (job.run / "recipe.toml").exists()):
+        return RunFolder.reopen(job.run, job.recipe)[0]
+    return RunFolder.create(job.run, job.recipe)
