@@ -6,11 +6,13 @@ as lost. Knows nothing of losses or videos, and imports no torch: what a worker 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -39,12 +41,20 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What another worker would meet too."""
 
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent ends, here Ray's daemon."""
+
+
 class _Actor:
     """A worker's process: waits, answers how far it is, and evaluates in a thread of its own."""
 
     def __init__(self) -> None:
         self._evaluator: Evaluator | None = None
         self._news: Any = None
+        if (
+            sys.platform == "linux"
+        ):  # else it would hold its GPU for a while after its driver was killed
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def place(self) -> tuple[str, str, int]:
         """Host, node and process."""

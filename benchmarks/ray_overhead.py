@@ -1,0 +1,119 @@
+"""What handing jobs to Ray's workers costs: sleeping members, whose ideal time is known.
+
+    python benchmarks/ray_overhead.py --json benchmarks/results/ray_overhead.jsonl
+
+Two cases: 64 members of 1 s on 2 workers (ideal 32 s), and 2,000 members of about 2 s on 64 workers that share this
+machine's cores. Time counts from when all workers are ready; how long that took is told beside it. ``overhead`` is the
+time above the ideal as a share of it; ``efficiency`` is the share of the workers' time that members slept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from engine.jobs import Crew, Done, Evaluator
+from engine.workers import RayPool
+
+
+def sleeper(workers_here: int) -> Evaluator:
+    """A worker whose members sleep, and tell how far they are as a member that is trained does."""
+
+    def evaluate(seconds: float, tell: Callable[[Any], None]) -> float:
+        began = time.perf_counter()
+        for step in range(10):
+            tell(step)
+            time.sleep(max(0.0, began + seconds * (step + 1) / 10 - time.perf_counter()))
+        return time.perf_counter() - began
+
+    return evaluate
+
+
+def measure(name: str, *, workers: int, members: list[float], cpus: float) -> dict[str, Any]:
+    """Run all members and compare with the ideal: the longest of the workers' equal shares."""
+    began = time.perf_counter()
+    pool = RayPool(sleeper, size=workers, cpus=cpus)
+    crew = Crew(pool, 0, split=lambda work: [work])
+    left = list(members)
+    try:
+        while pool.ready() < workers:
+            pool.wait()
+        ready = time.perf_counter()
+
+        def feed(count: int) -> list[float]:
+            now, left[:] = left[:count], left[count:]
+            return now
+
+        cpu = time.process_time()
+        slept = [report.result for _, report in crew.run(feed) if isinstance(report, Done)]
+        wall, cpu = time.perf_counter() - ready, time.process_time() - cpu
+    finally:
+        pool.close()
+    assert len(slept) == len(members)
+    ideal = ideal_seconds(members, workers)
+    return {
+        "case": name,
+        "workers": workers,
+        "members": len(members),
+        "seconds_a_member": round(sum(members) / len(members), 4),
+        "ideal_s": round(ideal, 3),
+        "wall_s": round(wall, 3),
+        "overhead": round(wall / ideal - 1, 4),
+        "efficiency": round(sum(members) / (workers * wall), 4),
+        "driver_ms_a_member": round(1e3 * cpu / len(members), 3),
+        "start_s": round(ready - began, 2),
+    }
+
+
+def ideal_seconds(members: list[float], workers: int) -> float:
+    """When the last member ends if each begins the moment that a worker is free, in this order."""
+    free = [0.0] * workers
+    for seconds in members:
+        at = free.index(min(free))
+        free[at] += seconds
+    return max(free)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="append rows to this file")
+    parser.add_argument("--only", choices=["few", "many"])
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    cases = {
+        "few": {"workers": 2, "members": [1.0] * 64, "cpus": 1.0},
+        "many": {
+            "workers": 64,
+            "members": [rng.uniform(1.8, 2.2) for _ in range(2000)],
+            "cpus": 1 / 32,
+        },
+    }
+    for name, case in cases.items():
+        if arguments.only not in (None, name):
+            continue
+        row = measure(name, **case)
+        print(json.dumps(row), flush=True)
+        if arguments.json is not None:
+            with arguments.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**row, **facts(arguments.seed)}) + "\n")
+
+
+def facts(seed: int) -> dict[str, Any]:
+    """What the numbers belong to; imported late, since workers are to need no torch."""
+    from engine.runtime import choose_runtime, provenance
+
+    load = {"load_1_min": round(os.getloadavg()[0], 1), "ray": metadata.version("ray")}
+    more = {"benchmark": "ray_overhead", "seed": seed, "recipe_hash": None}
+    return {**more, **load, **provenance(choose_runtime("cpu"))}
+
+
+if __name__ == "__main__":
+    main()
