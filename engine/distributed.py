@@ -145,7 +145,7 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     store, rank, world = next(rendezvous("env://"))
     # a group that was started again may find the addresses of the one before it in the same store
-    fresh = dist.PrefixStore(f"attempt-{restarts_so_far()}", store)
+    fresh = dist.PrefixStore(f"attempt-{restarts_so_far()}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=world)
     try:

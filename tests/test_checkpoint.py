@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError, load_member, load_tensors, save_member, save_tensors
+from engine.checkpoint import (
+    CheckpointError,
+    keep_member,
+    load_member,
+    load_tensors,
+    restore_member,
+    save_member,
+    save_tensors,
+)
 from engine.data.shards import ClipIndex
 from engine.lossfile import random_weights
 from engine.recipe import load_recipe, override, recipe_hash
@@ -188,6 +196,60 @@ def test_a_kill_while_saving_leaves_the_old_file(
     assert path.read_bytes() == old
     save_tensors(path, {"a": torch.ones(3)}, facts={"step": 2})
     assert load_tensors(path)[1] == {"step": 2}
+
+
+def kept(folder: Path, trainer: Trainer, member: Member, *, keep: bool = False) -> None:
+    facts = {"recipe_hash": recipe_hash(trainer.recipe), "seed": 0}
+    extra = {"average": torch.full((3,), float(member.step))}
+    keep_member(folder, member, facts=facts, extra=extra, keep=keep)
+
+
+def restored(folder: Path, trainer: Trainer) -> tuple[Member, list[str], float]:
+    """The member, what was warned of, and the extra tensor."""
+    member, told, extra = member_of(trainer), list[str](), {"average": torch.zeros(3)}
+    digest = recipe_hash(trainer.recipe)
+    found = restore_member(folder, member, recipe_hash=digest, extra=extra, warn=told.append)
+    assert (found is None) == (member.step == 0)
+    return member, told, extra["average"][0].item()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(trainer: Trainer, tmp_path: Path) -> None:
+    assert restored(tmp_path, trainer)[0].step == 0
+    member = member_of(trainer)
+    for step in (1, 2, 3):
+        member.step = step
+        member.loss.rgb.stem[0].weight.data.fill_(step)
+        kept(tmp_path, trainer, member, keep=step == 1)
+    last, previous = tmp_path / "last.safetensors", tmp_path / "previous.safetensors"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "last.safetensors", "previous.safetensors", "step-00000001.safetensors"
+    ]  # fmt: skip
+    member, told, extra = restored(tmp_path, trainer)
+    assert (member.step, told, extra) == (3, [], 3.0)
+    whole = bytearray(last.read_bytes())
+    whole[-1] ^= 1  # a bit of a tensor, which leaves a file that safetensors reads
+    last.write_bytes(whole)
+    member, told, extra = restored(tmp_path, trainer)
+    assert member.step == 2 and extra == 2.0 and member.loss.rgb.stem[0].weight.mean() == 2.0
+    assert len(told) == 1 and str(last) in told[0] and "checksum" in told[0]
+    last.unlink()  # as after a kill between two renames
+    assert restored(tmp_path, trainer)[0].step == 2
+    previous.write_bytes(previous.read_bytes()[:100])
+    member, told, extra = restored(tmp_path, trainer)
+    assert member.step == 1 and extra == 1.0 and "previous" in told[0]
+    (tmp_path / "step-00000001.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no whole one before it: start a new run"):
+        restored(tmp_path, trainer)
+
+
+def test_an_extra_tensor_must_be_there(trainer: Trainer, saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no tensor average"):
+        load_member(
+            saved,
+            member_of(trainer),
+            recipe_hash=recipe_hash(trainer.recipe),
+            extra={"average": torch.zeros(3)},
+        )
 
 
 @contextmanager

@@ -71,10 +71,13 @@ def test_installed_recipes_load_by_name(wheel: zipfile.Path, tmp_path: Path) -> 
     """From the wheel alone, in a process that does not see the source tree."""
     wheel.root.extractall(tmp_path / "site")
     program = (
-        "import engine.recipe as r\n"
+        "import engine.lossfile as f, engine.recipe as r\n"
         "print(r.__file__)\n"
-        "print(sorted(n for n, w in r.load_loss('rgb_to_flow').items() if w))\n"
+        "print(sorted(n for n, w in f.load_loss('rgb_to_flow').items() if w))\n"
         "print(len(r.preset_names('losses')))\n"
+        "print(r.load_recipe('paper/pretrain_r3d50').model.arch)\n"
+        "print([n for n in r.preset_names() if r.preset_text(n) == ''])\n"
+        "print(' '.join(r.preset_names()))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -84,9 +87,13 @@ def test_installed_recipes_load_by_name(wheel: zipfile.Path, tmp_path: Path) -> 
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    where, terms, count = done.stdout.splitlines()
+    where, terms, count, arch, empty, recipes = done.stdout.splitlines()
     assert Path(where).is_relative_to(tmp_path)
     assert terms == "['rgb/to_flow']"
+    assert (arch, empty) == ("r3d_50", "[]")
+    folder = ROOT / "recipes"
+    own = [p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.toml")]
+    assert recipes.split() == sorted(name for name in own if not name.startswith("losses/"))
     assert int(count) == len(list((ROOT / "recipes" / "losses").glob("*.toml")))
 
 

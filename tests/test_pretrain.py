@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +22,7 @@ from engine.cli import main
 from engine.data.views import Views
 from engine.lossfile import load_loss, random_weights, save_loss
 from engine.model.resnet3d import ResNet3D
+from engine.network_file import load_network
 from engine.objective.terms import check_weights
 from engine.recipe import load_recipe, override, recipe_hash
 from engine.train import Trainer
@@ -138,6 +146,160 @@ def test_a_damaged_checkpoint_is_named(finished: Path, tiny_shards: Path) -> Non
     finally:
         last.write_bytes(whole)
     assert str(last) in line and "not a readable safetensors file" in line
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    finished: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    every = ("--checkpoint-every", 2, "--keep-every", 3)
+    told = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3", *every)
+    assert told[0] == 0, told
+    checkpoints = run / "checkpoints"
+    assert load_tensors(checkpoints / "step-00000003.safetensors")[1]["step"] == 3
+    assert load_tensors(checkpoints / "previous.safetensors")[1]["step"] == 4
+    last = checkpoints / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:-100])
+    code, out, err = pretrain(tiny_shards, run, "--resume", *every)
+    assert (code, err) == (0, "")
+    assert str(last) in out and "going on from step 4" in out
+    for name in ("rgb.safetensors", "checkpoints/last.safetensors"):
+        expected, found = load_tensors(finished / name)[0], load_tensors(run / name)[0]
+        assert [n for n in expected if not torch.equal(expected[n], found[n])] == []
+
+
+def test_the_running_average_is_what_is_written(
+    finished: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ("--recipe", TINY, *STEPS, "--set", "optim.ema=0.5", "--loss", "random:3")
+    assert pretrain(tiny_shards, run, *options)[0] == 0
+    tensors, card = load_tensors(run / "rgb.safetensors")
+    assert card["ema"] == 0.5 and load_network(run)[1].ema == 0.5
+    assert json.loads((run / "rgb.json").read_text()) == card
+    state, _ = load_tensors(run / "checkpoints" / "last.safetensors")
+    last, _ = load_tensors(finished / "rgb.safetensors")
+    name = "layer1.0.conv1.0.weight"
+    assert torch.equal(state[f"loss.networks.rgb.{name}"], last[name])  # training is not changed
+    assert torch.equal(state[f"extra.{name}"], tensors[name])
+    assert not torch.equal(tensors[name], last[name])
+    assert load_tensors(finished / "rgb.safetensors")[1]["ema"] == 0.0
+
+
+def test_labelled_clips_choose_the_best_network_and_change_no_weight(
+    finished: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    judged = ("--labelled", tiny_shards / "labelled", "--judge-every", 2)
+    options = ("--recipe", TINY, *STEPS, "--loss", "random:3", *judged)
+    code, out, err = pretrain(tiny_shards, run, *options)
+    assert (code, err) == (0, ""), err
+    expected, _ = load_tensors(finished / "rgb.safetensors")
+    found, card = load_tensors(run / "rgb.safetensors")
+    assert all(torch.equal(expected[n], found[n]) for n in expected) and not card["labels_used"]
+    _, best = load_tensors(run / "checkpoints" / "best.safetensors")
+    told = {int(s): float(f) for s, f in re.findall(r"step (\d): k-means fitness (\S+?)[,\n]", out)}
+    assert sorted(told) == [2, 4, 5] and best["labels_used"]
+    assert best["fitness"] == pytest.approx(max(told.values()), abs=6e-4)
+    assert told[best["step"]] == max(told.values())
+
+
+def test_a_loss_that_labels_chose_says_so_in_the_card(tiny_shards: Path, tmp_path: Path) -> None:
+    weights = check_weights({"rgb/shuffle": 0.5})
+    save_loss(weights, tmp_path / "best.toml", name="x", about="y", labels_used=True)
+    options = ("--recipe", TINY, "--set", "optim.steps=2", "--loss", tmp_path / "best.toml")
+    assert pretrain(tiny_shards, tmp_path / "run", *options)[0] == 0
+    assert load_tensors(tmp_path / "run" / "rgb.safetensors")[1]["labels_used"]
+    assert load_loss(tmp_path / "run" / "loss.toml") == weights
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--workers", 3), "optim.batch_size is 4, the whole batch, which 3 processes can't share"),
+        (("--workers", 2, "--gpus", 2), "give --gpus or --workers, not both"),
+        (("--judge-every", 2), "--judge-every needs --labelled"),
+        (("--gpus", 99), "99 processes, one GPU each, but this machine shows"),
+        (("--workers", 2, "--device", "cuda"), "--device cuda does not go with --workers"),
+    ],
+)
+def test_processes_that_can_not_be_are_explained(
+    tiny_shards: Path, tmp_path: Path, options: tuple[object, ...], said: str
+) -> None:
+    """In one line, before any process is started or folder made."""
+    arguments = [
+        "--videos",
+        tiny_shards / "unlabelled",
+        "--run",
+        tmp_path / "run",
+        "--recipe",
+        TINY,
+    ]
+    command = ["pretrain", *arguments, "--loss", "equal", *options]
+    result = CliRunner().invoke(main, [*map(str, command)])
+    assert result.exit_code == 2 and said in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_torchrun_needs_a_named_run(tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["pretrain", "--videos", str(tiny_shards / "unlabelled"), "--loss", "equal"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2 and "name the run's folder with --run" in result.stderr
+    result = CliRunner().invoke(main, [*command, "--gpus", "2"])
+    assert result.exit_code == 2 and "leave out --gpus" in result.stderr
+
+
+def workers_of(launcher: int) -> dict[str, int]:
+    """Rank to process, from what the system says of a launcher's children."""
+    found = {}
+    for task in Path(f"/proc/{launcher}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            ranks = [e[5:].decode() for e in entries if e.startswith(b"RANK=")]
+            found.update({rank: int(child) for rank in ranks})
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again_and_the_run_ends(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    """And one process goes on where two were, as one alone would be."""
+    run, changes = tmp_path / "run", ("optim.name=sgd", "optim.lr=1e-3", "optim.batch_norm=frozen")
+    options = [x for change in ("optim.steps=24", *changes) for x in ("--set", change)]
+    common = ["--videos", tiny_shards / "unlabelled", "--checkpoint-every", 4]
+    begun = ["--recipe", TINY, "--loss", "random:3", *options, *common]
+    command = [sys.executable, "-m", "engine", "pretrain", *begun, "--run", run, "--workers", 2]
+    with subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as launcher:
+        until = time.monotonic() + 200
+        while not (run / "checkpoints" / "last.safetensors").exists():
+            assert time.monotonic() < until and launcher.poll() is None
+            time.sleep(0.02)
+        os.kill(workers_of(launcher.pid)["1"], signal.SIGKILL)
+        out = launcher.communicate()[0]
+    assert launcher.returncode == 0, out
+    assert "a process ended: all of them start again (1)" in out and "going on from step" in out
+    assert f"RGB network: {run / 'rgb.safetensors'}" in out
+    alone = tmp_path / "alone"
+    result = CliRunner().invoke(main, [*map(str, ["pretrain", *begun, "--run", alone])])
+    assert result.exit_code == 0, result.stderr
+    checkpoints = alone / "checkpoints"
+    for name in ("last", "previous"):  # two processes' state, for one to go on from
+        shutil.copy(run / "checkpoints" / f"{name}.safetensors", checkpoints)
+    (checkpoints / "last.safetensors").unlink()
+    expected, _ = load_tensors(alone / "rgb.safetensors")
+    code, said, _ = pretrain(tiny_shards, alone, "--resume")
+    assert code == 0 and "going on from step 20" in said
+    for found in (
+        load_tensors(alone / "rgb.safetensors")[0],
+        load_tensors(run / "rgb.safetensors")[0],
+    ):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_must_be_given(tiny_shards: Path, tmp_path: Path) -> None:

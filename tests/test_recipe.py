@@ -1,7 +1,9 @@
 import tomllib
 
 import pytest
+from click.testing import CliRunner
 
+from engine.cli import main
 from engine.lossfile import load_loss, random_weights, save_loss
 from engine.objective.terms import BY_NAME, TERM_NAMES, check_weights
 from engine.recipe import (
@@ -10,6 +12,7 @@ from engine.recipe import (
     load_recipe,
     override,
     preset_names,
+    preset_text,
     recipe_from,
     recipe_hash,
     to_toml,
@@ -41,6 +44,9 @@ def test_the_hash_sees_every_value_but_the_name() -> None:
         ({"model": {"arch": "r3d_19"}}, ["model.arch", "r3d_19"]),
         ({"serch": {}}, ["unknown key serch", "did you mean search?"]),
         ({"optim": {"steps": 5, "warmup_steps": 5}}, ["optim.warmup_steps"]),
+        ({"optim": {"batch_size": 6, "accumulate": 4}}, ["optim.batch_size", "optim.accumulate"]),
+        ({"optim": {"batch_norm": "synced"}}, ["optim.batch_norm"]),
+        ({"optim": {"ema": 1.0}}, ["optim.ema"]),
     ],
 )
 def test_bad_recipes_are_explained(values: dict, said: list[str]) -> None:
@@ -60,6 +66,10 @@ def test_files_that_are_no_recipes_are_explained(tmp_path) -> None:
         load_recipe(tmp_path / "absent.toml")
     with pytest.raises(RecipeError, match="did you mean 'demo'"):
         load_recipe("demi")
+    with pytest.raises(RecipeError, match="did you mean 'cpu/evolve' or 'cpu/pretrain'"):
+        load_recipe("cpu")
+    with pytest.raises(RecipeError, match="did you mean 'paper/evolve'"):
+        load_recipe("paper/evolv")
 
 
 def test_overrides_take_toml_values_and_bare_words() -> None:
@@ -126,3 +136,28 @@ def test_the_term_table_is_the_search_space() -> None:
 def test_missing_weights_are_zero() -> None:
     weights = check_weights({"rgb+audio/embed": 0.5})
     assert sum(weights.values()) == 0.5 and len(weights) == 39
+
+
+def test_the_papers_recipes_are_the_papers() -> None:
+    search = load_recipe("paper/evolve")
+    assert search.search.rounds == 2000 and search.search.method == "evolution"
+    assert search.model.arch == load_recipe("paper/pretrain_r3d50").model.arch == "r3d_50"
+    assert load_recipe("paper/pretrain_r2plus1d50").model.arch == "r2plus1d_50"
+    for name in preset_names():
+        if name.startswith("paper/"):
+            assert load_recipe(name).clip.num_future_frames == 4
+            lines = preset_text(name).splitlines()
+            chosen = [line for line in lines if line.startswith("# chosen: ")]
+            assert len(chosen) >= 8 and all(len(line) > 40 for line in chosen)
+
+
+def test_recipes_are_listed_and_printed() -> None:
+    listed = CliRunner().invoke(main, ["recipes"]).stdout
+    for name in [*preset_names(), *preset_names("losses")]:
+        (line,) = [x for x in listed.splitlines() if x.split()[:1] == [name]]
+        assert len(line.split()) > 4 and '"' not in line[:30] and "#" not in line
+    printed = CliRunner().invoke(main, ["recipes", "cpu/pretrain"]).stdout
+    assert printed == preset_text("cpu/pretrain")
+    assert tomllib.loads(CliRunner().invoke(main, ["recipes", "losses/equal"]).stdout)["weights"]
+    wrong = CliRunner().invoke(main, ["recipes", "small"])
+    assert wrong.exit_code == 2 and "did you mean 'small/evolve'" in wrong.stderr
