@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-from engine.runtime import check_kernels_package, num_cores
+from engine.runtime import check_kernels_package, cpu_has_bf16, num_cores
 from engine.train_check import OLDEST_CUDNN
 
 Row = tuple[str, str, str]
@@ -23,7 +23,15 @@ def diagnose() -> Sequence[Row]:
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"CPU, {num_cores()} cores"
     return [
-        ("device", name, "bf16 autocast" if gpu else "float32"),
+        (
+            "device",
+            name,
+            "bf16 autocast"
+            if gpu
+            else "float32, bf16 where asked for"
+            if cpu_has_bf16()
+            else "float32 (no AMX: no bf16)",
+        ),
         ("torch", torch.__version__, _cudnn(gpu)),
         ("DALI", _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), _decoding(gpu)),
         (
@@ -42,6 +50,10 @@ def diagnose() -> Sequence[Row]:
         ("kernels", *_kernels()),
         ("step", *_step(gpu)),
     ]
+
+
+def _cpu_format() -> str:
+    return "float32; bf16 where asked for" if cpu_has_bf16() else "float32 (bf16 needs AMX)"
 
 
 def _version(*packages: str) -> str:

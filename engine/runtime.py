@@ -92,8 +92,8 @@ def num_cores() -> int:
 def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
     """Pick the device: ``auto`` takes a GPU where there is one.
 
-    ``amp``: ``auto`` autocasts to bf16 on a GPU and stays in float32 on a CPU; ``bf16`` and ``off`` force it.
-    Raises ValueError for a GPU that is asked for and absent.
+    ``amp``: ``auto`` autocasts to bf16 on a GPU and stays in float32 on a CPU; ``off`` forces float32; ``bf16`` is
+    taken on a GPU, and on a CPU where ``cpu_has_bf16``. Raises ValueError for a GPU that is asked for and absent.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,7 +102,18 @@ def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
             f"device {device!r}: no CUDA GPU is visible; use --device cpu or check `engine doctor`"
         )
     chosen = torch.device(device)
-    return Runtime(chosen, amp == "bf16" or (amp == "auto" and chosen.type == "cuda"))
+    if chosen.type == "cpu":
+        return Runtime(chosen, amp == "bf16" and cpu_has_bf16())
+    return Runtime(chosen, amp in ("bf16", "auto"))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether bf16 can be trusted on this CPU: only where it has AMX's matrix units.
+
+    Elsewhere oneDNN's gradients of bf16 convolutions depend on what memory held before, so that equal seeds differ and
+    losses become nan (seen with torch 2.13 on a CPU with AVX-512's bf16: 3x3x3, 32 channels, 2x6x6 positions).
+    """
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def free_memory(device: torch.device) -> int:

@@ -79,6 +79,10 @@ class Trainer:
         self.seat: Seat | None = None
         self._checked = self.mode == "off" and not self.runtime.amp
         self._checking = threading.Lock()
+        if self.recipe.optim.amp == "bf16" and not self.runtime.amp:
+            self.warn(
+                "float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong"
+            )
         self.sound = bool(self.index.has_audio.any())
         self.views = ViewMaker(self.recipe.clip, self.recipe.audio).to(self.runtime.device)
         self._initial: tuple[int, EvolvedLoss] | None = None

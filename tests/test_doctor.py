@@ -27,7 +27,7 @@ def test_every_part_is_told() -> None:
 
 def test_a_cpu_takes_the_cpu_paths(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert row("device")[1] == "float32" and row("device")[0].startswith("CPU")
+    assert row("device")[1].startswith("float32") and row("device")[0].startswith("CPU")
     assert row("flow")[1] == "OpenCV's DIS on the CPU"
     assert row("k-means")[1] == "scikit-learn"
     assert "plain PyTorch" in row("Triton")[1]

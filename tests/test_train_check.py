@@ -12,7 +12,7 @@ from engine import train_check
 from engine.data.shards import ClipIndex
 from engine.objective.terms import TERM_NAMES, check_weights
 from engine.recipe import load_recipe, override
-from engine.runtime import choose_runtime, make_deterministic
+from engine.runtime import choose_runtime, cpu_has_bf16, make_deterministic
 from engine.train import Trainer
 from engine.train_check import GRADIENT, CanNotCompile, check_step, twin, verdict
 from engine.train_state import FlatState, Member
@@ -20,6 +20,9 @@ from engine.train_state import FlatState, Member
 TINY = Path(__file__).with_name("tiny.toml")
 SMALL = check_weights({"rgb/reconstruct": 1.0, "rgb/predict": 0.3})
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU's bf16 can't be trusted")
 
 
 def make_trainer(shards: Path, *changes: str) -> tuple[Trainer, list[str]]:
@@ -50,6 +53,7 @@ def failing(error: Exception, *, times: int = 1000) -> Callable[..., dict[str, f
     return function
 
 
+@needs_bf16
 def test_no_memory_for_float32_is_told_and_ends_nothing(
     tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +66,7 @@ def test_no_memory_for_float32_is_told_and_ends_nothing(
     assert got.term_values() == want.term_values()
 
 
+@needs_bf16
 def test_a_check_that_ran_out_of_memory_is_made_again(
     tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +88,7 @@ def test_a_check_that_ran_out_of_memory_is_made_again(
     assert len(asked) == 1 and told == []
 
 
+@needs_bf16
 def test_other_errors_of_float32_are_not_hidden(
     tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

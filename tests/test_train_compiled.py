@@ -17,7 +17,7 @@ from engine.lossfile import random_weights
 from engine.objective.loss import branches
 from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
 from engine.recipe import load_recipe, override
-from engine.runtime import choose_runtime, make_deterministic
+from engine.runtime import choose_runtime, cpu_has_bf16, make_deterministic
 from engine.train import NonFiniteLoss, Trainer
 from engine.train_state import FlatState, Member
 
@@ -25,6 +25,9 @@ TINY = Path(__file__).with_name("tiny.toml")
 SMALL = check_weights({"rgb/reconstruct": 1.0, "rgb/predict": 0.3})
 SMALLER = check_weights({"rgb/reconstruct": 0.2})
 """Of the same branches as SMALL."""
+
+
+needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU's bf16 can't be trusted")
 
 
 def make_trainer(shards: Path, *changes: str) -> Trainer:
@@ -198,6 +201,7 @@ def test_what_compiled_code_gets_wrong_is_told(
     )
 
 
+@needs_bf16
 def test_bf16_is_checked_without_compiling_too(
     tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
