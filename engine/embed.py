@@ -14,7 +14,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ import kernels
 from engine.data.ahead import ahead
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import ClipPlan
-from engine.data.shard_writer import write_atomic
 from engine.data.shards import ClipIndex, is_shards
 from engine.data.sources import Found, find_sources
 from engine.embed_pieces import (
@@ -48,7 +47,10 @@ from engine.feature_file import (
     is_part,
     joined,
     merge_parts,
+    read_rejects,
+    rejects_file,
     write_part,
+    write_rejects,
 )
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card
@@ -112,17 +114,17 @@ def embed(
                 raise ValueError(
                     f"{out} is there already, and not with these features: give another --out, or delete it"
                 )
-            return EmbedReport(count_rows(out), _read_rejects(out), len(pieces), protocol)
+            return EmbedReport(count_rows(out), read_rejects(out), len(pieces), protocol)
         job = _Job(network, card, settings, runtime, pool.stopping, warn)
         parts, reused = _made(job, pieces, work, report)
         rows, rejects = merge_parts(
             parts, out, videos=settings.per == "video", about=about, listed=listed
         )
-        _write_rejects(out, rejects)
+        write_rejects(out, rejects)
     if not rows:
         raise ValueError(
             f"no video gave a row: {len(rejects)} were rejected; the first, {rejects[0]['path']}: "
-            f"{rejects[0]['reason']} (all reasons: {_rejects_file(out)})"
+            f"{rejects[0]['reason']} (all reasons: {rejects_file(out)})"
         )
     return EmbedReport(rows, rejects, reused, protocol)
 
@@ -331,21 +333,3 @@ def _weights_hash(network: ResNet3D) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _rejects_file(out: Path) -> Path:
-    return out.with_name(f"{out.name}.rejects.jsonl")
-
-
-def _write_rejects(out: Path, rejects: Sequence[dict[str, Any]]) -> None:
-    if rejects:
-        text = "".join(f"{json.dumps(reject)}\n" for reject in rejects)
-        write_atomic(_rejects_file(out), text.encode())
-    else:
-        _rejects_file(out).unlink(missing_ok=True)
-
-
-def _read_rejects(out: Path) -> list[dict[str, Any]]:
-    with suppress(FileNotFoundError):
-        return [json.loads(line) for line in _rejects_file(out).read_text().splitlines()]
-    return []

@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from engine.data.shard_writer import write_atomic
+
 STORED: dict[str, Any] = {"use_dictionary": ["path", "label"], "compression": "zstd"}
 """How columns are written: vectors are all different, and as they are."""
 
@@ -140,6 +142,27 @@ def joined(parts: Sequence[FeatureRows]) -> FeatureRows:
         np.concatenate([rows.vector for rows in parts]),
         rejects=[reject for rows in parts for reject in rows.rejects],
     )
+
+
+def rejects_file(out: Path) -> Path:
+    """Where it is told what gave no row of ``out``."""
+    return out.with_name(f"{out.name}.rejects.jsonl")
+
+
+def write_rejects(out: Path, rejects: Sequence[dict[str, Any]]) -> None:
+    """Write what gave no row, a JSON object a line; no file for none."""
+    if rejects:
+        text = "".join(f"{json.dumps(reject)}\n" for reject in rejects)
+        write_atomic(rejects_file(out), text.encode())
+    else:
+        rejects_file(out).unlink(missing_ok=True)
+
+
+def read_rejects(out: Path) -> list[dict[str, Any]]:
+    """What ``write_rejects`` wrote."""
+    with suppress(FileNotFoundError):
+        return [json.loads(line) for line in rejects_file(out).read_text().splitlines()]
+    return []
 
 
 def _rejects(schema: pa.Schema) -> list[dict[str, Any]]:
