@@ -14,7 +14,7 @@ from engine.cli_evolve import evolve
 from engine.cli_ingest import ingest
 from engine.cli_pretrain import pretrain
 from engine.cli_report import report, runs
-from engine.cli_use import embed
+from engine.cli_use import embed, export
 
 
 @click.group()
@@ -24,7 +24,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|torchaudio")
 
 
-for command in (ingest, evolve, pretrain, embed, report, runs):
+for command in (ingest, evolve, pretrain, embed, export, report, runs):
     main.add_command(command)
 
 

@@ -119,3 +119,31 @@ def _given(checkpoint: Path | None, out: Path | None, what: str) -> tuple[Path, 
     if out is None:
         raise ValueError(f"--out is missing: {what}")
     return checkpoint, out
+
+
+@click.command()
+@CHECKPOINT
+@click.option("--out", type=PATH, help="The file, such as network.onnx or network.pt2.")
+@click.option(
+    "--format", "format_", metavar="torch|onnx", help="[default: by --out: .pt2 or .onnx]"
+)
+@errors_explained
+def export(checkpoint: Path | None, out: Path | None, format_: str | None) -> None:
+    """Write the RGB network, with its preprocessing, as a torch.export program or an ONNX file.
+
+    It takes uint8 (N, T, H, W, 3) and gives features float32 (N, D), equal to the engine's within 1e-4. The card
+    is in the file and beside it (OUT.json).
+    """
+    from engine.export import export as run
+    from engine.export import format_of
+    from engine.network_file import load_network
+
+    checkpoint, out = _given(checkpoint, out, "the file, such as network.onnx or network.pt2")
+    format_of(out, format_)
+    network, card = load_network(checkpoint)
+    report = run(network, card, out=out, format=format_)
+    if report.difference is None:
+        checked = "not run here, where onnxruntime is not installed"
+    else:
+        checked = f"differs by at most {report.difference:.1g} from the engine's features"
+    click.echo(f"{report.format}, {report.bytes / 1e6:.1f} MB, {checked} -> {out}")

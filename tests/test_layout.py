@@ -64,6 +64,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "matplotlib": ("engine/reporting/paint.py", "engine/bench/plot.py", "engine/contact_sheet.py"),
     "nvidia": "engine/data/graphs.py",
     "onnx": "engine/export.py",
+    "onnxruntime": "engine/export.py",
     "optuna": ("engine/search.py", "engine/reporting/importance.py"),
     "pyarrow": "engine/feature_file.py",
     "ray": ("engine/workers.py", "engine/data/ray_ingest.py"),
