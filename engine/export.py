@@ -98,7 +98,7 @@ def export(network: ResNet3D, card: Card, *, out: Path, format: str | None = Non
 def format_of(out: Path, format: str | None) -> str:
     """The format asked for, or else that of the suffix; raises ValueError where there is none."""
     chosen = FORMATS.get(out.suffix) if format is None else format
-    if chosen not in FORMATS.values():
+    if chosen is None or chosen not in FORMATS.values():
         what = f"--format {format}" if format else f"{out}, by its suffix,"
         raise ValueError(f"{what} is no format: use torch (.pt2) or onnx (.onnx)")
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]

@@ -30,7 +30,13 @@ def made(arch: str, *, pool: bool, **card: Any) -> tuple[ResNet3D, Card]:
     with torch.no_grad():
         for _ in range(3):
             network(torch.randn(4, 3, 8, 32, 32))
-    facts = {"input": ClipInput(8, 2, 32), "mean": IMAGENET_MEAN, "std": IMAGENET_STD, **card}
+    # several rows and columns are left in the last stage, so that their number stays free in torch
+    facts = {
+        "input": ClipInput(8, 2, 64 if pool else 32),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        **card,
+    }
     return network.eval(), Card(arch=arch, width=0.125, pool=pool, **facts)
 
 
@@ -55,7 +61,8 @@ def test_onnx_runtime_gives_the_engines_features(tmp_path: Path, arch: str, pool
     session = onnxruntime.InferenceSession(out)
     (entry,) = session.get_inputs()
     assert (entry.name, entry.type, entry.shape[4]) == ("frames", "tensor(uint8)", 3)
-    sizes = [(1, 8, 32, 32), (2, 8, 32, 32), (7, 8, 32, 32), (3, 16, 64, 96), (2, 5, 33, 41)]
+    side = card.input.size
+    sizes = [(n, 8, side, side) for n in (1, 2, 7)] + [(3, 16, 64, 96), (2, 5, 33, 41)]
     for size in sizes:
         clips = frames(*size)
         (found,) = session.run(["features"], {"frames": clips.numpy()})
@@ -77,7 +84,8 @@ def test_a_torch_program_gives_the_engines_features(tmp_path: Path, arch: str, p
     assert report.format == "torch" and report.difference is not None and report.difference < 1e-4
     extra = {"card.json": ""}
     program = torch.export.load(io.BytesIO(out.read_bytes()), extra_files=extra).module()
-    for size in [(1, 8, 32, 32), (2, 8, 32, 32), (7, 8, 32, 32), (3, 6, 64, 96)]:
+    side = card.input.size
+    for size in [*((n, 8, side, side) for n in (1, 2, 7)), (3, 6, 64, 96)]:
         clips = frames(*size)
         with torch.no_grad():
             found = program(clips).numpy()
@@ -117,7 +125,5 @@ def test_what_can_not_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(ValueError, match=r"needs onnxscript: pip install 'evolved-losses\[onnx\]'"):
         export(network, card, out=tmp_path / "n.onnx")
-    monkeypatch.setattr(
-        export_module, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
-    )
-    assert export(network, card, out=tmp_path / "n.onnx").difference is None
+    monkeypatch.setattr(export_module, "_write_torch", lambda *_: (b"not run", None))
+    assert export(network, card, out=tmp_path / "n.pt2").difference is None
