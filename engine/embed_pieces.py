@@ -241,9 +241,9 @@ class _Cutter:
         rejects = [json.loads(line) for line in rejects_file.read_text().splitlines()]
         homes = {source.relative: source.folder for source in sources}
         for reject in rejects:
-            reject["path"] = os.path.join(homes[reject["path"]], reject["path"])
+            reject["path"] = str(Path(homes[reject["path"]], reject["path"]))
         opened = _rows(key, index, range(0 if index is None else len(index)), s)
-        opened.path = [os.path.join(homes[path], path) for path in opened.path]
+        opened.path = [str(Path(homes[path], path)) for path in opened.path]
         opened.rejects = [*rejects, *_cut_short(index, homes, s)]
         opened.temporary = shards
         rejects_file.unlink()
@@ -265,7 +265,7 @@ def _cut_short(
         if len(stretches.within(int(index.num_frames[clip]))) < stretches.stored:
             facts = index.facts(int(clip))
             where = f"{facts['start'] + index.duration[clip]:.3f} s"
-            path = os.path.join(homes[facts["source"]], facts["source"])
+            path = str(Path(homes[facts["source"]], facts["source"]))
             told.append({"path": path, "reason": facts["note"], "where": where, "partial": True})
     return told
 

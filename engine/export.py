@@ -8,6 +8,7 @@ the last stage keeps several frames (rows, columns) where it had several, and on
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -70,7 +71,7 @@ def export(network: ResNet3D, card: Card, *, out: Path, format: str | None = Non
     the exported network computes something else.
     """
     chosen = format_of(out, format)
-    model = FramesToFeatures(network, card).cpu().float().eval()
+    model = FramesToFeatures(copy.deepcopy(network), card).cpu().float().eval()
     clip = card.input
     shape = (2, clip.num_frames, clip.size, clip.size, 3)
     example = torch.randint(0, 256, shape, dtype=torch.uint8, generator=_generator(0))
