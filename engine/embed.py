@@ -115,7 +115,7 @@ def embed(
                     f"{out} is there already, and not with these features: give another --out, or delete it"
                 )
             return EmbedReport(count_rows(out), read_rejects(out), len(pieces), protocol)
-        job = _Job(network, card, settings, runtime, pool.stopping, warn)
+        job = Embedder(network, card, settings, runtime, pool.stopping, warn)
         parts, reused = _made(job, pieces, work, report)
         rows, rejects = merge_parts(
             parts, out, videos=settings.per == "video", about=about, listed=listed
@@ -130,7 +130,7 @@ def embed(
 
 
 def _made(
-    job: _Job, pieces: Sequence[Piece], work: Path, report: Report | None
+    job: Embedder, pieces: Sequence[Piece], work: Path, report: Report | None
 ) -> tuple[list[Path], int]:
     """The files of all pieces' rows in ``work``, and how many of them were there before."""
     parts = {piece.key: work / f"{piece.key}.parquet" for piece in pieces}
@@ -161,7 +161,7 @@ def embed_video(
     settings, runtime = settings or EmbedSettings(), runtime or choose_runtime()
     with tempfile.TemporaryDirectory() as folder, Workers(1) as pool:
         pieces, _ = _pieces([video], card, settings, folder=Path(folder), pool=pool)
-        job = _Job(network, card, settings, runtime, pool.stopping, warnings.warn)
+        job = Embedder(network, card, settings, runtime, pool.stopping, warnings.warn)
         rows = joined([rows for _, rows in job.features(pieces)])
     if not len(rows):
         raise ValueError(f"{video}: {rows.rejects[0]['reason']}")
@@ -188,7 +188,7 @@ def _pieces(
     return pieces, rejects
 
 
-class _Job:
+class Embedder:
     """A network at work on pieces."""
 
     def __init__(
@@ -217,7 +217,7 @@ class _Job:
     ) -> Generator[tuple[Opened, FeatureRows], None, None]:
         """Each piece's rows, in order; the pieces after it are cut and decoded meanwhile."""
         opened = ahead((piece.open() for piece in pieces), depth=1, name="embed-cut")
-        decoded = ahead(self._decoded(opened), depth=2, name="embed-decode")
+        decoded = ahead(self.decoded(opened), depth=2, name="embed-decode")
         kept: list[Tensor] = []
         try:
             for piece, frames in decoded:
@@ -252,7 +252,7 @@ class _Job:
             warn=self.warn,
         )
 
-    def _decoded(self, opened: Iterator[Opened]) -> Iterator[tuple[Opened, Tensor | None]]:
+    def decoded(self, opened: Iterator[Opened]) -> Iterator[tuple[Opened, Tensor | None]]:
         """The pieces' batches, uint8 (n, T, H, W, 3), and None after the last one of each."""
         try:
             for piece in opened:
