@@ -17,6 +17,7 @@ from engine.cli_pretrain import pretrain
 from engine.cli_recipes import recipes
 from engine.cli_report import report, runs
 from engine.cli_reproduce import reproduce
+from engine.cli_use import embed, export
 
 
 @click.group()
@@ -26,8 +27,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|torchaudio")
 
 
-COMMANDS = (ingest, evolve, pretrain, evaluate, finetune, reproduce, recipes, report, runs)
-for command in COMMANDS:
+COMMANDS = (ingest, evolve, pretrain, evaluate, finetune, embed, export)
+for command in (*COMMANDS, reproduce, recipes, report, runs):
     main.add_command(command)
 
 

@@ -12,7 +12,6 @@ import re
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def commit(out: Path, made: Sequence[Made], settings: Settings, listed: Sequence
         sample_rate=SAMPLE_RATE,
         sources=sum(group.sources for group in made) + len(listed),
         seconds=sum(int(s.records["num_frames"].sum()) for s in shards) / settings.fps,
-        settings=asdict(settings),
+        settings=settings.told(),
         fingerprint=fingerprint_of([group.fingerprint for group in made], listed),
         groups=name,
     )

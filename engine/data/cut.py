@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,11 @@ class Settings:
     seed: int
     codec: str = "jpeg"
     """One of CODEC_NAMES."""
+    every: float | None = None
+    """Seconds from one clip's start to the next one's, over all of a source; None: random starts."""
 
     def __post_init__(self) -> None:
-        for name in ("fps", "clip_seconds"):
+        for name in ("fps", "clip_seconds", *(["every"] if self.every is not None else [])):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.clips_per_video is not None and self.clips_per_video < 1:
@@ -58,6 +60,10 @@ class Settings:
             raise ValueError(f"quality must be 1 to 100, not {self.quality}")
         if self.codec not in CODEC_NAMES:
             raise ValueError(f"codec must be one of {', '.join(CODEC_NAMES)}, not {self.codec}")
+
+    def told(self) -> dict[str, Any]:
+        """What identifies them; settings that were not thought of when a data set was made are left out."""
+        return {k: v for k, v in asdict(self).items() if (k, v) != ("every", None)}
 
 
 def cut_source(
@@ -93,7 +99,9 @@ def cut_source(
                 continue
             if len(starts) > 1:
                 trying(number)
-            _try_cut(source, facts, start, inner, count, lost)
+            left = max(begin + longest - start, settings.min_seconds)
+            clip = replace(inner, clip_seconds=min(inner.clip_seconds, left))
+            _try_cut(source, facts, start, clip, count, lost)
         # the head of a broken film is its likeliest intact part
         if not taken and starts[0] > begin:
             _try_cut(source, facts, begin, inner, count, lost)
@@ -139,8 +147,12 @@ def plan_starts(
 ) -> list[float]:
     """Where clips of a file start, in seconds: rising, distinct, spread at random over ``duration`` from ``begin`` on.
 
-    A pure function of the settings (``seed`` among them), the file's relative path, ``begin`` and ``duration``.
+    With ``settings.every`` they are that far apart, up to the last one that is ``min_seconds`` long. A pure function
+    of the settings (``seed`` among them), the file's relative path, ``begin`` and ``duration``.
     """
+    if settings.every is not None:
+        more = math.floor((duration - settings.min_seconds) / settings.every + 1e-6)
+        return [begin + number * settings.every for number in range(max(0, more) + 1)]
     spare = duration - settings.clip_seconds
     if spare * settings.fps < 1.0:  # less than a frame more than one clip
         return [begin]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from engine.data.cut import Settings
 from engine.data.media import SAMPLE_RATE
@@ -51,7 +51,7 @@ def group(
 
     ``progress`` is called with the number of sources looked up.
     """
-    base = json.dumps([asdict(settings), SAMPLE_RATE]).encode()
+    base = json.dumps([settings.told(), SAMPLE_RATE]).encode()
     groups: list[Group] = []
     inside: list[Source] = []
     prints: list[bytes] = []

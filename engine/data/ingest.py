@@ -99,23 +99,25 @@ def ingest(
     quality: int = 85,
     codec: str = "jpeg",
     seed: int = 0,
+    every: float | None = None,
     workers: int | None = None,
     address: str | None = None,
+    executor: Executor | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> IngestReport:
     """Cut clips from videos and write them as the shards ``out``.
 
     ``videos`` are files, folders and lists (see ``find_sources``), or what the functions of ``splits`` found. A
     source no longer than ``clip_seconds`` is one clip; from a longer one ``clips_per_video`` clips are cut at
-    random starts (None: one per started minute). Clips shorter than ``min_seconds`` are rejected. ``workers``
-    counts processes (None: one a core; 1: this one); ``address`` names a Ray cluster to run on instead.
+    random starts (None: one a started minute), or with ``every`` clips that start that many seconds apart; those
+    shorter than ``min_seconds`` are rejected. ``workers`` counts processes (None: one a core; 1: this one);
+    ``address`` names a Ray cluster to run on instead, ``executor`` one that the caller keeps.
 
-    What an earlier run with the same settings finished in ``out``, even one that was killed, is kept and not done
-    again. Until all is finished, the data set that ``out`` held stays as it was. Raises IngestError where no source
-    gives a clip, ValueError for settings out of range and an ``out`` that holds other files, StorageError where
-    writing fails, and OSError where the videos' folder goes away; what was finished is kept then, too.
+    What an earlier run with the same settings finished in ``out``, even one that was killed, is kept. Until all is
+    finished, the data set that ``out`` held stays as it was. Raises IngestError where no source gives a clip,
+    ValueError for bad settings and an ``out`` that holds other files, StorageError where writing fails, and
+    OSError where the videos' folder goes away; what was finished is kept then, too.
     """
-    out = Path(out)
     settings = Settings(
         fps=fps,
         short_side=short_side,
@@ -125,15 +127,16 @@ def ingest(
         quality=quality,
         codec=codec,
         seed=seed,
+        every=every,
     )
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     check_out(out)
     found = videos if isinstance(videos, Found) else find_sources(videos)
     if not found.sources and not found.rejects:
-        given = [] if isinstance(videos, Found) else videos
-        raise IngestError(f"no videos found in {', '.join(map(str, given))}")
-    return _Ingest(out, found, settings, progress).run(workers, address)
+        named = "" if isinstance(videos, Found) else ", ".join(map(str, videos))
+        raise IngestError(f"no videos found in {named}")
+    return _Ingest(out, found, settings, progress).run(workers, address, executor)
 
 
 class _Ingest:
@@ -152,7 +155,7 @@ class _Ingest:
         self.made: dict[str, Made] = {}
         self.done = self.reused = self.clips = self.frames = self.rejects = 0
 
-    def run(self, workers: int | None, address: str | None) -> IngestReport:
+    def run(self, workers: int | None, address: str | None, given: Executor | None) -> IngestReport:
         """Do what is left, and make the whole the folder's data set."""
         with _locked(self.out, self.work):
             self.groups = group(self.found.sources, self.settings, progress=self._looked_up)
@@ -160,7 +163,7 @@ class _Ingest:
             before, kept = committed(self.out)
             self._take_over(kept)
             if len(self.made) < len(self.groups):
-                self._work(workers, address)
+                self._work(workers, address, given)
             made = [self.made[fingerprint] for fingerprint in prints]
             listed = self.found.rejects
             clips = sum(len(m.shard.labels) for m in made if m.shard is not None)
@@ -220,11 +223,13 @@ class _Ingest:
         total = len(self.found.sources)
         self.tell(Progress(self.done, total, self.reused, self.clips, seconds, self.rejects))
 
-    def _work(self, workers: int | None, address: str | None) -> None:
+    def _work(self, workers: int | None, address: str | None, given: Executor | None) -> None:
         left = [g for g in self.groups if g.fingerprint not in self.made]
         count = min(workers or len(os.sched_getaffinity(0)), sum(len(g.sources) for g in left))
         executor: Executor
-        if address is not None:
+        if given is not None:
+            executor = given
+        elif address is not None:
             from engine.data.ray_ingest import RayCluster
 
             executor = RayCluster(address)
@@ -233,7 +238,8 @@ class _Ingest:
         try:
             self._drive(_Queue(left, self.settings, self.work, self.out), executor)
         finally:
-            executor.close()
+            if given is None:
+                executor.close()
 
     def _drive(self, queue: _Queue, executor: Executor) -> None:
         self.reused += queue.reused
