@@ -294,7 +294,7 @@ def _described(
         folds=parts,
         folds_by=f"leave one group out, {len(parts)} folds"
         if by_group
-        else _official_words(name, len(parts)),
+        else f"{len(parts)} official split{'s'[: len(parts) > 1]}",
         rejects=tuple(rejects),
         listed=max(listed or 0, len(videos) + len(lost)),
         warnings=warnings,
@@ -332,10 +332,6 @@ def _official(index: ClipIndex, name: str, label: Ints) -> tuple[Fold, ...]:
             " class folders go by --dataset folders --folds group"
         )
     return tuple(folds)
-
-
-def _official_words(name: str, count: int) -> str:
-    return "official lists" if name == "kinetics" else f"{count} official split{'s'[: count > 1]}"
 
 
 def _group_folds(group: Ints, names: Sequence[str], label: Ints) -> tuple[Fold, ...]:

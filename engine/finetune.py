@@ -32,8 +32,9 @@ from engine.finetune_state import load_state, save_state
 from engine.linear import deal_groups
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card, ClipInput
+from engine.presets import RecipeError, write_text_atomic
 from engine.protocols import Evaluated, words
-from engine.recipe import Recipe, RecipeError, recipe_hash, write_text_atomic
+from engine.recipe import Recipe, recipe_hash
 from engine.runtime import Runtime, provenance, set_seed
 from engine.train import NonFiniteLoss, learning_rate
 

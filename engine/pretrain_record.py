@@ -22,7 +22,8 @@ from engine.fitness import kmeans_fitness
 from engine.lossfile import loss_used_labels
 from engine.network_file import Card, card_of, save_network
 from engine.objective.terms import LossWeights
-from engine.recipe import Recipe, recipe_hash, write_text_atomic
+from engine.presets import write_text_atomic
+from engine.recipe import Recipe, recipe_hash
 from engine.runfolder import RunFolder
 from engine.runtime import Runtime
 from engine.train import Trainer, learning_rate

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from engine.display import table
+from engine.presets import write_text_atomic
 from engine.protocols import Evaluated
-from engine.recipe import write_text_atomic
 from engine.scores import Spread
 
 

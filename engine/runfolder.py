@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 import msgspec
 
-from engine.recipe import Recipe, load_recipe, recipe_hash, to_toml, write_text_atomic
+from engine.presets import write_text_atomic
+from engine.recipe import Recipe, load_recipe, recipe_hash, to_toml
 
 STORAGE = "storage.json"
 

@@ -16,7 +16,8 @@ from engine.checkpoint import CheckpointError, load_tensors, save_tensors
 from engine.datasets import Dataset, Fold
 from engine.finetune import Finetuning, check_recipe, finetune
 from engine.finetune_model import Classifier, from_scratch, make_optimizer
-from engine.recipe import Optim, Recipe, RecipeError, load_recipe, override
+from engine.presets import RecipeError
+from engine.recipe import Optim, Recipe, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
 from engine.train import NonFiniteLoss
 from tests.labelled import network

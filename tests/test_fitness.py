@@ -22,7 +22,8 @@ from engine.fitness import (
     kmeans_backend,
     kmeans_fitness,
 )
-from engine.recipe import Fitness, RecipeError, recipe_from
+from engine.presets import RecipeError
+from engine.recipe import Fitness, recipe_from
 
 
 def blobs(num_clips=90, num_classes=6, dim=24, *, spread=0.5, seed=0):

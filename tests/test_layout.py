@@ -13,6 +13,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels", "engine"),
     ("engine.objective.terms",),
     ("engine.events", "engine.jobs", "engine.runlog"),
+    ("engine.presets",),
     ("engine.recipe", "engine.runtime", "engine.display", "engine.distributed"),
     ("engine.lossfile", "engine.runfolder"),
     ("engine.data",),
@@ -38,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.report", "engine.reproduce"),
     ("engine.api",),
     ("engine.cli",),
+    ("engine.__main__",),
 )
 """From the bottom up: a module imports from lower rows only. A name stands for the module, for what is inside
 it and for its companions (``engine.train`` for ``engine.train_step``); the longest name that fits counts.

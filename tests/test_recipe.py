@@ -6,17 +6,8 @@ from click.testing import CliRunner
 from engine.cli import main
 from engine.lossfile import load_loss, random_weights, save_loss
 from engine.objective.terms import BY_NAME, TERM_NAMES, check_weights
-from engine.recipe import (
-    Recipe,
-    RecipeError,
-    load_recipe,
-    override,
-    preset_names,
-    preset_text,
-    recipe_from,
-    recipe_hash,
-    to_toml,
-)
+from engine.presets import RecipeError, preset_names, preset_text
+from engine.recipe import Recipe, load_recipe, override, recipe_from, recipe_hash, to_toml
 
 
 def test_a_recipe_comes_back_from_its_toml() -> None:

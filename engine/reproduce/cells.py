@@ -18,7 +18,7 @@ from engine.lossfile import load_loss
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card, load_network, save_network
 from engine.objective.terms import LossWeights
-from engine.recipe import write_text_atomic
+from engine.presets import write_text_atomic
 from engine.reproduce.rows import Column, Network, Row
 from engine.runfolder import RunError
 

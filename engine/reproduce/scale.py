@@ -9,15 +9,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from engine.recipe import (
-    Natural,
-    Recipe,
-    RecipeError,
-    assigned,
-    load_recipe,
-    read_toml,
-    recipe_from,
-)
+from engine.presets import RecipeError, read_toml
+from engine.recipe import Natural, Recipe, assigned, load_recipe, recipe_from
 
 Part = Annotated[float, Meta(gt=0.0, le=1.0)]
 Names = Annotated[tuple[str, ...], Meta(min_length=1)]

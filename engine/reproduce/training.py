@@ -23,7 +23,8 @@ from engine.data.views import Views
 from engine.display import Display
 from engine.lossfile import load_loss
 from engine.network_file import card_of
-from engine.recipe import Recipe, RecipeError, load_recipe, preset_names, recipe_hash
+from engine.presets import RecipeError, preset_names
+from engine.recipe import Recipe, load_recipe, recipe_hash
 from engine.reproduce.cells import Store, weights_of
 from engine.reproduce.rows import Network
 from engine.reproduce.scale import Scale

@@ -18,7 +18,8 @@ from engine.data.plan import ClipPlan, plan_batch
 from engine.data.shards import ClipIndex
 from engine.features import LabelledClips
 from engine.objective.terms import check_weights
-from engine.recipe import Audio, Clip, RecipeError, load_recipe, override
+from engine.presets import RecipeError
+from engine.recipe import Audio, Clip, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
 from engine.train import Trainer
 
