@@ -4,11 +4,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help evolve test lint setup clean
+.PHONY: help evolve test lint docs soak setup clean
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 TORCH_INDEX ?=
 
 # The driver says up to which CUDA version it goes; no driver, no GPU.
@@ -35,24 +36,27 @@ unexport PYTHONPATH VIRTUAL_ENV
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: ARGS= for the command, PYTHON=$(PYTHON), VENV=$(VENV), EXTRA=$(EXTRA) (or cpu, cuda12, cuda13),"
+	@echo "  variables: ARGS= for the command, JOBS=$(JOBS) tests at a time, PYTHON=$(PYTHON), VENV=$(VENV), EXTRA=$(EXTRA) (or cpu, cuda12, cuda13),"
 	@echo "             TORCH_INDEX= an index of torch builds to look in as well"
 
 evolve: $(STAMP)  ## run the main job: engine evolve $(ARGS)
 	@$(VENV)/bin/engine evolve $(ARGS)
 
 test: $(STAMP)  ## run the tests: pytest $(ARGS)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest $(if $(ARGS),$(ARGS),--numprocesses $(JOBS) --dist loadfile)
 
 lint: $(STAMP)  ## ruff's rules and format, then strict types
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy engine kernels
 
+docs: $(STAMP)  ## build the documents into site/
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 setup: $(STAMP)  ## only set up the environment
 
 clean:  ## delete the environment, caches and build results; runs and shards stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find engine kernels recipes tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints-cpu.txt

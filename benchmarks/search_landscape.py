@@ -192,23 +192,21 @@ def main(
         settings = Search(**chosen)
         settings = msgspec.structs.replace(settings, rounds=members - settings.population)
         began = time.process_time()
-        for seed in range(seeds):
-            row = {
-                "benchmark": "search_landscape",
-                "label": label,
-                "landscape": kind,
-                "settings": msgspec.to_builtins(settings),
-                "members": members,
-                "noise": noise,
-                **search(settings, kind, seed=seed, noise=noise),
-                **about,
-                "seed": seed,
-                "recipe_hash": None,
-            }
-            rows.append(row)
-            if out is not None:
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+        found = [search(settings, kind, seed=seed, noise=noise) for seed in range(seeds)]
+        about_all = {
+            "benchmark": "search_landscape",
+            "label": label,
+            "landscape": kind,
+            "settings": msgspec.to_builtins(settings),
+            "members": members,
+            "noise": noise,
+        }
+        rows += [{**about_all, **each} for each in found]
+        if out is not None:  # a row a search, its seeds in lists
+            lists = {key: [each[key] for each in found] for key in found[0]}
+            row = {**about_all, "seed": list(range(seeds)), **lists, "recipe_hash": None, **about}
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         click.echo(f"{label}: {time.process_time() - began:.0f} s", err=True)
     heads = [f"{mark} members" for mark in MARKS]
     columns = ["search", *heads, f"mean of the last {LAST}", "best, as seen"]
