@@ -20,10 +20,12 @@ PAGES = {
         "Search landscape": "search-landscape.md",
         "Cheaper members": "cheaper-members.md",
         "A search on real videos": "real-videos.md",
+        "Three searches on real videos": "real-searches.md",
     },
     "Use": {
         "Pretraining": "pretraining.md",
         "Evaluation protocols": "evaluation.md",
+        "The paper's tables": "reproducing.md",
         "Features and export": "use.md",
         "Many GPUs": "many-gpus.md",
         "Python API": "api.md",
