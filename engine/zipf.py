@@ -75,7 +75,8 @@ def _squared_distances(
 
     From differences: an expanded product would lose what tight clusters far from the origin differ by.
     """
-    x = torch.as_tensor(features).detach().double()
+    x = features.detach() if isinstance(features, Tensor) else torch.tensor(features)
+    x = x.double()
     x = x / x.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # no square overflows then
     names = torch.from_numpy(np.asarray(clusters, np.int64)).to(x.device)
     one_hot = torch.nn.functional.one_hot(names, num_clusters).double()

@@ -26,6 +26,7 @@ from engine.data.demo import default_cache
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card, ClipInput, save_network
 from engine.objective.terms import TERMS
+from tests.made_run import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -50,8 +51,6 @@ def hooks() -> Any:
 def test_examples_of_the_python_api(
     tmp_path: Path, tiny_demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from made_run import make_run  # type: ignore[import-not-found]
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert str(default_cache()).startswith(str(tmp_path))
     torch.manual_seed(0)
