@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 JOBS ?= 2
+KILLS ?= 200
+SEED ?= 0
 TORCH_INDEX ?=
 
 # The driver says up to which CUDA version it goes; no driver, no GPU.
@@ -37,6 +39,7 @@ unexport PYTHONPATH VIRTUAL_ENV
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: ARGS= for the command, JOBS=$(JOBS) tests at a time, PYTHON=$(PYTHON), VENV=$(VENV), EXTRA=$(EXTRA) (or cpu, cuda12, cuda13),"
+	@echo "             KILLS=$(KILLS) and SEED=$(SEED) of the soak,"
 	@echo "             TORCH_INDEX= an index of torch builds to look in as well"
 
 evolve: $(STAMP)  ## run the main job: engine evolve $(ARGS)
@@ -52,6 +55,9 @@ lint: $(STAMP)  ## ruff's rules and format, then strict types
 
 docs: $(STAMP)  ## build the documents into site/
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+soak: $(STAMP)  ## kill searches $(KILLS) times at random moments; each must end as if nothing had been
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python tests/soak.py --kills $(KILLS) --seed $(SEED) $(ARGS)
 
 setup: $(STAMP)  ## only set up the environment
 
