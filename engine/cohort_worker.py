@@ -10,17 +10,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from engine.checkpoint import save_tensors
 from engine.cohort import MemberJob, MemberResult, evaluate_cohort, untrained_fitness
 from engine.data.library import Library, fingerprint
 from engine.data.shards import ClipIndex
 from engine.features import LabelledClips
 from engine.fitness import kmeans_backend
 from engine.jobs import Tell
+from engine.network_file import card_of, save_network
 from engine.recipe import Recipe, recipe_hash
 from engine.runtime import Runtime, choose_runtime, make_deterministic
 from engine.train import Trainer
@@ -141,24 +140,22 @@ class CohortEvaluator:
             return
         fitness, minus_trial, result = max(ranked, key=lambda row: row[:2])
         if fitness >= cohort.keep_from and result.rgb is not None:
-            facts = {"trial": -minus_trial, "fitness": fitness, **card(self.trainer.recipe)}
-            save_tensors(candidate(self._checkpoints, -minus_trial), result.rgb, facts=facts)
+            recipe, trial = self.trainer.recipe, -minus_trial
+            card = card_of(
+                recipe,
+                labels_used=recipe.fitness.uses_labels,
+                loss=cohort.members[cohort.trials.index(trial)].weights,
+                recipe_hash=recipe_hash(recipe),
+                seed=recipe.seed,
+                num_clips=len(self.trainer.index),
+            )
+            path = candidate(self._checkpoints, trial)
+            save_network(path, result.rgb, card, trial=trial, fitness=fitness)
 
 
 def candidate(checkpoints: Path, trial: int) -> Path:
     """Where a worker leaves the network of a member that may turn out the best."""
     return checkpoints / f".candidate-{trial:05d}.safetensors"
-
-
-def card(recipe: Recipe) -> dict[str, Any]:
-    """What an RGB network's file says of it."""
-    return {
-        "arch": recipe.model.arch,
-        "width": recipe.model.width,
-        "pool": recipe.model.pool,
-        "recipe_hash": recipe_hash(recipe),
-        "seed": recipe.seed,
-    }
 
 
 @dataclass(frozen=True)

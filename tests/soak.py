@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import json
 import os
 import random
@@ -226,9 +227,16 @@ def outcome(run: Path) -> dict[str, Any]:
         "trials": trials(run / "study.db"),
         "members": members,
         "summary": summary,
-        "network": (run / "checkpoints" / "best.safetensors").read_bytes(),
+        "network": network(run / "checkpoints" / "best.safetensors"),
         "best": (run / "best.toml").read_text().split("[weights]")[-1],
     }
+
+
+def network(path: Path) -> dict[str, Any]:
+    """What a network's file says of it, and a digest of its bytes."""
+    whole = path.read_bytes()
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    return {**header["__metadata__"], "digest": hashlib.sha256(whole).hexdigest()}
 
 
 def trials(path: Path) -> dict[str, Any]:
