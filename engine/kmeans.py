@@ -152,7 +152,8 @@ def lloyd(x: Tensor, centres: Tensor, *, check_every: int | None = None) -> Clus
                     _write_back(work, whole)
                     work = _narrow(work, left)
         _write_back(work, whole)
-        labels, _ = _assign(x, whole.norms, whole.centres)
+        # Centres may coincide: with rounding taken as no distance, equal clips go to the same one.
+        labels = _distances(_scores(x, whole.centres), whole.norms[:, None, None]).min(dim=2)[1]
         return Clusterings(labels, _inertia(x, labels, whole.centres), whole.iterations)
 
 
@@ -214,13 +215,16 @@ def _iterate(work: _Batch) -> _Batch:
 
 def _assign(x: Tensor, norms: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centres (m, r, N), the first of equals, and the squared distances to them."""
+    values, labels = _scores(x, centres).min(dim=2)
+    return labels, _distances(values, norms.unsqueeze(1))
+
+
+def _scores(x: Tensor, centres: Tensor) -> Tensor:
+    """|c|^2 - 2 c.x (m, r, K, N): what |x - c|^2 is but for |x|^2, the same for all centres."""
     m, r, k, d = centres.shape
     flat = centres.reshape(m, r * k, d)
     lengths = flat.square().sum(2, keepdim=True)
-    # |c|^2 - 2 c.x: what |x - c|^2 is but for |x|^2, the same for all centres.
-    scores = torch.baddbmm(lengths, flat, x.transpose(1, 2), alpha=-2.0).view(m, r, k, -1)
-    values, labels = scores.min(dim=2)
-    return labels, _distances(values, norms.unsqueeze(1))
+    return torch.baddbmm(lengths, flat, x.transpose(1, 2), alpha=-2.0).view(m, r, k, -1)
 
 
 def _to_clips(x: Tensor, norms: Tensor, clips: Tensor) -> Tensor:

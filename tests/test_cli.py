@@ -22,6 +22,7 @@ import engine
 import kernels
 from engine import checkpoint
 from engine.cli import main
+from engine.presets import preset_names
 from engine.recipe import load_recipe
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -183,7 +184,7 @@ def test_recipes_that_are_not_there() -> None:
     ],
 )
 def test_overrides_that_can_not_be_used(assignment: str, match: str) -> None:
-    assert match in refused("evolve", "--recipe", "cpu", "--set", assignment)
+    assert match in refused("evolve", "--recipe", "cpu/evolve", "--set", assignment)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_a_disk_that_fills_up_while_a_network_is_saved(
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "save_file", full)
         line = refused(*arguments, code=1)
-    assert "No space left on device" in line and "best.safetensors" in line
+    assert "No space left on device" in line and "run/checkpoints/" in line
     assert "make room, then use --resume" in line
     assert call("evolve", "--resume", "--run", "run", "--device", "cpu")[0] == 0
 
@@ -302,5 +303,5 @@ def test_ingest_and_report(user: Path, tiny_demo: Path) -> None:
 
 
 def test_every_recipe_that_comes_along_loads() -> None:
-    for name in ("demo", "cpu"):
+    for name in preset_names():
         assert load_recipe(name).name == name

@@ -88,7 +88,13 @@ def test_equal_clips_stay_together(num_distinct, num_clusters):
         found = of(x, uniforms=uniforms)
         for r, start in enumerate(starts_of(x, uniforms)):
             labels = found.labels[0, r].numpy()
-            assert same_partition(labels, sklearn_from(x, x[start]).labels_)
+            if (
+                num_distinct <= num_clusters
+            ):  # scikit-learn may split equal clips between equal centres
+                theirs = np.unique(x, axis=0, return_inverse=True)[1].ravel()
+            else:
+                theirs = sklearn_from(x, x[start]).labels_
+            assert same_partition(labels, theirs)
             expected = true_inertia(x, labels)
             assert found.inertia[0, r].item() == pytest.approx(expected, rel=1e-6, abs=1e-20)
             if num_distinct <= num_clusters:

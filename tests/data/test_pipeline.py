@@ -142,10 +142,12 @@ def test_an_error_in_the_input_thread_reaches_the_reader(index, pipeline) -> Non
 def test_a_reader_that_stops_early_ends_the_thread(index, pipeline) -> None:
     import threading
 
+    before = set(threading.enumerate())
     stream = pipeline.batches(plan(index, step) for step in range(1000))
     next(stream)
+    assert set(threading.enumerate()) > before
     stream.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("input")]
+    assert not set(threading.enumerate()) - before
 
 
 def test_evaluation_frames_need_neither_flow_nor_sound(index) -> None:

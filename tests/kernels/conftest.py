@@ -75,7 +75,7 @@ def interpret() -> Callable[[str], None]:
         }
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
         done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280
         )
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert " passed" in done.stdout
