@@ -233,10 +233,10 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def network(path: Path) -> dict[str, Any]:
-    """What a network's file says of it, and a digest of its bytes."""
+    """What a network's file says of it, whose entries come in any order, and a digest of the tensors' bytes."""
     whole = path.read_bytes()
-    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
-    return {**header["__metadata__"], "digest": hashlib.sha256(whole).hexdigest()}
+    start = 8 + int.from_bytes(whole[:8], "little")
+    return {**json.loads(whole[8:start]), "digest": hashlib.sha256(whole[start:]).hexdigest()}
 
 
 def trials(path: Path) -> dict[str, Any]:
