@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     "--labelled",
     multiple=True,
     type=PATH,
-    help="Class folders, or shards of them, to judge losses by.",
+    help="Class folders, or shards of them, to judge losses by; none for fitness.metric=zipf.",
 )
 @click.option("--method", help="How losses are proposed: search.method of the recipe.")
 @click.option(
@@ -72,6 +72,11 @@ if TYPE_CHECKING:
     help="How often a member is tried again whose worker was lost.",
 )
 @click.option(
+    "--clip-bank",
+    metavar="N|SIZE",
+    help="Train on so many clips, or as many as fit a size such as 2GiB, kept decoded.",
+)
+@click.option(
     "--storage", metavar="URL", help="Database for the study [default: a file in the run]."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how long it would take.")
@@ -88,6 +93,7 @@ def evolve(
     members_per_gpu: int | None,
     time_limit: float,
     max_retries: int,
+    clip_bank: str | None,
     storage: str | None,
     dry_run: bool,
     recipe_name: str | None,
@@ -101,13 +107,14 @@ def evolve(
     from engine.display import Display
     from engine.runtime import check_kernels_package, choose_runtime
 
-    if bool(videos) != bool(labelled):
-        raise ValueError("give both --videos and --labelled, or neither for the demo's data")
+    if labelled and not videos:
+        raise ValueError("--videos is missing: videos to train on, beside those that judge")
     check_kernels_package()
-    given = {"search.method": method, "search.rounds": rounds}
+    given = {"search.method": method, "search.rounds": rounds, "search.clip_bank": clip_bank}
     assignments += tuple(f"{key}={value}" for key, value in given.items() if value is not None)
     default = "cpu/evolve" if videos else "demo"
     run, recipe = open_run("evolve", recipe_name, assignments, seed, run_path, resume, default)
+    labelled = labelled or _judged(videos, recipe)
     crew = _workers(gpus, workers, address, members_per_gpu, time_limit, max_retries, device)
     if crew.count != 0:
         device = "auto" if crew.gpus else "cpu"
@@ -121,6 +128,16 @@ def evolve(
             look(recipe, data, runtime=runtime, workers=crew, display=display)
             return
         _evolve(recipe, data, run=run, runtime=runtime, workers=crew, display=display)
+
+
+def _judged(videos: tuple[Path, ...], recipe: Recipe) -> tuple[Path, ...]:
+    """What judges where no labelled clips are given: the videos themselves, if that takes no labels."""
+    if videos and recipe.fitness.uses_labels:
+        raise ValueError(
+            "--labelled is missing: class folders to judge losses by; or judge without labels, by --set"
+            " fitness.metric=zipf and --set fitness.num_clusters=N"
+        )
+    return videos
 
 
 def _workers(

@@ -22,6 +22,7 @@ import engine
 import kernels
 from engine import checkpoint
 from engine.cli import main
+from engine.network_file import load_network
 from engine.presets import preset_names
 from engine.recipe import load_recipe
 
@@ -142,10 +143,22 @@ def test_fewer_labelled_clips_than_classes_need(
 
 
 def test_videos_come_with_labelled(tiny_shards: Path) -> None:
-    for option in ("--videos", "--labelled"):
-        line = refused("evolve", option, tiny_shards / "unlabelled", "--run", "run")
-        assert "both --videos and --labelled" in line
-    assert not Path("run").exists()
+    assert "--labelled is missing" in refused("evolve", "--videos", tiny_shards / "unlabelled")
+    assert "fitness.metric=zipf" in refused("evolve", "--videos", tiny_shards / "unlabelled")
+    assert "--videos is missing" in refused("evolve", "--labelled", tiny_shards / "labelled")
+
+
+def test_a_search_without_labels(user: Path, tiny_shards: Path) -> None:
+    videos = ("evolve", "--videos", tiny_shards / "unlabelled", "--recipe", TINY, "--run", "run")
+    zipf = ("--set", "fitness.metric=zipf", "--set", "fitness.num_clusters=3")
+    small = ("--set", "search.population=2", "--rounds", 1, "--clip-bank", 4, "--device", "cpu")
+    assert call(*videos, *zipf, *small)[0] == 0
+    run = user / "run"
+    assert json.loads((run / "provenance.json").read_text())["labels_used"] is False
+    member = json.loads((run / "members" / "00000.json").read_text())
+    assert member["labels_used"] is False and member["fitness"] == member["metrics"]["zipf"]
+    assert load_network(run)[1].labels_used is False
+    assert load_recipe(run / "recipe.toml").search.clip_bank == 4
 
 
 @pytest.mark.parametrize(
