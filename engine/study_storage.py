@@ -6,10 +6,11 @@ Optuna's own tools open it: weights are parameters, fitness is the value, everyt
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -197,7 +198,7 @@ def _url(place: str | Path) -> URL:
 def _connect(url: URL) -> RDBStorage:
     options: dict[str, Any] = {"pool_pre_ping": True}  # connections idle for hours may be gone
     if url.get_backend_name() == "sqlite":
-        _write_ahead(url.database)
+        _make_file(url.database)
         options = {"connect_args": {"timeout": BUSY_SECONDS}}
     elif url.get_backend_name() == "postgresql" and url.get_driver_name().startswith("psycopg"):
         # Without these, a server that vanished from the network is waited for two hours.
@@ -211,20 +212,32 @@ def _connect(url: URL) -> RDBStorage:
     return RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=options)
 
 
-def _write_ahead(file: str | None) -> None:
-    """Give a new SQLite file a write-ahead log: one wait for the disk a write instead of four, and no wait for readers.
+def _make_file(file: str | None) -> None:
+    """Make a new SQLite file with all of Optuna's tables, or none: a kill would leave some without their indices.
 
-    Where the file system can't share the log's memory map (some of a network's), the file keeps SQLite's default.
+    With a write-ahead log: one wait for the disk a write instead of four, and no wait for readers. Where the file
+    system can't share the log's memory map (some of a network's), the file keeps SQLite's default.
     """
     path = Path(file or ":memory:")
     if file in (None, "", ":memory:") or path.exists() or not path.parent.is_dir():
         return
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    for leftover in path.parent.glob(f".{path.name}.*.new*"):  # of a process that was killed
+        leftover.unlink(missing_ok=True)
+    with suppress(sqlite3.Error), closing(sqlite3.connect(new)) as plain:
+        plain.execute("PRAGMA journal_mode = WAL").fetchall()
+    engine = RDBStorage(URL.create("sqlite", database=str(new)).render_as_string()).engine
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    engine.dispose()
     try:
-        for statement in ("PRAGMA journal_mode = WAL", "PRAGMA user_version"):
-            with closing(sqlite3.connect(path)) as connection:
-                connection.execute(statement).fetchall()
-    except sqlite3.Error:
-        path.unlink(missing_ok=True)
+        os.link(new, path)
+    except FileExistsError:  # another process was faster
+        pass
+    except OSError:  # a file system without links
+        os.replace(new, path)
+    for leftover in path.parent.glob(f"{new.name}*"):
+        leftover.unlink(missing_ok=True)
 
 
 def _study_id(storage: RDBStorage, name: str) -> int:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 from wsgiref.util import setup_testing_defaults
 
 import optuna
@@ -15,6 +22,7 @@ import optuna_dashboard
 import psycopg
 import pytest
 from sqlalchemy import event
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import OperationalError
 
 from engine import study_storage
@@ -301,3 +309,33 @@ def test_a_trial_costs_few_statements_and_late_as_many_as_early(tmp_path):
         statements.clear()
     assert max(costs) < 12  # Optuna's own ask and tell take more than 120 for 39 weights
     assert max(costs[20:]) <= max(costs[:5])
+
+
+def _die_at_last(left: Iterator[int], *_: Any) -> None:
+    if next(left, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_kill_while_a_file_is_made_leaves_none(tmp_path: Path) -> None:
+    """At any statement: Optuna makes tables first and their indices later, and never looks for these again."""
+    made = 0
+    for moment in range(0, 60, 7):
+        run = tmp_path / str(moment)
+        run.mkdir()
+        child = os.fork()
+        if child == 0:
+            left = iter(range(moment))
+            event.listen(Engine, "before_cursor_execute", partial(_die_at_last, left))
+            SearchStudy(Search(), storage=run / "study.db", name="a", seed=0, recipe_hash="x")
+            os._exit(0)
+        os.waitpid(child, 0)
+        made += (run / "study.db").exists()
+        for _ in range(2):
+            study = SearchStudy(
+                Search(), storage=run / "study.db", name="a", seed=0, recipe_hash="x"
+            )
+        assert len(study.ask()) > 0
+        with closing(sqlite3.connect(run / "study.db")) as database:
+            assert database.execute("SELECT count(*) FROM studies").fetchone() == (1,)
+        assert [p.name for p in run.glob(".*")] == []
+    assert made < 9, "no kill came before the file was there"
