@@ -6,7 +6,7 @@
 Half of the losses are random, the others children of these with one weight drawn anew. Every cohort of them is
 trained in full, in full again with another seed (the noise that no ranking can beat), and in each cheaper way, one
 after the other in one process. Children alone have parents to start from, so warm starts are compared on them. Rows
-are kept as they come, and a run that was stopped goes on with those that lack.
+are kept as they come, with parents' ends beside them, and a run that was stopped goes on with those that lack.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -95,8 +94,8 @@ def ways_of(*, collapse_rank: float, bank: int | str) -> list[Way]:
 class Bench:
     """One run: cohorts in each way, their rows in a file."""
 
-    def __init__(self, recipe: Recipe, data: tuple[Any, Any], *, rows: Path, ends: Path) -> None:
-        self.recipe, self.rows, self.ends = recipe, rows, ends
+    def __init__(self, recipe: Recipe, data: tuple[Any, Any], *, rows: Path) -> None:
+        self.recipe, self.rows, self.ends = recipe, rows, rows.with_suffix(".ends")
         self.videos, self.judges = data
         self.runtime = choose_runtime(amp=recipe.optim.amp)
         make_deterministic(self.runtime)
@@ -147,12 +146,13 @@ class Bench:
         chosen = [loss for loss in cohort if loss.parent or way.name != "warm start"]
         jobs = []
         for loss in chosen:
-            start = self._end(loss.parent) if way.warm and loss.parent else None
-            keep = self._end(loss.name) if way.name == FULL and not loss.parent else None
+            start = self.end(loss.parent) if way.warm and loss.parent else None
+            keep = self.end(loss.name) if way.name == FULL and not loss.parent else None
             jobs.append(MemberJob(loss.weights, start=start, keep=keep))
         return jobs, chosen
 
-    def _end(self, name: str) -> Path:
+    def end(self, name: str) -> Path:
+        """Where a loss's end state is kept for its children."""
         return self.ends / f"{self.key}-{name.replace(' ', '-')}.safetensors"
 
     def _bank(self, trainer: Trainer, size: int | str) -> Any:
@@ -327,13 +327,12 @@ def main(
     data = [open_library(p, cache=cache, report=lambda *_: None) for p in (videos, labelled)]
     bank: int | str = int(clip_bank) if clip_bank.isdigit() else clip_bank
     ways, losses = ways_of(collapse_rank=collapse_rank, bank=bank), losses_of(count)
-    with TemporaryDirectory(prefix="ends-") as folder:
-        bench = Bench(recipe, (data[0], data[1]), rows=rows, ends=Path(folder))
-        for first in range(0, len(losses), size):
-            cohort = losses[first : first + size]
-            for way in pending(bench, ways, cohort):
-                click.echo(f"losses {first} to {first + len(cohort) - 1}: {way.name}")
-                bench.evaluate(way, cohort)
+    bench = Bench(recipe, (data[0], data[1]), rows=rows)
+    for first in range(0, len(losses), size):
+        cohort = losses[first : first + size]
+        for way in pending(bench, ways, cohort):
+            click.echo(f"losses {first} to {first + len(cohort) - 1}: {way.name}")
+            bench.evaluate(way, cohort)
     found = summary(bench, ways)
     show(found)
     if out is not None:
@@ -348,7 +347,7 @@ def main(
 
 
 def pending(bench: Bench, ways: Sequence[Way], cohort: Sequence[Loss]) -> list[Way]:
-    """Ways that the cohort has not been through; warm starts need the full one first, in this process."""
+    """Ways that the cohort has not been through; warm starts need the ends of the full one first."""
     done = {(row["way"], row["way_is"], row["loss"]) for row in bench.known()}
     left = []
     for way in ways:
@@ -356,8 +355,9 @@ def pending(bench: Bench, ways: Sequence[Way], cohort: Sequence[Loss]) -> list[W
         is_ = json.dumps(way.changes, sort_keys=True)
         if any((way.name, is_, loss.name) not in done for loss in wanted):
             left.append(way)
-    if any(way.warm for way in left) and left[0].name != FULL:
-        left.insert(0, ways[0])
+    parents = [loss.parent for loss in cohort if loss.parent]
+    if any(way.warm for way in left) and not all(bench.end(p).exists() for p in parents):
+        left = [ways[0], *(way for way in left if way.name != FULL)]
     return left
 
 

@@ -57,7 +57,7 @@ def test_rows_are_written_once(bench: ModuleType, tiny_shards: Path, tmp_path: P
     ways = bench.ways_of(collapse_rank=1.0, bank=4)
     chosen = [ways[0], *(way for way in ways if way.name in ("warm start", "clip bank"))]
     for _ in range(2):
-        run = bench.Bench(recipe, data, rows=tmp_path / "rows.jsonl", ends=tmp_path)
+        run = bench.Bench(recipe, data, rows=tmp_path / "rows.jsonl")
         for way in bench.pending(run, chosen, losses):
             run.evaluate(way, losses)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
