@@ -98,9 +98,8 @@ class Evolution:
         else:  # only to know that it fits
             on_cpu = Runtime(torch.device("cpu"), amp=False)
             self.labelled = LabelledClips(data.labelled.index, recipe, runtime=on_cpu)
-        run.begin()
         self.records = Records(recipe, run, display, self.clock)
-        self._write_provenance()
+        run.begin(self._write_provenance)
         with self.clock("search"):
             self.study = SearchStudy(
                 recipe.search,

@@ -77,8 +77,7 @@ def run_finetuning(
         network, card = load_network(Path(given["checkpoint"]), device=runtime.device)
     else:
         network, card = from_scratch(recipe, runtime)
-    run.begin()
-    _note(run, given, dataset, runtime)
+    run.begin(lambda: _note(run, given, dataset, runtime))
     seeds = range(recipe.seed, recipe.seed + given["seeds"])
     shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
     if recipe.finetune.protocol == "linear":

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,14 +54,20 @@ class RunFolder:
             )
         return run
 
-    def begin(self) -> None:
-        """Make a new run's folder, once its videos are known to be there; nothing for one that is continued."""
+    def begin(self, first: Callable[[], object] = lambda: None) -> None:
+        """Make a new run's folder, once its videos are known to be there; nothing for one that is continued.
+
+        ``first`` is called before the folder counts as a run's: it writes what the run can't be continued without.
+        """
         if self._new is None:
+            first()
             return
         for folder in (self.members, self.checkpoints, self.tensorboard):
             folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         self._write_storage()
+        (self.path / "provenance.json").unlink(missing_ok=True)  # of a run that was killed here
+        first()
         self.save_recipe(self._new)
         self._new = None
 
