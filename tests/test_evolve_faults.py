@@ -192,17 +192,17 @@ def test_a_run_error_is_a_users_mistake() -> None:
 
 
 def test_a_kill_before_the_recipe_is_there_leaves_no_run(
-    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a run is continued with is on the disk before the folder counts as a run's."""
-    run = RunFolder.create(tmp_path / "run", load_recipe(TINY))
+    run = RunFolder.create(tmp_path / "run", RECIPE)
     monkeypatch.setattr(RunFolder, "save_recipe", _killed)
     with pytest.raises(KeyboardInterrupt):
         run.begin(lambda: run.write_json("provenance.json", {"data": "of another start"}))
     run.close()
     monkeypatch.undo()
     assert not (tmp_path / "run" / "recipe.toml").exists()
-    again = RunFolder.create(tmp_path / "run", load_recipe(TINY))
+    again = RunFolder.create(tmp_path / "run", RECIPE)
     seen: list[object] = []
     again.begin(lambda: seen.append(again.read_json("provenance.json")))
     assert seen == [None] and (tmp_path / "run" / "recipe.toml").exists()
