@@ -155,6 +155,21 @@ class Bench:
         """Where a loss's end state is kept for its children."""
         return self.ends / f"{self.key}-{name.replace(' ', '-')}.safetensors"
 
+    def input_costs(self, size: int | str) -> None:
+        """Write a row of what a batch of all modalities costs by the pipeline and from the bank, input alone."""
+        if any(row["way"] == "input" and row["way_is"] == str(size) for row in self.known()):
+            return
+        trainer = Trainer(self.recipe, self.videos.index, self.runtime, warn=click.echo)
+        cost: dict[str, float] = {}
+        for name, bank in (("pipeline", None), ("bank", self._bank(trainer, size))):
+            trainer.bank = bank
+            batches = trainer.batches(seed=0, first=0, modalities=("rgb", "flow", "audio"))
+            next(batches)
+            cpu = time.process_time()
+            count = sum(1 for _ in batches)
+            cost[f"cpu_batch_{name}"] = (time.process_time() - cpu) / count
+        self._append({"way": "input", "way_is": str(size), "loss": "", **cost})
+
     def _bank(self, trainer: Trainer, size: int | str) -> Any:
         if self.bank is None:
             began, cpu = time.perf_counter(), time.process_time()
@@ -222,6 +237,25 @@ def comparison(
     }
 
 
+def noise(*ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sd of the full scores over losses, what of the sd a seed makes, and how the first rung ranks them.
+
+    Of the full evaluation, of that with another seed, and of halving; empty where one of them lacks.
+    """
+    names = [name for name in ways[0] if all(name in way for way in ways)]
+    if len(names) < 2:
+        return {}
+    full, again = (np.array([way[n]["score"] for n in names]) for way in ways[:2])
+    rung = [ways[2][n]["rungs"][0][1] if ways[2][n]["rungs"] else 0.0 for n in names]
+    return {
+        "mean": float(full.mean()),
+        "sd": float(full.std(ddof=1)),
+        "sd_other_seed": float(again.std(ddof=1)),
+        "sd_of_a_seed": float((full - again).std(ddof=1) / np.sqrt(2)),
+        "spearman_first_rung": spearman(np.stack([full, rung], axis=1)),
+    }
+
+
 def spearman(scores: np.ndarray[Any, Any]) -> float | None:
     """Rank correlation of two columns; None where one does not vary."""
     return float(spearmanr(*scores.T).statistic) if _varies(scores) else None
@@ -249,11 +283,12 @@ def summary(bench: Bench, ways: Sequence[Way]) -> list[dict[str, Any]]:
     }
     full = by_way[FULL]
     found = [comparison(name, rows, full) for name, rows in by_way.items() if name != FULL and rows]
+    found += [{"way": "scores", **noise(full, by_way.get(AGAIN, {}), by_way.get("halving", {}))}]
     complete = [row for row in full.values() if row["zipf"] is not None]
     pairs = np.array([[row["score"], row["zipf"]] for row in complete])
     facts = {"losses": len(pairs), "spearman": spearman(pairs), "way": "zipf beside agreement"}
     ranks = [round(row["effective_rank"], 2) for row in complete]
-    banks = [row for row in known if row["way"] == "bank"]
+    banks = [row for row in known if row["way"] in ("bank", "input")]
     return [*found, {**facts, "effective_ranks": sorted(ranks)}, *banks]
 
 
@@ -274,9 +309,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         "top quarter",
         "states",
     )
-    for row in rows:
-        if "cpu_share" not in row:
-            continue
+    for row in (row for row in rows if "cpu_share" in row):
         low, high = row["spearman_90"] or (None, None)
         table.add_row(
             row["way"],
@@ -288,9 +321,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             ", ".join(f"{n} {state}" for state, n in row["states"].items()),
         )
     Console(width=140).print(table)
-    for row in rows:
-        if "cpu_share" not in row:
-            click.echo(json.dumps(row))
+    for row in (row for row in rows if "cpu_share" not in row):
+        click.echo(json.dumps(row))
 
 
 @click.command()
@@ -333,6 +365,7 @@ def main(
         for way in pending(bench, ways, cohort):
             click.echo(f"losses {first} to {first + len(cohort) - 1}: {way.name}")
             bench.evaluate(way, cohort)
+    bench.input_costs(bank)
     found = summary(bench, ways)
     show(found)
     if out is not None:

@@ -47,6 +47,17 @@ def test_the_comparison_counts_what_both_have(bench: ModuleType) -> None:
     assert found["top_quarter_recall"] == 0.0 and found["states"] == {"pruned": 7}
 
 
+def test_noise_is_told_from_losses(bench: ModuleType) -> None:
+    full = {str(i): {"score": s} for i, s in enumerate([0.1, 0.2, 0.4])}
+    again = {str(i): {"score": s} for i, s in enumerate([0.3, 0.2, 0.4])}
+    halved = {str(i): {"rungs": [[5, -s]]} for i, s in enumerate([0.1, 0.2, 0.4])}
+    found = bench.noise(full, again, halved)
+    assert found["mean"] == pytest.approx(0.7 / 3) and found["spearman_first_rung"] == -1.0
+    # differences -0.2, 0, 0: sd 0.11547, over the root of 2
+    assert found["sd_of_a_seed"] == pytest.approx(0.0816497, rel=1e-5)
+    assert bench.noise(full, {}, halved) == {}
+
+
 def test_rows_are_written_once(bench: ModuleType, tiny_shards: Path, tmp_path: Path) -> None:
     def library(name: str) -> Library:
         return Library(ClipIndex([tiny_shards / name]), (tiny_shards / name,), ())
@@ -75,6 +86,7 @@ def test_rows_are_written_once(bench: ModuleType, tiny_shards: Path, tmp_path: P
     assert [row["way"] for row in told] == [
         "warm start",
         "clip bank",
+        "scores",
         "zipf beside agreement",
         "bank",
     ]
