@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tests, which has a folder kernels
 TINY = Path(__file__).with_name("tiny.toml")
 MOST_KILLS = 8
 """Of a driver in one search; then it may end."""

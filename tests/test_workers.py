@@ -23,9 +23,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for all tests here."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parent), *([path] if path else [])]
-    )
+    here = Path(__file__).resolve().parent
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here)])
     ray.init(
         address="local",
         num_cpus=4,
@@ -35,6 +34,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+    os.environ.pop("PYTHONPATH")
+    if path is not None:
+        os.environ["PYTHONPATH"] = path
 
 
 def sleeper(workers_here: int) -> Evaluator:
