@@ -125,17 +125,19 @@ def _in_processes(told: dict[str, Any], *, processes: int, restarts: int) -> Non
 
 
 def _under_torchrun(told: dict[str, Any], ranks: Ranks) -> None:
-    """Train as one of torchrun's processes; only the first one speaks of what ends them all."""
-    from engine.distributed import RanksDiffer, restarts_so_far
+    """Train as one of torchrun's processes; only the first one speaks of what ends them all.
+
+    A run that is there already is gone on with: after a restart, or by a scheduler, the command is the same.
+    """
+    from engine.distributed import RanksDiffer
     from engine.pretrain_job import as_rank
     from engine.train import MemberFailed
 
     if told["run_path"] is None:
         raise ValueError("torchrun: name the run's folder with --run, for all processes")
-    if restarts_so_far() and (told["run_path"] / "recipe.toml").exists():
-        told["resume"] = True
 
     def make() -> Job:
+        told["resume"] = told["resume"] or (told["run_path"] / "recipe.toml").exists()
         run, job = _opened(told)
         run.close()
         return job

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional
 
 Result = TypeVar("Result")
@@ -126,8 +125,18 @@ def ranks_of_environment() -> Ranks | None:
     return Ranks(*(int(os.environ.get(n, d)) for n, d in zip(names, "0101", strict=True)))
 
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Set to 1, the launcher gives processes that start again a new place to meet, without the old ones' addresses."""
+
+
+def may_miss_each_other() -> bool:
+    """Whether processes that torchrun starts again may find the addresses of those before them, and fail."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return restarts > 0 and os.environ.get(OWN_STORE) != "1"
+
+
 def restarts_so_far() -> int:
-    """How often torchrun started this group of processes again."""
+    """How often this machine's launcher started its processes again after one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -143,11 +152,7 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
             torch.set_num_threads(min(torch.get_num_threads(), each))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, world = next(rendezvous("env://"))
-    # a group that was started again may find the addresses of the one before it in the same store
-    fresh = dist.PrefixStore(f"attempt-{restarts_so_far()}", store)  # type: ignore[attr-defined]
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=fresh, rank=rank, world_size=world)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
@@ -289,6 +294,7 @@ def launch(work: Callable[..., None], *arguments: Any, processes: int, restarts:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ[OWN_STORE] = "1"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said here instead
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
         notes = Path(folder)

@@ -17,7 +17,16 @@ import torch
 from engine.data.library import Library, default_shard_cache, open_library
 from engine.data.shards import is_shards
 from engine.display import Display
-from engine.distributed import ALONE, Ranks, joined, launch, ranks_of_environment, restarts_so_far
+from engine.distributed import (
+    ALONE,
+    OWN_STORE,
+    Ranks,
+    joined,
+    launch,
+    may_miss_each_other,
+    ranks_of_environment,
+    restarts_so_far,
+)
 from engine.objective.terms import LossWeights
 from engine.pretrain import pretrain
 from engine.pretrain_record import SAVING, Saving
@@ -152,6 +161,8 @@ def as_rank(
                     f"{path}: not shards, which several machines need: engine ingest {path} --out SHARDS, then "
                     "--videos SHARDS"
                 )
+        if may_miss_each_other():
+            display.say(f"restarts can fail: start torchrun with {OWN_STORE}=1 in its environment")
         if restarts_so_far():
             display.say(f"a process ended: all of them start again ({restarts_so_far()})")
         folder = open_again(job) if ranks.leads else None

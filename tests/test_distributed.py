@@ -18,6 +18,7 @@ from torch import nn
 from engine.data.shards import ClipIndex
 from engine.distributed import (
     ALONE,
+    OWN_STORE,
     Ended,
     Ranks,
     RanksDiffer,
@@ -25,6 +26,7 @@ from engine.distributed import (
     gathered,
     joined,
     launch,
+    may_miss_each_other,
     ranks_of_environment,
     sync_batch_norm,
     without_others,
@@ -208,6 +210,15 @@ def test_alone_nothing_is_exchanged() -> None:
     ALONE.broadcast_([x])
     assert ALONE.gather(x).shape == (1, 2) and ALONE.shared(lambda: 3) == 3 and ALONE.leads
     assert issubclass(RanksDiffer, ValueError)
+
+
+def test_torchruns_restarts_need_their_own_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OWN_STORE, raising=False)
+    assert not may_miss_each_other()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert may_miss_each_other()
+    monkeypatch.setenv(OWN_STORE, "1")
+    assert not may_miss_each_other()
 
 
 def end(how: str, notes: Path) -> None:

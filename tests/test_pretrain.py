@@ -251,6 +251,27 @@ def test_torchrun_needs_a_named_run(tiny_shards: Path, monkeypatch: pytest.Monke
     assert result.exit_code == 2 and "leave out --gpus" in result.stderr
 
 
+@pytest.mark.slow
+def test_torchrun_goes_on_with_a_run_that_is_there(
+    finished: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """By the command that the documents give, in two processes, where one process began; only one of them speaks."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m -- engine".split()
+    options = ["--recipe", TINY, *STEPS, "--loss", "random:3", "--device", "cpu"]
+    command = ["pretrain", "--videos", tiny_shards / "unlabelled", "--run", run, *options]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *map(str, command)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on from step 5") == 1
+    assert done.stdout.count(f"RGB network: {run / 'rgb.safetensors'}") == 1
+    before, after = (load_tensors(path / "rgb.safetensors")[0] for path in (finished, run))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert load_tensors(run / "rgb.safetensors")[1]["processes"] == 2
+
+
 def workers_of(launcher: int) -> dict[str, int]:
     """Rank to process, from what the system says of a launcher's children."""
     found = {}
