@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import os
 import signal
 import socket
@@ -18,11 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import engine
 from engine.jobs import Done, Evaluator, Factory, Job, Lost
+from engine.workers_start import room, start
 
 POLL_SECONDS = 1.0
 """Between looks at how far jobs are, and at time limits."""
@@ -36,7 +34,6 @@ STARTS = 3
 """Errors at its start, or losses while others get their work done, after which a worker is given up."""
 DEATHS = 10
 """Deaths at its start after which it is: one may be an accident."""
-OBJECT_STORE_BYTES = 100 * 2**20
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What another worker would meet too."""
 
@@ -124,9 +121,9 @@ class RayPool:
         self._ray = _import_ray()
         self._own = not self._ray.is_initialized()
         if self._own:
-            _start(self._ray, address, cpus=(size or 1) * cpus, gpus=(size or 1) * gpus)
+            start(self._ray, address, cpus=(size or 1) * cpus, gpus=(size or 1) * gpus)
         try:
-            self.size = _room(self._ray, size, cpus=cpus, gpus=gpus)
+            self.size = room(self._ray, size, cpus=cpus, gpus=gpus)
         except ValueError:
             self.close()
             raise
@@ -302,42 +299,3 @@ def _import_ray() -> Any:
     except ImportError:
         raise ValueError("--gpus, --workers and --address need Ray: pip install ray") from None
     return ray
-
-
-def _start(ray: Any, address: str | None, *, cpus: float, gpus: float) -> None:
-    """Join a cluster, or start Ray on this machine: quiet, without a dashboard."""
-    root = str(Path(engine.__file__).resolve().parents[1])
-    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # We tell of each worker that dies, in a line; Ray would print a paragraph.
-    if hasattr(ray._private.worker, "print_to_stdstream"):
-        ray._private.worker.print_to_stdstream = lambda *data, **more: None
-    if address is None:
-        os.environ["PYTHONPATH"] = path  # what Ray starts inherits it
-        own = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
-        room = {"num_cpus": max(1, -int(-cpus // 1)), "num_gpus": -int(-gpus // 1)}
-        ray.init(address="local", **quiet, **own, **room)
-        return
-    if ":" in address:
-        from engine.data.ray_ingest import check_reachable
-
-        check_reachable(address)
-    try:
-        nodes = {"env_vars": {"PYTHONPATH": path}}  # they run this very code
-        ray.init(address=address, runtime_env=nodes, **quiet)
-    except (ConnectionError, ValueError) as error:
-        raise ValueError(f"there is no Ray cluster at {address}: {error}") from error
-
-
-def _room(ray: Any, size: int | None, *, cpus: float, gpus: float) -> int:
-    """How many workers there are to be; raises ValueError where the cluster never has room for one."""
-    total = ray.cluster_resources()
-    if size is None:
-        size = int(total.get("GPU", 0))
-        if size == 0:
-            raise ValueError("the cluster has no GPUs: say how many workers with --workers N")
-    fits = min(total.get(kind, 0.0) / n for kind, n in (("CPU", cpus), ("GPU", gpus)) if n)
-    if fits < 1:
-        wanted = f"{gpus:g} GPU and {cpus:g} CPU" if gpus else f"{cpus:g} CPU"
-        raise ValueError(f"the cluster has no room for a worker ({wanted})")
-    return size

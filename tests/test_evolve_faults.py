@@ -17,7 +17,7 @@ import torch
 from engine import evolve, runfolder
 from engine.events import Events
 from engine.recipe import recipe_hash
-from engine.runfolder import RunError, RunFolder
+from engine.runfolder import RunFolder
 from engine.search import SearchStudy
 from tests.runs import RECIPE, begin, ended_as, history, one_line, outcome, read, resume
 
@@ -187,8 +187,11 @@ def test_a_dry_run_writes_nothing(tiny_shards: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_run_error_is_a_users_mistake() -> None:
-    assert issubclass(RunError, ValueError)
+def test_a_cluster_that_is_not_there_is_told(tiny_shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    more = ("--address", "127.0.0.1:1", "--workers", 1)
+    line = one_line(begin(tiny_shards, tmp_path / "run", *more), code=2)
+    assert "there is no Ray cluster at 127.0.0.1:1" in line
 
 
 def test_a_kill_before_the_recipe_is_there_leaves_no_run(

@@ -175,3 +175,18 @@ def test_a_cluster_without_gpus_says_so() -> None:
         RayPool(sleeper, size=None, gpus=1.0)
     with pytest.raises(ValueError, match="no room for a worker"):
         RayPool(sleeper, size=2, gpus=1.0)
+
+
+def test_a_ray_that_cant_be_started_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def init(**options: Any) -> None:
+        tries.append(options["address"])
+        raise Exception("the raylet failed to start")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(RuntimeError, match="Ray can't be started on this machine: the raylet"):
+        RayPool(sleeper, size=1)
+    assert tries == ["local"] * 3

@@ -27,7 +27,7 @@ class RayCluster:
         try:
             import ray
         except ImportError:
-            raise ValueError("--address needs Ray: pip install 'evolved-losses[ray]'") from None
+            raise ValueError("--address needs Ray: pip install ray") from None
         self._ray: Any = ray
         self._own = not ray.is_initialized()
         if self._own and ":" in address:
