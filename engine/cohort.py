@@ -6,8 +6,7 @@ fitnesses comes from their losses. A member that fails leaves; the others never 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,16 +15,24 @@ import numpy as np
 from msgspec.structs import replace
 from torch import Tensor
 
-from engine.cohort_part import OnStep, Part, Run, TooManyMembers, how_judged, rung_fitness
-from engine.cohort_rungs import first_step, rungs
-from engine.cohort_state import keep_ends
+from engine.checkpoint import save_ends
+from engine.cohort_part import (
+    CohortRun,
+    MemberRun,
+    OnStep,
+    TooManyMembers,
+    first_step,
+    how_judged,
+    rung_fitness,
+    rungs,
+)
 from engine.features import LabelledClips
 from engine.fitness import FitnessResult, kmeans_fitness
 from engine.objective.terms import LossWeights
 from engine.recipe import Search, recipe_hash
 from engine.runtime import is_device_error
 from engine.train import DeviceFailed, Trainer, device_failed
-from engine.train_memory import members_that_fit
+from engine.train_memory import CohortMemory
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ def evaluate_cohort(
     *,
     jobs: Sequence[MemberJob],
     seeds: Sequence[int],
+    memory: CohortMemory | None = None,
     on_step: OnStep | None = None,
     full: bool = False,
 ) -> list[MemberResult]:
@@ -79,28 +87,17 @@ def evaluate_cohort(
     of them, from their start. Neither changes a result. What ``search.halving`` compares is the whole cohort, of
     which those that are trained from the same step are compared with each other: see ``engine.cohort_rungs``.
     With ``full`` all are trained to the end and on all clips, whatever ``search`` says: what the search found is then
-    confirmed by what it did without. The trainer keeps a bank of clips from the first cohort on.
+    confirmed by what it did without. ``memory`` is what one cohort leaves for the next.
 
     Raises DeviceFailed where the GPU itself does, and OSError where an end state can't be written.
     """
     search = trainer.recipe.search
     if full:
         search = replace(search, halving=False, collapse_rank=0.0, clip_bank=0)
-    with _bank(trainer, search.clip_bank):
-        return _evaluate(trainer, labelled, jobs, seeds=seeds, search=search, on_step=on_step)
-
-
-@contextmanager
-def _bank(trainer: Trainer, size: int | str) -> Iterator[None]:
-    """Train on the bank, made where there is none yet, or for a size of 0 on all clips."""
-    kept = trainer.bank
-    if size and kept is None:
-        kept = trainer.open_bank(size)
-    trainer.bank = kept if size else None
-    try:
-        yield
-    finally:
-        trainer.bank = kept
+    memory = memory or CohortMemory()
+    return _evaluate(
+        trainer, labelled, jobs, seeds=seeds, search=search, memory=memory, on_step=on_step
+    )
 
 
 def _evaluate(
@@ -110,10 +107,12 @@ def _evaluate(
     *,
     seeds: Sequence[int],
     search: Search,
+    memory: CohortMemory,
     on_step: OnStep | None,
 ) -> list[MemberResult]:
+    bank = memory.clips(trainer, search.clip_bank)
     losses = [job.weights for job in jobs]
-    at_once = trainer.members_at_once or members_that_fit(trainer, losses, seed=seeds[0])
+    at_once = memory.members_that_fit(trainer, losses, seed=seeds[0], bank=bank)
     results: list[MemberResult] = []
     while len(results) < len(jobs):
         # what is compared is trained together, in turns; others come one group after the other
@@ -123,8 +122,15 @@ def _evaluate(
             runs = [
                 _run(trainer, i, job, seed, search) for seed in seeds for i, job in enumerate(part)
             ]
-            whole = Part(trainer, labelled, runs, search=search, at_once=at_once, on_step=on_step)
-            whole.finish()
+            CohortRun(
+                trainer,
+                labelled,
+                runs,
+                search=search,
+                at_once=at_once,
+                bank=bank,
+                on_step=on_step,
+            ).finish()
             results += _results(trainer, part, runs, search)
             continue
         except TooManyMembers as error:
@@ -134,7 +140,7 @@ def _evaluate(
                 raise device_failed(error) from error
             raise
         trainer.free_memory()
-        at_once = trainer.members_at_once = -(-size // 2)
+        at_once = memory.halve(size)
         trainer.warn(f"out of memory with {size} members at once: going on with {at_once}")
     return results
 
@@ -148,7 +154,7 @@ def untrained_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -
 
 
 def _results(
-    trainer: Trainer, jobs: Sequence[MemberJob], runs: Sequence[Run], search: Search
+    trainer: Trainer, jobs: Sequence[MemberJob], runs: Sequence[MemberRun], search: Search
 ) -> list[MemberResult]:
     """Each job's, in order; the end states that jobs keep are written."""
     results = []
@@ -157,14 +163,14 @@ def _results(
         results.append(_result(trainer, own, search))
         ends = {run.seed: run.end for run in own if run.end is not None}
         if job.keep is not None and results[-1].state == "complete":
-            keep_ends(job.keep, ends, recipe_hash=recipe_hash(trainer.recipe))
+            save_ends(job.keep, ends, recipe_hash=recipe_hash(trainer.recipe))
     return results
 
 
-def _run(trainer: Trainer, number: int, job: MemberJob, seed: int, search: Search) -> Run:
+def _run(trainer: Trainer, number: int, job: MemberJob, seed: int, search: Search) -> MemberRun:
     steps = trainer.recipe.optim.steps
     first = 0 if job.start is None else first_step(search, steps)
-    return Run(
+    return MemberRun(
         job=number,
         weights=job.weights,
         seed=seed,
@@ -176,7 +182,7 @@ def _run(trainer: Trainer, number: int, job: MemberJob, seed: int, search: Searc
     )
 
 
-def _result(trainer: Trainer, runs: Sequence[Run], search: Search) -> MemberResult:
+def _result(trainer: Trainer, runs: Sequence[MemberRun], search: Search) -> MemberResult:
     """One job's, of its runs under each seed that was begun."""
     bad = next((run for run in runs if run.failed is not None), None)
     pruned = next((run.pruned for run in runs if run.pruned is not None), None)

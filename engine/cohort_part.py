@@ -1,6 +1,10 @@
-"""Training and judging the members that are trained together, up to a look at them, and from there to the end.
+"""A cohort in training: its members are brought in lockstep from rung to rung, judged and pruned there, and ended.
 
-Where memory does not hold them all, groups of them take turns between two looks, and wait in files on disk; they
+A member is judged once it has been trained for 1/4, and for 1/2, of its own steps (``rungs``). At 1/4 one whose
+features have collapsed is pruned. Under successive halving (Jamieson & Talwalkar 2016), by the rule of Optuna's
+``SuccessiveHalvingPruner`` with a reduction factor of 2, the worse half is pruned at both (``promoted``).
+
+Where memory does not hold all members, groups of them take turns between two rungs, and wait in files on disk; they
 are compared as one. With files or without, in any company, a member's numbers are the same.
 """
 
@@ -16,9 +20,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from engine.checkpoint import load_member, save_member
-from engine.cohort_rungs import promoted
-from engine.cohort_state import end_state, start_from
+from engine.checkpoint import copy_of, load_end, load_member, save_member
+from engine.data.clip_bank import ClipBank
 from engine.data.views import Views
 from engine.features import LabelledClips
 from engine.fitness import FitnessResult, cohort_fitness, effective_rank
@@ -28,6 +31,8 @@ from engine.runtime import is_out_of_memory
 from engine.train import MemberFailed, Trainer
 from engine.train_state import Member
 
+SHARES = (4, 2)
+"""Rungs, as what a member's steps are divided by."""
 OnStep = Callable[[int, Sequence[float]], None]
 """Called after each step with the step and the losses of the members at work (nan for those that left)."""
 
@@ -42,11 +47,11 @@ class TooManyMembers(RuntimeError):
 
 
 @dataclass
-class Run:
+class MemberRun:
     """One loss trained under one seed."""
 
     job: int
-    """Its job's place in the part."""
+    """Its job's place in the cohort."""
     weights: LossWeights
     seed: int
     first: int
@@ -67,7 +72,7 @@ class Run:
     failed: str | None = None
     pruned: str | None = None
     looks: dict[int, FitnessResult | float] = field(default_factory=dict)
-    """What was found at its rungs: fitness, or where only collapse is looked for, the effective rank."""
+    """Fitness at its rungs, or where only collapse is looked for, the effective rank."""
     result: FitnessResult | None = None
     terms: dict[str, float] = field(default_factory=dict)
     rgb: dict[str, Tensor] | None = None
@@ -80,22 +85,23 @@ class Run:
         return self.failed is None and self.pruned is None and self.result is None
 
 
-class Part:
+class CohortRun:
     """The runs of some jobs, one a seed, brought to their ends together by ``finish``."""
 
     def __init__(
         self,
         trainer: Trainer,
         labelled: LabelledClips,
-        runs: Sequence[Run],
+        runs: Sequence[MemberRun],
         *,
         search: Search,
         at_once: int,
+        bank: ClipBank | None,
         on_step: OnStep | None,
     ) -> None:
-        """``at_once``: most members in memory."""
+        """``at_once``: most members in memory; ``bank``: the clips to train on, None for all."""
         self.trainer, self.labelled, self.runs, self.on_step = trainer, labelled, runs, on_step
-        self.search = search
+        self.search, self.bank = search, bank
         self.at_once, self.steps = at_once, trainer.recipe.optim.steps
         self._rounds: Iterator[tuple[int, Views]] | None = None
         """Of the only group, which stays in memory."""
@@ -107,14 +113,14 @@ class Part:
         with TemporaryDirectory(prefix="members-") as folder:
             for end in ends:
                 for group in self._groups():
-                    self._bring(group, end, alone=alone)
+                    self._advance(group, end, alone=alone)
                     if end < self.steps and not alone:
                         self._park(group, Path(folder))
                 if end < self.steps:
                     self._prune(end)
         self._rounds = None  # lets go of the decoders
 
-    def _groups(self) -> list[list[Run]]:
+    def _groups(self) -> list[list[MemberRun]]:
         """Runs of one seed that are in memory together; a loss that failed under one seed is not tried again."""
         lost = {run.job for run in self.runs if run.failed is not None}
         groups = []
@@ -123,7 +129,7 @@ class Part:
             groups += [left[i : i + self.at_once] for i in range(0, len(left), self.at_once)]
         return groups
 
-    def _bring(self, group: Sequence[Run], end: int, *, alone: bool) -> None:
+    def _advance(self, group: Sequence[MemberRun], end: int, *, alone: bool) -> None:
         """Train a group up to step ``end`` and judge those that are looked at there."""
         began, before = time.perf_counter(), [run.step for run in group]
         reason: str | None = None
@@ -149,14 +155,16 @@ class Part:
         for run, steps in zip(group, done, strict=True):
             run.seconds += seconds * steps / max(sum(done), 1)
 
-    def _train(self, group: Sequence[Run], end: int, *, alone: bool) -> None:
+    def _train(self, group: Sequence[MemberRun], end: int, *, alone: bool) -> None:
         with self.trainer.clock("train"):
             for run in group:
-                self._take(run)
+                self._load(run)
         alive = [run for run in group if run.member is not None and run.going]
         if not alive or min(run.step for run in alive) >= end:
             return
-        rounds = self._rounds or self.trainer.rounds(_members(alive), seed=group[0].seed)
+        rounds = self._rounds or self.trainer.rounds(
+            _members(alive), seed=group[0].seed, bank=self.bank
+        )
         if alone:
             self._rounds = rounds
         for step, views in rounds:
@@ -173,7 +181,7 @@ class Part:
             if step + 1 == end or not any(run.going for run in alive):
                 return
 
-    def _take(self, run: Run) -> None:
+    def _load(self, run: MemberRun) -> None:
         """Make a run's member: new, from its parent's end, or as it was left in a file."""
         if run.member is not None:
             return
@@ -183,14 +191,14 @@ class Part:
             if run.parked is not None:
                 load_member(run.parked, member, recipe_hash="")
             elif run.start is not None:
-                start_from(run.start, member.loss, seed=run.seed)
+                load_end(run.start, member.loss, seed=run.seed)
                 member.step = run.first
             member.first = run.first
             run.member = member
         except ValueError as error:
             run.failed = str(error)
 
-    def _park(self, group: Sequence[Run], folder: Path) -> None:
+    def _park(self, group: Sequence[MemberRun], folder: Path) -> None:
         with self.trainer.clock("train"):
             for run in group:
                 if run.member is not None and run.going:
@@ -198,21 +206,21 @@ class Part:
                     save_member(run.parked, run.member, facts={"recipe_hash": ""})
                 run.member = None
 
-    def _judge(self, group: Sequence[Run], end: int) -> None:
+    def _judge(self, group: Sequence[MemberRun], end: int) -> None:
         judged = [run for run in group if end == self.steps or end in run.rungs]
         if not judged:
             return
         members = _members(judged)
         ranks_only = end < self.steps and not self.search.halving
-        found: Sequence[FitnessResult | float | str]
+        judgements: Sequence[FitnessResult | float | str]
         with self.trainer.clock("fitness"):
             features = self.labelled.features([member.loss.rgb for member in members])
             if ranks_only:
-                found = [_rank(each) for each in features]
+                judgements = [_rank(each) for each in features]
             else:
                 how = how_judged(self.trainer, self.labelled, judged[0].seed)
-                found = cohort_fitness(features, self.labelled.labels, **how)
-        for run, member, each in zip(judged, members, found, strict=True):
+                judgements = cohort_fitness(features, self.labelled.labels, **how)
+        for run, member, each in zip(judged, members, judgements, strict=True):
             run.terms = member.term_values()
             if isinstance(each, str):
                 run.failed = each
@@ -220,17 +228,14 @@ class Part:
                 run.looks[end] = each
             else:
                 assert isinstance(each, FitnessResult)
-                run.result, run.rgb = each, end_state(member.loss.rgb)
-                run.end = end_state(member.loss) if run.keeps_end else None
+                run.result, run.rgb = each, copy_of(member.loss.rgb)
+                run.end = copy_of(member.loss) if run.keeps_end else None
             if not run.going:
                 run.member = None
 
     def _prune(self, end: int) -> None:
         """Compare the jobs that were looked at after ``end`` steps, each by the mean over its seeds."""
-        search, lost = (
-            self.search,
-            {r.job for r in self.runs if r.failed is not None},
-        )
+        search, lost = self.search, {run.job for run in self.runs if run.failed is not None}
         looked = [run for run in self.runs if end in run.looks and run.job not in lost]
         jobs = {run.job: [r for r in looked if r.job == run.job] for run in looked}
         reasons: dict[int, str] = {}
@@ -253,6 +258,31 @@ class Part:
                     run.parked.unlink(missing_ok=True)
 
 
+def rungs(settings: Search, *, first: int, steps: int) -> tuple[int, ...]:
+    """Steps, counted from the schedule's start, after which a member trained from ``first`` to ``steps`` is looked at.
+
+    Rounded up, and before the end; none where nothing is looked for.
+    """
+    looks = SHARES if settings.halving else SHARES[:1] if settings.collapse_rank else ()
+    return tuple(sorted({first - -(steps - first) // share for share in looks} - {steps}))
+
+
+def first_step(settings: Search, steps: int) -> int:
+    """The step that a member with its parent's networks starts from, to be trained for the last share of the steps."""
+    return steps - max(1, round(settings.warm_start_steps * steps))
+
+
+def promoted(fitnesses: Sequence[float]) -> list[bool]:
+    """Whether each goes on: the better half, of an odd number the smaller one, and always the best.
+
+    All that are equal to the worst of those go on too.
+    """
+    if not fitnesses:
+        return []
+    least = sorted(fitnesses, reverse=True)[max(len(fitnesses) // 2, 1) - 1]
+    return [fitness >= least for fitness in fitnesses]
+
+
 def how_judged(trainer: Trainer, labelled: LabelledClips, seed: int) -> dict[str, Any]:
     """What fitness needs to know beside features and labels."""
     return {
@@ -263,13 +293,13 @@ def how_judged(trainer: Trainer, labelled: LabelledClips, seed: int) -> dict[str
     }
 
 
-def rung_fitness(runs: Sequence[Run], rung: int) -> float:
+def rung_fitness(runs: Sequence[MemberRun], rung: int) -> float:
     """Mean over a job's seeds of the fitness at one of its rungs."""
     looks = [run.looks[rung] for run in runs]
     return float(np.mean([look.value for look in looks if isinstance(look, FitnessResult)]))
 
 
-def _members(runs: Sequence[Run]) -> list[Member]:
+def _members(runs: Sequence[MemberRun]) -> list[Member]:
     members = [run.member for run in runs]
     assert all(member is not None for member in members)
     return [member for member in members if member is not None]

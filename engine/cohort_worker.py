@@ -23,6 +23,7 @@ from engine.network_file import card_of, save_network
 from engine.recipe import Recipe, recipe_hash
 from engine.runtime import Runtime, choose_runtime, make_deterministic
 from engine.train import Trainer
+from engine.train_memory import CohortMemory
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,8 @@ class CohortEvaluator:
         make_deterministic(runtime)
         kmeans_backend(runtime.device.type, recipe.fitness.kmeans)  # one that is absent is told now
         self._warnings: list[str] = []
-        self.trainer = Trainer(
-            recipe,
-            videos,
-            runtime,
-            members_at_once=members_at_once,
-            warn=self._warnings.append,
-        )
+        self.trainer = Trainer(recipe, videos, runtime, warn=self._warnings.append)
+        self._memory = CohortMemory(members_at_once)
         self.labelled = LabelledClips(labelled, recipe, runtime=runtime)
         self._indices = (videos, labelled)
         self._checkpoints = checkpoints
@@ -111,6 +107,7 @@ class CohortEvaluator:
             self.labelled,
             jobs=cohort.members,
             seeds=cohort.seeds,
+            memory=self._memory,
             on_step=on_step,
             full=cohort.confirm,
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -23,26 +23,45 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import scores
+from engine.checkpoint import load_state, save_state
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_batch
 from engine.datasets import Dataset, Fold
 from engine.extract import Cuts, Extractor, check_undamaged, normalised, without_future
-from engine.finetune_model import Classifier, make_optimizer
-from engine.finetune_state import load_state, save_state
 from engine.linear import deal_groups
 from engine.model.resnet3d import ResNet3D
-from engine.network_file import Card, ClipInput
+from engine.network_file import Card, ClipInput, card_of
 from engine.presets import RecipeError, write_text_atomic
 from engine.protocols import Evaluated, words
 from engine.recipe import Recipe, recipe_hash
 from engine.runtime import Runtime, provenance, set_seed
-from engine.train import NonFiniteLoss, learning_rate
+from engine.train import NonFiniteLoss
+from engine.train_compiled import compile_mode
+from engine.train_optim import learning_rate, make_optimizer, set_rate
 
 Ints = NDArray[np.int64]
 Report = Callable[[str, int, int], None]
 
 LOG_EVERY = 10
 """Steps between points in TensorBoard, and between looks at whether the loss is finite."""
+HEAD_SD = 0.01
+"""Standard deviation of the new layer's first weights."""
+
+
+class Classifier(nn.Module):
+    """A network, dropout and a new fully connected layer: clips (N, 3, T, H, W) to logits (N, K)."""
+
+    def __init__(self, network: ResNet3D, num_classes: int, *, dropout: float) -> None:
+        super().__init__()
+        self.network = network
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(network.feature_dim, num_classes)
+        nn.init.normal_(self.fc.weight, std=HEAD_SD)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Logits."""
+        return cast(Tensor, self.fc(self.dropout(self.network(clips))))
 
 
 @dataclass
@@ -156,12 +175,14 @@ class Finetuning:
     def _train(self, model: Classifier, clips: Ints, name: str, seed: int) -> float:
         """Train to the last step, from the last checkpoint if there is one; gives the last steps' mean loss."""
         optim = self.recipe.optim
-        optimizer = make_optimizer(model, optim, head_lr=self.recipe.finetune.head_lr)
+        parts = [(model.network, 1.0), (model.fc, self.recipe.finetune.head_lr)]
+        optimizer = make_optimizer(parts, optim, fused=False)
         facts = {"recipe_hash": recipe_hash(self.recipe), "fold": name, "source": self.card.source}
         last = None if self.folder is None else self.folder / "checkpoints" / f"{name}.safetensors"
         first, mean = 0, math.nan
         if last is not None and last.exists():
-            first, mean = load_state(last, model, optimizer, facts=facts)
+            saved = load_state(last, model, optimizer, expected=facts)
+            first, mean = saved["step"], saved["loss"]
             self.say(f"{name}: going on from step {first}")
         board = self._board(name, first)
         step_of = self._compiled(model)
@@ -176,7 +197,8 @@ class Finetuning:
                         board.add_scalar("train/loss", mean, step)
                         board.add_scalar("train/lr", learning_rate(optim, step), step)
                 if last is not None and ((step + 1) % self.checkpoint_every == 0 or final):
-                    save_state(last, model, optimizer, step=step + 1, loss=mean, facts=facts)
+                    now = {**facts, "step": step + 1, "loss": mean}
+                    save_state(last, model, optimizer, facts=now)
                 if self.on_progress is not None:
                     self.on_progress(f"fine-tuning {name}", step + 1, optim.steps)
         check_undamaged(self.dataset.index)
@@ -190,10 +212,8 @@ class Finetuning:
         return SummaryWriter(str(self.folder / "tensorboard" / name), purge_step=first)
 
     def _compiled(self, model: Classifier) -> Callable[[Tensor], Tensor]:
-        mode = self.recipe.optim.compile
-        if mode == "off" or (mode == "auto" and self.runtime.device.type == "cpu"):
-            return model
-        return torch.compile(model, mode=None if mode in ("auto", "default") else mode)
+        mode = compile_mode(self.recipe.optim, self.runtime.device)
+        return model if mode == "off" else torch.compile(model, mode=mode)
 
     def _step(
         self,
@@ -209,8 +229,7 @@ class Finetuning:
         """One step: cross-entropy, backward, clipped gradient, optimizer; gives the loss, still on the device."""
         optim = self.recipe.optim
         torch.manual_seed(seed * 1_000_003 + step)  # dropout's
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step) * group["factor"]
+        set_rate(optimizer, optim, step)
         optimizer.zero_grad(set_to_none=True)
         clips = normalised(frames, self.card, self.runtime.device)
         with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
@@ -300,6 +319,13 @@ def finetune(
     NonFiniteLoss where training diverges.
     """
     return Finetuning(network, card, dataset, recipe, runtime, **more).run(seeds)
+
+
+def from_scratch(recipe: Recipe, runtime: Runtime) -> tuple[ResNet3D, Card]:
+    """A network with initial weights, by the recipe's model, and its card."""
+    set_seed(recipe.seed)
+    network = ResNet3D(recipe.model.arch, 3, width=recipe.model.width, pool=recipe.model.pool)
+    return network.to(runtime.device), card_of(recipe)
 
 
 def check_recipe(recipe: Recipe, dataset: Dataset) -> None:

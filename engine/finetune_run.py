@@ -9,8 +9,7 @@ from typing import Any
 
 from engine.datasets import Dataset
 from engine.evaluate import evaluate_many
-from engine.finetune import check_recipe, finetune
-from engine.finetune_model import from_scratch
+from engine.finetune import check_recipe, finetune, from_scratch
 from engine.network_file import load_network
 from engine.protocols import Evaluated
 from engine.recipe import Recipe

@@ -16,11 +16,11 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError, load_tensors, save_tensors
 from engine.data.views import RGB_MEAN, RGB_STD
 from engine.model.pretrained import architecture_of, is_image_network, load_pretrained
 from engine.model.resnet3d import ResNet3D
 from engine.recipe import Recipe
+from engine.tensors import CheckpointError, load_tensors, save_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

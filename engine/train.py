@@ -1,4 +1,4 @@
-"""One training step and one loop, whatever is trained: a search's members or a long pretraining."""
+"""The training step, and the batches it is fed: the same for a search's members and for a long pretraining."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from engine.objective.loss import (
     weights_in_order,
 )
 from engine.objective.terms import TERM_NAMES, LossWeights
-from engine.recipe import Optim, Recipe
+from engine.recipe import Recipe
 from engine.runtime import (
     Clock,
     Runtime,
@@ -36,7 +35,8 @@ from engine.runtime import (
     set_seed,
 )
 from engine.train_check import CanNotCompile, check_step
-from engine.train_compiled import Seat
+from engine.train_compiled import StepBuffers, compile_mode
+from engine.train_optim import make_optimizer, set_rate
 from engine.train_shares import differentiate, split
 from engine.train_state import FlatState, Member
 
@@ -62,43 +62,41 @@ def device_failed(error: BaseException) -> DeviceFailed:
     return DeviceFailed(f"the GPU is in an error state ({reason}); continue with --resume")
 
 
-@dataclass
 class Trainer:
-    """What members of one run share: recipe, data, device, and the networks' initial weights."""
+    """What members of one run share: recipe, data, device, initial networks, and the compiled step."""
 
-    recipe: Recipe
-    index: ClipIndex
-    runtime: Runtime
-    clock: Clock = field(default_factory=Clock)
-    members_at_once: int | None = None
-    """Most members of a cohort; None: as many as memory is found to hold (see ``engine.cohort``)."""
-    warn: Callable[[str], object] = warnings.warn
-    """Told once, at the first step, where compiled code or bf16 does not compute what float32 does."""
-    bank: ClipBank | None = None
-    """Clips to train on that are decoded already; None: all, decoded for each batch."""
-    ranks: Ranks = ALONE
-    """The processes that train together; each takes its part of every batch."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        index: ClipIndex,
+        runtime: Runtime,
+        *,
+        clock: Clock | None = None,
+        warn: Callable[[str], object] = warnings.warn,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """``ranks``: the processes that train together, each on its share of every batch.
 
-    def __post_init__(self) -> None:
-        self.mode = self.recipe.optim.compile
-        if self.mode == "auto":
-            self.mode = "off" if self.runtime.device.type == "cpu" else "default"
-        optim = self.recipe.optim
-        self.part = self.ranks.share_of(optim.batch_size, pieces=optim.accumulate)
-        if self.mode == "reduce-overhead" and self.ranks.world * optim.accumulate > 1:
+        ``warn`` gets a message, once, where the step computes something else than the recipe asks for, or else than
+        float32 does. Raises ValueError where the ranks can't share a batch.
+        """
+        self.recipe, self.index, self.runtime = recipe, index, runtime
+        self.clock, self.warn, self.ranks = clock or Clock(), warn, ranks
+        optim = recipe.optim
+        self.local_batch_size = ranks.share_of(optim.batch_size, pieces=optim.accumulate)
+        self.mode = compile_mode(optim, runtime.device)
+        """How steps are compiled; "off": not at all."""
+        if self.mode == "reduce-overhead" and ranks.world * optim.accumulate > 1:
             self.mode = "default"
-            self.warn(
-                "CUDA graphs are for one process and one piece a step: compiling without them"
-            )
-        self.seat: Seat | None = None
-        self._checked = self.mode == "off" and not self.runtime.amp
+            warn("CUDA graphs are for one process and one piece a step: compiling without them")
+        if optim.amp == "bf16" and not runtime.amp:
+            warn("float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong")
+        self.sound = bool(index.has_audio.any())
+        self.views = ViewMaker(recipe.clip, recipe.audio).to(runtime.device)
+        self.buffers: StepBuffers | None = None
+        """Where compiled steps work, from the first member on."""
+        self._checked = self.mode == "off" and not runtime.amp
         self._checking = threading.Lock()
-        if self.recipe.optim.amp == "bf16" and not self.runtime.amp:
-            self.warn(
-                "float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong"
-            )
-        self.sound = bool(self.index.has_audio.any())
-        self.views = ViewMaker(self.recipe.clip, self.recipe.audio).to(self.runtime.device)
         self._initial: tuple[int, EvolvedLoss] | None = None
 
     def initial_loss(self, seed: int) -> EvolvedLoss:
@@ -109,7 +107,7 @@ class Trainer:
         return copy.deepcopy(self._initial[1])
 
     def open_bank(self, size: int | str) -> ClipBank:
-        """Decode the clips that ``search.clip_bank`` asks for, drawn with the recipe's seed; see ``ClipBank``."""
+        """Decode the clips that ``search.clip_bank`` asks for, drawn with the recipe's seed."""
         r = self.recipe
         with self.clock("input"):
             return ClipBank(
@@ -161,56 +159,61 @@ class Trainer:
                 )
             )
         loss = self.initial_loss(seed)
-        optimizer = make_optimizer(loss, self.recipe.optim)
+        optimizer = make_optimizer([(loss, 1.0)], self.recipe.optim)
         alive, state = branches(active), None
         computed = evaluation_order(active)
         if self.mode != "off":
             computed = evaluation_order(alive.terms(sound=self.sound))
             state = FlatState(loss, optimizer)
             if alone:
-                self.seat = Seat(loss, optimizer, state, mode=self.mode)
-            elif self.seat is None:
-                self.seat = self._new_seat(seed)
+                self.buffers = StepBuffers(loss, optimizer, state, mode=self.mode)
+            elif self.buffers is None:
+                self.buffers = self._new_buffers(seed)
         vector = torch.tensor([weights[name] for name in TERM_NAMES], device=self.runtime.device)
         ordered = weights_in_order(vector, computed)
         return Member(loss, optimizer, vector, active, computed, ordered, alive, state)
 
-    def _new_seat(self, seed: int) -> Seat:
+    def _new_buffers(self, seed: int) -> StepBuffers:
         loss = self.initial_loss(seed)
-        optimizer = make_optimizer(loss, self.recipe.optim)
-        return Seat(loss, optimizer, FlatState(loss, optimizer), mode=self.mode)
+        optimizer = make_optimizer([(loss, 1.0)], self.recipe.optim)
+        return StepBuffers(loss, optimizer, FlatState(loss, optimizer), mode=self.mode)
 
     def free_memory(self) -> None:
-        """Give back what no member at work needs: caches, and gradients of a step that came to nothing."""
-        if self.seat is not None:
-            self.seat.optimizer.zero_grad(set_to_none=True)
+        """Release what no member at work needs: caches, and gradients of a step that came to nothing."""
+        if self.buffers is not None:
+            self.buffers.optimizer.zero_grad(set_to_none=True)
         release_memory(self.runtime.device)
 
-    def batches(self, *, seed: int, first: int, modalities: Sequence[str]) -> Iterator[ClipBatch]:
-        """This rank's part of the run's batches from step ``first`` on, decoded ahead in a thread of their own."""
+    def batches(
+        self, *, seed: int, first: int, modalities: Sequence[str], bank: ClipBank | None = None
+    ) -> Iterator[ClipBatch]:
+        """This rank's share of the run's batches from step ``first`` on, decoded in advance by another thread.
+
+        With a ``bank`` they are drawn from its clips, which are decoded already.
+        """
         r = self.recipe
         plans = (
             plan_batch(
-                self.bank or self.index,
+                bank or self.index,
                 r.clip,
                 r.audio,
                 seed=seed,
                 step=step,
-                batch_size=self.part,
+                batch_size=self.local_batch_size,
                 rank=self.ranks.rank,
                 world=self.ranks.world,
             )
             for step in range(first, r.optim.steps)
         )
         flow, sound = "flow" in modalities, "audio" in modalities
-        if self.bank is not None:
-            return self.bank.batches(plans, flow=flow, sound=sound)
+        if bank is not None:
+            return bank.batches(plans, flow=flow, sound=sound)
         pipeline = InputPipeline(
             self.index,
             r.clip,
             audio=r.audio,
             device=self.runtime.device,
-            batch_size=self.part,
+            batch_size=self.local_batch_size,
             num_frames=r.clip.num_frames + r.clip.num_future_frames,
             threads=self.runtime.threads,
             flow=flow,
@@ -218,11 +221,13 @@ class Trainer:
         )
         return pipeline.batches(plans)
 
-    def rounds(self, members: Sequence[Member], *, seed: int) -> Iterator[tuple[int, Views]]:
+    def rounds(
+        self, members: Sequence[Member], *, seed: int, bank: ClipBank | None = None
+    ) -> Iterator[tuple[int, Views]]:
         """Steps and their views, made once for all ``members``, from where they stand to the end."""
         modalities = tuple({m: None for member in members for m in member.alive.modalities})
         first = min(member.step for member in members)
-        batches = self.batches(seed=seed, first=first, modalities=modalities)
+        batches = self.batches(seed=seed, first=first, modalities=modalities, bank=bank)
         for step in range(first, self.recipe.optim.steps):
             with self.clock("input"):
                 batch = next(batches)
@@ -231,29 +236,32 @@ class Trainer:
             yield step, views
 
     def step_all(self, members: Sequence[Member], views: Views) -> list[float | MemberFailed]:
-        """Step members on one batch; each gets its loss, or what ended it.
+        """Step members on one batch; each gets its loss, or what ended it. Raises as ``attempt``.
 
         On a CPU members run side by side, a core each, which also makes a member's numbers independent of
-        its company; on a GPU, and compiled, they follow one another. Running out of memory is raised, and so is
-        DeviceFailed for an error of the GPU itself, after which no member could go on.
+        its company; on a GPU, and compiled, they follow one another.
         """
-
-        def attempt(member: Member) -> float | MemberFailed:
-            try:
-                return self.step(member, views)
-            except MemberFailed as error:
-                return error
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                if is_device_error(error):
-                    raise device_failed(error) from error
-                return MemberFailed(f"step {member.step}: {str(error).splitlines()[0]}")
-
         with self.clock("train"):
-            if self.seat is not None:
-                return [attempt(member) for member in members]
-            return list(self.runtime.map(attempt, members))
+            if self.buffers is not None:
+                return [self.attempt(member, views) for member in members]
+            return list(self.runtime.map(lambda member: self.attempt(member, views), members))
+
+    def attempt(self, member: Member, views: Views) -> float | MemberFailed:
+        """Step a member; returns its loss, or what ended it alone.
+
+        Running out of memory is raised, and so is DeviceFailed for an error of the GPU itself, after which no member
+        could go on.
+        """
+        try:
+            return self.step(member, views)
+        except MemberFailed as error:
+            return error
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            if is_device_error(error):
+                raise device_failed(error) from error
+            return MemberFailed(f"step {member.step}: {str(error).splitlines()[0]}")
 
     def step(self, member: Member, views: Views) -> float:
         """Train a member on one batch: Eq. 1, backward, clipped gradient, optimizer; returns the loss.
@@ -265,86 +273,61 @@ class Trainer:
             with self._checking:  # members may run side by side: one of them checks
                 if not self._checked:
                     self._check(member, views)
-        loss, optimizer = member.loss, member.optimizer
-        if self.seat is not None and member.state is not None:
-            self.seat.take(member.state)
-            loss, optimizer = self.seat.loss, self.seat.optimizer
-        optim = self.recipe.optim
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, member.step, first=member.first)
-        optimizer.zero_grad(
-            set_to_none=True
-        )  # before, so that gradients and activations never add up
+        loss, optimizer, optim = member.loss, member.optimizer, self.recipe.optim
+        if self.buffers is not None and member.state is not None:
+            self.buffers.load(member.state)
+            loss, optimizer = self.buffers.loss, self.buffers.optimizer
+        set_rate(optimizer, optim, member.step, first=member.first)
+        # now, so that gradients and activations never add up
+        optimizer.zero_grad(set_to_none=True)
         total, values = differentiate(
             member,
             views,
             loss=loss,
-            seat=self.seat,
+            buffers=self.buffers,
             runtime=self.runtime,
             settings=optim,
             ranks=self.ranks,
         )
         nn.utils.clip_grad_norm_(loss.parameters(), optim.grad_clip)
-        seen = self._looked_at(member, total, values)
+        value = self._checked_loss(member, total, values)
         optimizer.step()
-        if self.seat is not None and member.state is not None:
-            self.seat.give_back(member.state)
+        if self.buffers is not None and member.state is not None:
+            self.buffers.store(member.state)
         # a copy: a CUDA graph writes the next member's values to the same place
         member.values = (
             values.clone() if member.values is None else torch.lerp(values, member.values, 0.9)
         )
         member.step += 1
-        return seen
+        return value
 
     def _check(self, member: Member, views: Views) -> None:
-        """Before the first step: see ``check_step``. Compiles, or goes on without where the recipe lets it."""
-        pieces = self.recipe.optim.accumulate
-        (first, *_), *_ = split(views, member.computed, pieces=pieces, ranks=self.ranks)
+        """Compile the step, or go on without where the recipe lets it, and compare it with float32's."""
+        count = self.recipe.optim.accumulate
+        (first, *_), *_ = split(views, member.computed, count=count, ranks=self.ranks)
         try:
             with without_others():
-                check_step(member, first, seat=self.seat, runtime=self.runtime, warn=self.warn)
+                check_step(
+                    member, first, buffers=self.buffers, runtime=self.runtime, warn=self.warn
+                )
         except CanNotCompile as error:
             if self.recipe.optim.compile != "auto":
                 raise RuntimeError(f"{error}; go on without by --set optim.compile=off") from error
             self.warn(f"{error}: it runs uncompiled, slower")
-            self.seat, self.mode = None, "off"
-        self._checked = (
-            True  # not before: running out of memory here, it is done again with fewer members
-        )
+            self.buffers, self.mode = None, "off"
+        # not before: where memory runs out here, it is done again with fewer members
+        self._checked = True
 
-    def _looked_at(self, member: Member, total: Tensor, values: Tensor) -> float:
+    def _checked_loss(self, member: Member, total: Tensor, values: Tensor) -> float:
         """The loss, where it is time to wait for it, else nan; raises NonFiniteLoss."""
         on_gpu, last = self.runtime.device.type != "cpu", self.recipe.optim.steps - 1
         if on_gpu and member.step % CHECK_EVERY_ON_GPU and member.step != last:
             return float("nan")
-        found = total.item()
-        if math.isfinite(found):
-            return found
+        value = total.item()
+        if math.isfinite(value):
+            return value
         pairs = zip(member.computed, values.tolist(), strict=True)
-        bad = [name for name, value in pairs if not math.isfinite(value)]
+        bad = [name for name, term in pairs if not math.isfinite(term)]
         raise NonFiniteLoss(
-            f"loss is {found} at step {member.step}; terms: {', '.join(bad) or 'their weighted sum'}"
+            f"loss is {value} at step {member.step}; terms: {', '.join(bad) or 'their weighted sum'}"
         )
-
-
-def make_optimizer(loss: nn.Module, settings: Optim) -> torch.optim.Optimizer:
-    """AdamW or SGD; norms and biases are not decayed."""
-    decayed = [p for p in loss.parameters() if p.dim() > 1]
-    others = [p for p in loss.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=True)
-
-
-def learning_rate(settings: Optim, step: int, *, first: int = 0) -> float:
-    """Linear warm-up over ``warmup_steps``, then a cosine to zero at ``steps``; joined at ``first``, warmed up to."""
-    if first and step - first < settings.warmup_steps:
-        return learning_rate(settings, step) * (step - first + 1) / settings.warmup_steps
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
-    return settings.lr * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -1,4 +1,4 @@
-"""What is checked before the first step: that this machine's fast path computes what float32 does."""
+"""Compares the step, compiled or in bf16, with eager float32 once, before training."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from engine.data.views import Views
 from engine.objective.loss import EvolvedLoss
 from engine.runtime import Runtime, is_device_error, is_out_of_memory, release_memory
-from engine.train_compiled import Seat, evaluate
+from engine.train_compiled import StepBuffers, evaluate
 from engine.train_state import Member
 
 OLDEST_CUDNN = 91500
 """bf16 3-D convolutions before 9.15: four times slower, and wrong at large shapes (pytorch 166122, 163539)."""
 TOLERANCE = {"bf16": (0.1, 0.5), "float32": (1e-3, 5e-3)}
-"""Largest median over the terms, and largest single one, of the differences relative to float32 that are not told.
+"""Largest median over the terms, and largest single one, of the differences relative to float32 that pass.
 
 Single terms of deep networks round badly in bf16 (a small distance between two large activations); code that is
 wrong moves most of them, or one of them far.
@@ -34,14 +34,14 @@ def check_step(
     member: Member,
     views: Views,
     *,
-    seat: Seat | None,
+    buffers: StepBuffers | None,
     runtime: Runtime,
     warn: Callable[[str], object],
 ) -> None:
     """Compare a member's first step in the run's number format, compiled or not, with eager float32.
 
-    Tells ``warn`` in one message that they differ and what to do, or that there is no memory to compare; changes
-    nothing. Raises CanNotCompile where that is so.
+    ``warn`` gets one message where they differ, with what to do, or where there is no memory to compare. The member is
+    left as it was. Raises CanNotCompile where the compiler fails.
     """
     if runtime.amp and runtime.device.type == "cuda":
         version = torch.backends.cudnn.version() or 0
@@ -55,9 +55,9 @@ def check_step(
         None if member.state is None else {d: b.clone() for d, b in member.state.blocks.items()}
     )
     try:
-        found = _as_configured(member, views, seat=seat, runtime=runtime)
+        own = _as_configured(member, views, buffers=buffers, runtime=runtime)
     except Exception as error:  # a compiler's own errors are of many kinds
-        if seat is None or is_out_of_memory(error) or is_device_error(error):
+        if buffers is None or is_out_of_memory(error) or is_device_error(error):
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CanNotCompile(f"the step can't be compiled ({reason})") from error
@@ -66,7 +66,7 @@ def check_step(
             for dtype, block in member.state.blocks.items():
                 block.copy_(before[dtype])
     fault = (
-        None if exact is None else verdict(found, exact, kind="bf16" if runtime.amp else "float32")
+        None if exact is None else verdict(own, exact, kind="bf16" if runtime.amp else "float32")
     )
     if fault is not None:
         warn(
@@ -75,16 +75,16 @@ def check_step(
         )
 
 
-def verdict(found: Mapping[str, float], exact: Mapping[str, float], *, kind: str) -> str | None:
+def verdict(own: Mapping[str, float], exact: Mapping[str, float], *, kind: str) -> str | None:
     """What is wrong with a step's terms and gradient norm beside float32's, if anything.
 
     ``kind`` is the number format, as in TOLERANCE. What isn't finite in float32 either is the member's own fault.
     """
     sound = [name for name, want in exact.items() if math.isfinite(want)]
-    bad = [name for name in sound if not math.isfinite(found[name])]
+    bad = [name for name in sound if not math.isfinite(own[name])]
     if bad:
         return f"{', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''} not finite"
-    apart = {name: abs(found[name] - exact[name]) / max(abs(exact[name]), 1e-3) for name in sound}
+    apart = {name: abs(own[name] - exact[name]) / max(abs(exact[name]), 1e-3) for name in sound}
     if not apart:
         return None
     usual, single = TOLERANCE[kind]
@@ -94,14 +94,14 @@ def verdict(found: Mapping[str, float], exact: Mapping[str, float], *, kind: str
         return None
     return (
         f"by {middle:.2g} in the median of {len(sound)} values (usual: up to {usual:g}), and most in {worst}, "
-        f"which is {found[worst]:.4g}, in float32 {exact[worst]:.4g}"
+        f"which is {own[worst]:.4g}, in float32 {exact[worst]:.4g}"
     )
 
 
 def _exact(
     member: Member, views: Views, *, runtime: Runtime, warn: Callable[[str], object]
 ) -> dict[str, float] | None:
-    """The step in eager float32; None where memory does not hold it, which ``warn`` is told."""
+    """The step in eager float32; None, with a warning, where memory does not hold it."""
     try:
         return _in_float32(member, views)
     except Exception as error:
@@ -130,21 +130,21 @@ def twin(loss: EvolvedLoss) -> EvolvedLoss:
 
 
 def _as_configured(
-    member: Member, views: Views, *, seat: Seat | None, runtime: Runtime
+    member: Member, views: Views, *, buffers: StepBuffers | None, runtime: Runtime
 ) -> dict[str, float]:
-    if seat is None or member.state is None:
+    if buffers is None or member.state is None:
         member = copy.copy(member)
         loss = member.loss = twin(member.loss)
     else:
-        seat.take(member.state)
-        loss = seat.loss
+        buffers.load(member.state)
+        loss = buffers.loss
     loss.zero_grad(set_to_none=True)
-    total, values = evaluate(member, views, seat=seat, runtime=runtime)
+    total, values = evaluate(member, views, buffers=buffers, runtime=runtime)
     values = values.clone()
     total.backward()
-    found = _named(member, values, loss.rgb)
+    named = _named(member, values, loss.rgb)
     loss.zero_grad(set_to_none=True)
-    return found
+    return named
 
 
 def _named(member: Member, values: torch.Tensor, rgb: torch.nn.Module) -> dict[str, float]:

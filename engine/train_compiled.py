@@ -1,4 +1,4 @@
-"""The compiled step's place: one set of networks at fixed addresses, in which members take turns."""
+"""Compiled steps: one set of networks at fixed addresses, in which members take turns."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.data.views import Views
 from engine.objective.loss import Branches, EvolvedLoss
+from engine.recipe import Optim
 from engine.runtime import Runtime
 from engine.train_state import FlatState, Member
 
@@ -17,12 +18,19 @@ MAX_GRAPHS = 256
 """Graphs that a process may compile: far more than the branches that one search's losses have."""
 
 
-class Seat:
+def compile_mode(settings: Optim, device: torch.device) -> str:
+    """``optim.compile`` as torch.compile's mode, or "off"; compiling takes a CPU minutes, so "auto" leaves it there."""
+    if settings.compile != "auto":
+        return str(settings.compile)
+    return "off" if device.type == "cpu" else "default"
+
+
+class StepBuffers:
     """Networks and optimizer that compiled code works on; a member's state is copied in and out around a step.
 
     Compiled code then sees the same addresses whoever is at work: it is neither compiled anew for a member,
     nor are its CUDA graphs recorded anew. The copies move a member's state twice in each direction, a few
-    per cent of a step; ``loss`` and ``optimizer`` of a run's only member can be the seat's own, without any.
+    per cent of a step; a run's only member can lend its own ``loss`` and ``optimizer``, and nothing is copied.
     """
 
     def __init__(
@@ -38,13 +46,13 @@ class Seat:
         """Networks' branches compiled so far, one graph each."""
         return len(self._compiled)
 
-    def take(self, state: FlatState) -> None:
-        """Bring a member's state here."""
+    def load(self, state: FlatState) -> None:
+        """Copy a member's state into the buffers."""
         if state is not self.state:
             self.state.copy_from(state)
 
-    def give_back(self, state: FlatState) -> None:
-        """Bring the state here back to its member."""
+    def store(self, state: FlatState) -> None:
+        """Copy the buffers' state back to its member."""
         if state is not self.state:
             state.copy_from(self.state)
 
@@ -72,17 +80,17 @@ def evaluate(
     member: Member,
     views: Views,
     *,
-    seat: Seat | None,
+    buffers: StepBuffers | None,
     runtime: Runtime,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1 in the run's number format, of the member in the seat or, without one, by its own networks.
+    """Eq. 1 in the run's number format, of the member in the buffers or, without them, by its own networks.
 
     ``weights`` (computed,): other than the member's own. Returns the total and the computed terms' values. A CUDA
     graph's next run overwrites both.
     """
     weights = member.ordered if weights is None else weights
     with torch.autocast(runtime.device.type, torch.bfloat16, runtime.amp):
-        if seat is None:
+        if buffers is None:
             return member.loss.evaluate(views, weights, member.computed)
-        return seat.evaluate(views, weights, alive=member.alive, active=member.computed)
+        return buffers.evaluate(views, weights, alive=member.alive, active=member.computed)

@@ -1,11 +1,13 @@
-"""How many members of a cohort memory holds at once."""
+"""The memory that cohorts of one process share: decoded clips, and as many members as it holds beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from engine.data.clip_bank import ClipBank
 from engine.objective.loss import active_terms, branches
 from engine.objective.terms import LossWeights
 from engine.runtime import Runtime, free_memory, is_device_error, is_out_of_memory
@@ -17,37 +19,67 @@ CPU_STEP = 4
 """On a CPU, a step's activations are taken for this many times a member's own state."""
 
 
-def members_that_fit(trainer: Trainer, losses: Sequence[LossWeights], *, seed: int) -> int:
-    """As many of ``losses`` as can be trained at once, at least 1.
+@dataclass
+class CohortMemory:
+    """What a process learns from a cohort, or makes for it, and keeps for the next ones."""
 
-    On a GPU one member is trained for a step, which shows what a member holds and what a step needs on top;
-    on a CPU the members' state is counted, with an allowance for the step. The first answer that memory
-    gives is kept as ``trainer.members_at_once``. A loss that can't be trained says so when its turn comes, not here.
-    """
-    if len(losses) <= 1:
-        return 1
-    try:
-        per_member, per_step = memory_needed(trainer, _largest(trainer, losses), seed=seed)
-    except (ValueError, RuntimeError, MemoryError) as error:
-        too_large = is_out_of_memory(error)
-        if is_device_error(error) and not too_large:
-            raise device_failed(error) from error
-        measured = False
-    else:
-        measured = True
-    if not measured:
+    members_at_once: int | None = None
+    """Most members in memory; None: as many as it turns out to hold."""
+    bank: ClipBank | None = None
+
+    def clips(self, trainer: Trainer, size: int | str) -> ClipBank | None:
+        """The bank that ``search.clip_bank`` asks for, decoded at the first call; None for a size of 0."""
+        if not size:
+            return None
+        if self.bank is None:
+            self.bank = trainer.open_bank(size)
+        return self.bank
+
+    def members_that_fit(
+        self,
+        trainer: Trainer,
+        losses: Sequence[LossWeights],
+        *,
+        seed: int,
+        bank: ClipBank | None = None,
+    ) -> int:
+        """As many of ``losses`` as can be trained at once, at least 1.
+
+        On a GPU one member is trained for a step, which shows what a member holds and what a step needs on top;
+        on a CPU the members' state is counted, with an allowance for the step. The first answer that memory
+        gives is kept. A loss that can't be trained says so when its turn comes, not here.
+        """
+        if self.members_at_once is not None:
+            return self.members_at_once
+        if len(losses) <= 1:
+            return 1
+        try:
+            largest = _largest(trainer, losses)
+            per_member, per_step = memory_needed(trainer, largest, seed=seed, bank=bank)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            too_large = is_out_of_memory(error)
+            if is_device_error(error) and not too_large:
+                raise device_failed(error) from error
+        else:
+            fits = that_many_fit(trainer.runtime, per_member=per_member, per_step=per_step)
+            if fits < len(losses):
+                self.members_at_once = fits
+            return min(fits, len(losses))
         trainer.free_memory()  # only here does no traceback hold the member's tensors any more
         return 1 if too_large else len(losses)
-    fits = that_many_fit(trainer.runtime, per_member=per_member, per_step=per_step)
-    if fits < len(losses):
-        trainer.members_at_once = fits
-    return min(fits, len(losses))
+
+    def halve(self, size: int) -> int:
+        """Fewer members at once, after ``size`` did not fit."""
+        self.members_at_once = -(-size // 2)
+        return self.members_at_once
 
 
-def memory_needed(trainer: Trainer, weights: LossWeights, *, seed: int) -> tuple[int, int]:
+def memory_needed(
+    trainer: Trainer, weights: LossWeights, *, seed: int, bank: ClipBank | None = None
+) -> tuple[int, int]:
     """Bytes that a member takes, and those that its step takes beside: measured on a GPU, counted on a CPU."""
     if trainer.runtime.device.type == "cuda":
-        return _measured(trainer, weights, seed=seed)
+        return _measured(trainer, weights, seed=seed, bank=bank)
     return _counted(trainer, seed=seed)
 
 
@@ -68,11 +100,13 @@ def _largest(trainer: Trainer, losses: Sequence[LossWeights]) -> LossWeights:
     return max(losses, key=size)
 
 
-def _measured(trainer: Trainer, weights: LossWeights, *, seed: int) -> tuple[int, int]:
+def _measured(
+    trainer: Trainer, weights: LossWeights, *, seed: int, bank: ClipBank | None = None
+) -> tuple[int, int]:
     """Bytes of a member on the GPU, and those that a step needs beside."""
     device = trainer.runtime.device
     member = trainer.member(weights, seed=seed)
-    _, views = next(trainer.rounds([member], seed=seed))
+    _, views = next(trainer.rounds([member], seed=seed, bank=bank))
     # the first step makes what all members share: compiled code, checks, moments
     for _ in range(2):
         trainer.free_memory()  # what the one before left is the step's too

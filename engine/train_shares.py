@@ -1,9 +1,10 @@
-"""A step in several pieces, on one rank or many: what share of each term's mean a piece has.
+"""A step in several microbatches, on one rank or many: the share of each term's mean that a microbatch has.
 
-Eq. 1's terms are means over the clips (or pairs of clips) that count. A piece's mean, times its share of what counts in
-the whole batch, adds up to the batch's mean over all pieces; so weights times shares, which enter compiled code as the
-tensor that weights are anyway, make pieces' gradients add up to the batch's. Contrastive terms are computed by every
-rank for all ranks (see ``engine.objective.align``): their gradients add up as they are, and their values count once.
+Eq. 1's terms are means over the clips (or pairs of clips) that count. A microbatch's mean, times its share of what
+counts in the whole batch, adds up to the batch's mean over all of them; so weights times shares, which enter compiled
+code as the tensor that weights are anyway, make the microbatches' gradients add up to the batch's. Contrastive terms
+are computed by every rank for all ranks (see ``engine.objective.align``): their gradients add up as they are, and their
+values count once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from engine.objective.loss import EvolvedLoss
 from engine.objective.terms import BY_NAME
 from engine.recipe import Optim
 from engine.runtime import Runtime
-from engine.train_compiled import Seat, evaluate
+from engine.train_compiled import StepBuffers, evaluate
 from engine.train_state import Member
 
 PLAIN, SOUND, CONTRAST, SOUND_PAIRS, ALIGN = range(5)
@@ -40,40 +41,40 @@ def kind_of(name: str) -> int:
 
 
 def split(
-    views: Views, names: Sequence[str], *, pieces: int, ranks: Ranks
+    views: Views, names: Sequence[str], *, count: int, ranks: Ranks
 ) -> tuple[list[Views], Tensor, Tensor]:
-    """A rank's part of the batch in pieces, and the share of each in the terms ``names``.
+    """A rank's share of the batch as ``count`` microbatches, and the share of each in the terms ``names``.
 
-    Returns the pieces' views, and float32 (pieces, terms) twice: what weights are multiplied by for the gradient, and
-    what values are, so that both add up over pieces and ranks. Waits for no GPU.
+    Returns the microbatches' views, and float32 (count, terms) twice: the factors of weights for the gradient, and
+    those of values, so that both add up over microbatches and ranks. Waits for no GPU.
     """
     own = torch.stack([views.has_audio, views.has_shift]).to(torch.uint8)
     everywhere = ranks.gather(own).bool()  # (world, 2, n)
-    parts, gradient = [], []
-    for number in range(pieces):
+    microbatches, gradient = [], []
+    for number in range(count):
         # one process's order: clip i of rank r is its clip i * world + r
-        audio, shift = everywhere[:, :, number::pieces].permute(1, 2, 0).flatten(1)
-        piece = views.part(number, pieces) if pieces > 1 else views
+        audio, shift = everywhere[:, :, number::count].permute(1, 2, 0).flatten(1)
+        micro = views.part(number, count) if count > 1 else views
         if ranks.world > 1:
-            piece = replace(piece, whole=WholeBatch(ranks, audio, shift))
-        parts.append(piece)
+            micro = replace(micro, whole=WholeBatch(ranks, audio, shift))
+        microbatches.append(micro)
         heard = audio.sum()
         counts = [
             torch.ones_like(heard),
-            piece.has_audio.sum(),
+            micro.has_audio.sum(),
             torch.ones_like(heard),
             heard * (heard - 1),
             shift.sum() + (audio & audio.roll(1, 0)).sum(),
         ]
         gradient.append(torch.stack(counts).float())
-    counted = torch.stack(gradient)  # (pieces, kinds)
+    counted = torch.stack(gradient)  # (count, kinds)
     every = counted.sum(0)
-    every[PLAIN] = pieces * ranks.world
+    every[PLAIN] = count * ranks.world
     every[SOUND] = everywhere[:, 0].sum()
     shares = counted / every.clamp(min=1)
     kinds, computing = _facts(tuple(names), ranks.world, shares.device)
     chosen = shares[:, kinds]
-    return parts, chosen, chosen / computing
+    return microbatches, chosen, chosen / computing
 
 
 @lru_cache(maxsize=8)
@@ -89,25 +90,26 @@ def differentiate(
     views: Views,
     *,
     loss: EvolvedLoss,
-    seat: Seat | None,
+    buffers: StepBuffers | None,
     runtime: Runtime,
     settings: Optim,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
     """The total and the computed terms' values of the whole batch, whose gradient is then in ``loss``'s parameters.
 
-    ``views`` are this rank's part of the batch. Running statistics become their mean over ranks, so that all ranks keep
-    equal networks.
+    ``views`` are this rank's share of the batch. Running statistics become their mean over ranks, so that all ranks
+    keep equal networks.
     """
     if ranks.world == settings.accumulate == 1:
-        total, values = evaluate(member, views, seat=seat, runtime=runtime)
+        total, values = evaluate(member, views, buffers=buffers, runtime=runtime)
         total.backward()
         return total, values
-    parts, gradient, once = split(views, member.computed, pieces=settings.accumulate, ranks=ranks)
+    count = settings.accumulate
+    microbatches, gradient, once = split(views, member.computed, count=count, ranks=ranks)
     sums = torch.zeros_like(member.ordered)
-    for part, of_gradient, of_value in zip(parts, gradient, once, strict=True):
+    for micro, of_gradient, of_value in zip(microbatches, gradient, once, strict=True):
         weights = member.ordered * of_gradient
-        total, values = evaluate(member, part, seat=seat, runtime=runtime, weights=weights)
+        total, values = evaluate(member, micro, buffers=buffers, runtime=runtime, weights=weights)
         total.backward()
         sums += torch.where(of_value > 0, of_value * values, 0.0)
     if ranks.world > 1:

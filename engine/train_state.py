@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.objective.loss import Branches, EvolvedLoss
+from engine.train_optim import start_moments
 
 ALIGNMENT = 256
 """Bytes between which tensors start: what allocators give, and what kernels with wide loads assume."""
@@ -81,21 +82,6 @@ class FlatState:
         """Take over another member's state, without a wait on a GPU."""
         for dtype, block in self.blocks.items():
             block.copy_(other.blocks[dtype], non_blocking=True)
-
-
-def start_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Make AdamW's or SGD's moments, as their first step would find or make them."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state[p]
-            if state:
-                continue
-            if isinstance(optimizer, torch.optim.AdamW):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            else:
-                # momentum * 0 + gradient is what the first step takes
-                state["momentum_buffer"] = torch.zeros_like(p)
 
 
 def tensors_of(loss: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

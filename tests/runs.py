@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 
-from engine.checkpoint import load_tensors
+from engine.tensors import load_tensors
 from engine.cli import main
 from engine.lossfile import load_loss
 from engine.recipe import load_recipe, recipe_hash

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engine.checkpoint import load_tensors, save_tensors
+from engine.tensors import load_tensors, save_tensors
 from engine.cli import main
 from tests.labelled import make_lists, save
 

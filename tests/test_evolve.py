@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engine import cohort_worker, evolve
-from engine.checkpoint import load_tensors
+from engine.tensors import load_tensors
 from engine.lossfile import load_loss
 from engine.objective.terms import TERM_NAMES
 from engine.recipe import load_recipe, recipe_hash

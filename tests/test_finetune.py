@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import CheckpointError, load_tensors, save_tensors
+from engine.tensors import CheckpointError, load_tensors, save_tensors
 from engine.datasets import Dataset, Fold
 from engine.finetune import Finetuning, check_recipe, finetune
 from engine.finetune_model import Classifier, from_scratch, make_optimizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.checkpoint import CheckpointError, save_tensors
+from engine.tensors import CheckpointError, save_tensors
 from engine.data.views import RGB_MEAN
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import IMAGENET_MEAN, Card, ClipInput, load_network, save_network

@@ -17,7 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engine.checkpoint import load_tensors
+from engine.tensors import load_tensors
 from engine.cli import main
 from engine.data.views import Views
 from engine.lossfile import load_loss, random_weights, save_loss

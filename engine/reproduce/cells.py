@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoint import load_tensors
 from engine.lossfile import load_loss
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card, load_network, save_network
@@ -21,6 +20,7 @@ from engine.objective.terms import LossWeights
 from engine.presets import write_text_atomic
 from engine.reproduce.rows import Column, Network, Row
 from engine.runfolder import RunError
+from engine.tensors import load_tensors
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engine.checkpoint import load_tensors
+from engine.tensors import load_tensors
 from engine.cli import main
 from engine.data.library import open_library
 from engine.data.views import Views
