@@ -6,19 +6,21 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import restore_member
+from engine.checkpoint import load_last
 from engine.data.library import Library, fingerprint
 from engine.display import Display
 from engine.distributed import ALONE, Ranks
+from engine.features import LabelledClips
 from engine.lossfile import load_loss, loss_used_labels, save_loss
 from engine.objective.terms import LossWeights
-from engine.pretrain_record import SAVING, Judge, Record, Saving
+from engine.pretrain_record import SAVING, PretrainLog, Saving
 from engine.recipe import Recipe, recipe_hash
 from engine.runfolder import RunError, RunFolder
 from engine.runtime import Runtime, make_deterministic, provenance
 from engine.train import Trainer
 from engine.train_average import RunningAverage
-from engine.train_state import Member, start_moments, tensors_of
+from engine.train_optim import start_moments
+from engine.train_state import Member, tensors_of
 
 
 def pretrain(
@@ -49,22 +51,29 @@ def pretrain(
     decay = recipe.optim.ema
     average = RunningAverage(member.loss.rgb, decay) if decay else None
     ranks.agree(_identity(recipe, library, member))
-    record: Record | None = None
-    if run is not None:
-        facts = _provenance(recipe, library, run=run, runtime=runtime)
-        record = Record(trainer, member, average, run=run, display=display, saving=saving)
-        record.facts, record.weights = {**facts, "processes": ranks.world}, weights
-        record.judge = None if labelled is None else Judge(labelled, recipe, runtime)
+    facts = {} if run is None else _provenance(recipe, library, run=run, runtime=runtime)
+    judged = None if labelled is None else LabelledClips(labelled.index, recipe, runtime=runtime)
     _resume(run, member, average, digest=recipe_hash(recipe), ranks=ranks, display=display)
-    if record is not None:
-        record.start()
+    log = None
+    if run is not None:
+        log = PretrainLog(
+            trainer,
+            member,
+            average,
+            run=run,
+            display=display,
+            saving=saving,
+            weights=weights,
+            facts={**facts, "processes": ranks.world},
+            labelled=judged,
+        )
     for step, views in trainer.rounds([member], seed=recipe.seed):
         total = trainer.step(member, views)
         if average is not None:
             average.update(member.loss.rgb, step=step)
-        if record is not None:
-            record.after(step, total, views)
-    return None if record is None else record.finish()
+        if log is not None:
+            log.after(step, total, views)
+    return None if log is None else log.finish()
 
 
 def _begin(run: RunFolder | None, weights: LossWeights | None, labels_used: bool) -> LossWeights:
@@ -114,10 +123,7 @@ def _resume(
 
     def load() -> tuple[int, list[int]]:
         assert run is not None
-        found = restore_member(
-            run.checkpoints, member, recipe_hash=digest, extra=extra, warn=display.say
-        )
-        if found is not None:
+        if load_last(run.checkpoints, member, recipe_hash=digest, extra=extra, warn=display.say):
             display.say(f"going on from step {member.step}")
         return member.step, [i for i, p in enumerate(parameters) if member.optimizer.state.get(p)]
 

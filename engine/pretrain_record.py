@@ -1,4 +1,4 @@
-"""What a pretraining leaves behind and shows: progress, TensorBoard, checkpoints, the best network, the last one."""
+"""The log of a pretraining: progress, TensorBoard, checkpoints, the best network, the last one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import msgspec
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.checkpoint import CheckpointError, keep_member, load_tensors
-from engine.data.library import Library
+from engine.checkpoint import save_last
 from engine.data.views import Views
 from engine.display import Display, duration
 from engine.features import LabelledClips
@@ -23,12 +22,13 @@ from engine.lossfile import loss_used_labels
 from engine.network_file import Card, card_of, save_network
 from engine.objective.terms import LossWeights
 from engine.presets import write_text_atomic
-from engine.recipe import Recipe, recipe_hash
+from engine.recipe import recipe_hash
 from engine.runfolder import RunFolder
-from engine.runtime import Runtime
-from engine.train import Trainer, learning_rate
+from engine.tensors import CheckpointError, load_tensors
+from engine.train import Trainer
 from engine.train_average import RunningAverage
 from engine.train_flops import peak_flops, step_flops
+from engine.train_optim import learning_rate
 from engine.train_state import Member
 
 LOG_EVERY = 10
@@ -49,45 +49,23 @@ class Saving:
 SAVING = Saving()
 
 
-class Judge:
-    """K-means fitness of a network's features of labelled clips, as in a search."""
-
-    def __init__(self, labelled: Library, recipe: Recipe, runtime: Runtime) -> None:
-        self.recipe, self.runtime = recipe, runtime
-        self.clips = LabelledClips(labelled.index, recipe, runtime=runtime)
-
-    def __call__(self, trainer: Trainer, state: dict[str, Tensor]) -> float:
-        """Fitness of the RGB network with weights ``state``."""
-        network = trainer.initial_loss(self.recipe.seed).rgb
-        network.load_state_dict(state)
-        (features,) = self.clips.features([network])
-        found = kmeans_fitness(
-            features,
-            self.clips.labels,
-            settings=self.recipe.fitness,
-            num_classes=self.clips.num_classes,
-            seed=self.recipe.seed,
-            device=self.runtime.device.type,
-        )
-        return found.value
-
-
 class Speed:
     """Clips per second over all processes, and the share of the GPUs' peak that they use."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.batch_size, self.world = trainer.recipe.optim.batch_size, trainer.ranks.world
+        self.batch_size = trainer.recipe.optim.batch_size
         self._peak, self._flops = peak_flops(trainer.runtime), 0
-        self._began, self._steps = time.perf_counter(), 0
-        self._paused = 0.0
+        self._began, self._steps, self._first_seconds = time.perf_counter(), 0, 0.0
 
     def after(self, member: Member, views: Views) -> None:
         """Count a step; the first one, which compiles and chooses kernels, is left out once there are others."""
         self._steps += 1
-        if self._steps == 1 and self._peak is not None:
+        if self._steps > 1:
+            return
+        if self._peak is not None:
             self._flops = step_flops(member, views)
-        if self._steps == 1:
-            self._first, self._began = time.perf_counter() - self._began, time.perf_counter()
+        now = time.perf_counter()
+        self._first_seconds, self._began = now - self._began, now
 
     def leave_out(self, seconds: float) -> None:
         """Time in which no step was taken."""
@@ -99,7 +77,7 @@ class Speed:
         if self._steps == 0:
             return 0.0
         if self._steps == 1:
-            return self.batch_size / self._first
+            return self.batch_size / self._first_seconds
         passed = max(time.perf_counter() - self._began, 1e-9)
         return (self._steps - 1) * self.batch_size / passed
 
@@ -113,12 +91,12 @@ class Speed:
 
     def __str__(self) -> str:
         rate = self.clips_per_second
-        told = f"{rate:.0f} clips/s" if rate >= 10 else f"{rate:.2g} clips/s"
+        speed = f"{rate:.0f} clips/s" if rate >= 10 else f"{rate:.2g} clips/s"
         share = self.mfu
-        return told if share is None else f"{told}, MFU {100 * share:.0f} %"
+        return speed if share is None else f"{speed}, MFU {100 * share:.0f} %"
 
 
-class Record:
+class PretrainLog:
     """A run's folder, display and TensorBoard as training goes on; one process has it."""
 
     def __init__(
@@ -130,25 +108,21 @@ class Record:
         run: RunFolder,
         display: Display,
         saving: Saving,
+        weights: LossWeights,
+        facts: dict[str, Any],
+        labelled: LabelledClips | None,
     ) -> None:
+        """Begins where the member stands. ``facts`` go to provenance.json; ``labelled`` choose the best network."""
         self.trainer, self.member, self.average = trainer, member, average
         self.run, self.display, self.saving = run, display, saving
-        self.recipe = trainer.recipe
-        self.weights: LossWeights = {}
-        self.facts: dict[str, Any] = {}
-        """What provenance.json holds."""
-        self.judge: Judge | None = None
+        self.recipe, self.weights, self.facts = trainer.recipe, weights, facts
+        self.labelled = labelled
+        self._first = member.step
         self._loss = math.nan
-        self._best = -math.inf
-
-    def start(self) -> None:
-        """Begin where the member stands."""
-        steps, done = self.recipe.optim.steps, self.member.step
-        self._board = SummaryWriter(str(self.run.tensorboard), purge_step=done)
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=member.step)
         self._best = self._best_so_far()
-        self._speed, self._started = Speed(self.trainer), time.perf_counter()
-        self._saved = done
-        self.display.start("training", steps, done=done)
+        self._speed, self._started = Speed(trainer), time.perf_counter()
+        display.start("training", self.recipe.optim.steps, done=member.step)
 
     def after(self, step: int, total: float, views: Views) -> None:
         """Show, log, judge and save after a step, where it is time for it."""
@@ -161,13 +135,15 @@ class Record:
             self._log(step)
         paused = time.perf_counter()
         saving = self.saving
-        if self.judge is not None and (done % (saving.judge_every or saving.every) == 0 or at_end):
-            self._judged(self.judge)
+        if self.labelled is not None and (
+            done % (saving.judge_every or saving.every) == 0 or at_end
+        ):
+            self._judge(self.labelled)
         keep = saving.keep_every is not None and done % saving.keep_every == 0
         if done % saving.every == 0 or keep or at_end:
             facts = {"recipe_hash": recipe_hash(self.recipe), "seed": self.recipe.seed}
             extra = {} if self.average is None else self.average.tensors
-            keep_member(self.run.checkpoints, member, facts=facts, extra=extra, keep=keep)
+            save_last(self.run.checkpoints, member, facts=facts, extra=extra, keep=keep)
         self._speed.leave_out(time.perf_counter() - paused)
 
     def finish(self) -> Path:
@@ -176,12 +152,12 @@ class Record:
         out = self.run.path / "rgb.safetensors"
         used = loss_used_labels(self.run.path / "loss.toml")
         card = self._card(labels_used=used)
-        told = {"steps": self.member.step, "processes": self.trainer.ranks.world}
-        save_network(out, self._network(), card, **told)
-        text = json.dumps({**msgspec.to_builtins(card), **told}, indent=1)
+        how = {"steps": self.member.step, "processes": self.trainer.ranks.world}
+        save_network(out, self._network(), card, **how)
+        text = json.dumps({**msgspec.to_builtins(card), **how}, indent=1)
         write_text_atomic(out.with_suffix(".json"), text + "\n")
-        if self.member.step > self._saved:
-            self._tell_speed()
+        if self.member.step > self._first:
+            self._keep_speed()
         return out
 
     def _network(self) -> dict[str, Tensor]:
@@ -190,9 +166,9 @@ class Record:
 
     def _card(self, *, labels_used: bool) -> Card:
         keys = ("recipe_hash", "seed", "num_clips", "git_sha", "versions")
-        told = {key: self.facts[key] for key in keys}
+        facts = {key: self.facts[key] for key in keys}
         ema = self.recipe.optim.ema
-        return card_of(self.recipe, loss=self.weights, labels_used=labels_used, ema=ema, **told)
+        return card_of(self.recipe, loss=self.weights, labels_used=labels_used, ema=ema, **facts)
 
     def _log(self, step: int) -> None:
         speed = self._speed
@@ -214,20 +190,32 @@ class Record:
             self.display.say(f"{error}: the next one that is judged takes its place")
             return -math.inf
 
-    def _judged(self, judge: Judge) -> None:
-        state = self._network()
-        fitness = judge(self.trainer, state)
+    def _judge(self, labelled: LabelledClips) -> None:
+        """Measure the k-means fitness, as a search does, and keep the network where it is the best so far."""
+        state, recipe = self._network(), self.recipe
+        network = self.trainer.initial_loss(recipe.seed).rgb
+        network.load_state_dict(state)
+        (features,) = labelled.features([network])
+        fitness = kmeans_fitness(
+            features,
+            labelled.labels,
+            settings=recipe.fitness,
+            num_classes=labelled.num_classes,
+            seed=recipe.seed,
+            device=self.trainer.runtime.device.type,
+        ).value
+        best = fitness > self._best
         self._board.add_scalar("judge/fitness", fitness, self.member.step - 1)
-        told = "" if fitness <= self._best else ", the best so far"
-        self.display.say(f"step {self.member.step}: k-means fitness {fitness:.3f}{told}")
-        if told:
+        note = ", the best so far" if best else ""
+        self.display.say(f"step {self.member.step}: k-means fitness {fitness:.3f}{note}")
+        if best:
             self._best = fitness
             facts = {"step": self.member.step, "fitness": fitness}
             path = self.run.checkpoints / "best.safetensors"
             save_network(path, state, self._card(labels_used=True), **facts)
 
-    def _tell_speed(self) -> None:
-        steps, world = self.member.step - self._saved, self.trainer.ranks.world
+    def _keep_speed(self) -> None:
+        steps, world = self.member.step - self._first, self.trainer.ranks.world
         seconds = time.perf_counter() - self._started
         self.facts["training"] = {
             "steps": steps,

@@ -13,19 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.checkpoint import (
-    CheckpointError,
-    keep_member,
-    load_member,
-    load_tensors,
-    restore_member,
-    save_member,
-    save_tensors,
-)
+from engine.checkpoint import load_last, load_member, save_last, save_member
 from engine.data.shards import ClipIndex
 from engine.lossfile import random_weights
 from engine.recipe import load_recipe, override, recipe_hash
 from engine.runtime import choose_runtime, make_deterministic
+from engine.tensors import CheckpointError, load_tensors, save_tensors
 from engine.train import Trainer
 from engine.train_state import Member
 
@@ -143,14 +136,14 @@ def test_an_absent_file_is_refused(trainer: Trainer, tmp_path: Path) -> None:
 
 
 Change = Callable[[dict[str, Tensor]], object]
-WEIGHT = "loss.networks.rgb.stem.0.weight"
+WEIGHT = "module.networks.rgb.stem.0.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         (lambda t: t.pop(WEIGHT), r"has no tensor networks\.rgb\.stem\.0\.weight"),
-        (lambda t: t.update({"loss.more": torch.ones(1)}), "has an unknown tensor more"),
+        (lambda t: t.update({"module.more": torch.ones(1)}), "has an unknown tensor more"),
         (lambda t: t.update({WEIGHT: t[WEIGHT][:-1]}), r"stem\.0\.weight has shape \(7, 3"),
         (lambda t: t.pop(next(n for n in t if n.startswith("optim."))), "optimizer's"),
     ],
@@ -201,15 +194,15 @@ def test_a_kill_while_saving_leaves_the_old_file(
 def kept(folder: Path, trainer: Trainer, member: Member, *, keep: bool = False) -> None:
     facts = {"recipe_hash": recipe_hash(trainer.recipe), "seed": 0}
     extra = {"average": torch.full((3,), float(member.step))}
-    keep_member(folder, member, facts=facts, extra=extra, keep=keep)
+    save_last(folder, member, facts=facts, extra=extra, keep=keep)
 
 
 def restored(folder: Path, trainer: Trainer) -> tuple[Member, list[str], float]:
     """The member, what was warned of, and the extra tensor."""
     member, told, extra = member_of(trainer), list[str](), {"average": torch.zeros(3)}
     digest = recipe_hash(trainer.recipe)
-    found = restore_member(folder, member, recipe_hash=digest, extra=extra, warn=told.append)
-    assert (found is None) == (member.step == 0)
+    loaded = load_last(folder, member, recipe_hash=digest, extra=extra, warn=told.append)
+    assert loaded == (member.step > 0)
     return member, told, extra["average"][0].item()
 
 

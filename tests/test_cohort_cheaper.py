@@ -12,14 +12,16 @@ from optuna.pruners._successive_halving import _is_trial_promotable_to_next_rung
 from optuna.study import StudyDirection
 
 from engine.cohort import MemberJob, MemberResult, evaluate_cohort
-from engine.cohort_rungs import first_step, promoted, rungs
+from engine.cohort_part import first_step, promoted, rungs
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
 from engine.features import LabelledClips
 from engine.objective.terms import check_weights
 from engine.recipe import Search, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
-from engine.train import Trainer, learning_rate
+from engine.train import Trainer
+from engine.train_memory import CohortMemory
+from engine.train_optim import learning_rate
 from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -37,12 +39,11 @@ SEED = 3
 Cohort = tuple[Trainer, LabelledClips]
 
 
-def cohort_of(tiny_shards: Path, *changes: str, members_at_once: int | None = None) -> Cohort:
+def cohort_of(tiny_shards: Path, *changes: str) -> Cohort:
     runtime = choose_runtime("cpu")
     make_deterministic(runtime)
     recipe = override(load_recipe(TINY), ["optim.steps=8", *changes])
     trainer = Trainer(recipe, ClipIndex([tiny_shards / "unlabelled"]), runtime)
-    trainer.members_at_once = members_at_once
     labelled = LabelledClips(ClipIndex([tiny_shards / "labelled"]), recipe, runtime=runtime)
     return trainer, labelled
 
@@ -124,8 +125,9 @@ def test_the_worse_half_is_dropped_at_each_rung(
 def test_halving_compares_the_cohort_whatever_memory_holds(
     tiny_shards: Path, halved: list[MemberResult]
 ) -> None:
-    trainer, labelled = cohort_of(tiny_shards, "search.halving=true", members_at_once=2)
-    split = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[SEED])
+    trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
+    memory = CohortMemory(members_at_once=2)
+    split = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[SEED], memory=memory)
     assert all(same(one, other) for one, other in zip(split, halved, strict=True))
     pickle.loads(pickle.dumps((JOBS, split)))
 

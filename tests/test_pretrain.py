@@ -180,7 +180,7 @@ def test_the_running_average_is_what_is_written(
     state, _ = load_tensors(run / "checkpoints" / "last.safetensors")
     last, _ = load_tensors(finished / "rgb.safetensors")
     name = "layer1.0.conv1.0.weight"
-    assert torch.equal(state[f"loss.networks.rgb.{name}"], last[name])  # training is not changed
+    assert torch.equal(state[f"module.networks.rgb.{name}"], last[name])  # training is not changed
     assert torch.equal(state[f"extra.{name}"], tensors[name])
     assert not torch.equal(tensors[name], last[name])
     assert load_tensors(finished / "rgb.safetensors")[1]["ema"] == 0.0

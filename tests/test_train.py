@@ -19,9 +19,9 @@ from engine.train import (
     MemberFailed,
     NonFiniteLoss,
     Trainer,
-    learning_rate,
     make_optimizer,
 )
+from engine.train_optim import learning_rate
 from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")

@@ -118,16 +118,16 @@ def test_a_compiler_may_fail_with_any_error(kind: type[Exception], tiny_shards: 
     """Triton's CompilationError, for one, is no RuntimeError."""
     trainer, _ = make_trainer(tiny_shards, "optim.compile=default")
     member = trainer.member(SMALL, seed=0)
-    seat = trainer.seat
-    assert seat is not None
-    seat.evaluate = failing(kind("no way\nmore"))  # type: ignore[method-assign,assignment]
+    buffers = trainer.buffers
+    assert buffers is not None
+    buffers.evaluate = failing(kind("no way\nmore"))  # type: ignore[method-assign,assignment]
     _, views = next(trainer.rounds([member], seed=0))
     with pytest.raises(CanNotCompile, match=r"can't be compiled \(no way\)$"):
-        check_step(member, views, seat=seat, runtime=trainer.runtime, warn=pytest.fail)
-    seat.evaluate = failing(kind("CUDA out of memory"))  # type: ignore[method-assign,assignment]
+        check_step(member, views, buffers=buffers, runtime=trainer.runtime, warn=pytest.fail)
+    buffers.evaluate = failing(kind("CUDA out of memory"))  # type: ignore[method-assign,assignment]
     expected = kind if issubclass(kind, RuntimeError) else CanNotCompile
     with pytest.raises(expected):
-        check_step(member, views, seat=seat, runtime=trainer.runtime, warn=pytest.fail)
+        check_step(member, views, buffers=buffers, runtime=trainer.runtime, warn=pytest.fail)
 
 
 EXACT = dict.fromkeys(TERM_NAMES, 1.0) | {GRADIENT: 2.0}

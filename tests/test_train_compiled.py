@@ -1,4 +1,4 @@
-"""Compiled steps: members taking turns in one seat are the members that they would be alone."""
+"""Compiled steps: members taking turns in the same buffers are the members that they would be alone."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_members_share_a_graph_and_equal_runs_of_one(tiny_shards: Path, traced: 
     losses[2] |= {"flow/predict": 0.0, "rgb/shuffle": 0.0}
     trainer, before = make_trainer(tiny_shards, "optim.compile=default"), graphs()
     cohort = train(trainer, losses)
-    assert trainer.seat is not None and trainer.seat.graphs == 1
+    assert trainer.buffers is not None and trainer.buffers.graphs == 1
     (alone,) = train(trainer, losses[1:2])
     assert graphs() - before == 1
     assert same(cohort[1], alone) and not same(cohort[0], cohort[1])
@@ -84,7 +84,7 @@ def test_members_share_a_graph_and_equal_runs_of_one(tiny_shards: Path, traced: 
     assert set(cohort[2].term_values()) == set(TERM_NAMES) - {"flow/predict", "rgb/shuffle"}
     assert trainer.told == []
     train(trainer, [SMALL])
-    assert graphs() - before == trainer.seat.graphs == 2, "other branches are another graph"
+    assert graphs() - before == trainer.buffers.graphs == 2, "other branches are another graph"
 
     eager = train(make_trainer(tiny_shards), losses[:1])[0].loss.rgb.state_dict()
     for name, tensor in cohort[0].loss.rgb.state_dict().items():
@@ -102,10 +102,10 @@ def test_inductor_gives_the_numbers_of_eager_steps(tiny_shards: Path) -> None:
     assert graphs() - before == 1 and compiled.told == []
 
 
-def test_the_only_member_of_a_run_is_its_own_seat(tiny_shards: Path, traced: None) -> None:
+def test_the_only_member_of_a_run_lends_its_own_networks(tiny_shards: Path, traced: None) -> None:
     trainer = make_trainer(tiny_shards, "optim.compile=default")
     (alone,) = train(trainer, [SMALL], alone=True)
-    assert trainer.seat is not None and trainer.seat.loss is alone.loss
+    assert trainer.buffers is not None and trainer.buffers.loss is alone.loss
     (guest,) = train(make_trainer(tiny_shards, "optim.compile=default"), [SMALL])
     assert same(alone, guest)
 
@@ -132,7 +132,7 @@ def test_a_compiled_run_goes_on_as_if_it_had_not_stopped(
     assert same(member, whole) and member.term_values() == whole.term_values()
 
 
-def test_a_member_that_diverges_leaves_the_seat_clean(tiny_shards: Path, traced: None) -> None:
+def test_a_member_that_diverges_leaves_the_buffers_clean(tiny_shards: Path, traced: None) -> None:
     trainer = make_trainer(tiny_shards, "optim.compile=default")
     ill, healthy = (trainer.member(SMALL, seed=0) for _ in range(2))
     with torch.no_grad():

@@ -18,7 +18,7 @@ from engine.objective.terms import check_weights
 from engine.recipe import load_recipe
 from engine.runtime import choose_runtime, is_out_of_memory, make_deterministic
 from engine.train import DeviceFailed, NonFiniteLoss, Trainer
-from engine.train_memory import members_that_fit
+from engine.train_memory import CohortMemory
 from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -77,8 +77,8 @@ def test_a_cohort_out_of_memory_halves_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     want = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[0])
-    sizes = limit_members(monkeypatch, 2, error)
-    got = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[0])
+    sizes, memory = limit_members(monkeypatch, 2, error), CohortMemory()
+    got = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[0], memory=memory)
     steps = trainer.recipe.optim.steps
     assert sizes == [5, 3] + [2] * steps + [2] * steps + [1] * steps
     assert told == [
@@ -88,7 +88,7 @@ def test_a_cohort_out_of_memory_halves_itself(
     for one, other in zip(want, got, strict=True):
         assert one.fitness == other.fitness and one.terms == other.terms and one.fitness is not None
     sizes.clear()
-    evaluate_cohort(trainer, labelled, jobs=JOBS[:3], seeds=[0])
+    evaluate_cohort(trainer, labelled, jobs=JOBS[:3], seeds=[0], memory=memory)
     assert sizes == [2] * steps + [1] * steps, "what was found out is kept"
 
 
@@ -128,9 +128,9 @@ def test_members_at_once_follow_free_memory(
     for members, want in ((3.5, 3), (1.2, 1), (0.0, 1), (99.0, 5)):
         free = (step + members * 4 * parameters) / train_memory.SHARE
         monkeypatch.setattr(train_memory, "free_memory", lambda _, free=free: int(free))
-        trainer.members_at_once = None
-        assert members_that_fit(trainer, LOSSES, seed=0) == want
-        assert trainer.members_at_once == (None if want == 5 else want)
+        memory = CohortMemory()
+        assert memory.members_that_fit(trainer, LOSSES, seed=0) == want
+        assert memory.members_at_once == (None if want == 5 else want)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,13 @@ def test_a_measurement_that_fails_ends_nothing(
         raise error
 
     monkeypatch.setattr(train_memory, "_counted", fails)
+    memory = CohortMemory()
     if want is None:
         with pytest.raises(DeviceFailed, match="--resume"):
-            members_that_fit(trainer, LOSSES, seed=0)
+            memory.members_that_fit(trainer, LOSSES, seed=0)
     else:
-        assert members_that_fit(trainer, LOSSES, seed=0) == want
-        assert trainer.members_at_once is None
+        assert memory.members_that_fit(trainer, LOSSES, seed=0) == want
+        assert memory.members_at_once is None
 
 
 class Allocator:
@@ -225,7 +226,7 @@ def test_free_memory_is_that_of_this_machine() -> None:
 def test_a_gpu_measures_its_members(tiny_shards: Path) -> None:
     chosen = choose_runtime("cuda")
     trainer = Trainer(load_recipe(TINY), ClipIndex([tiny_shards / "unlabelled"]), chosen)
-    assert members_that_fit(trainer, LOSSES, seed=0) == 5
+    assert CohortMemory().members_that_fit(trainer, LOSSES, seed=0) == 5
     member, step = train_memory._measured(trainer, LOSSES[1], seed=0)
     parameters = sum(p.nbytes for p in trainer.initial_loss(0).parameters())
     assert 3 * parameters <= member <= 6 * parameters and step > parameters

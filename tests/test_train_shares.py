@@ -44,7 +44,7 @@ def test_shares_are_counts_over_the_whole_batch(pieces: int) -> None:
     gradient, value = [], []
     for rank in (0, 1):
         own = views_of(HEARD[rank::2], SHIFTS[rank::2])
-        parts, *shares = split(own, names, pieces=pieces, ranks=Rank(rank, 2))
+        parts, *shares = split(own, names, count=pieces, ranks=Rank(rank, 2))
         assert sum(map(len, parts)) == 4
         gradient.append(shares[0])
         value.append(shares[1])

@@ -25,7 +25,7 @@ from engine.reproduce.judging import Judging, dataset_for, seen_clips
 from engine.reproduce.rows import Given, columns_of, rows_of
 from engine.reproduce.scale import Scale
 from engine.reproduce.table import Table, as_csv, as_json, as_markdown, build
-from engine.reproduce.training import Job, Training, check_loss
+from engine.reproduce.training import Seeded, Training, check_loss
 from engine.runfolder import RunError, RunFolder
 from engine.runtime import Runtime, make_deterministic, provenance
 
@@ -78,10 +78,10 @@ class Reproduction:
             Cell(r, seed, column) for seed in self.seeds for r in here for column in self.columns
         ]
 
-    def to_do(self) -> tuple[list[Job], list[Cell]]:
+    def to_do(self) -> tuple[list[Seeded], list[Cell]]:
         """Networks to train and cells to fill."""
         cells = [cell for cell in self.cells if self.store.read(cell) is None]
-        jobs: dict[Job, None] = {}
+        jobs: dict[Seeded, None] = {}
         for cell in cells:
             network = cell.row.network
             assert network is not None

@@ -30,10 +30,10 @@ from engine.reproduce.rows import Network
 from engine.reproduce.scale import Scale
 from engine.runtime import Runtime, num_cores, provenance
 from engine.train import MemberFailed, Trainer
-from engine.train_memory import members_that_fit
+from engine.train_memory import CohortMemory
 from engine.train_state import Member
 
-Job = tuple[Network, int]
+Seeded = tuple[Network, int]
 """A network and its seed."""
 
 
@@ -49,9 +49,9 @@ class Training:
     runtime: Runtime
     display: Display
 
-    def train(self, jobs: Sequence[Job]) -> None:
+    def train(self, networks: Sequence[Seeded]) -> None:
         """Train and keep each network, or keep why it could not be."""
-        waiting = deque(self._cohorts(jobs))
+        waiting = deque(self._cohorts(networks))
         total = sum(c.trained * c.trainer.recipe.optim.steps for c in waiting)
         self.display.start("training", total)
         at_once = num_cores() if self.runtime.device.type == "cpu" else 1
@@ -69,33 +69,34 @@ class Training:
             self.display.update("training", min(done, total), total, note=note)
 
     def _step(self, at_work: Sequence[_Cohort]) -> int:
-        """A step of every member of every cohort; gives how many there were."""
+        """Step every member of every cohort; returns how many there were."""
         began = time.perf_counter()
-        pairs = [(c, c.next_views()) for c in at_work]
-        going = [(c, views) for c, views in pairs if views is not None]
-        jobs = [(c, job, views) for c, views in going for job in list(c.members)]
-        if len(going) == 1:
-            ((cohort, views),) = going
-            outcomes = cohort.trainer.step_all(list(cohort.members.values()), views)
+        going = [(c, views) for c in at_work if (views := c.next_views()) is not None]
+        keys = [(c, key) for c, _ in going for key in c.members]
+        outcomes: list[float | MemberFailed] = []
+        if len(going) > 1 and all(c.trainer.mode == "off" for c, _ in going):
+            steps = [(c.trainer, m, views) for c, views in going for m in c.members.values()]
+            outcomes = self.runtime.map(lambda step: step[0].attempt(*step[1:]), steps)
         else:
-            outcomes = self.runtime.map(_attempt, jobs)
-        for (cohort, job, _), outcome in zip(jobs, outcomes, strict=True):
+            for cohort, views in going:
+                outcomes += cohort.trainer.step_all([*cohort.members.values()], views)
+        for (cohort, key), outcome in zip(keys, outcomes, strict=True):
             if isinstance(outcome, MemberFailed):
-                cohort.fail(self, job, str(outcome))
+                cohort.fail(self, key, str(outcome))
         for cohort, _ in going:
             cohort.keep(self)
             cohort.seconds += (time.perf_counter() - began) / len(going)
-        return len(jobs)
+        return len(keys)
 
-    def _cohorts(self, jobs: Sequence[Job]) -> Iterator[_Cohort]:
-        """Jobs of one seed, share and schedule together, as many as memory holds."""
-        alike: dict[tuple[int, float, bool], list[Job]] = {}
-        for network, seed in jobs:
+    def _cohorts(self, networks: Sequence[Seeded]) -> Iterator[_Cohort]:
+        """Networks of one seed, share and schedule together, as many as memory holds."""
+        alike: dict[tuple[int, float, bool], list[Seeded]] = {}
+        for network, seed in networks:
             alike.setdefault((seed, network.share, network.epochs), []).append((network, seed))
         for (seed, share, epochs), same in alike.items():
             trainer = self._trainer(seed, share, epochs)
-            losses = [weights_of(*job) for job in same if job[0].loss is not None]
-            fits = members_that_fit(trainer, losses, seed=seed) if losses else 1
+            losses = [weights_of(*key) for key in same if key[0].loss is not None]
+            fits = CohortMemory().members_that_fit(trainer, losses, seed=seed)
             for first in range(0, len(same), fits):
                 name = f"seed{seed}" + (f"-{share:g}" if share < 1 else "") + "-epochs" * epochs
                 yield _Cohort(
@@ -121,8 +122,8 @@ class _Cohort:
 
     name: str
     trainer: Trainer
-    jobs: list[Job]
-    members: dict[Job, Member] = field(default_factory=dict)
+    networks: list[Seeded]
+    members: dict[Seeded, Member] = field(default_factory=dict)
     ended: bool = False
     seconds: float = 0.0
     rounds: Iterator[tuple[int, Views]] = field(default_factory=lambda: iter(()))
@@ -130,38 +131,38 @@ class _Cohort:
     @property
     def trained(self) -> int:
         """Networks that are trained; others stay as they begin."""
-        return sum(network.loss is not None for network, _ in self.jobs)
+        return sum(network.loss is not None for network, _ in self.networks)
 
     def begin(self, of: Training) -> None:
         """Make the members, from their last checkpoint if there is one; untrained networks are done with that."""
-        seed = self.jobs[0][1]
-        for job in self.jobs:
-            if job[0].loss is None:
-                self._save(of, job, self.trainer.initial_loss(seed).rgb.state_dict())
+        seed = self.networks[0][1]
+        for key in self.networks:
+            if key[0].loss is None:
+                self._save(of, key, self.trainer.initial_loss(seed).rgb.state_dict())
                 continue
             try:
-                self.members[job] = self.trainer.member(weights_of(*job), seed=seed)
+                self.members[key] = self.trainer.member(weights_of(*key), seed=seed)
             except ValueError as error:
-                of.store.fail(*job, str(error))
+                of.store.fail(*key, str(error))
         last = self._last(of)
         if last is not None:
-            for job, member in self.members.items():
-                load_member(_file(last, job), member, recipe_hash=recipe_hash(self.trainer.recipe))
+            for key, member in self.members.items():
+                load_member(_file(last, key), member, recipe_hash=recipe_hash(self.trainer.recipe))
             of.display.say(f"{self.name}: going on from step {last.name}")
         if self.members:
             self.rounds = self.trainer.rounds(list(self.members.values()), seed=seed)
 
     def next_views(self) -> Views | None:
         """The next batch; None at the end of training."""
-        found = next(self.rounds, None) if self.members else None
-        self.ended = found is None
-        return None if found is None else found[1]
+        step = next(self.rounds, None) if self.members else None
+        self.ended = step is None
+        return None if step is None else step[1]
 
-    def fail(self, of: Training, job: Job, reason: str) -> None:
+    def fail(self, of: Training, key: Seeded, reason: str) -> None:
         """Leave a member out from here on."""
-        of.store.fail(*job, reason)
-        of.display.say(f"{job[0].name}, seed {job[1]}: {reason}")
-        del self.members[job]
+        of.store.fail(*key, reason)
+        of.display.say(f"{key[0].name}, seed {key[1]}: {reason}")
+        del self.members[key]
 
     def keep(self, of: Training) -> None:
         """After a step: a checkpoint where it is due."""
@@ -174,8 +175,8 @@ class _Cohort:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         facts = {"recipe_hash": recipe_hash(recipe), "seed": recipe.seed}
-        for job, member in self.members.items():
-            save_member(_file(part, job), member, facts=facts)
+        for key, member in self.members.items():
+            save_member(_file(part, key), member, facts=facts)
         part.rename(folder / str(step))
         for old in folder.iterdir():
             if old.name != str(step):
@@ -184,19 +185,19 @@ class _Cohort:
     def _last(self, of: Training) -> Path | None:
         """The newest checkpoint that holds all members."""
         folder = of.checkpoints / self.name
-        found = [p for p in folder.glob("*") if p.name.isdecimal()]
-        whole = [p for p in found if all(_file(p, job).exists() for job in self.members)]
+        saved = [p for p in folder.glob("*") if p.name.isdecimal()]
+        whole = [p for p in saved if all(_file(p, key).exists() for key in self.members)]
         return max(whole, key=lambda p: int(p.name), default=None)
 
     def finish(self, of: Training) -> None:
         """Keep the trained networks."""
-        for job, member in self.members.items():
-            self._save(of, job, member.loss.rgb.state_dict())
+        for key, member in self.members.items():
+            self._save(of, key, member.loss.rgb.state_dict())
         shutil.rmtree(of.checkpoints / self.name, ignore_errors=True)
 
-    def _save(self, of: Training, job: Job, state: dict[str, Tensor]) -> None:
-        network, seed = job
-        told = provenance(of.runtime)
+    def _save(self, of: Training, key: Seeded, state: dict[str, Tensor]) -> None:
+        network, seed = key
+        facts = provenance(of.runtime)
         card = card_of(
             self.trainer.recipe,
             loss=None if network.loss is None else weights_of(network, seed),
@@ -204,24 +205,15 @@ class _Cohort:
             recipe_hash=recipe_hash(self.trainer.recipe),
             seed=seed,
             num_clips=0 if network.loss is None else len(self.trainer.index),
-            git_sha=told["git_sha"],
-            versions=told["versions"],
+            git_sha=facts["git_sha"],
+            versions=facts["versions"],
         )
         seconds = 0.0 if network.loss is None else self.seconds / self.trained
         of.store.save(network, seed, state, card, seconds=seconds)
 
 
-def _attempt(job: tuple[_Cohort, Job, Views]) -> float | MemberFailed:
-    cohort, key, views = job
-    member = cohort.members[key]
-    try:
-        return cohort.trainer.step(member, views)
-    except MemberFailed as error:
-        return error
-
-
-def _file(folder: Path, job: Job) -> Path:
-    return folder / f"{job[0].name}.safetensors"
+def _file(folder: Path, key: Seeded) -> Path:
+    return folder / f"{key[0].name}.safetensors"
 
 
 def labels_chose(loss: str) -> bool:

@@ -22,6 +22,7 @@ from engine.presets import RecipeError
 from engine.recipe import Audio, Clip, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
 from engine.train import Trainer
+from engine.train_memory import CohortMemory
 
 CPU = torch.device("cpu")
 AUDIO = Audio()
@@ -220,11 +221,12 @@ def test_a_cohort_trains_on_the_bank(tiny_shards: Path, monkeypatch: pytest.Monk
             yield batch
 
     monkeypatch.setattr(Trainer, "batches", batches)
-    first = evaluate_cohort(trainer, labelled, jobs=jobs, seeds=[0])
-    made = trainer.bank
+    memory = CohortMemory()
+    first = evaluate_cohort(trainer, labelled, jobs=jobs, seeds=[0], memory=memory)
+    made = memory.bank
     assert made is not None and seen == set(made.clips.tolist()) and len(seen) == 5
-    again = evaluate_cohort(trainer, labelled, jobs=jobs[1:], seeds=[0])
-    assert trainer.bank is made
+    again = evaluate_cohort(trainer, labelled, jobs=jobs[1:], seeds=[0], memory=memory)
+    assert memory.bank is made
     assert again[0].fitness == first[1].fitness and again[0].terms == first[1].terms
-    evaluate_cohort(trainer, labelled, jobs=jobs[1:], seeds=[0], full=True)
-    assert len(seen) > 5 and trainer.bank is made
+    evaluate_cohort(trainer, labelled, jobs=jobs[1:], seeds=[0], memory=memory, full=True)
+    assert len(seen) > 5 and memory.bank is made
