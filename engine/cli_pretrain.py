@@ -19,8 +19,10 @@ from engine.cli_common import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from engine.distributed import Ranks
-    from engine.pretrain_job import Job
+    from engine.pretrain import PretrainJob
     from engine.runfolder import RunFolder
 
 COUNT = click.IntRange(min=1)
@@ -62,69 +64,70 @@ COUNT = click.IntRange(min=1)
 )
 @run_options
 @errors_explained
-def pretrain(gpus: int | None, workers: int | None, restarts: int, **told: Any) -> None:
+def pretrain(gpus: int | None, workers: int | None, restarts: int, **options: Any) -> None:
     """Train the representation with a given loss; ends with the RGB network as RUN/rgb.safetensors."""
     from engine.distributed import ranks_of_environment
     from engine.runtime import check_kernels_package
 
-    if told["loss_name"] is None and not told["resume"]:
+    if options["loss_name"] is None and not options["resume"]:
         raise ValueError(
             "--loss is missing: a loss file such as RUN/best.toml, a preset, or random:SEED"
         )
-    if told["judge_every"] is not None and not told["labelled"]:
+    if options["judge_every"] is not None and not options["labelled"]:
         raise ValueError("--judge-every needs --labelled")
     check_kernels_package()
     ranks = ranks_of_environment()
     if ranks is not None and ranks.world > 1:
         if gpus or workers:
             raise ValueError("torchrun chooses the processes: leave out --gpus and --workers")
-        _under_torchrun(told, ranks)
-        return
-    if gpus and workers:
+        out = _under_torchrun(options, ranks)
+    elif gpus and workers:
         raise ValueError("give --gpus or --workers, not both")
-    if gpus or workers:
-        told["device"] = _device(told["device"], gpus)
-    if max(gpus or 1, workers or 1) > 1:
-        _in_processes(told, processes=gpus or workers or 1, restarts=restarts)
     else:
-        _here(told)
+        if gpus or workers:
+            options["device"] = _device(options["device"], gpus)
+        processes = gpus or workers or 1
+        out = _in_processes(options, processes, restarts) if processes > 1 else _here(options)
+    if out is not None:
+        click.echo(f"RGB network: {out}")
 
 
-def _here(told: dict[str, Any]) -> None:
+def _here(options: dict[str, Any]) -> Path | None:
     """Train in this process."""
     from engine.display import Display
-    from engine.pretrain_job import carry_out
+    from engine.pretrain import pretrain
 
-    run, job = _opened(told)
+    run, job = _new_job(options)
     with Display(log=run.path) as display:
         say = partial(say_rejects, display)
-        out, library = carry_out(job, display, run=run, opened=say)
+        out, library = pretrain(job, display, run=run, device=job.device, opened=say)
         say_substitutes(display, library)
-    click.echo(f"RGB network: {out}")
+    return out
 
 
-def _in_processes(told: dict[str, Any], *, processes: int, restarts: int) -> None:
+def _in_processes(options: dict[str, Any], processes: int, restarts: int) -> Path:
     """Start processes on this machine; raw videos are made shards first, by this one."""
     from engine.data.library import default_shard_cache, open_library
     from engine.display import Display
     from engine.pretrain_job import check_gpus, in_processes
 
-    if told["device"] == "cuda":
+    if options["device"] == "cuda":
         check_gpus(processes)
-    run, job = _opened(told)
+    run, job = _new_job(options)
     run.close()
     with Display() as display:
-        cache, shards = default_shard_cache(), []
-        for videos in (job.videos, job.labelled):
-            if videos:
-                library = open_library(videos, cache=cache, report=display.prepare)
-                say_rejects(display, library)
-                shards.append(library.shards)
-    job = replace(job, videos=shards[0], labelled=shards[1] if job.labelled else ())
-    click.echo(f"RGB network: {in_processes(job, processes=processes, restarts=restarts)}")
+
+        def shards(videos: tuple[Path, ...]) -> tuple[Path, ...]:
+            library = open_library(videos, cache=default_shard_cache(), report=display.prepare)
+            say_rejects(display, library)
+            return tuple(library.shards)
+
+        videos, labelled = shards(job.videos), shards(job.labelled) if job.labelled else ()
+    job = replace(job, videos=videos, labelled=labelled)
+    return in_processes(job, processes=processes, restarts=restarts)
 
 
-def _under_torchrun(told: dict[str, Any], ranks: Ranks) -> None:
+def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
     """Train as one of torchrun's processes; only the first one speaks of what ends them all.
 
     A run that is there already is gone on with: after a restart, or by a scheduler, the command is the same.
@@ -133,23 +136,22 @@ def _under_torchrun(told: dict[str, Any], ranks: Ranks) -> None:
     from engine.pretrain_job import as_rank
     from engine.train import MemberFailed
 
-    if told["run_path"] is None:
+    path = options["run_path"]
+    if path is None:
         raise ValueError("torchrun: name the run's folder with --run, for all processes")
 
-    def make() -> Job:
-        told["resume"] = told["resume"] or (told["run_path"] / "recipe.toml").exists()
-        run, job = _opened(told)
+    def make() -> PretrainJob:
+        resume = options["resume"] or (path / "recipe.toml").exists()
+        run, job = _new_job({**options, "resume": resume})
         run.close()
         return job
 
     try:
-        out, _ = as_rank(make, ranks, device=told["device"], run=told["run_path"])
+        return as_rank(make, ranks, device=options["device"], run=path)[0]
     except (RanksDiffer, MemberFailed):
         if ranks.leads:
             raise
         sys.exit(1)
-    if out is not None:
-        click.echo(f"RGB network: {out}")
 
 
 def _device(device: str, gpus: int | None) -> str:
@@ -160,33 +162,26 @@ def _device(device: str, gpus: int | None) -> str:
     return kind
 
 
-def _opened(told: dict[str, Any]) -> tuple[RunFolder, Job]:
-    """The run's folder, and what the options make of it."""
+def _new_job(options: dict[str, Any]) -> tuple[RunFolder, PretrainJob]:
+    """The run's folder, and the job that the options describe."""
     from engine.lossfile import load_loss, loss_used_labels
-    from engine.pretrain_job import Job
+    from engine.pretrain import PretrainJob
     from engine.pretrain_record import Saving
 
-    loss = told["loss_name"]
+    loss = options["loss_name"]
     weights = load_loss(loss) if loss else None
-    run, recipe = open_run(
-        "pretrain",
-        told["recipe_name"],
-        told["assignments"],
-        told["seed"],
-        told["run_path"],
-        told["resume"],
-        "cpu/pretrain",
-    )
-    every, keep, judge = (told[f"{key}_every"] for key in ("checkpoint", "keep", "judge"))
-    job = Job(
+    keys = ("recipe_name", "assignments", "seed", "run_path", "resume")
+    name, assignments, seed, path, resume = (options[key] for key in keys)
+    run, recipe = open_run("pretrain", name, assignments, seed, path, resume, "cpu/pretrain")
+    job = PretrainJob(
         recipe,
         run.path,
-        videos=told["videos"],
-        labelled=told["labelled"],
+        videos=options["videos"],
+        labelled=options["labelled"],
         weights=weights,
         labels_used=loss_used_labels(loss) if loss else False,
-        device=told["device"],
-        resume=told["resume"],
-        saving=Saving(every, keep, judge),
+        device=options["device"],
+        resume=options["resume"],
+        saving=Saving(*(options[f"{key}_every"] for key in ("checkpoint", "keep", "judge"))),
     )
     return run, job

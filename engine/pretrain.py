@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import load_last
-from engine.data.library import Library, fingerprint
+from engine.data.library import Library, default_shard_cache, fingerprint, open_library
 from engine.display import Display
 from engine.distributed import ALONE, Ranks
 from engine.features import LabelledClips
@@ -16,43 +18,61 @@ from engine.objective.terms import LossWeights
 from engine.pretrain_record import SAVING, PretrainLog, Saving
 from engine.recipe import Recipe, recipe_hash
 from engine.runfolder import RunError, RunFolder
-from engine.runtime import Runtime, make_deterministic, provenance
+from engine.runtime import Runtime, choose_runtime, make_deterministic, provenance
 from engine.train import Trainer
 from engine.train_average import RunningAverage
 from engine.train_optim import start_moments
 from engine.train_state import Member, tensors_of
 
 
+@dataclass(frozen=True)
+class PretrainJob:
+    """A pretraining, the same for all of its processes."""
+
+    recipe: Recipe
+    run: Path
+    videos: tuple[Path, ...]
+    labelled: tuple[Path, ...] = ()
+    """Clips whose k-means fitness chooses ``best.safetensors``, and nothing else."""
+    weights: LossWeights | None = None
+    """None: those that the run began with."""
+    labels_used: bool = False
+    """Whether labels had a part in choosing the loss."""
+    device: str = "auto"
+    resume: bool = False
+    saving: Saving = SAVING
+
+
 def pretrain(
-    recipe: Recipe,
-    library: Library,
-    *,
-    weights: LossWeights | None,
-    run: RunFolder | None,
-    runtime: Runtime,
+    job: PretrainJob,
     display: Display,
-    saving: Saving = SAVING,
-    labelled: Library | None = None,
-    labels_used: bool = False,
+    *,
+    run: RunFolder | None,
+    device: str,
     ranks: Ranks = ALONE,
-) -> Path | None:
-    """Train with ``weights`` (None: those that the run began with) and return the RGB network's file.
+    opened: Callable[[Library], object] = lambda library: None,
+) -> tuple[Path | None, Library]:
+    """Train in this process, which is one of ``ranks``; returns the RGB network's file, and the videos.
 
     A run that is continued equals one that was never interrupted, bit for bit on a CPU with as many processes.
-    ``labelled`` clips choose ``best.safetensors`` by their k-means fitness, and nothing else; ``labels_used`` says that
-    labels had a part in choosing the loss. ``run`` is rank 0's, which alone writes; others have None, and get None.
-    Raises CheckpointError where no checkpoint is whole, or one does not fit, RunError where the run has another loss,
-    RanksDiffer where processes are not at one, and NonFiniteLoss where training diverges.
+    ``run`` is rank 0's, which alone writes; others have None, and get None. ``opened`` is called with the videos, and
+    with the labelled clips. Raises CheckpointError where no checkpoint is whole, or one does not fit, RunError where
+    the run has another loss, RanksDiffer where processes are not at one, and NonFiniteLoss where training diverges.
     """
+    recipe, labelled = job.recipe, None
+    runtime = choose_runtime(device, amp=recipe.optim.amp)
     make_deterministic(runtime)
+    library = _open(job.videos, display, opened)
+    if job.labelled and ranks.leads:
+        judged = _open(job.labelled, display, opened).index
+        labelled = LabelledClips(judged, recipe, runtime=runtime)
     trainer = Trainer(recipe, library.index, runtime, warn=display.say, ranks=ranks)
-    weights = ranks.shared(lambda: _begin(run, weights, labels_used))
+    weights = ranks.shared(lambda: _begin(run, job))
     member = trainer.member(weights, seed=recipe.seed, alone=True)
     decay = recipe.optim.ema
     average = RunningAverage(member.loss.rgb, decay) if decay else None
     ranks.agree(_identity(recipe, library, member))
     facts = {} if run is None else _provenance(recipe, library, run=run, runtime=runtime)
-    judged = None if labelled is None else LabelledClips(labelled.index, recipe, runtime=runtime)
     _resume(run, member, average, digest=recipe_hash(recipe), ranks=ranks, display=display)
     log = None
     if run is not None:
@@ -62,10 +82,10 @@ def pretrain(
             average,
             run=run,
             display=display,
-            saving=saving,
+            saving=job.saving,
             weights=weights,
-            facts={**facts, "processes": ranks.world},
-            labelled=judged,
+            provenance=facts,
+            labelled=labelled,
         )
     for step, views in trainer.rounds([member], seed=recipe.seed):
         total = trainer.step(member, views)
@@ -73,14 +93,22 @@ def pretrain(
             average.update(member.loss.rgb, step=step)
         if log is not None:
             log.after(step, total, views)
-    return None if log is None else log.finish()
+    return None if log is None else log.finish(), library
 
 
-def _begin(run: RunFolder | None, weights: LossWeights | None, labels_used: bool) -> LossWeights:
+def _open(
+    videos: tuple[Path, ...], display: Display, opened: Callable[[Library], object]
+) -> Library:
+    library = open_library(videos, cache=default_shard_cache(), report=display.prepare)
+    opened(library)
+    return library
+
+
+def _begin(run: RunFolder | None, job: PretrainJob) -> LossWeights:
     """The loss that a run trains with, written to loss.toml as it begins; it never changes after that."""
     assert run is not None
     run.begin()
-    path = run.path / "loss.toml"
+    path, weights = run.path / "loss.toml", job.weights
     if path.exists():
         own = load_loss(path)
         if weights not in (None, own):
@@ -92,7 +120,7 @@ def _begin(run: RunFolder | None, weights: LossWeights | None, labels_used: bool
     if weights is None:
         raise RunError(f"{run.path}: ended before it had its loss (loss.toml); give --loss again")
     about = "the loss that this run trains with"
-    save_loss(weights, path, name="loss", about=about, labels_used=labels_used)
+    save_loss(weights, path, name="loss", about=about, labels_used=job.labels_used)
     return weights
 
 

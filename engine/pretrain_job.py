@@ -1,4 +1,4 @@
-"""A pretraining as a job for one process or many: what each is told, and what each of them does.
+"""The processes of a pretraining: one by one under torchrun, or all started here.
 
 Under ``torchrun`` every process runs the command; rank 0 alone opens the run and tells the others. ``--gpus`` and
 ``--workers`` start the processes here, on one machine, by the same elastic launcher, which starts all of them again
@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from engine.data.library import Library, default_shard_cache, open_library
+from engine.data.library import Library
 from engine.data.shards import is_shards
 from engine.display import Display
 from engine.distributed import (
-    ALONE,
     OWN_STORE,
     Ranks,
     joined,
@@ -27,64 +25,9 @@ from engine.distributed import (
     ranks_of_environment,
     restarts_so_far,
 )
-from engine.objective.terms import LossWeights
-from engine.pretrain import pretrain
-from engine.pretrain_record import SAVING, Saving
-from engine.recipe import Recipe
+from engine.pretrain import PretrainJob, pretrain
 from engine.runfolder import RunFolder
-from engine.runtime import choose_runtime
 from engine.train import MemberFailed
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all processes of a run are told."""
-
-    recipe: Recipe
-    run: Path
-    videos: tuple[Path, ...]
-    labelled: tuple[Path, ...] = ()
-    weights: LossWeights | None = None
-    """None: those that the run began with."""
-    labels_used: bool = False
-    device: str = "auto"
-    resume: bool = False
-    saving: Saving = SAVING
-
-
-def carry_out(
-    job: Job,
-    display: Display,
-    *,
-    run: RunFolder | None,
-    ranks: Ranks = ALONE,
-    opened: Callable[[Library], object] = lambda library: None,
-) -> tuple[Path | None, Library]:
-    """Train in this process, which is one of ``ranks``; returns the RGB network's file on rank 0, and the videos.
-
-    ``opened`` is called with the videos, and with the labelled clips.
-    """
-    runtime = choose_runtime(device_of(job.device, ranks), amp=job.recipe.optim.amp)
-    cache = default_shard_cache()
-    library = open_library(job.videos, cache=cache, report=display.prepare)
-    opened(library)
-    labelled = None
-    if job.labelled and ranks.leads:
-        labelled = open_library(job.labelled, cache=cache, report=display.prepare)
-        opened(labelled)
-    out = pretrain(
-        job.recipe,
-        library,
-        weights=job.weights,
-        run=run,
-        runtime=runtime,
-        display=display,
-        saving=job.saving,
-        labelled=labelled,
-        labels_used=job.labels_used,
-        ranks=ranks,
-    )
-    return out, library
 
 
 def device_of(device: str, ranks: Ranks) -> str:
@@ -103,15 +46,15 @@ def device_of(device: str, ranks: Ranks) -> str:
 
 def check_gpus(wanted: int) -> None:
     """Raise ValueError where this machine has fewer GPUs."""
-    found = torch.cuda.device_count()
-    if wanted > found:
+    there = torch.cuda.device_count()
+    if wanted > there:
         raise ValueError(
-            f"{wanted} processes, one GPU each, but this machine shows {found}: ask for fewer, or use "
+            f"{wanted} processes, one GPU each, but this machine shows {there}: ask for fewer, or use "
             "--device cpu --workers N"
         )
 
 
-def in_processes(job: Job, *, processes: int, restarts: int) -> Path:
+def in_processes(job: PretrainJob, *, processes: int, restarts: int) -> Path:
     """Start so many processes on this machine, and all again, up to ``restarts`` times, when one dies.
 
     Raises ValueError for what a restart can't help, Ended once restarts are used up, and KeyboardInterrupt.
@@ -121,7 +64,7 @@ def in_processes(job: Job, *, processes: int, restarts: int) -> Path:
     return job.run / "rgb.safetensors"
 
 
-def _work(job: Job, notes: Path) -> None:
+def _work(job: PretrainJob, notes: Path) -> None:
     """One of the processes that ``in_processes`` starts."""
     if (notes / "final").exists():  # started again, after what a restart can't help
         return
@@ -145,11 +88,11 @@ def _note(path: Path, error: Exception) -> None:
 
 
 def as_rank(
-    make: Callable[[], Job], ranks: Ranks, *, device: str, run: Path
+    make: Callable[[], PretrainJob], ranks: Ranks, *, device: str, run: Path
 ) -> tuple[Path | None, Library]:
-    """Take part in a job as one of several processes; ``make`` is called on rank 0 alone, which tells the others.
+    """Take part in a job as one of several processes; ``make`` is called on rank 0 alone, which sends it to the others.
 
-    Every machine must find the job's shards at the same path. Returns and raises as ``carry_out``.
+    Every machine must find the job's shards at the same path. Returns and raises as ``pretrain``.
     """
     own = torch.device(device_of(device, ranks))
     log = run if ranks.leads else None
@@ -165,11 +108,11 @@ def as_rank(
             display.say(f"restarts can fail: start torchrun with {OWN_STORE}=1 in its environment")
         if restarts_so_far():
             display.say(f"a process ended: all of them start again ({restarts_so_far()})")
-        folder = open_again(job) if ranks.leads else None
-        return carry_out(job, display, run=folder, ranks=ranks)
+        folder = _folder(job) if ranks.leads else None
+        return pretrain(job, display, run=folder, device=str(own), ranks=ranks)
 
 
-def open_again(job: Job) -> RunFolder:
+def _folder(job: PretrainJob) -> RunFolder:
     """The run's folder: a new one, or one that this job, or one before it, has begun."""
     if job.resume or (restarts_so_far() and (job.run / "recipe.toml").exists()):
         return RunFolder.reopen(job.run, job.recipe)[0]

@@ -109,14 +109,14 @@ class PretrainLog:
         display: Display,
         saving: Saving,
         weights: LossWeights,
-        facts: dict[str, Any],
+        provenance: dict[str, Any],
         labelled: LabelledClips | None,
     ) -> None:
-        """Begins where the member stands. ``facts`` go to provenance.json; ``labelled`` choose the best network."""
+        """Begins where the member stands; ``labelled`` choose the best network."""
         self.trainer, self.member, self.average = trainer, member, average
         self.run, self.display, self.saving = run, display, saving
-        self.recipe, self.weights, self.facts = trainer.recipe, weights, facts
-        self.labelled = labelled
+        self.recipe, self.weights, self.labelled = trainer.recipe, weights, labelled
+        self.facts = {**provenance, "processes": trainer.ranks.world}
         self._first = member.step
         self._loss = math.nan
         self._board = SummaryWriter(str(run.tensorboard), purge_step=member.step)

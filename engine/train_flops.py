@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.data.views import Views
@@ -44,25 +42,9 @@ def step_flops(member: Member, views: Views) -> int:
 
     Counted on tensors without memory: nothing is computed, and the member is left as it is.
     """
-
     unreal = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def empty(x: Tensor) -> Tensor:
-        return unreal.from_tensor(x.detach())
-
-    without_memory = replace(
-        views,
-        clip={m: empty(x) for m, x in views.clip.items()},
-        future={m: empty(x) for m, x in views.future.items()},
-        shifted_audio=None if views.shifted_audio is None else empty(views.shifted_audio),
-        has_audio=empty(views.has_audio),
-        has_shift=empty(views.has_shift),
-        order=empty(views.order),
-    )
-    state = {name: empty(p).requires_grad_() for name, p in member.loss.named_parameters()}
-    state |= {name: empty(b) for name, b in member.loss.named_buffers()}
+    with FakeCopyMode(unreal):
+        loss, fake, weights = copy.deepcopy((member.loss, views, member.weights))
     with unreal, FlopCounterMode(display=False) as counter:
-        arguments = (without_memory, empty(member.weights), member.computed)
-        output = functional_call(member.loss, state, arguments)
-        output.total.backward()
+        loss(fake, weights, member.computed).total.backward()
     return int(counter.get_total_flops())

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels", "engine"),
     ("engine.objective.terms",),
-    ("engine.events", "engine.jobs", "engine.runlog"),
+    ("engine.events", "engine.jobs", "engine.runlog", "engine.tensors"),
     ("engine.presets",),
     ("engine.recipe", "engine.runtime", "engine.display", "engine.distributed"),
     ("engine.lossfile", "engine.runfolder"),
@@ -84,7 +84,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "onnxruntime": "engine/export.py",
     "pyarrow": "engine/feature_file.py",
     "ray": ("engine/workers.py", "engine/data/ray_ingest.py"),
-    "safetensors": "engine/checkpoint.py",
+    "safetensors": "engine/tensors.py",
     "sklearn": ("engine/agreement.py", "engine/fitness.py"),
     "sqlalchemy": ("engine/study_storage.py", "engine/study_storage_outage.py"),
     "torchaudio": "engine/data/audio.py",
@@ -92,7 +92,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
 }
 """Heavy library -> the one file (or folder, or few files) that imports it."""
 
-MAX_FILE_LINES = 350
+MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = {"engine": 50, "kernels": 120}
 EXCEPTIONS: dict[str, int] = {}
 """``path`` or ``path:function`` -> the length it may have. Keep it short."""
