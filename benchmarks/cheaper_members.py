@@ -35,6 +35,7 @@ from engine.objective.terms import TERM_NAMES, LossWeights
 from engine.recipe import Recipe, load_recipe, override, recipe_hash
 from engine.runtime import choose_runtime, make_deterministic, provenance
 from engine.train import Trainer
+from engine.train_memory import CohortMemory
 
 FULL, AGAIN = "full", "full, other seed"
 RESAMPLES = 2000
@@ -131,10 +132,11 @@ class Bench:
         trainer = Trainer(recipe, self.videos.index, self.runtime, warn=click.echo)
         labelled = LabelledClips(self.judges.index, recipe, runtime=self.runtime)
         labelled.features([trainer.initial_loss(0).rgb])  # judged clips are decoded once a search
-        if search.clip_bank:
-            trainer.bank = self._bank(trainer, search.clip_bank)
+        bank = self._bank(trainer, search.clip_bank) if search.clip_bank else None
+        memory = CohortMemory(bank=bank)
         began, cpu = time.perf_counter(), time.process_time()
-        results = evaluate_cohort(trainer, labelled, jobs=jobs, seeds=[recipe.seed + way.seed])
+        seeds = [recipe.seed + way.seed]
+        results = evaluate_cohort(trainer, labelled, jobs=jobs, seeds=seeds, memory=memory)
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         shares = np.array([result.seconds for result in results])
         shares /= shares.sum()
@@ -162,8 +164,8 @@ class Bench:
         trainer = Trainer(self.recipe, self.videos.index, self.runtime, warn=click.echo)
         cost: dict[str, float] = {}
         for name, bank in (("pipeline", None), ("bank", self._bank(trainer, size))):
-            trainer.bank = bank
-            batches = trainer.batches(seed=0, first=0, modalities=("rgb", "flow", "audio"))
+            modalities = ("rgb", "flow", "audio")
+            batches = trainer.batches(seed=0, first=0, modalities=modalities, bank=bank)
             next(batches)
             cpu = time.process_time()
             count = sum(1 for _ in batches)

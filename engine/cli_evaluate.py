@@ -179,28 +179,28 @@ def finetune(
     """Train a network with labels by a recipe, and test it: ``engine finetune ucf101 --root DIR --checkpoint C``."""
     from engine.cli_common import open_run
     from engine.display import Display
-    from engine.finetune_run import run_finetuning, settled
+    from engine.finetune_run import inputs_of, run_finetuning
     from engine.results import print_evaluated
     from engine.runtime import check_kernels_package, choose_runtime
 
     chosen = _recipe_named(recipe_argument or recipe_name, resume=resume)
     check_kernels_package()
     run, recipe = open_run("finetune", chosen, assignments, seed, run_path, resume, "")
-    given = settled(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=data)
+    inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=data)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display(log=run.path) as display:
-        dataset = _open(display, given["name"], recipe.clip.size, given["data"])
+        dataset = _open(display, inputs["name"], recipe.clip.size, inputs["data"])
         found = run_finetuning(
             run,
             recipe,
             dataset,
-            given=given,
+            inputs=inputs,
             runtime=runtime,
             checkpoint_every=checkpoint_every,
             on_progress=display.prepare,
             say=display.say,
         )
-    print_evaluated(found, name=given["checkpoint"] or "from scratch")
+    print_evaluated(found, name=inputs["checkpoint"] or "from scratch")
     click.echo(f"results: {run.path / 'results.json'}")
 
 

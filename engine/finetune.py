@@ -37,7 +37,7 @@ from engine.recipe import Recipe, recipe_hash
 from engine.runtime import Runtime, provenance, set_seed
 from engine.train import NonFiniteLoss
 from engine.train_compiled import compile_mode
-from engine.train_optim import learning_rate, make_optimizer, set_rate
+from engine.train_optim import descend, learning_rate, make_optimizer
 
 Ints = NDArray[np.int64]
 Report = Callable[[str, int, int], None]
@@ -65,7 +65,7 @@ class Classifier(nn.Module):
 
 
 @dataclass
-class _Part:
+class _TrainingClips:
     """The clips that are trained on, as planning asks for them."""
 
     num_frames: NDArray[np.int32]
@@ -109,7 +109,7 @@ class Finetuning:
                 total += scores.confusion(predicted, labels, count)
         shares = [{k: v for k, v in row.items() if "_top" in k} for row in rows]
         scratch = self.recipe.finetune.init == "scratch"
-        told = {
+        facts = {
             "checkpoint": "" if scratch else self.card.source,
             "recipe_hash": recipe_hash(self.recipe),
         }
@@ -122,7 +122,7 @@ class Finetuning:
             folds=rows,
             classes=self.dataset.classes,
             confusion=total.tolist(),
-            provenance={**provenance(self.runtime), **told},
+            provenance={**provenance(self.runtime), **facts},
         )
 
     def _fold(self, fold: Fold, seed: int) -> tuple[dict[str, Any], Ints, Ints]:
@@ -135,12 +135,12 @@ class Finetuning:
         train, held = self._held_out(fold, seed)
         model = self._model(seed)
         loss = self._train(model, train, name, seed)
-        told, predicted, labels = self._test(model, fold.test)
+        accuracies, predicted, labels = self._test(model, fold.test)
         row: dict[str, Any] = {
             "train": len(np.unique(self.dataset.video[train])),
             "test": len(labels),
         }
-        row |= {**told, "train_loss": loss}
+        row |= {**accuracies, "train_loss": loss}
         if len(held):
             validation, _, _ = self._test(model, held)
             row |= {f"validation_{key}": value for key, value in validation.items()}
@@ -148,7 +148,7 @@ class Finetuning:
             done.parent.mkdir(exist_ok=True)
             kept = {"row": row, "predicted": predicted.tolist(), "labels": labels.tolist()}
             write_text_atomic(done, json.dumps(kept) + "\n")
-        self.say(f"{name}: {100 * told['video_top1']:.1f} % of {len(labels)} videos")
+        self.say(f"{name}: {100 * accuracies['video_top1']:.1f} % of {len(labels)} videos")
         return row, predicted, labels
 
     def _held_out(self, fold: Fold, seed: int) -> tuple[Ints, Ints]:
@@ -227,27 +227,26 @@ class Finetuning:
         step: int,
     ) -> Tensor:
         """One step: cross-entropy, backward, clipped gradient, optimizer; gives the loss, still on the device."""
-        optim = self.recipe.optim
         torch.manual_seed(seed * 1_000_003 + step)  # dropout's
-        set_rate(optimizer, optim, step)
-        optimizer.zero_grad(set_to_none=True)
-        clips = normalised(frames, self.card, self.runtime.device)
-        with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
-            logits = forward(clips)
-        smoothing = self.recipe.finetune.label_smoothing
-        loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
-        optimizer.step()
-        return loss.detach()
+
+        def backward() -> Tensor:
+            clips = normalised(frames, self.card, self.runtime.device)
+            with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
+                logits = forward(clips)
+            smoothing = self.recipe.finetune.label_smoothing
+            loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            loss.backward()
+            return loss.detach()
+
+        return descend(model, optimizer, self.recipe.optim, step=step, backward=backward)
 
     def _batches(
         self, clips: Ints, seed: int, first: int
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Frames and labels of the steps from ``first`` on, decoded ahead."""
+        """Frames and labels of the steps from ``first`` on, decoded in advance."""
         index, r = self.dataset.index, self.recipe
         clip = without_future(r.clip)
-        part = _Part(index.num_frames[clips], index.fps, index.shard[clips])
+        chosen = _TrainingClips(index.num_frames[clips], index.fps, index.shard[clips])
         pipeline = InputPipeline(
             index,
             clip,
@@ -260,7 +259,7 @@ class Finetuning:
             sound=False,
         )
         plans = (
-            plan_batch(part, clip, r.audio, seed=seed, step=step, batch_size=r.optim.batch_size)
+            plan_batch(chosen, clip, r.audio, seed=seed, step=step, batch_size=r.optim.batch_size)
             for step in range(first, r.optim.steps)
         )
         for batch in pipeline.batches(replace(plan, clip=clips[plan.clip]) for plan in plans):
@@ -280,8 +279,8 @@ class Finetuning:
             self.dataset.label[clips][first],
             np.repeat(self.dataset.label[clips], shares.shape[1]),
         )
-        told = scores.accuracies(shares.flatten(0, 1), of_video, each, labels)
-        return told, of_video.argmax(1).numpy(), labels
+        accuracies = scores.accuracies(shares.flatten(0, 1), of_video, each, labels)
+        return accuracies, of_video.argmax(1).numpy(), labels
 
     def _words(self, seeds: Sequence[int]) -> str:
         f, o = self.recipe.finetune, self.recipe.optim
@@ -336,19 +335,19 @@ def check_recipe(recipe: Recipe, dataset: Dataset) -> None:
             f"recipe {recipe.name!r} is for {f.dataset}, not for {dataset.name}: give another recipe, or"
             f" --set finetune.dataset={dataset.name}"
         )
-    found = len(dataset.classes)
-    if f.num_classes and f.num_classes != found and not dataset.incomplete:
+    count = len(dataset.classes)
+    if f.num_classes and f.num_classes != count and not dataset.incomplete:
         raise RecipeError(
-            f"recipe {recipe.name!r} is for {f.num_classes} classes, and {dataset.name} has {found}: give another"
-            f" recipe, or --set finetune.num_classes={found}"
+            f"recipe {recipe.name!r} is for {f.num_classes} classes, and {dataset.name} has {count}: give another"
+            f" recipe, or --set finetune.num_classes={count}"
         )
 
 
 def _checked(value: Tensor, mean: float, name: str, step: int) -> float:
     """The running mean of the loss; raises NonFiniteLoss."""
-    found = float(value)
-    if not math.isfinite(found):
+    loss = float(value)
+    if not math.isfinite(loss):
         raise NonFiniteLoss(
-            f"fine-tuning {name}: the loss is {found} at step {step}; lower the rate with --set optim.lr=..."
+            f"fine-tuning {name}: the loss is {loss} at step {step}; lower the rate with --set optim.lr=..."
         )
-    return found if math.isnan(mean) else 0.8 * mean + 0.2 * found
+    return loss if math.isnan(mean) else 0.8 * mean + 0.2 * loss

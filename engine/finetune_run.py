@@ -1,4 +1,4 @@
-"""A fine-tuning as a run's folder: what it began with, and what it found."""
+"""A fine-tuning in a run's folder: its inputs, which a continued run keeps, and its results."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from engine.results import write_confusion
 from engine.runfolder import RunError, RunFolder
 from engine.runtime import Runtime, make_deterministic, provenance
 
-GIVEN = "finetune.json"
+INPUTS = "finetune.json"
 
 
-def settled(
+def inputs_of(
     run: RunFolder,
     recipe: Recipe,
     *,
@@ -29,11 +29,11 @@ def settled(
     seeds: int,
     data: dict[str, Any],
 ) -> dict[str, Any]:
-    """What a run works on: as given now, or as it began with where it is continued and nothing else is given.
+    """A run's network, data set and seeds: as asked for now, or as a continued run began with them.
 
-    Raises ValueError for what is missing, RunError where a continued run is given another network.
+    Raises ValueError for what is missing, RunError where a continued run is asked for with another network.
     """
-    before = run.read_json(GIVEN)
+    before = run.read_json(INPUTS)
     if before is not None:
         if checkpoint is not None and str(checkpoint.resolve()) != before["checkpoint"]:
             raise RunError(
@@ -60,7 +60,7 @@ def run_finetuning(
     recipe: Recipe,
     dataset: Dataset,
     *,
-    given: dict[str, Any],
+    inputs: dict[str, Any],
     runtime: Runtime,
     checkpoint_every: int,
     on_progress: Callable[[str, int, int], None],
@@ -72,30 +72,30 @@ def run_finetuning(
     """
     make_deterministic(runtime)
     check_recipe(recipe, dataset)
-    if given["checkpoint"]:
-        network, card = load_network(Path(given["checkpoint"]), device=runtime.device)
+    if inputs["checkpoint"]:
+        network, card = load_network(Path(inputs["checkpoint"]), device=runtime.device)
     else:
         network, card = from_scratch(recipe, runtime)
-    run.begin(lambda: _note(run, given, dataset, runtime))
-    seeds = range(recipe.seed, recipe.seed + given["seeds"])
+    run.begin(lambda: _note(run, inputs, dataset, runtime))
+    seeds = range(recipe.seed, recipe.seed + inputs["seeds"])
     shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
     if recipe.finetune.protocol == "linear":
         more: dict[str, Any] = {
             "settings": recipe.evaluation,
             "seed": recipe.seed,
-            "seeds": given["seeds"],
+            "seeds": inputs["seeds"],
         }
         every = evaluate_many([(network, card)], dataset, protocols=["linear"], **more, **shared)
-        found = every[0]["linear"]
+        result = every[0]["linear"]
     else:
         more = {"folder": run.path, "checkpoint_every": checkpoint_every, "say": say}
-        found = finetune(network, card, dataset, recipe=recipe, seeds=seeds, **more, **shared)
-    run.write_json("results.json", found.row())
-    write_confusion(run.path / "confusion.csv", found)
-    return found
+        result = finetune(network, card, dataset, recipe=recipe, seeds=seeds, **more, **shared)
+    run.write_json("results.json", result.row())
+    write_confusion(run.path / "confusion.csv", result)
+    return result
 
 
-def _note(run: RunFolder, given: dict[str, Any], dataset: Dataset, runtime: Runtime) -> None:
+def _note(run: RunFolder, inputs: dict[str, Any], dataset: Dataset, runtime: Runtime) -> None:
     """Write what the run begins with, or check that it is continued on the same videos."""
     digest = hashlib.sha256()
     for folder in dataset.index.folders:
@@ -109,4 +109,4 @@ def _note(run: RunFolder, given: dict[str, Any], dataset: Dataset, runtime: Runt
             )
         facts = {**old, "resumed": [*old.get("resumed", []), facts["started"]]}
     run.write_json("provenance.json", facts)
-    run.write_json(GIVEN, given)
+    run.write_json(INPUTS, inputs)

@@ -6,14 +6,14 @@ import copy
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from engine.data.clip_bank import ClipBank
 from engine.data.pipeline import ClipBatch, InputPipeline
-from engine.data.plan import plan_batch
+from engine.data.plan import ClipPlan, plan_batch
 from engine.data.shards import ClipIndex
 from engine.data.views import ViewMaker, Views
 from engine.distributed import ALONE, Ranks, sync_batch_norm, without_others
@@ -36,7 +36,7 @@ from engine.runtime import (
 )
 from engine.train_check import CanNotCompile, check_step
 from engine.train_compiled import StepBuffers, compile_mode
-from engine.train_optim import make_optimizer, set_rate
+from engine.train_optim import descend, make_optimizer
 from engine.train_shares import differentiate, split
 from engine.train_state import FlatState, Member
 
@@ -88,7 +88,9 @@ class Trainer:
         """How steps are compiled; "off": not at all."""
         if self.mode == "reduce-overhead" and ranks.world * optim.accumulate > 1:
             self.mode = "default"
-            warn("CUDA graphs are for one process and one piece a step: compiling without them")
+            warn(
+                "CUDA graphs are for one process and one microbatch a step: compiling without them"
+            )
         if optim.amp == "bf16" and not runtime.amp:
             warn("float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong")
         self.sound = bool(index.has_audio.any())
@@ -191,24 +193,30 @@ class Trainer:
 
         With a ``bank`` they are drawn from its clips, which are decoded already.
         """
-        r = self.recipe
         plans = (
-            plan_batch(
-                bank or self.index,
-                r.clip,
-                r.audio,
-                seed=seed,
-                step=step,
-                batch_size=self.local_batch_size,
-                rank=self.ranks.rank,
-                world=self.ranks.world,
-            )
-            for step in range(first, r.optim.steps)
+            self.plan(step, seed=seed, bank=bank) for step in range(first, self.recipe.optim.steps)
         )
-        flow, sound = "flow" in modalities, "audio" in modalities
         if bank is not None:
-            return bank.batches(plans, flow=flow, sound=sound)
-        pipeline = InputPipeline(
+            return bank.batches(plans, flow="flow" in modalities, sound="audio" in modalities)
+        return self.pipeline(modalities).batches(plans)
+
+    def plan(self, step: int, *, seed: int, bank: ClipBank | None = None) -> ClipPlan:
+        """The clips of this rank's share of a step's batch, and where they are cut."""
+        return plan_batch(
+            bank or self.index,
+            self.recipe.clip,
+            self.recipe.audio,
+            seed=seed,
+            step=step,
+            batch_size=self.local_batch_size,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+        )
+
+    def pipeline(self, modalities: Collection[str]) -> InputPipeline:
+        """What decodes this rank's batches."""
+        r = self.recipe
+        return InputPipeline(
             self.index,
             r.clip,
             audio=r.audio,
@@ -216,10 +224,9 @@ class Trainer:
             batch_size=self.local_batch_size,
             num_frames=r.clip.num_frames + r.clip.num_future_frames,
             threads=self.runtime.threads,
-            flow=flow,
-            sound=sound,
+            flow="flow" in modalities,
+            sound="audio" in modalities,
         )
-        return pipeline.batches(plans)
 
     def rounds(
         self, members: Sequence[Member], *, seed: int, bank: ClipBank | None = None
@@ -277,21 +284,22 @@ class Trainer:
         if self.buffers is not None and member.state is not None:
             self.buffers.load(member.state)
             loss, optimizer = self.buffers.loss, self.buffers.optimizer
-        set_rate(optimizer, optim, member.step, first=member.first)
-        # now, so that gradients and activations never add up
-        optimizer.zero_grad(set_to_none=True)
-        total, values = differentiate(
-            member,
-            views,
-            loss=loss,
-            buffers=self.buffers,
-            runtime=self.runtime,
-            settings=optim,
-            ranks=self.ranks,
+
+        def backward() -> tuple[float, Tensor]:
+            total, values = differentiate(
+                member,
+                views,
+                loss=loss,
+                buffers=self.buffers,
+                runtime=self.runtime,
+                settings=optim,
+                ranks=self.ranks,
+            )
+            return self._checked_loss(member, total, values), values
+
+        value, values = descend(
+            loss, optimizer, optim, step=member.step, first=member.first, backward=backward
         )
-        nn.utils.clip_grad_norm_(loss.parameters(), optim.grad_clip)
-        value = self._checked_loss(member, total, values)
-        optimizer.step()
         if self.buffers is not None and member.state is not None:
             self.buffers.store(member.state)
         # a copy: a CUDA graph writes the next member's values to the same place

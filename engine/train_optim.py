@@ -1,14 +1,17 @@
-"""AdamW or SGD with the schedule of the rate, for pretraining, a search's members and fine-tuning."""
+"""AdamW or SGD, the schedule of the rate, and the step of pretraining, of a search's members and of fine-tuning."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from engine.recipe import Optim
+
+Result = TypeVar("Result")
 
 
 def make_optimizer(
@@ -31,12 +34,27 @@ def make_optimizer(
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=at_once)
 
 
-def set_rate(
-    optimizer: torch.optim.Optimizer, settings: Optim, step: int, *, first: int = 0
-) -> None:
-    """Set each group's rate for ``step``: that of the schedule times the group's factor."""
+def descend(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Optim,
+    *,
+    step: int,
+    backward: Callable[[], Result],
+    first: int = 0,
+) -> Result:
+    """Take one step: the schedule's rate times each group's factor, ``backward``, clipped gradients, the optimizer.
+
+    Returns what ``backward`` does, which leaves gradients in the module's parameters; where it raises, no weight moves.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(settings, step, first=first) * group["factor"]
+    # before the forward pass, so that gradients and activations never add up
+    optimizer.zero_grad(set_to_none=True)
+    result = backward()
+    nn.utils.clip_grad_norm_(module.parameters(), settings.grad_clip)
+    optimizer.step()
+    return result
 
 
 def learning_rate(settings: Optim, step: int, *, first: int = 0) -> float:

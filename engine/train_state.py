@@ -31,7 +31,7 @@ class Member:
     """float32 (computed,) the weights of these."""
     alive: Branches
     state: FlatState | None = None
-    """All of its state in one piece, where steps are compiled."""
+    """All of its state in one stretch of memory, where steps are compiled."""
     step: int = 0
     first: int = 0
     """The step that it started from, above 0 with networks that are trained already."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 
-from engine.tensors import load_tensors
 from engine.cli import main
 from engine.lossfile import load_loss
 from engine.recipe import load_recipe, recipe_hash
 from engine.search import MemberRecord, SearchStudy
+from engine.tensors import load_tensors
 
 TINY = Path(__file__).with_name("tiny.toml")
 RECIPE = load_recipe(TINY)

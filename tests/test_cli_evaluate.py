@@ -12,8 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engine.tensors import load_tensors, save_tensors
 from engine.cli import main
+from engine.tensors import load_tensors, save_tensors
 from tests.labelled import make_lists, save
 
 TINY = Path(__file__).with_name("finetune_tiny.toml")

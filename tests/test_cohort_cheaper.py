@@ -21,7 +21,6 @@ from engine.recipe import Search, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
 from engine.train import Trainer
 from engine.train_memory import CohortMemory
-from engine.train_optim import learning_rate
 from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -240,14 +239,6 @@ def test_a_child_starts_from_its_parents_end(tiny_shards: Path, tmp_path: Path) 
     assert same(cold, other) and cold.steps == 8
     (later,) = evaluate_cohort(trainer, labelled, jobs=[child], seeds=[SEED, 4])
     assert later.results[0] == found.results[0] and later.results[1] != first.results[1]
-
-
-def test_the_rate_of_a_child_is_warmed_up_to_the_schedules() -> None:
-    settings = override(load_recipe(TINY), ["optim.steps=100", "optim.warmup_steps=10"]).optim
-    rates = [learning_rate(settings, step, first=50) for step in range(50, 100)]
-    cold = [learning_rate(settings, step) for step in range(100)]
-    assert rates[9:] == cold[59:]
-    assert rates[0] == pytest.approx(cold[50] / 10) and rates[:9] == sorted(rates[:9])
 
 
 def test_halving_compares_those_that_train_as_long(tiny_shards: Path, tmp_path: Path) -> None:

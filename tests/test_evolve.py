@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from engine import cohort_worker, evolve
-from engine.tensors import load_tensors
 from engine.lossfile import load_loss
 from engine.objective.terms import TERM_NAMES
 from engine.recipe import load_recipe, recipe_hash
 from engine.runfolder import RunFolder
 from engine.search import SearchStudy
+from engine.tensors import load_tensors
 from engine.train import Trainer
 from engine.train_state import Member
 from tests.runs import (

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.tensors import CheckpointError, load_tensors, save_tensors
 from engine.datasets import Dataset, Fold
 from engine.finetune import Classifier, Finetuning, check_recipe, finetune, from_scratch
 from engine.presets import RecipeError
 from engine.recipe import Optim, Recipe, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
+from engine.tensors import CheckpointError, load_tensors, save_tensors
 from engine.train import NonFiniteLoss
 from engine.train_optim import make_optimizer
 from tests.labelled import network

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from engine.tensors import CheckpointError, save_tensors
 from engine.data.views import RGB_MEAN
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import IMAGENET_MEAN, Card, ClipInput, load_network, save_network
+from engine.tensors import CheckpointError, save_tensors
 
 CLIP = torch.randn(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engine.tensors import load_tensors
 from engine.cli import main
 from engine.data.views import Views
 from engine.lossfile import load_loss, random_weights, save_loss
@@ -25,6 +24,7 @@ from engine.model.resnet3d import ResNet3D
 from engine.network_file import load_network
 from engine.objective.terms import check_weights
 from engine.recipe import load_recipe, override, recipe_hash
+from engine.tensors import load_tensors
 from engine.train import Trainer
 from engine.train_state import Member
 

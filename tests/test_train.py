@@ -12,14 +12,13 @@ import torch
 from engine.data.shards import ClipIndex
 from engine.lossfile import random_weights
 from engine.objective.terms import check_weights
-from engine.recipe import Optim, Recipe, load_recipe, override
+from engine.recipe import Recipe, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
 from engine.train import (
     DeviceFailed,
     MemberFailed,
     NonFiniteLoss,
     Trainer,
-    make_optimizer,
 )
 from engine.train_optim import learning_rate
 from engine.train_state import Member
@@ -57,15 +56,6 @@ def trained(trainer: Trainer, *, seed: int = 0) -> Member:
     return member
 
 
-def test_learning_rate_warms_up_and_falls_like_a_cosine() -> None:
-    settings = Optim(lr=0.1, steps=6, warmup_steps=2)
-    half = math.sqrt(0.5)
-    expected = [0.05, 0.1, 0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half)]
-    assert [learning_rate(settings, k) for k in range(6)] == pytest.approx(expected)
-    assert learning_rate(settings, 6) == pytest.approx(0.0)
-    assert learning_rate(Optim(lr=0.1, steps=6, warmup_steps=0), 0) == pytest.approx(0.1)
-
-
 def test_steps_follow_the_schedule(trainer: Trainer) -> None:
     member = trainer.member(CROSS, seed=0)
     seen = []
@@ -74,14 +64,6 @@ def test_steps_follow_the_schedule(trainer: Trainer) -> None:
         seen.append({group["lr"] for group in member.optimizer.param_groups})
         assert member.step == step + 1
     assert seen == [{learning_rate(trainer.recipe.optim, step)} for step in range(3)]
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_norms_and_biases_are_not_decayed(name: str) -> None:
-    net = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.BatchNorm3d(2))
-    groups = make_optimizer(net, Optim(name=name, weight_decay=0.3)).param_groups
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert decay == {id(p): 0.3 if p.dim() > 1 else 0.0 for p in net.parameters()}
 
 
 def test_one_seed_gives_equal_bits_and_another_does_not(tiny_shards: Path) -> None:

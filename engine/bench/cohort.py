@@ -30,8 +30,6 @@ import torch
 from engine.bench.base import Bench, told
 from engine.bench.rows import Limit, Row, per_second, quantiles
 from engine.bench.timing import timed
-from engine.data.pipeline import InputPipeline
-from engine.data.plan import plan_batch
 from engine.data.shards import ClipIndex
 from engine.lossfile import random_weights
 from engine.objective.terms import LossWeights
@@ -103,8 +101,8 @@ def _jobs(bench: Bench) -> list[SoloJob]:
 def _costs(processes: Sequence[SoloProcess], *, repeats: int) -> Costs:
     for process in processes:
         process.ask("costs", repeats)
-    found = [pair for process in processes for pair in process.answer()]
-    return Costs([d for d, _ in found], [c for _, c in found])
+    pairs = [pair for process in processes for pair in process.answer()]
+    return Costs([d for d, _ in pairs], [c for _, c in pairs])
 
 
 def _milliseconds_a_member(processes: Sequence[SoloProcess], *, first: int) -> float:
@@ -225,25 +223,12 @@ def seconds_a_step(trainer: Trainer, losses: Sequence[LossWeights]) -> float:
 
 def costs(trainer: Trainer, weights: LossWeights, *, repeats: int) -> list[tuple[float, float]]:
     """Milliseconds (D, C) of input with views and of a member's step, one after the other, nothing ahead."""
-    r = trainer.recipe
-    member = trainer.member(weights, seed=r.seed)
+    seed = trainer.recipe.seed
+    member = trainer.member(weights, seed=seed)
     wanted = member.alive.modalities
-    pipeline = InputPipeline(
-        trainer.index,
-        r.clip,
-        audio=r.audio,
-        device=trainer.runtime.device,
-        batch_size=r.optim.batch_size,
-        num_frames=r.clip.num_frames + r.clip.num_future_frames,
-        threads=trainer.runtime.threads,
-        flow="flow" in wanted,
-        sound="audio" in wanted,
-    )
-    found = []
+    pipeline, pairs = trainer.pipeline(wanted), []
     for step in range(repeats + 2):
-        plan = plan_batch(
-            trainer.index, r.clip, r.audio, seed=r.seed, step=step, batch_size=r.optim.batch_size
-        )
+        plan = trainer.plan(step, seed=seed)
         kept: list[Any] = []
 
         def load(plan: Any = plan, kept: list[Any] = kept) -> None:
@@ -254,8 +239,8 @@ def costs(trainer: Trainer, weights: LossWeights, *, repeats: int) -> list[tuple
             if isinstance(outcome, MemberFailed):
                 raise outcome
 
-        found.append((timed(load, trainer.runtime.device), timed(train, trainer.runtime.device)))
-    return found[2:]
+        pairs.append((timed(load, trainer.runtime.device), timed(train, trainer.runtime.device)))
+    return pairs[2:]
 
 
 def _wait(runtime: Runtime) -> None:
@@ -291,14 +276,14 @@ class SoloProcess:
         self._pipe.send((what, number))
 
     def answer(self) -> Any:
-        """What it found; raises RuntimeError with its reason where it could not."""
+        """Its result; raises RuntimeError with its reason where it could not."""
         try:
-            found = self._pipe.recv()
+            answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             raise RuntimeError("cohort: a member's process ended without a word") from None
-        if isinstance(found, str):
-            raise RuntimeError(f"cohort: a member's process failed: {found}")
-        return found
+        if isinstance(answer, str):
+            raise RuntimeError(f"cohort: a member's process failed: {answer}")
+        return answer
 
 
 def _serve(pipe: Connection, job: SoloJob, steps: int) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engine.tensors import load_tensors
 from engine.cli import main
 from engine.data.library import open_library
 from engine.data.views import Views
@@ -24,6 +23,7 @@ from engine.reproduce.rows import Column, Given
 from engine.reproduce.scale import load_scale
 from engine.runfolder import RunFolder
 from engine.runtime import choose_runtime
+from engine.tensors import load_tensors
 from engine.train import Trainer
 from engine.train_state import Member
 
