@@ -128,7 +128,7 @@ def save_last(
     member: Member,
     *,
     facts: Mapping[str, Any],
-    extra: Mapping[str, Tensor],
+    extra: Mapping[str, Tensor] | None = None,
     keep: bool = False,
 ) -> None:
     """Save a member as ``last`` of a folder, its forerunner as ``previous``; with ``keep`` as ``step-N`` too."""
@@ -151,8 +151,8 @@ def load_last(
     member: Member,
     *,
     recipe_hash: str,
-    extra: Mapping[str, Tensor],
     warn: Callable[[str], object],
+    extra: Mapping[str, Tensor] | None = None,
 ) -> bool:
     """Bring a new member to the newest state of a folder that is whole; False where none was saved.
 

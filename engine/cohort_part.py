@@ -59,7 +59,7 @@ class MemberRun:
     step: int
     """Steps of the schedule that are behind it."""
     rungs: tuple[int, ...]
-    """Steps after which it is looked at on the way."""
+    """Steps after which it is judged on the way."""
     start: Path | None
     keeps_end: bool
     member: Member | None = None
@@ -130,7 +130,7 @@ class CohortRun:
         return groups
 
     def _advance(self, group: Sequence[MemberRun], end: int, *, alone: bool) -> None:
-        """Train a group up to step ``end`` and judge those that are looked at there."""
+        """Train a group up to step ``end`` and judge those that have a rung there."""
         began, before = time.perf_counter(), [run.step for run in group]
         reason: str | None = None
         try:
@@ -187,13 +187,11 @@ class CohortRun:
             return
         run.begun = True
         try:
-            member = self.trainer.member(run.weights, seed=run.seed)
+            member = self.trainer.member(run.weights, seed=run.seed, first=run.first)
             if run.parked is not None:
                 load_member(run.parked, member, recipe_hash="")
             elif run.start is not None:
                 load_end(run.start, member.loss, seed=run.seed)
-                member.step = run.first
-            member.first = run.first
             run.member = member
         except ValueError as error:
             run.failed = str(error)
@@ -234,7 +232,7 @@ class CohortRun:
                 run.member = None
 
     def _prune(self, end: int) -> None:
-        """Compare the jobs that were looked at after ``end`` steps, each by the mean over its seeds."""
+        """Prune the worse of the jobs that were judged after ``end`` steps, each by the mean over its seeds."""
         search, lost = self.search, {run.job for run in self.runs if run.failed is not None}
         looked = [run for run in self.runs if end in run.looks and run.job not in lost]
         jobs = {run.job: [r for r in looked if r.job == run.job] for run in looked}
@@ -259,9 +257,9 @@ class CohortRun:
 
 
 def rungs(settings: Search, *, first: int, steps: int) -> tuple[int, ...]:
-    """Steps, counted from the schedule's start, after which a member trained from ``first`` to ``steps`` is looked at.
+    """Steps, counted from the schedule's start, after which a member trained from ``first`` to ``steps`` is judged.
 
-    Rounded up, and before the end; none where nothing is looked for.
+    Rounded up, and before the end; none where nothing is pruned.
     """
     looks = SHARES if settings.halving else SHARES[:1] if settings.collapse_rank else ()
     return tuple(sorted({first - -(steps - first) // share for share in looks} - {steps}))

@@ -145,8 +145,10 @@ class Trainer:
         frames = clip.num_frames + clip.num_future_frames
         return round(frames * clip.frame_stride / self.index.fps * self.recipe.audio.sample_rate)
 
-    def member(self, weights: LossWeights, *, seed: int, alone: bool = False) -> Member:
-        """A new member; raises ValueError where no term of its loss can be computed.
+    def member(
+        self, weights: LossWeights, *, seed: int, first: int = 0, alone: bool = False
+    ) -> Member:
+        """A new member, trained from step ``first`` on; raises ValueError where no term of its loss can be computed.
 
         ``alone``: no other member will be trained, so compiled steps can work on this one's own networks.
         """
@@ -173,7 +175,18 @@ class Trainer:
                 self.buffers = self._new_buffers(seed)
         vector = torch.tensor([weights[name] for name in TERM_NAMES], device=self.runtime.device)
         ordered = weights_in_order(vector, computed)
-        return Member(loss, optimizer, vector, active, computed, ordered, alive, state)
+        return Member(
+            loss,
+            optimizer,
+            vector,
+            active,
+            computed,
+            ordered,
+            alive,
+            state,
+            step=first,
+            first=first,
+        )
 
     def _new_buffers(self, seed: int) -> StepBuffers:
         loss = self.initial_loss(seed)

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from engine.checkpoint import load_member, save_member
+from engine.checkpoint import load_last, save_last
 from engine.data.part import drawn, part_of
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
@@ -71,20 +71,21 @@ class Training:
     def _step(self, at_work: Sequence[_Cohort]) -> int:
         """Step every member of every cohort; returns how many there were."""
         began = time.perf_counter()
-        going = [(c, views) for c in at_work if (views := c.next_views()) is not None]
-        keys = [(c, key) for c, _ in going for key in c.members]
+        going = [(c, *batch) for c in at_work if (batch := c.next_batch()) is not None]
+        keys = [(c, key) for c, members, _ in going for key in members]
         outcomes: list[float | MemberFailed] = []
-        if len(going) > 1 and all(c.trainer.mode == "off" for c, _ in going):
-            steps = [(c.trainer, m, views) for c, views in going for m in c.members.values()]
+        if len(going) > 1 and all(c.trainer.mode == "off" for c, *_ in going):
+            steps = [(c.trainer, m, views) for c, members, views in going for m in members.values()]
             outcomes = self.runtime.map(lambda step: step[0].attempt(*step[1:]), steps)
         else:
-            for cohort, views in going:
-                outcomes += cohort.trainer.step_all([*cohort.members.values()], views)
+            for cohort, members, views in going:
+                outcomes += cohort.trainer.step_all([*members.values()], views)
         for (cohort, key), outcome in zip(keys, outcomes, strict=True):
             if isinstance(outcome, MemberFailed):
                 cohort.fail(self, key, str(outcome))
-        for cohort, _ in going:
-            cohort.keep(self)
+            else:
+                cohort.keep(self, key)
+        for cohort, *_ in going:
             cohort.seconds += (time.perf_counter() - began) / len(going)
         return len(keys)
 
@@ -144,19 +145,25 @@ class _Cohort:
                 self.members[key] = self.trainer.member(weights_of(*key), seed=seed)
             except ValueError as error:
                 of.store.fail(*key, str(error))
-        last = self._last(of)
-        if last is not None:
-            for key, member in self.members.items():
-                load_member(_file(last, key), member, recipe_hash=recipe_hash(self.trainer.recipe))
-            of.display.say(f"{self.name}: going on from step {last.name}")
+        digest = recipe_hash(self.trainer.recipe)
+        resumed = [
+            load_last(self._folder(of, key), member, recipe_hash=digest, warn=of.display.say)
+            for key, member in self.members.items()
+        ]
+        if any(resumed):
+            step = min(member.step for member in self.members.values())
+            of.display.say(f"{self.name}: going on from step {step}")
         if self.members:
             self.rounds = self.trainer.rounds(list(self.members.values()), seed=seed)
 
-    def next_views(self) -> Views | None:
-        """The next batch; None at the end of training."""
-        step = next(self.rounds, None) if self.members else None
-        self.ended = step is None
-        return None if step is None else step[1]
+    def next_batch(self) -> tuple[dict[Seeded, Member], Views] | None:
+        """The members that stand at the next step, and its views; None at the end of training."""
+        batch = next(self.rounds, None) if self.members else None
+        self.ended = batch is None
+        if batch is None:
+            return None
+        step, views = batch
+        return {key: member for key, member in self.members.items() if member.step == step}, views
 
     def fail(self, of: Training, key: Seeded, reason: str) -> None:
         """Leave a member out from here on."""
@@ -164,30 +171,15 @@ class _Cohort:
         of.display.say(f"{key[0].name}, seed {key[1]}: {reason}")
         del self.members[key]
 
-    def keep(self, of: Training) -> None:
-        """After a step: a checkpoint where it is due."""
-        every, recipe = of.scale.checkpoint_every, self.trainer.recipe
-        step = next((m.step for m in self.members.values()), 0)
-        if not every or not step or step % every or step == recipe.optim.steps:
-            return
-        folder = of.checkpoints / self.name
-        part = folder / f"{step}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        facts = {"recipe_hash": recipe_hash(recipe), "seed": recipe.seed}
-        for key, member in self.members.items():
-            save_member(_file(part, key), member, facts=facts)
-        part.rename(folder / str(step))
-        for old in folder.iterdir():
-            if old.name != str(step):
-                shutil.rmtree(old)
+    def keep(self, of: Training, key: Seeded) -> None:
+        """Save a member's state after a step, where it is time for it."""
+        every, recipe, member = of.scale.checkpoint_every, self.trainer.recipe, self.members[key]
+        if every and member.step % every == 0 and member.step < recipe.optim.steps:
+            facts = {"recipe_hash": recipe_hash(recipe), "seed": recipe.seed}
+            save_last(self._folder(of, key), member, facts=facts)
 
-    def _last(self, of: Training) -> Path | None:
-        """The newest checkpoint that holds all members."""
-        folder = of.checkpoints / self.name
-        saved = [p for p in folder.glob("*") if p.name.isdecimal()]
-        whole = [p for p in saved if all(_file(p, key).exists() for key in self.members)]
-        return max(whole, key=lambda p: int(p.name), default=None)
+    def _folder(self, of: Training, key: Seeded) -> Path:
+        return of.checkpoints / self.name / key[0].name
 
     def finish(self, of: Training) -> None:
         """Keep the trained networks."""
@@ -210,10 +202,6 @@ class _Cohort:
         )
         seconds = 0.0 if network.loss is None else self.seconds / self.trained
         of.store.save(network, seed, state, card, seconds=seconds)
-
-
-def _file(folder: Path, key: Seeded) -> Path:
-    return folder / f"{key[0].name}.safetensors"
 
 
 def labels_chose(loss: str) -> bool:
