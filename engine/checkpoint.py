@@ -28,6 +28,8 @@ from engine.tensors import (
 from engine.train_optim import new_moments
 from engine.train_state import Member
 
+FORMAT = 2
+"""Of these files; one of another format is refused."""
 MODULE, OPTIMIZER, EXTRA = "module.", "optim.", "extra."
 """Prefixes of tensors' names."""
 END = "end of a member"
@@ -52,7 +54,8 @@ def save_state(
     tensors = {f"{MODULE}{name}": t for name, t in module.state_dict().items()}
     tensors |= {f"{EXTRA}{name}": t for name, t in (extra or {}).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, tensors | moments, facts={**facts, "optimizer_tensors": len(moments)})
+    own = {"format": FORMAT, "optimizer_tensors": len(moments)}
+    save_tensors(path, tensors | moments, facts={**facts, **own})
 
 
 def load_state(
@@ -69,7 +72,7 @@ def load_state(
     tensor; nothing is changed then.
     """
     tensors, facts = load_tensors(path)
-    for key, value in expected.items():
+    for key, value in {"format": FORMAT, **expected}.items():
         if facts.get(key) != value:
             raise CheckpointError(
                 f"{path}: its {key} is {facts.get(key)}, this run's is {value}; resume with what the run began with, "

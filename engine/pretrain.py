@@ -69,8 +69,7 @@ def pretrain(
     trainer = Trainer(recipe, library.index, runtime, warn=display.say, ranks=ranks)
     weights = ranks.shared(lambda: _begin(run, job))
     member = trainer.member(weights, seed=recipe.seed, alone=True)
-    decay = recipe.optim.ema
-    average = RunningAverage(member.loss.rgb, decay) if decay else None
+    average = RunningAverage(member.loss.rgb, recipe.optim.ema) if recipe.optim.ema else None
     ranks.agree(_identity(recipe, library, member))
     facts = {} if run is None else _provenance(recipe, library, run=run, runtime=runtime)
     _resume(run, member, average, digest=recipe_hash(recipe), ranks=ranks, display=display)
