@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from engine.distributed import ALONE, Ranks
 from engine.features import LabelledClips
 from engine.lossfile import load_loss, loss_used_labels, save_loss
 from engine.objective.terms import LossWeights
-from engine.pretrain_record import SAVING, PretrainLog, Saving
+from engine.pretrain_record import PretrainLog, Saving
 from engine.recipe import Recipe, recipe_hash
 from engine.runfolder import RunError, RunFolder
 from engine.runtime import Runtime, choose_runtime, make_deterministic, provenance
@@ -40,7 +40,7 @@ class PretrainJob:
     """Whether labels had a part in choosing the loss."""
     device: str = "auto"
     resume: bool = False
-    saving: Saving = SAVING
+    saving: Saving = field(default_factory=Saving)
 
 
 def pretrain(

@@ -46,9 +46,6 @@ class Saving:
     """Between k-means fitnesses of the labelled clips; None: at every checkpoint."""
 
 
-SAVING = Saving()
-
-
 class Speed:
     """Clips per second over all processes, and the share of the GPUs' peak that they use."""
 
