@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.cohort_part import OnStep, Part, Run, TooManyMembers, how_judged, rung_fitness
 from engine.cohort_rungs import first_step, rungs
 from engine.cohort_state import keep_ends
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.fitness import FitnessResult, kmeans_fitness
 from engine.objective.terms import LossWeights
 from engine.recipe import Search, recipe_hash

@@ -20,7 +20,7 @@ from engine.checkpoint import load_member, save_member
 from engine.cohort_rungs import promoted
 from engine.cohort_state import end_state, start_from
 from engine.data.views import Views
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.fitness import FitnessResult, cohort_fitness, effective_rank
 from engine.objective.terms import LossWeights
 from engine.recipe import Search

@@ -6,22 +6,20 @@ computes. Labels of the test part decide nothing but the numbers that are report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.datasets import Dataset
-from engine.extract import Extractor
+from engine.extract import Extractor, Report
 from engine.finetune import finetune
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card
 from engine.protocols import Evaluated, Judge, Videos, cuts_of, used_clips, videos_of
 from engine.recipe import Evaluation, Recipe
 from engine.runtime import Runtime, provenance
-
-Report = Callable[[str, int, int], None]
 
 FROZEN = ("kmeans", "linear", "retrieval")
 PROTOCOLS = (*FROZEN, "finetune")
@@ -83,14 +81,14 @@ def evaluate_many(
     if frozen:
         shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
         views = take_features(networks, dataset, settings=settings, **shared)
-    every, told, results = range(seed, seed + seeds), provenance(runtime), []
+    every, origin, results = range(seed, seed + seeds), provenance(runtime), []
     for number, (network, card) in enumerate(networks):
         found = {}
         if frozen:
             videos = videos_of(dataset, views[number])
             _check_finite(videos, card, dataset)
             judge = Judge(dataset, videos, settings, runtime, card)
-            found = {protocol: judge.judged(protocol, every, told) for protocol in frozen}
+            found = {name: judge.judged(name, every, origin, on_progress) for name in frozen}
         if training is not None and "finetune" in protocols:
             more: dict[str, Any] = {"recipe": training, "runtime": runtime, "seeds": every}
             found["finetune"] = finetune(network, card, dataset, on_progress=on_progress, **more)

@@ -19,10 +19,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.data",),
     ("engine.model",),
     ("engine.objective",),
-    ("engine.agreement", "engine.kmeans", "engine.zipf"),
+    ("engine.agreement", "engine.kmeans"),
     ("engine.samplers",),
     ("engine.study_storage",),
-    ("engine.features", "engine.fitness", "engine.search"),
+    ("engine.fitness", "engine.search"),
     ("engine.datasets", "engine.linear", "engine.scores"),
     ("engine.train",),
     ("engine.checkpoint", "engine.board"),
@@ -69,7 +69,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
         "engine/cli_use.py",
     ),
     "cmaes": "engine/samplers.py",
-    "cuml": "engine/fitness.py",
+    "cuml": ("engine/kmeans.py", "engine/linear.py"),
     "cv2": "engine/data/flow.py",
     "jinja2": "engine/reporting/html.py",
     "matplotlib": ("engine/reporting/paint.py", "engine/bench/plot.py", "engine/contact_sheet.py"),
@@ -85,14 +85,14 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "pyarrow": "engine/feature_file.py",
     "ray": ("engine/workers.py", "engine/data/ray_ingest.py"),
     "safetensors": "engine/checkpoint.py",
-    "sklearn": ("engine/agreement.py", "engine/fitness.py"),
+    "sklearn": ("engine/agreement.py", "engine/kmeans.py", "engine/linear.py"),
     "sqlalchemy": ("engine/study_storage.py", "engine/study_storage_outage.py"),
     "torchaudio": "engine/data/audio.py",
     "triton": "kernels/",
 }
 """Heavy library -> the one file (or folder, or few files) that imports it."""
 
-MAX_FILE_LINES = 350
+MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = {"engine": 50, "kernels": 120}
 EXCEPTIONS: dict[str, int] = {}
 """``path`` or ``path:function`` -> the length it may have. Keep it short."""

@@ -12,7 +12,7 @@ from scipy.stats import entropy, zipfian
 
 from engine.fitness import cohort_fitness, kmeans_fitness
 from engine.recipe import Fitness
-from engine.zipf import cluster_shares, zipf_divergence, zipf_fitness
+from engine.agreement import cluster_shares, zipf_divergence, zipf_fitness
 
 Array = NDArray[np.float64]
 
