@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from engine.data.plan import ClipPlan
+from engine.data.plan import ClipPlan, central_plan
 from engine.data.shards import ClipIndex
 from engine.datasets import Dataset
 from engine.extract import Report, decoded
@@ -90,16 +90,7 @@ def _plan(index: ClipIndex, clips: Ints) -> ClipPlan:
     place = (np.arange(PAIRS) + 0.5) / PAIRS
     first = np.floor(np.maximum(last - 1, 0) * place).astype(np.int64)
     frames = np.stack([first, np.minimum(first + 1, last)], axis=2).reshape(len(clips), -1)
-    n = len(clips)
-    return ClipPlan(
-        clip=clips,
-        frames=frames,
-        box=np.full((n, 4), np.nan, np.float32),
-        flip=np.zeros(n, np.bool_),
-        sound_start=np.zeros(n),
-        shift=np.zeros(n),
-        order=np.zeros((n, 2), np.int64),
-    )
+    return central_plan(clips, frames)
 
 
 def _ridge(x: Floats, labels: Ints, groups: Ints, test: Floats, seed: int) -> Ints:

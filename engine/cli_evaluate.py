@@ -135,7 +135,11 @@ def evaluate(
             training=recipe if "finetune" in protocols else None,
             on_progress=display.prepare,
         )
-        trivial = baselines(dataset, runtime=runtime, seed=seed) if with_baselines else {}
+        trivial = (
+            baselines(dataset, runtime=runtime, seed=seed, on_progress=display.prepare)
+            if with_baselines
+            else {}
+        )
     for path, found in zip(checkpoints, results, strict=True):
         for each in found.values():
             print_evaluated(each, name=str(path))

@@ -26,31 +26,13 @@ PROTOCOLS = (*FROZEN, "finetune")
 
 
 def evaluate(
-    network: ResNet3D,
-    card: Card,
-    dataset: Dataset,
-    *,
-    protocol: str,
-    settings: Evaluation,
-    runtime: Runtime,
-    seed: int = 0,
-    training: Recipe | None = None,
-    on_progress: Report | None = None,
+    network: ResNet3D, card: Card, dataset: Dataset, *, protocol: str, **how: Any
 ) -> Evaluated:
-    """Judge a network by one protocol of PROTOCOLS; ``training`` is the recipe that "finetune" trains by.
+    """Judge a network by one protocol of PROTOCOLS; ``how`` is as ``evaluate_many`` takes it.
 
     Raises ValueError for another protocol, and for features that are not finite.
     """
-    (found,) = evaluate_many(
-        [(network, card)],
-        dataset,
-        protocols=[protocol],
-        settings=settings,
-        runtime=runtime,
-        seed=seed,
-        training=training,
-        on_progress=on_progress,
-    )
+    (found,) = evaluate_many([(network, card)], dataset, protocols=[protocol], **how)
     return found[protocol]
 
 
@@ -77,10 +59,8 @@ def evaluate_many(
     if "finetune" in protocols and training is None:
         raise ValueError("fine-tuning needs a recipe to train by")
     frozen = [protocol for protocol in protocols if protocol in FROZEN]
-    views: list[Tensor] = []
-    if frozen:
-        shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
-        views = take_features(networks, dataset, settings=settings, **shared)
+    shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
+    views = take_features(networks, dataset, settings=settings, **shared) if frozen else []
     every, origin, results = range(seed, seed + seeds), provenance(runtime), []
     for number, (network, card) in enumerate(networks):
         found = {}
@@ -90,8 +70,9 @@ def evaluate_many(
             judge = Judge(dataset, videos, settings, runtime, card)
             found = {name: judge.judged(name, every, origin, on_progress) for name in frozen}
         if training is not None and "finetune" in protocols:
-            more: dict[str, Any] = {"recipe": training, "runtime": runtime, "seeds": every}
-            found["finetune"] = finetune(network, card, dataset, on_progress=on_progress, **more)
+            found["finetune"] = finetune(
+                network, card, dataset, recipe=training, seeds=every, **shared
+            )
         results.append({protocol: found[protocol] for protocol in protocols})
         if on_progress is not None:
             on_progress("judging networks", number + 1, len(networks))
@@ -116,8 +97,7 @@ def take_features(
             dataset.index, clips, cuts=cuts, runtime=runtime, bank=dataset.decoded
         )
         outputs = extractor.outputs(
-            [networks[i][0] for i in same],
-            [networks[i][1] for i in same],
+            *zip(*(networks[i] for i in same), strict=True),
             batch_norm=settings.batch_norm,
             on_progress=on_progress,
         )

@@ -178,30 +178,24 @@ class Judge:
             count = len(np.unique(labels))
             if len(rows) < 2 * count:  # a cluster a video says nothing
                 continue
-            clusters = self._clustered(rows, count, seed)
+            x = self._rows(rows)
+            (clusters,) = kmeans.cluster(
+                [x],
+                count,
+                backend=kmeans.kmeans_backend(self.device),
+                device=self.device,
+                runs=self.settings.kmeans_seeds,
+                restarts=self.settings.kmeans_init,
+                seed=seed,
+            )
             runs = [scores.cluster_scores(labels, run) for run in clusters]
             metrics |= {f"{part}_{name}": value for name, value in scores.mean_of(runs).items()}
             metrics[f"{part}_accuracy_runs"] = [run["accuracy"] for run in runs]
             if part == "train":
-                metrics["assigned_accuracy"] = self._assigned(rows, clusters, parts["test"])
+                test = self._rows(parts["test"]), self.videos.label[parts["test"]]
+                shares = [scores.assigned_accuracy(x, labels, run, *test) for run in clusters]
+                metrics["assigned_accuracy"] = float(np.mean(shares))
         return metrics, None
-
-    def _clustered(self, rows: Ints, count: int, seed: int) -> Ints:
-        (clusters,) = kmeans.cluster(
-            [self._rows(rows)],
-            count,
-            backend=kmeans.kmeans_backend(self.device),
-            device=self.device,
-            runs=self.settings.kmeans_seeds,
-            restarts=self.settings.kmeans_init,
-            seed=seed,
-        )
-        return clusters
-
-    def _assigned(self, rows: Ints, clusters: Ints, test: Ints) -> float:
-        pair = (self._rows(rows), self.videos.label[rows])
-        other = (self._rows(test), self.videos.label[test])
-        return float(np.mean([scores.assigned_accuracy(*pair, run, *other) for run in clusters]))
 
     def _linear(self, fold: Fold, seed: int) -> tuple[dict[str, Any], Ints]:
         train, test = self.videos.of(fold.train), self.videos.of(fold.test)

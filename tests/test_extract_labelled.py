@@ -1,4 +1,4 @@
-"""Features of labelled clips: whose row is whose, and that taking them changes nothing."""
+"""Labelled clips that judge a loss: whose row is whose, and that taking features changes nothing."""
 
 from __future__ import annotations
 
