@@ -247,7 +247,7 @@ class Judge:
                 f" mean of {s.kmeans_seeds} runs, on video means"
             ),
             "linear": (
-                "one layer (logistic regression) on standardised video means, C chosen on held-out train groups"
+                "one layer on standardised video means by logistic regression, C chosen on held-out train groups"
                 f" ({min(s.holdout_turns, s.holdout_parts)} of {s.holdout_parts} parts, stratified)"
             ),
             "retrieval": "cosine of video means, gallery train, queries test",
