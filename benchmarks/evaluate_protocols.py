@@ -157,13 +157,16 @@ def seconds(work: Callable[[], object]) -> float:
 @click.command()
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--size", "sizes", type=click.Choice(list(SIZES)), multiple=True, help="[default: all]"
+)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Append the rows.")
-def main(threads: int, rounds: int, out: Path | None) -> None:
+def main(threads: int, rounds: int, sizes: tuple[str, ...], out: Path | None) -> None:
     """Print seconds of each protocol, of scikit-learn with as many threads and with one, and ours over the first."""
     warnings.simplefilter("ignore")
     facts = {k: v for k, v in provenance(choose_runtime("cpu")).items() if k != "command"}
-    for size, shape in SIZES.items():
-        data = problem(*shape)
+    for size in sizes or SIZES:
+        data = problem(*SIZES[size])
         our, peer = ours(*data), peers(*data)
         for name in our:
             taken: dict[str, list[float]] = {}
