@@ -29,7 +29,7 @@ from scipy.stats import kendalltau, spearmanr
 
 from engine.cohort import MemberJob, MemberResult, evaluate_cohort
 from engine.data.library import default_shard_cache, demo_folders, fingerprint, open_library
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.lossfile import random_weights
 from engine.objective.terms import TERM_NAMES, LossWeights
 from engine.recipe import Recipe, load_recipe, override, recipe_hash

@@ -16,7 +16,7 @@ import torch
 from engine.cohort import MemberJob, evaluate_cohort, untrained_fitness
 from engine.data.library import default_shard_cache, open_library
 from engine.evolve import FRESH_SEEDS
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.lossfile import load_loss
 from engine.recipe import load_recipe, override, recipe_hash
 from engine.runtime import choose_runtime, make_deterministic, provenance

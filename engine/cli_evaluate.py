@@ -124,18 +124,17 @@ def evaluate(
     make_deterministic(runtime)
     with Display() as display:
         dataset = _open(display, name, max(card.input.size for card in cards), data)
+        shared: dict[str, Any] = {"runtime": runtime, "seed": seed, "on_progress": display.prepare}
         results = evaluate_many(
             networks,
             dataset,
             protocols=protocols,
             settings=recipe.evaluation,
-            runtime=runtime,
-            seed=seed,
             seeds=seeds,
             training=recipe if "finetune" in protocols else None,
-            on_progress=display.prepare,
+            **shared,
         )
-        trivial = baselines(dataset, runtime=runtime, seed=seed) if with_baselines else {}
+        trivial = baselines(dataset, **shared) if with_baselines else {}
     for path, found in zip(checkpoints, results, strict=True):
         for each in found.values():
             print_evaluated(each, name=str(path))

@@ -26,7 +26,7 @@ from engine.cohort_part import (
     rung_fitness,
     rungs,
 )
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.fitness import FitnessResult, kmeans_fitness
 from engine.objective.terms import LossWeights
 from engine.recipe import Search, recipe_hash

@@ -23,7 +23,7 @@ from torch import Tensor
 from engine.checkpoint import copy_of, load_end, load_member, save_member
 from engine.data.clip_bank import ClipBank
 from engine.data.views import Views
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.fitness import FitnessResult, cohort_fitness, effective_rank
 from engine.objective.terms import LossWeights
 from engine.recipe import Search

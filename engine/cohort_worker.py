@@ -16,9 +16,9 @@ import torch
 from engine.cohort import MemberJob, MemberResult, evaluate_cohort, untrained_fitness
 from engine.data.library import Library, fingerprint
 from engine.data.shards import ClipIndex
-from engine.features import LabelledClips
-from engine.fitness import kmeans_backend
+from engine.extract import LabelledClips
 from engine.jobs import Tell
+from engine.kmeans import kmeans_backend
 from engine.network_file import card_of, save_network
 from engine.recipe import Recipe, recipe_hash
 from engine.runtime import Runtime, choose_runtime, make_deterministic

@@ -25,9 +25,7 @@ import torch
 from torch import Tensor
 
 import engine
-import kernels
 from engine.data.ahead import ahead
-from engine.data.pipeline import InputPipeline
 from engine.data.plan import ClipPlan
 from engine.data.shards import ClipIndex, is_shards
 from engine.data.sources import Found, find_sources
@@ -40,6 +38,7 @@ from engine.embed_pieces import (
     raw_pieces,
     shard_pieces,
 )
+from engine.extract import clip_of, decoded, forward
 from engine.feature_file import (
     FeatureRows,
     count_rows,
@@ -54,7 +53,6 @@ from engine.feature_file import (
 )
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card
-from engine.recipe import Audio, Clip
 from engine.runtime import Runtime, choose_runtime, num_cores
 
 Report = Callable[[str, int, int], None]
@@ -200,27 +198,20 @@ class Embedder:
         stopping: threading.Event,
         warn: Callable[[str], object],
     ) -> None:
-        self.network, self.settings, self.runtime = network.eval(), settings, runtime
+        self.network = network.eval().to(runtime.device)
+        self.card, self.settings, self.runtime = card, settings, runtime
         self.stopping, self.warn = stopping, warn
-        self.clip = Clip(
-            num_frames=card.input.num_frames,
-            frame_stride=card.input.frame_stride,
-            size=card.input.size,
-        )
-        network.to(runtime.device)
-        self.mean, self.std = (
-            torch.tensor(values, device=runtime.device) for values in (card.mean, card.std)
-        )
+        self.clip = clip_of(card.input)
 
     def features(
         self, pieces: Sequence[Piece]
     ) -> Generator[tuple[Opened, FeatureRows], None, None]:
         """Each piece's rows, in order; the pieces after it are cut and decoded meanwhile."""
         opened = ahead((piece.open() for piece in pieces), depth=1, name="embed-cut")
-        decoded = ahead(self.decoded(opened), depth=2, name="embed-decode")
+        batches = ahead(self.decoded(opened), depth=2, name="embed-decode")
         kept: list[Tensor] = []
         try:
-            for piece, frames in decoded:
+            for piece, frames in batches:
                 if frames is not None:
                     kept.append(self.embed_clips(frames))
                     continue
@@ -228,38 +219,29 @@ class Embedder:
                 kept = []
         finally:
             self.stopping.set()
-            decoded.close()  # type: ignore[attr-defined]
+            batches.close()  # type: ignore[attr-defined]
 
-    @torch.inference_mode()
     def embed_clips(self, frames: Tensor) -> Tensor:
         """Features float32 (n, D) of uint8 (n, T, H, W, 3), on the device."""
-        rgb, _ = kernels.clip_views(frames, self.mean, self.std)
-        with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
-            features: Tensor = self.network(rgb)
-        return features.float()
-
-    def _pipeline(self, index: ClipIndex) -> InputPipeline:
-        return InputPipeline(
-            index,
-            self.clip,
-            audio=Audio(),
-            device=self.runtime.device,
-            batch_size=self.settings.batch_size,
-            num_frames=self.clip.num_frames,
-            threads=self.runtime.threads,
-            flow=False,
-            sound=False,
-            warn=self.warn,
+        (features,) = forward(
+            [self.network], [self.card], frames, runtime=self.runtime, all_cores=True
         )
+        return features
 
     def decoded(self, opened: Iterator[Opened]) -> Iterator[tuple[Opened, Tensor | None]]:
         """The pieces' batches, uint8 (n, T, H, W, 3), and None after the last one of each."""
         try:
             for piece in opened:
                 if piece.index is not None and len(piece.clip):
-                    pipeline = self._pipeline(piece.index)
-                    for batch in pipeline.batches(self._plans(piece)):
-                        yield piece, batch.rgb
+                    for frames in decoded(
+                        piece.index,
+                        self._plans(piece),
+                        clip=self.clip,
+                        batch_size=self.settings.batch_size,
+                        runtime=self.runtime,
+                        warn=self.warn,
+                    ):
+                        yield piece, frames
                 yield piece, None
         finally:
             opened.close()  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from engine.data.executors import Executor, InProcess, Pool
 from engine.data.ingest import IngestError, Progress, ingest
-from engine.data.plan import ClipPlan
+from engine.data.plan import ClipPlan, central_plan
 from engine.data.record import PARTIAL
 from engine.data.shards import ClipIndex, read_dataset
 from engine.data.sources import Found, Source
@@ -146,16 +146,8 @@ class Opened:
         first, size = self.first[rows], self.size[rows]
         start = first + np.floor(np.maximum(size - span, 0) * place).astype(np.int64)
         frames = start[:, None] + np.arange(clip.num_frames) * clip.frame_stride
-        n = len(rows)
-        return ClipPlan(
-            clip=self.clip[rows],
-            frames=np.minimum(frames, (first + size - 1)[:, None]),
-            box=np.full((n, 4), np.nan, np.float32),
-            flip=np.zeros(n, np.bool_),
-            sound_start=start / self.index.fps,
-            shift=np.zeros(n),
-            order=np.tile(np.arange(clip.num_frames)[::-1], (n, 1)),
-        )
+        frames = np.minimum(frames, (first + size - 1)[:, None])
+        return central_plan(self.clip[rows], frames, sound_start=start / self.index.fps)
 
     def close(self) -> None:
         """Remove what was stored for the time being."""
@@ -183,7 +175,10 @@ def raw_pieces(
     workers: Workers,
 ) -> Iterator[Piece]:
     """Pieces of raw videos, cut when they are opened, by ``workers``, into ``folder``."""
-    cut, count = _Cutter(clip, settings, folder, workers), workers.count
+    # a margin, as 128 is to 112; films are no larger than that before they are cropped
+    side = max(128, -(-clip.size * 8 // 14) * 2)
+    cut = _Cutter(Stretches.of(clip, settings), settings.fps, side, folder, workers)
+    count = workers.count
     most = min(SOURCES_A_WORKER * count, max(2 * count, len(found.sources) // 8))
     chunk: list[Source] = []
     homes: dict[str, str] = {}
@@ -197,20 +192,15 @@ def raw_pieces(
         yield cut.piece(chunk)
 
 
+@dataclass(frozen=True)
 class _Cutter:
     """Cuts pieces of raw videos."""
 
-    def __init__(
-        self,
-        clip: ClipInput,
-        settings: EmbedSettings,
-        folder: Path,
-        workers: Workers,
-    ) -> None:
-        self.stretches = Stretches.of(clip, settings)
-        # a margin, as 128 is to 112; films are no larger than that before they are cropped
-        self.fps, self.short_side = settings.fps, max(128, -(-clip.size * 8 // 14) * 2)
-        self.folder, self.workers = folder, workers
+    stretches: Stretches
+    fps: float
+    short_side: int
+    folder: Path
+    workers: Workers
 
     def piece(self, sources: Sequence[Source]) -> Piece:
         """The piece of these videos."""

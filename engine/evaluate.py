@@ -6,14 +6,14 @@ computes. Labels of the test part decide nothing but the numbers that are report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.datasets import Dataset
-from engine.extract import Extractor
+from engine.extract import Extractor, Report
 from engine.finetune import finetune
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card
@@ -21,38 +21,18 @@ from engine.protocols import Evaluated, Judge, Videos, cuts_of, used_clips, vide
 from engine.recipe import Evaluation, Recipe
 from engine.runtime import Runtime, provenance
 
-Report = Callable[[str, int, int], None]
-
 FROZEN = ("kmeans", "linear", "retrieval")
 PROTOCOLS = (*FROZEN, "finetune")
 
 
 def evaluate(
-    network: ResNet3D,
-    card: Card,
-    dataset: Dataset,
-    *,
-    protocol: str,
-    settings: Evaluation,
-    runtime: Runtime,
-    seed: int = 0,
-    training: Recipe | None = None,
-    on_progress: Report | None = None,
+    network: ResNet3D, card: Card, dataset: Dataset, *, protocol: str, **how: Any
 ) -> Evaluated:
-    """Judge a network by one protocol of PROTOCOLS; ``training`` is the recipe that "finetune" trains by.
+    """Judge a network by one protocol of PROTOCOLS; ``how`` is as ``evaluate_many`` takes it.
 
     Raises ValueError for another protocol, and for features that are not finite.
     """
-    (found,) = evaluate_many(
-        [(network, card)],
-        dataset,
-        protocols=[protocol],
-        settings=settings,
-        runtime=runtime,
-        seed=seed,
-        training=training,
-        on_progress=on_progress,
-    )
+    (found,) = evaluate_many([(network, card)], dataset, protocols=[protocol], **how)
     return found[protocol]
 
 
@@ -79,21 +59,20 @@ def evaluate_many(
     if "finetune" in protocols and training is None:
         raise ValueError("fine-tuning needs a recipe to train by")
     frozen = [protocol for protocol in protocols if protocol in FROZEN]
-    views: list[Tensor] = []
-    if frozen:
-        shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
-        views = take_features(networks, dataset, settings=settings, **shared)
-    every, told, results = range(seed, seed + seeds), provenance(runtime), []
+    shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
+    views = take_features(networks, dataset, settings=settings, **shared) if frozen else []
+    every, origin, results = range(seed, seed + seeds), provenance(runtime), []
     for number, (network, card) in enumerate(networks):
         found = {}
         if frozen:
             videos = videos_of(dataset, views[number])
             _check_finite(videos, card, dataset)
             judge = Judge(dataset, videos, settings, runtime, card)
-            found = {protocol: judge.judged(protocol, every, told) for protocol in frozen}
+            found = {name: judge.judged(name, every, origin, on_progress) for name in frozen}
         if training is not None and "finetune" in protocols:
-            more: dict[str, Any] = {"recipe": training, "runtime": runtime, "seeds": every}
-            found["finetune"] = finetune(network, card, dataset, on_progress=on_progress, **more)
+            found["finetune"] = finetune(
+                network, card, dataset, recipe=training, seeds=every, **shared
+            )
         results.append({protocol: found[protocol] for protocol in protocols})
         if on_progress is not None:
             on_progress("judging networks", number + 1, len(networks))
@@ -118,8 +97,7 @@ def take_features(
             dataset.index, clips, cuts=cuts, runtime=runtime, bank=dataset.decoded
         )
         outputs = extractor.outputs(
-            [networks[i][0] for i in same],
-            [networks[i][1] for i in same],
+            *zip(*(networks[i] for i in same), strict=True),
             batch_norm=settings.batch_norm,
             on_progress=on_progress,
         )

@@ -20,7 +20,7 @@ from engine.display import Display, outcome_line
 from engine.evolve_pace import Pace
 from engine.evolve_plan import Planner, split
 from engine.evolve_record import Records
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.jobs import Crew, Done, Job, LocalPool, Lost, Pool
 from engine.lossfile import random_weights
 from engine.recipe import Recipe

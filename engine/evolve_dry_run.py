@@ -13,7 +13,7 @@ import torch
 from engine.display import Display, duration
 from engine.evolve import Data, Workers
 from engine.evolve_plan import job_sizes
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.fitness import cohort_fitness
 from engine.objective.loss import active_terms
 from engine.objective.terms import TERM_NAMES

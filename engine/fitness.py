@@ -6,36 +6,19 @@ any, are those of the train split, and all that they decide is a number per memb
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from functools import cache
-from importlib.util import find_spec
 from statistics import fmean, stdev
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.cluster import KMeans  # type: ignore[import-untyped]
-from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 from engine import kmeans, recipe
-from engine.agreement import Agreement, Ints, agreement, check_labels
-from engine.zipf import zipf_fitness
-
-Floats = NDArray[np.floating[Any]]
-Backend = Literal["sklearn", "cuml", "batched"]
-
-AUTO: dict[str, Backend] = {"cpu": "sklearn", "cuda": "batched"}
-"""What ``auto`` stands for, by type of device; a measurement may change it.
-
-A CPU is bound by arithmetic, of which scikit-learn does half: it adds up a cluster's clips where the batched
-one multiplies by one-hot assignments. On a GPU one clustering of some thousand clips is bound by launches,
-and the batched one needs as many for all members, runs and starts as cuML for a single start.
-"""
+from engine.agreement import Agreement, Floats, Ints, agreement, check_labels, zipf_fitness
+from engine.kmeans import Backend
+from engine.runtime import one_thread
 
 
 @dataclass(frozen=True)
@@ -102,7 +85,7 @@ def cohort_fitness(
     ValueError for labels outside the classes, fewer clips than classes or clusters, a metric that wants labels where
     there are none, no number of clusters, and k-means that is not there.
     """
-    backend = kmeans_backend(device, settings.kmeans)
+    backend = kmeans.kmeans_backend(device, settings.kmeans)
     num_clusters = settings.clusters_for(num_classes if labels is not None else 0)
     if labels is not None:
         labels = np.asarray(labels)
@@ -114,11 +97,16 @@ def cohort_fitness(
             f"fitness: {len(sound[0])} clips are too few for {num_clusters} clusters: "
             "set fitness.num_clusters lower, or give more clips"
         )
-    if backend != "sklearn":
-        sound = [_on_device(each, device) for each in sound]
-    cluster = {"sklearn": _cluster_sklearn, "cuml": _cluster_cuml, "batched": _cluster_batched}
-    with _one_thread():
-        clustered = cluster[backend](sound, num_clusters, settings, seed) if sound else []
+    with one_thread():
+        clustered = kmeans.cluster(
+            sound,
+            num_clusters,
+            backend=backend,
+            device=device,
+            runs=settings.kmeans_seeds,
+            restarts=settings.kmeans_init,
+            seed=seed,
+        )
         results = iter(
             _result(each, runs, labels, settings=settings, num_clusters=num_clusters, by=backend)
             for each, runs in zip(sound, clustered, strict=True)
@@ -135,100 +123,17 @@ def effective_rank(features: Floats | Tensor) -> float:
     """
     if (fault := _fault(features)) is not None:
         raise ValueError(fault)
-    with _one_thread():
+    with one_thread():
         if isinstance(features, Tensor) and features.is_cuda:
             values = _gram_spectrum(features)
         else:
-            values = np.linalg.svd(_float64(features), compute_uv=False)
+            values = np.linalg.svd(kmeans.float64(features), compute_uv=False)
     total = values.sum()
     if total == 0.0:
         return 0.0
     shares = values[values > 0.0] / total
     shares = shares[shares > 0.0]  # a share can underflow where its singular value does not
     return float(np.exp(-(shares * np.log(shares)).sum()))
-
-
-def kmeans_backend(device: str, choice: str = "auto") -> Backend:
-    """Whose k-means a device gets for a choice of ``fitness.kmeans``.
-
-    Raises ValueError for cuML where it is not installed or there is no GPU.
-    """
-    if choice == "cuml" and (not device.startswith("cuda") or find_spec("cuml") is None):
-        lacking = "it is not installed" if device.startswith("cuda") else f"this runs on {device}"
-        raise ValueError(
-            f'fitness.kmeans = "cuml" needs cuML (extra cuda12 or cuda13) and a GPU, but {lacking}:'
-            ' write "auto"'
-        )
-    return (
-        AUTO.get(device.partition(":")[0], "sklearn") if choice == "auto" else cast(Backend, choice)
-    )
-
-
-def _cluster_sklearn(
-    members: Sequence[Any], num_clusters: int, settings: recipe.Fitness, seed: int
-) -> list[Ints]:
-    # float64: faster than float32 at these sizes, and no square of a finite float32 overflows.
-    def one_run(features: Floats, run: int) -> Ints:
-        model = KMeans(num_clusters, n_init=settings.kmeans_init, random_state=_run_seed(seed, run))
-        clusters: Ints = model.fit_predict(_float64(features))
-        return clusters
-
-    with warnings.catch_warnings():
-        # Collapsed features have fewer distinct points than clusters: a low fitness, not a warning.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return [
-            np.stack([one_run(features, run) for run in range(settings.kmeans_seeds)])
-            for features in members
-        ]
-
-
-def _cluster_batched(
-    members: Sequence[Any], num_clusters: int, settings: recipe.Fitness, seed: int
-) -> list[Ints]:
-    found = kmeans.kmeans(members, _draws(num_clusters, settings, seed))
-    both = zip(found.labels.cpu().numpy(), found.inertia.cpu().numpy(), strict=True)
-    return [kmeans.best_of_runs(*each, runs=settings.kmeans_seeds) for each in both]
-
-
-def _cluster_cuml(
-    members: Sequence[Any], num_clusters: int, settings: recipe.Fitness, seed: int
-) -> list[Ints]:
-    from cuml.cluster import KMeans as GpuKMeans
-
-    draws = _draws(num_clusters, settings, seed)
-    clusters: list[Ints] = []
-    for features in members:
-        x, _ = kmeans.centred(features, dtype=torch.float32)
-        tolerance = kmeans.TOLERANCE * float(x.square().mean())  # cuML's is not relative
-        labels, inertia = [], []
-        for start in kmeans.plus_plus(x[None], draws)[0]:
-            model = GpuKMeans(
-                n_clusters=num_clusters,
-                init=_cuml_array(x[start]),
-                n_init=1,
-                max_iter=kmeans.MAX_ITERATIONS,
-                tol=tolerance,
-                output_type="numpy",
-            )
-            labels.append(np.asarray(model.fit_predict(_cuml_array(x))).astype(np.int64))
-            inertia.append(float(model.inertia_))
-        clusters.append(kmeans.best_of_runs(np.stack(labels), inertia, runs=settings.kmeans_seeds))
-    return clusters
-
-
-def _draws(num_clusters: int, settings: recipe.Fitness, seed: int) -> NDArray[np.float64]:
-    runs, restarts = settings.kmeans_seeds, settings.kmeans_init
-    return kmeans.draws(seed, runs=runs, restarts=restarts, num_clusters=num_clusters)
-
-
-def _cuml_array(tensor: Tensor) -> Any:
-    """The same memory as cuML takes it; cuML works on a stream of its own."""
-    if not tensor.is_cuda:
-        return tensor.numpy()
-    import cupy
-
-    torch.cuda.synchronize(tensor.device)
-    return cupy.asarray(tensor)
 
 
 def _result(
@@ -265,33 +170,6 @@ def _gram_spectrum(features: Tensor) -> Floats:
     gram = wide.T @ wide if wide.shape[0] > wide.shape[1] else wide @ wide.T
     values: Floats = torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt().cpu().numpy()
     return values
-
-
-def _float64(features: Floats | Tensor) -> NDArray[np.float64]:
-    if isinstance(features, Tensor):
-        features = features.detach().cpu().double().numpy()
-    return np.asarray(features, np.float64)
-
-
-def _on_device(features: Floats | Tensor, device: str) -> Tensor:
-    if not isinstance(features, Tensor):
-        features = torch.from_numpy(np.ascontiguousarray(features))
-    return features.detach().to(device)
-
-
-def _run_seed(seed: int, run: int) -> int:
-    """A seed in [0, 2^31) for one k-means run, unrelated to its neighbours'."""
-    return int(np.random.SeedSequence(seed, spawn_key=(run,)).generate_state(1)[0] >> 1)
-
-
-@cache
-def _thread_pools() -> ThreadpoolController:
-    return ThreadpoolController()  # cached: finding the loaded libraries takes milliseconds
-
-
-def _one_thread() -> Any:
-    """Limit BLAS and OpenMP to one thread: with more, sums depend on which thread ends first."""
-    return _thread_pools().limit(limits=1)
 
 
 def _fault(features: Any, labels: Ints | None = None) -> str | None:

@@ -1,5 +1,6 @@
-"""Lloyd's k-means on many problems at once: every member from every start, in one batch of products.
+"""K-means by scikit-learn, by cuML, or by Lloyd's iterations on many problems at once.
 
+The batched one takes every member from every start in one batch of products.
 Shape letters: M members, R starts, N clips, D features, K clusters, C candidates. A member's features
 enter each product once, whatever the number of starts; its clusters lie beside each other, (M, R*K, D).
 No sum depends on the order in which threads end: centres are a product with one-hot assignments.
@@ -8,16 +9,38 @@ No sum depends on the order in which threads end: centres are a product with one
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.cluster import KMeans  # type: ignore[import-untyped]
+from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
 from torch import Tensor
 
 from engine.runtime import ieee_products
 
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+Backend = Literal["sklearn", "cuml", "batched"]
+
+AUTO: dict[str, Backend] = {"cpu": "sklearn", "cuda": "batched"}
+"""What ``auto`` stands for, by type of device; a measurement may change it.
+
+A CPU is bound by arithmetic, of which scikit-learn does half: it adds up a cluster's clips where the batched
+one multiplies by one-hot assignments. On a GPU one clustering of some thousand clips is bound by launches,
+and the batched one needs as many for all members, runs and starts as cuML for a single start.
+"""
+NAMES: dict[Backend, str] = {
+    "sklearn": "scikit-learn's k-means",
+    "cuml": "cuML's k-means",
+    "batched": "batched Lloyd iterations",
+}
+"""In words, for a protocol."""
 TOLERANCE = 1e-4
 """scikit-learn's: share of the mean variance below which the centres' squared shift ends a run."""
 MAX_ITERATIONS = 300
@@ -39,6 +62,110 @@ class Clusterings:
     """(M, R) float64: sum of squared distances of the clips to their centres, in the features' units."""
     iterations: Tensor
     """(M, R) int64: iterations until convergence."""
+
+
+def kmeans_backend(device: str, choice: str = "auto") -> Backend:
+    """Whose k-means a device gets for a choice of ``fitness.kmeans``.
+
+    Raises ValueError for cuML where it is not installed or there is no GPU.
+    """
+    if choice == "cuml" and (not device.startswith("cuda") or find_spec("cuml") is None):
+        lacking = "it is not installed" if device.startswith("cuda") else f"this runs on {device}"
+        raise ValueError(
+            f'fitness.kmeans = "cuml" needs cuML (extra cuda12 or cuda13) and a GPU, but {lacking}:'
+            ' write "auto"'
+        )
+    return (
+        AUTO.get(device.partition(":")[0], "sklearn") if choice == "auto" else cast(Backend, choice)
+    )
+
+
+def cluster(
+    members: Sequence[Floats | Tensor],
+    num_clusters: int,
+    *,
+    backend: Backend,
+    device: str,
+    runs: int,
+    restarts: int,
+    seed: int,
+) -> list[Ints]:
+    """Clusters (runs, N) of each member's features (N, D), finite: each run's the best of ``restarts`` starts.
+
+    Random numbers depend on ``seed`` and the run alone.
+    """
+    if not members:
+        return []
+    if backend == "sklearn":
+        return [_by_sklearn(x, num_clusters, runs, restarts, seed) for x in members]
+    starts = draws(seed, runs=runs, restarts=restarts, num_clusters=num_clusters)
+    tensors = [_on_device(each, device) for each in members]
+    if backend == "cuml":
+        return [_by_cuml(x, num_clusters, starts, runs) for x in tensors]
+    found = kmeans(tensors, starts)
+    both = zip(found.labels.cpu().numpy(), found.inertia.cpu().numpy(), strict=True)
+    return [best_of_runs(*each, runs=runs) for each in both]
+
+
+def _by_sklearn(
+    features: Floats | Tensor, num_clusters: int, runs: int, restarts: int, seed: int
+) -> Ints:
+    # float64: faster than float32 at these sizes, and no square of a finite float32 overflows.
+    x = float64(features)
+    seeds = [run_seed(seed, run) for run in range(runs)]
+    with warnings.catch_warnings():
+        # Collapsed features have fewer distinct points than clusters: a low fitness, not a warning.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        models = [KMeans(num_clusters, n_init=restarts, random_state=each) for each in seeds]
+        return np.stack([model.fit_predict(x) for model in models]).astype(np.int64)
+
+
+def _by_cuml(features: Tensor, num_clusters: int, starts: NDArray[np.float64], runs: int) -> Ints:
+    from cuml.cluster import KMeans as GpuKMeans
+
+    x, _ = centred(features, dtype=torch.float32)
+    tolerance = TOLERANCE * float(x.square().mean())  # cuML's is not relative
+    labels, inertia = [], []
+    for start in plus_plus(x[None], starts)[0]:
+        model = GpuKMeans(
+            n_clusters=num_clusters,
+            init=_cuml_array(x[start]),
+            n_init=1,
+            max_iter=MAX_ITERATIONS,
+            tol=tolerance,
+            output_type="numpy",
+        )
+        labels.append(np.asarray(model.fit_predict(_cuml_array(x))).astype(np.int64))
+        inertia.append(float(model.inertia_))
+    return best_of_runs(np.stack(labels), inertia, runs=runs)
+
+
+def _cuml_array(tensor: Tensor) -> Any:
+    """The same memory as cuML takes it; cuML works on a stream of its own."""
+    if not tensor.is_cuda:
+        return tensor.numpy()
+    import cupy
+
+    torch.cuda.synchronize(tensor.device)
+    return cupy.asarray(tensor)
+
+
+def run_seed(seed: int, run: int) -> int:
+    """A seed in [0, 2^31) for one of scikit-learn's runs, unrelated to its neighbours'."""
+    return int(np.random.SeedSequence(seed, spawn_key=(run,)).generate_state(1)[0] >> 1)
+
+
+def float64(features: Floats | Tensor) -> NDArray[np.float64]:
+    """An array on the CPU."""
+    if isinstance(features, Tensor):
+        features = features.detach().cpu().double().numpy()
+    return np.asarray(features, np.float64)
+
+
+def _on_device(features: Floats | Tensor, device: str) -> Tensor:
+    if not isinstance(features, Tensor):
+        features = torch.from_numpy(np.ascontiguousarray(features))
+    return features.detach().to(device)
 
 
 def draws(seed: int, *, runs: int, restarts: int, num_clusters: int) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from engine.checkpoint import save_last
 from engine.data.views import Views
 from engine.display import Display, duration
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.fitness import kmeans_fitness
 from engine.lossfile import loss_used_labels
 from engine.network_file import Card, card_of, save_network

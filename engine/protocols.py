@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine import linear, scores
+from engine import kmeans, linear, scores
 from engine.datasets import Dataset, Fold
-from engine.extract import Cuts
+from engine.extract import Cuts, Report
 from engine.network_file import Card
 from engine.recipe import Evaluation
-from engine.runtime import Runtime
+from engine.runtime import Runtime, one_thread
 from engine.scores import Spread
 
 Ints = NDArray[np.int64]
@@ -104,9 +104,16 @@ class Judge:
         self, dataset: Dataset, videos: Videos, settings: Evaluation, runtime: Runtime, card: Card
     ) -> None:
         self.dataset, self.videos, self.settings, self.card = dataset, videos, settings, card
+        self.device = str(runtime.device)
         self.features = videos.features.to(runtime.device)
 
-    def judged(self, protocol: str, seeds: Sequence[int], told: Mapping[str, Any]) -> Evaluated:
+    def judged(
+        self,
+        protocol: str,
+        seeds: Sequence[int],
+        provenance: Mapping[str, Any],
+        on_progress: Report | None = None,
+    ) -> Evaluated:
         """All folds and seeds of a protocol."""
         count = len(self.dataset.classes)
         total = np.zeros((count, count), np.int64)
@@ -114,19 +121,23 @@ class Judge:
             self, f"_{protocol}"
         )
         seeds = seeds[:1] if protocol == "retrieval" else seeds
+        turns = [(seed, fold) for seed in seeds for fold in self._folds(protocol)]
         rows = []
-        for seed in seeds:
-            for fold in self._folds(protocol):
+        for number, (seed, fold) in enumerate(turns, start=1):
+            train, test = self.videos.of(fold.train), self.videos.of(fold.test)
+            with one_thread(largest_product=len(train) * self.features.shape[1] * count):
                 metrics, predicted = one(fold, seed)
-                test = self.videos.of(fold.test)
-                sizes = {"train": len(self.videos.of(fold.train)), "test": len(test)}
-                rows.append({"fold": fold.name, "seed": seed, **sizes, **metrics})
-                if predicted is not None:
-                    total += scores.confusion(predicted, self.videos.label[test], count)
+            sizes = {"train": len(train), "test": len(test)}
+            rows.append({"fold": fold.name, "seed": seed, **sizes, **metrics})
+            if predicted is not None:
+                total += scores.confusion(predicted, self.videos.label[test], count)
+            if on_progress is not None:
+                on_progress(f"{protocol}, folds", number, len(turns))
         spread = scores.spreads([_metrics(row) for row in rows])
         if "all_accuracy" in spread:  # one fold: what varies is k-means' luck
             runs = [value for row in rows for value in row.get("all_accuracy_runs", [])]
             spread["all_accuracy"] = Spread.of(runs)
+        source = {"checkpoint": self.card.source, "recipe_hash": self.card.recipe_hash}
         return Evaluated(
             protocol=protocol,
             protocol_string=self._words(protocol, seeds),
@@ -136,30 +147,21 @@ class Judge:
             folds=rows,
             classes=self.dataset.classes,
             confusion=total.tolist() if total.any() else None,
-            provenance={
-                **told,
-                "checkpoint": self.card.source,
-                "recipe_hash": self.card.recipe_hash,
-            },
+            provenance={**provenance, **source},
         )
 
     def _folds(self, protocol: str) -> list[Fold]:
         """The data set's; where its test parts are groups, k-means also sees all of it at once."""
         folds = list(self.dataset.folds)
-        if protocol == "kmeans" and self._by_group:
-            every = used_clips(self.dataset)
-            folds.append(Fold("all", every, np.array([], np.int64)))
+        if protocol == "kmeans" and self.dataset.folds_by.startswith("leave one group out"):
+            folds.append(Fold("all", used_clips(self.dataset), np.array([], np.int64)))
         return folds
 
-    @property
-    def _by_group(self) -> bool:
-        return self.dataset.folds_by.startswith("leave one group out")
-
-    def _headline(self, protocol: str, found: Mapping[str, Spread]) -> str:
+    def _headline(self, protocol: str, metrics: Mapping[str, Spread]) -> str:
         known = {"linear": ["video_top1"], "retrieval": ["r@1"]}
         names = known.get(protocol, ["all_accuracy", "test_accuracy", "train_accuracy"])
         for name in names:
-            if name in found:
+            if name in metrics:
                 return name
         raise ValueError(
             f"k-means: no part of {self.dataset.name} has two videos a class or more: clusters would say nothing"
@@ -170,54 +172,63 @@ class Judge:
         parts = {"train": self.videos.of(fold.train), "test": self.videos.of(fold.test)}
         if fold.name == "all":
             parts = {"all": parts["train"]}
-        told: dict[str, Any] = {}
+        metrics: dict[str, Any] = {}
         for part, rows in parts.items():
             labels = self.videos.label[rows]
             count = len(np.unique(labels))
             if len(rows) < 2 * count:  # a cluster a video says nothing
                 continue
-            found = self._clustered(rows, count, seed)
-            runs = [scores.cluster_scores(labels, run) for run in found]
-            told |= {f"{part}_{name}": value for name, value in scores.mean_of(runs).items()}
-            told[f"{part}_accuracy_runs"] = [run["accuracy"] for run in runs]
+            x = self._rows(rows)
+            (clusters,) = kmeans.cluster(
+                [x],
+                count,
+                backend=kmeans.kmeans_backend(self.device),
+                device=self.device,
+                runs=self.settings.kmeans_seeds,
+                restarts=self.settings.kmeans_init,
+                seed=seed,
+            )
+            runs = [scores.cluster_scores(labels, run) for run in clusters]
+            metrics |= {f"{part}_{name}": value for name, value in scores.mean_of(runs).items()}
+            metrics[f"{part}_accuracy_runs"] = [run["accuracy"] for run in runs]
             if part == "train":
-                told["assigned_accuracy"] = self._assigned(rows, found, parts["test"])
-        return told, None
-
-    def _clustered(self, rows: Ints, count: int, seed: int) -> Ints:
-        runs, restarts = self.settings.kmeans_seeds, self.settings.kmeans_init
-        x = self._rows(rows)
-        return scores.clusters(x, count, runs=runs, restarts=restarts, seed=seed)
-
-    def _assigned(self, rows: Ints, found: Ints, test: Ints) -> float:
-        pair = (self._rows(rows), self.videos.label[rows])
-        other = (self._rows(test), self.videos.label[test])
-        return float(np.mean([scores.assigned_accuracy(*pair, run, *other) for run in found]))
+                test = self._rows(parts["test"]), self.videos.label[parts["test"]]
+                shares = [scores.assigned_accuracy(x, labels, run, *test) for run in clusters]
+                metrics["assigned_accuracy"] = float(np.mean(shares))
+        return metrics, None
 
     def _linear(self, fold: Fold, seed: int) -> tuple[dict[str, Any], Ints]:
         train, test = self.videos.of(fold.train), self.videos.of(fold.test)
-        labels, count = self.videos.label[train], len(self.dataset.classes)
-        x = self._rows(train)
+        labels, s = self.videos.label[train], self.settings
+        every = self.videos.features.numpy()
+        how: dict[str, Any] = {
+            "num_classes": len(self.dataset.classes),
+            "gpu": self.device.startswith("cuda"),
+        }
         strength = linear.choose_strength(
-            x,
+            linear.layers_predict(**how),
+            every[train],
             labels,
             self.videos.group[train],
-            num_classes=count,
-            strengths=self.settings.strengths,
-            parts=self.settings.holdout_parts,
-            turns=self.settings.holdout_turns,
+            strengths=sorted(s.strengths),
+            parts=s.holdout_parts,
+            turns=s.holdout_turns,
             seed=seed,
         )
-        (layer,) = linear.fit(x, labels, num_classes=count, strengths=[strength])
-        video_scores = layer.logits(self._rows(test))
+        (layer,) = linear.fit(every[train], labels, strengths=[strength], **how)
         clips = np.flatnonzero(np.isin(self.videos.clip_video, test))
-        views = self.videos.views[torch.from_numpy(clips)].to(x.device)
-        each = layer.logits(views).flatten(0, 1)
+        views = self.videos.views.numpy()[clips]
+        each = layer.scores(views.reshape(-1, views.shape[-1]))
         each_label = np.repeat(self.videos.label[self.videos.clip_video[clips]], views.shape[1])
-        told = scores.accuracies(each, video_scores, each_label, self.videos.label[test])
-        train_scores = layer.logits(x)
-        told["train_video_top1"] = scores.top_k(train_scores, labels, 1)
-        return {**told, "C": strength}, video_scores.argmax(1).cpu().numpy()
+        of_videos, of_train = layer.scores(every[test]), layer.scores(every[train])
+        metrics = scores.accuracies(
+            torch.from_numpy(each),
+            torch.from_numpy(of_videos),
+            each_label,
+            self.videos.label[test],
+        )
+        metrics["train_video_top1"] = scores.top_k(torch.from_numpy(of_train), labels, 1)
+        return {**metrics, "C": strength}, of_videos.argmax(1)
 
     def _retrieval(self, fold: Fold, seed: int) -> tuple[dict[str, Any], None]:
         train, test = self.videos.of(fold.train), self.videos.of(fold.test)
@@ -231,10 +242,13 @@ class Judge:
     def _words(self, protocol: str, seeds: Sequence[int]) -> str:
         s = self.settings
         how = {
-            "kmeans": f"k = classes, best of {s.kmeans_init} starts, mean of {s.kmeans_seeds} runs, on video means",
+            "kmeans": (
+                f"{kmeans.NAMES[kmeans.kmeans_backend(self.device)]}, k = classes, best of {s.kmeans_init} starts,"
+                f" mean of {s.kmeans_seeds} runs, on video means"
+            ),
             "linear": (
-                "one layer on standardised video means, C chosen on held-out train groups"
-                f" ({min(s.holdout_turns, s.holdout_parts)} of {s.holdout_parts} parts)"
+                "one layer on standardised video means by logistic regression, C chosen on held-out train groups"
+                f" ({min(s.holdout_turns, s.holdout_parts)} of {s.holdout_parts} parts, stratified)"
             ),
             "retrieval": "cosine of video means, gallery train, queries test",
         }[protocol]

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 import engine
 
@@ -72,6 +73,29 @@ network's operations, each of which begins in Python."""
 def _one_thread_each(cores: int) -> ThreadPoolExecutor:
     sys.setswitchinterval(SWITCH_SECONDS)
     return ThreadPoolExecutor(cores, "member", initializer=lambda: torch.set_num_threads(1))
+
+
+LARGE_PRODUCT = 2e8
+"""Multiplications of one matrix product from which on a second thread helps more than waiting for it costs."""
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()  # cached: finding the loaded libraries takes milliseconds
+
+
+@contextmanager
+def one_thread(largest_product: float = 0.0) -> Iterator[None]:
+    """Limit this thread's BLAS, OpenMP and torch to one thread, unless products are as large as ``LARGE_PRODUCT``.
+
+    With more threads small products take a hundred times as long where other work wants the cores too, and a sum
+    depends on which thread ends first.
+    """
+    if largest_product >= LARGE_PRODUCT:
+        yield
+        return
+    with _thread_pools().limit(limits=1):
+        yield
 
 
 class Clock:

@@ -13,11 +13,9 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
-from engine import kmeans
-from engine.agreement import agreement
+from engine.agreement import agreement, matching
 
 Ints = NDArray[np.int64]
 
@@ -95,22 +93,13 @@ def retrieval(
     return {f"r@{k}": hits[k] / len(queries) for k in RETRIEVED}
 
 
-def clusters(features: Tensor, num_clusters: int, *, runs: int, restarts: int, seed: int) -> Ints:
-    """K-means of video features (N, D): clusters (runs, N), each run's the best of ``restarts`` starts."""
-    draws = kmeans.draws(seed, runs=runs, restarts=restarts, num_clusters=num_clusters)
-    found = kmeans.kmeans([features], draws)
-    return kmeans.best_of_runs(
-        found.labels[0].cpu().numpy(), found.inertia[0].cpu().numpy(), runs=runs
-    )
-
-
 def cluster_scores(labels: Ints, found: Ints) -> dict[str, float]:
     """How well one run's clusters (N,) match the classes (N,).
 
     V-measure with equal weights is the same number as NMI by the arithmetic mean (Rosenberg and Hirschberg 2007).
     """
     judged = agreement(labels, found)
-    counts = _counts(labels, found)
+    counts, _, _ = matching(labels, found)
     return {
         "accuracy": judged.hungarian,
         "nmi": judged.nmi,
@@ -128,17 +117,10 @@ def assigned_accuracy(
     rows = [torch.from_numpy(np.flatnonzero(found == name)).to(features.device) for name in names]
     centres = torch.stack([features[each].double().mean(0) for each in rows])
     nearest = torch.cdist(test.double(), centres).argmin(1).cpu().numpy()
-    counts = _counts(labels, np.searchsorted(names, found))
-    classes, matched = linear_sum_assignment(counts, maximize=True)
-    meaning = np.full(counts.shape[1], -1)
-    meaning[matched] = classes
+    _, classes, matched = matching(labels, found)
+    meaning = np.full(len(names), -1)
+    meaning[matched] = np.unique(labels)[classes]
     return float((meaning[nearest] == test_labels).mean())
-
-
-def _counts(labels: Ints, found: Ints) -> Ints:
-    counts = np.zeros((int(labels.max()) + 1, int(found.max()) + 1), np.int64)
-    np.add.at(counts, (labels, found), 1)
-    return counts
 
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

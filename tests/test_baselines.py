@@ -1,46 +1,16 @@
-"""Trivial baselines against scikit-learn's models, and against what was measured for the real set."""
+"""Trivial baselines on colours, and against what was measured for the real set."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from sklearn.linear_model import RidgeClassifier
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler
 
-from engine import baselines as module
 from engine.baselines import baselines
 from engine.datasets import Dataset, open_dataset
 from engine.runtime import choose_runtime
 
 RUNTIME = choose_runtime("cpu")
-
-
-@pytest.mark.parametrize("shape", [(60, 7), (30, 80)])
-def test_ridge_is_scikit_learns(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 4, shape[0])
-    x = rng.normal(size=shape) + rng.normal(size=(4, shape[1]))[labels]
-    test = rng.normal(size=(40, shape[1]))
-    for alpha in (0.01, 1.0, 100.0):
-        model = RidgeClassifier(alpha=alpha).fit(x, labels)
-        expected = model.decision_function(test)
-        np.testing.assert_allclose(
-            module._ridge_scores(x, labels, test, alpha), expected, atol=1e-8
-        )
-
-
-def test_neighbours_are_scikit_learns() -> None:
-    rng = np.random.default_rng(1)
-    labels = rng.integers(0, 2, 50)  # two classes and five neighbours: no ties
-    x = rng.normal(size=(50, 3)) * [1, 100, 0.01]
-    test = rng.normal(size=(30, 3)) * [1, 100, 0.01]
-    scaler = StandardScaler().fit(x)
-    model = KNeighborsClassifier(5).fit(scaler.transform(x), labels)
-    found = module._neighbours(x, labels, labels, test, 0)
-    assert (found == model.predict(scaler.transform(test))).all()
 
 
 def test_colours_are_found_by_the_mean_frame_alone(colour_set: Dataset) -> None:

@@ -12,7 +12,7 @@ import torch
 from engine.cohort import MemberJob, MemberResult, evaluate_cohort, untrained_fitness
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.lossfile import random_weights
 from engine.objective.terms import LossWeights, check_weights
 from engine.recipe import load_recipe

@@ -15,7 +15,7 @@ from engine.cohort import MemberJob, MemberResult, evaluate_cohort
 from engine.cohort_part import first_step, promoted, rungs
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.objective.terms import check_weights
 from engine.recipe import Search, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic

@@ -24,8 +24,8 @@ from engine.data.ingest import ingest
 from engine.data.shards import ClipIndex
 from engine.embed import EmbedReport, embed, embed_video
 from engine.embed_pieces import EmbedSettings, Stretches
+from engine.extract import LabelledClips
 from engine.feature_file import FeatureRows, read_features
-from engine.features import LabelledClips
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card, ClipInput, load_network, save_network
 from engine.recipe import load_recipe, override

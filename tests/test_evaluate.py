@@ -15,8 +15,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from engine import extract
+from engine import extract, linear
 from engine.datasets import Dataset, Fold
 from engine.evaluate import evaluate, evaluate_many, take_features
 from engine.model.resnet3d import ResNet3D
@@ -187,6 +188,38 @@ def test_what_a_number_is_told_with(colour_set: Dataset) -> None:
     assert row["provenance"]["checkpoint"] == "net0" and row["provenance"]["versions"]["torch"]
     assert [fold["seed"] for fold in row["folds"]] == [4, 4, 4, 5, 5, 5]
     assert row["folds"][0]["train"] == 40 and row["folds"][0]["test"] == 20
+
+
+def test_folds_are_told_one_by_one(colour_set: Dataset) -> None:
+    net, card = network()
+    seen: list[tuple[str, int, int]] = []
+    many: dict[str, Any] = {"protocols": ["linear", "retrieval"], "seeds": 2}
+    evaluate_many(
+        [(net, card)], colour_set, on_progress=lambda *each: seen.append(each), **many, **SHARED
+    )
+    assert [each for each in seen if each[0] == "linear, folds"] == [
+        ("linear, folds", number, 6) for number in range(1, 7)
+    ]
+    assert ("retrieval, folds", 3, 3) in seen  # which has nothing to draw
+
+
+def test_small_fits_are_one_threads(colour_set: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two, products this small wait a hundred times longer than they compute."""
+    seen: set[int] = set()
+
+    class Spy(LogisticRegression):  # type: ignore[misc]
+        def fit(self, *args: Any) -> Any:
+            seen.update(pool["num_threads"] for pool in threadpool_info())
+            seen.add(torch.get_num_threads())
+            return super().fit(*args)
+
+    monkeypatch.setattr(linear, "LogisticRegression", Spy)
+    net, card = network()
+    with threadpool_limits(2):
+        before = threadpool_info()
+        evaluate(net, card, colour_set, protocol="linear", **SHARED)
+        assert threadpool_info() == before
+    assert seen == {1}
 
 
 def test_test_labels_decide_nothing_but_the_scores(colour_set: Dataset) -> None:

@@ -14,14 +14,11 @@ import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from engine import fitness, kmeans
+from engine import fitness as fitness_module
+from engine import kmeans
 from engine.agreement import agreement
-from engine.fitness import (
-    cohort_fitness,
-    effective_rank,
-    kmeans_backend,
-    kmeans_fitness,
-)
+from engine.fitness import cohort_fitness, effective_rank, kmeans_fitness
+from engine.kmeans import kmeans_backend
 from engine.presets import RecipeError
 from engine.recipe import Fitness, recipe_from
 
@@ -132,7 +129,7 @@ def test_fitness_is_the_mean_over_runs_of_the_metric():
     runs = [
         agreement(
             labels,
-            KMeans(6, n_init=1, random_state=fitness._run_seed(3, run)).fit_predict(
+            KMeans(6, n_init=1, random_state=kmeans.run_seed(3, run)).fit_predict(
                 features.astype(np.float64)
             ),
         )
@@ -204,7 +201,7 @@ def test_kmeans_runs_on_one_thread_and_gives_the_others_back(monkeypatch):
             seen.extend(pool["num_threads"] for pool in threadpool_info())
             return super().fit_predict(*args)
 
-    monkeypatch.setattr(fitness, "KMeans", Spy)
+    monkeypatch.setattr(kmeans, "KMeans", Spy)
     features, labels = blobs()
     with threadpool_limits(2):
         before = threadpool_info()
@@ -297,7 +294,7 @@ def test_batched_fitness_is_bit_equal_whatever_the_threads():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
 def test_which_kmeans_a_device_gets(device, monkeypatch):
-    monkeypatch.setattr(fitness, "find_spec", lambda name: object())
+    monkeypatch.setattr(kmeans, "find_spec", lambda name: object())
     assert kmeans_backend(device) == ("sklearn" if device == "cpu" else "batched")
     assert kmeans_backend(device, "batched") == "batched"
     assert kmeans_backend(device, "sklearn") == "sklearn"
@@ -306,7 +303,7 @@ def test_which_kmeans_a_device_gets(device, monkeypatch):
             kmeans_backend(device, "cuml")
     else:
         assert kmeans_backend(device, "cuml") == "cuml"
-    monkeypatch.setattr(fitness, "find_spec", lambda name: None)
+    monkeypatch.setattr(kmeans, "find_spec", lambda name: None)
     assert kmeans_backend(device) != "cuml"
     with pytest.raises(ValueError, match=r"fitness.kmeans = \"cuml\" needs cuML"):
         kmeans_backend(device, "cuml")
@@ -335,7 +332,7 @@ def test_cuml_clusters_from_the_same_starts(monkeypatch):
     cuml.KMeans = GpuKMeans
     monkeypatch.setitem(sys.modules, "cuml", ModuleType("cuml"))
     monkeypatch.setitem(sys.modules, "cuml.cluster", cuml)
-    monkeypatch.setattr(fitness, "kmeans_backend", lambda device, choice: choice)
+    monkeypatch.setattr(kmeans, "kmeans_backend", lambda device, choice: choice)
     results = [
         kmeans_fitness(
             features, labels, settings=Fitness(kmeans_init=4, kmeans=k), num_classes=6, seed=4
@@ -364,9 +361,9 @@ def test_a_gpus_way_to_singular_values_gives_the_same(num_clips, dim, scale):
         np.float32
     )
     expected = np.linalg.svd(features.astype(np.float64), compute_uv=False)
-    found = fitness._gram_spectrum(torch.from_numpy(features))[::-1]
+    found = fitness_module._gram_spectrum(torch.from_numpy(features))[::-1]
     assert found / found[0] == pytest.approx(expected / expected[0], abs=1e-6)
-    assert fitness._gram_spectrum(torch.zeros(num_clips, dim)).tolist() == [0.0] * min(
+    assert fitness_module._gram_spectrum(torch.zeros(num_clips, dim)).tolist() == [0.0] * min(
         num_clips, dim
     )
 

@@ -357,3 +357,17 @@ def test_a_gpu_finds_what_a_cpu_finds():
     again = kmeans.kmeans(on_gpu, uniforms)
     assert torch.equal(found.labels, again.labels)
     assert torch.equal(found.inertia, again.inertia)
+
+
+@pytest.mark.parametrize("backend", ["sklearn", "batched"])
+def test_clusters_are_as_good_as_scikit_learns(backend: kmeans.Backend) -> None:
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 6, 90)
+    x = rng.normal(0, 2, (6, 20))[labels] + rng.normal(0, 1.5, (90, 20))
+    how = {"backend": backend, "device": "cpu", "runs": 3, "restarts": 10, "seed": 0}
+    (found,) = kmeans.cluster([torch.from_numpy(x)], 6, **how)  # type: ignore[arg-type]
+    assert found.shape == (3, 90)
+    best = KMeans(6, n_init=30, random_state=0).fit(x).inertia_
+    for run in found:
+        centres = np.stack([x[run == c].mean(0) for c in range(6)])
+        assert np.square(x - centres[run]).sum() <= 1.02 * best

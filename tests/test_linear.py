@@ -1,14 +1,28 @@
-"""The linear layer against scikit-learn's, run on the same features; whole groups held out."""
+"""Layers, ridge and neighbours against scikit-learn's models run by hand; whole groups held out."""
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import Any
+
 import numpy as np
 import pytest
-import torch
-from sklearn.linear_model import LogisticRegression
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from engine.linear import choose_strength, deal_groups, fit
+from engine import linear
+from engine.linear import (
+    Layer,
+    choose_strength,
+    deal_groups,
+    fit,
+    layers_predict,
+    neighbours_predict,
+    ridge_predict,
+)
 
 
 def made(
@@ -28,8 +42,6 @@ def sklearn_proba(
     x: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: float
 ) -> np.ndarray:
     scaler = StandardScaler().fit(x)
-    if len(set(labels)) == 2:  # one weight vector there, two of half the length here
-        strength *= 2
     model = LogisticRegression(C=strength, tol=1e-8, max_iter=10000)
     model.fit(scaler.transform(x), labels)
     return model.predict_proba(scaler.transform(test))
@@ -40,9 +52,9 @@ def test_the_optimum_is_scikit_learns(shape: tuple[int, int, int]) -> None:
     n, d, k = shape
     x, labels, _ = made(n + 20, d, k)
     strengths = [1e-3, 0.1, 10.0]
-    layers = fit(torch.from_numpy(x[:n]), labels[:n], num_classes=k, strengths=strengths)
+    layers = fit(x[:n], labels[:n], num_classes=k, strengths=strengths)
     for layer, strength in zip(layers, strengths, strict=True):
-        ours = layer.logits(torch.from_numpy(x[n:])).softmax(1).numpy()
+        ours = softmax(layer.scores(x[n:]), axis=1)
         assert layer.strength == strength
         np.testing.assert_allclose(
             ours, sklearn_proba(x[:n], labels[:n], x[n:], strength), atol=2e-3
@@ -52,18 +64,18 @@ def test_the_optimum_is_scikit_learns(shape: tuple[int, int, int]) -> None:
 def test_a_class_without_examples_is_never_predicted() -> None:
     x, labels, _ = made()
     kept = labels != 2
-    (layer,) = fit(torch.from_numpy(x[kept]), labels[kept], num_classes=4, strengths=[1.0])
-    shares = layer.logits(torch.from_numpy(x)).softmax(1)
-    assert (shares[:, 2] == 0).all() and torch.isfinite(shares).all()
+    (layer,) = fit(x[kept], labels[kept], num_classes=4, strengths=[1.0])
+    shares = softmax(layer.scores(x), axis=1)
+    assert (shares[:, 2] == 0).all() and np.isfinite(shares).all()
     expected = sklearn_proba(x[kept], labels[kept], x, 1.0)
-    np.testing.assert_allclose(shares[:, [0, 1, 3]].numpy(), expected, atol=2e-3)
+    np.testing.assert_allclose(shares[:, [0, 1, 3]], expected, atol=2e-3)
 
 
 def test_constant_features_do_no_harm() -> None:
     x, labels, _ = made()
     x[:, 0] = 1e6
-    (layer,) = fit(torch.from_numpy(x), labels, num_classes=4, strengths=[1.0])
-    assert torch.isfinite(layer.logits(torch.from_numpy(x))).all()
+    (layer,) = fit(x, labels, num_classes=4, strengths=[1.0])
+    assert np.isfinite(layer.scores(x)).all()
 
 
 def test_groups_are_dealt_whole_and_classes_evenly() -> None:
@@ -98,13 +110,67 @@ def test_the_strength_is_that_of_the_best_held_out_accuracy() -> None:
         for c in strengths
     ]
     assert len(set(right)) > 2
-    settings = {"num_classes": 4, "strengths": strengths[::-1], "parts": 3, "turns": 3, "seed": 7}
-    chosen = choose_strength(torch.from_numpy(x), labels, groups, **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"strengths": strengths, "parts": 3, "turns": 3, "seed": 7}
+    chosen = choose_strength(layers_predict(num_classes=4), x, labels, groups, **settings)
     assert chosen == strengths[int(np.argmax(right))]
 
 
 def test_one_group_leaves_nothing_to_hold_out() -> None:
     x, labels, _ = made()
-    settings = {"num_classes": 4, "strengths": (0.1, 1.0, 10.0), "parts": 4, "turns": 4, "seed": 0}
+    settings: dict[str, Any] = {"strengths": (0.1, 1.0, 10.0), "parts": 4, "turns": 4, "seed": 0}
     one = np.zeros(len(x), np.int64)
-    assert choose_strength(torch.from_numpy(x), labels, one, **settings) == 1.0  # type: ignore[arg-type]
+    predict = layers_predict(num_classes=4)
+    assert choose_strength(predict, x, labels, one, **settings) == 1.0
+
+
+def test_rare_classes_are_dealt_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    part = deal_groups(np.arange(7), np.array([0, 0, 0, 1, 1, 2, 3]), parts=4, seed=0)
+    assert set(part) == {0, 1, 2} and not recwarn.list
+
+
+@pytest.mark.parametrize("shape", [(60, 7), (30, 80)])
+def test_ridge_is_one_against_all(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, shape[0])
+    x = rng.normal(size=shape) + rng.normal(size=(4, shape[1]))[labels]
+    test = rng.normal(size=(40, shape[1]))
+    alphas = (0.01, 1.0, 100.0)
+    found = ridge_predict(x, labels, test, alphas)
+    for alpha, classes in zip(alphas, found, strict=True):
+        targets = 2.0 * (labels[:, None] == np.arange(4)) - 1
+        assert (classes == Ridge(alpha).fit(x, targets).predict(test).argmax(1)).all()
+
+
+def test_neighbours_are_those_by_standardised_features() -> None:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 2, 50)  # two classes and five neighbours: no ties
+    x = rng.normal(size=(50, 3)) * [1, 100, 0.01]
+    test = rng.normal(size=(30, 3)) * [1, 100, 0.01]
+    scaler = StandardScaler().fit(x)
+    model = KNeighborsClassifier(5).fit(scaler.transform(x), labels)
+    found = neighbours_predict(x, labels, test, neighbours=5)
+    assert (found == model.predict(scaler.transform(test))).all()
+    assert len(neighbours_predict(x[:3], labels[:3], test, neighbours=5)) == 30  # fewer than five
+
+
+def test_cuml_fits_the_same_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with cuML's arguments, which have no warm start; scikit-learn's fit does the rest."""
+
+    class OnGpu(LogisticRegression):  # type: ignore[misc]
+        def __init__(
+            self, *, tol: float = 1e-4, C: float = 1.0, max_iter: int = 1000, output_type: str = ""
+        ) -> None:
+            super().__init__(C=C, tol=tol, max_iter=max_iter)
+            self.output_type = output_type
+
+    module = ModuleType("cuml.linear_model")
+    module.LogisticRegression = OnGpu  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuml", ModuleType("cuml"))
+    monkeypatch.setitem(sys.modules, "cuml.linear_model", module)
+    monkeypatch.setattr(linear, "find_spec", lambda name: object())
+    x, labels, _ = made()
+    both: list[list[Layer]] = [
+        fit(x, labels, num_classes=4, strengths=(0.1, 1.0), gpu=gpu) for gpu in (True, False)
+    ]
+    for one, other in zip(*both, strict=True):
+        np.testing.assert_allclose(one.scores(x), other.scores(x), atol=2e-2)

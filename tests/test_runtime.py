@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from engine.runtime import choose_runtime, cpu_has_bf16, without_password
+from engine.runtime import (
+    LARGE_PRODUCT,
+    choose_runtime,
+    cpu_has_bf16,
+    one_thread,
+    without_password,
+)
 
 
 @pytest.mark.parametrize("amx", [True, False])
@@ -48,3 +55,17 @@ def test_no_password_is_written_down(text: str) -> None:
     assert "secret" not in clean and clean.split()[0] == text.split()[0].replace("me:secret@", "")
     assert ("--gpus 8" in clean) == ("--gpus 8" in text)
     assert without_password(clean) == clean
+
+
+def test_small_products_get_one_thread_and_large_ones_all() -> None:
+    def threads() -> set[int]:
+        return {torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())}
+
+    with threadpool_limits(2):
+        with one_thread():
+            assert threads() == {1}
+        with one_thread(LARGE_PRODUCT):
+            assert threads() == {2}
+        with pytest.raises(KeyError), one_thread():
+            raise KeyError
+        assert threads() == {2}

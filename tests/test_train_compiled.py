@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from engine.checkpoint import load_member, save_member
 from engine.cohort import MemberJob, evaluate_cohort
 from engine.data.shards import ClipIndex
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.lossfile import random_weights
 from engine.objective.loss import branches
 from engine.objective.terms import TERM_NAMES, LossWeights, check_weights

@@ -12,7 +12,7 @@ from engine import runtime, train_memory
 from engine.cohort import MemberJob, evaluate_cohort
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.lossfile import random_weights
 from engine.objective.terms import check_weights
 from engine.recipe import load_recipe

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import entropy, zipfian
 
+from engine.agreement import cluster_shares, zipf_divergence, zipf_fitness
 from engine.fitness import cohort_fitness, kmeans_fitness
 from engine.recipe import Fitness
-from engine.zipf import cluster_shares, zipf_divergence, zipf_fitness
 
 Array = NDArray[np.float64]
 

@@ -16,7 +16,7 @@ from engine.data.ingest import ingest
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_batch
 from engine.data.shards import ClipIndex
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.objective.terms import check_weights
 from engine.presets import RecipeError
 from engine.recipe import Audio, Clip, load_recipe, override

@@ -1,4 +1,4 @@
-"""Features of labelled clips: whose row is whose, and that taking them changes nothing."""
+"""Labelled clips that judge a loss: whose row is whose, and that taking features changes nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import features as module
+from engine import extract as module
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_views
 from engine.data.shards import ClipIndex
 from engine.data.views import ViewMaker
-from engine.features import LabelledClips, balanced
+from engine.extract import LabelledClips, balanced
 from engine.model.resnet3d import ResNet3D
 from engine.recipe import Recipe, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
@@ -128,11 +128,11 @@ def test_batch_statistics_are_those_of_a_training_network(index: ClipIndex) -> N
     labelled = labelled_clips(index, "fitness.views_per_clip=1", "fitness.batch_size=64")
     used = network()
     (found,) = (x.numpy() for x in labelled.features([used]))
-    assert labelled._bank is not None
-    (frames,) = labelled._bank
+    (bank,) = labelled._extractor._bank.values()
+    (frames,) = bank
     trained = copy.deepcopy(used).train()
     with torch.no_grad():
-        expected = trained(ViewMaker(labelled.recipe.clip, labelled.recipe.audio).rgb_only(frames))
+        expected = trained(ViewMaker(recipe_of().clip, recipe_of().audio).rgb_only(frames))
     order = np.lexsort(found.T)
     np.testing.assert_allclose(
         found[order], expected.numpy()[np.lexsort(expected.numpy().T)], rtol=1e-4, atol=1e-5
@@ -194,7 +194,7 @@ def test_decoded_clips_are_kept_and_give_the_same(
     anew = labelled_clips(index, "fitness.batch_size=9")
     for _ in range(2):
         np.testing.assert_array_equal(anew.features([used])[0], first)
-    assert anew._bank is None
+    assert anew._extractor._bank is None
 
 
 @pytest.mark.parametrize(
