@@ -27,12 +27,13 @@ from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_batch
 from engine.datasets import Dataset, Fold
 from engine.extract import Cuts, Extractor, check_undamaged, normalised, without_future
+from engine.files import write_text_atomic
 from engine.finetune_model import Classifier, make_optimizer
 from engine.finetune_state import load_state, save_state
 from engine.linear import deal_groups
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card, ClipInput
-from engine.presets import RecipeError, write_text_atomic
+from engine.presets import RecipeError
 from engine.protocols import Evaluated, words
 from engine.recipe import Recipe, recipe_hash
 from engine.runtime import Runtime, provenance, set_seed

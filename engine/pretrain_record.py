@@ -18,11 +18,11 @@ from engine.data.library import Library
 from engine.data.views import Views
 from engine.display import Display, duration
 from engine.features import LabelledClips
+from engine.files import write_text_atomic
 from engine.fitness import kmeans_fitness
 from engine.lossfile import loss_used_labels
 from engine.network_file import Card, card_of, save_network
 from engine.objective.terms import LossWeights
-from engine.presets import write_text_atomic
 from engine.recipe import Recipe, recipe_hash
 from engine.runfolder import RunFolder
 from engine.runtime import Runtime

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels", "engine"),
     ("engine.objective.terms",),
-    ("engine.events", "engine.jobs", "engine.runlog"),
-    ("engine.presets",),
+    ("engine.events", "engine.files", "engine.jobs", "engine.runlog"),
+    ("engine.presets", "engine.workers"),
     ("engine.recipe", "engine.runtime", "engine.display", "engine.distributed"),
     ("engine.lossfile", "engine.runfolder"),
     ("engine.data",),
@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.results",),
     ("engine.finetune", "engine.baselines"),
     ("engine.cohort", "engine.evaluate"),
-    ("engine.workers", "engine.finetune_run"),
+    ("engine.finetune_run",),
     ("engine.evolve", "engine.pretrain", "engine.doctor", "engine.bench", "engine.contact_sheet"),
     ("engine.embed", "engine.export"),
     ("engine.reporting",),
@@ -83,7 +83,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "onnx": "engine/export.py",
     "onnxruntime": "engine/export.py",
     "pyarrow": "engine/feature_file.py",
-    "ray": ("engine/workers.py", "engine/data/ray_ingest.py"),
+    "ray": "engine/workers.py",
     "safetensors": "engine/checkpoint.py",
     "sklearn": ("engine/agreement.py", "engine/fitness.py"),
     "sqlalchemy": ("engine/study_storage.py", "engine/study_storage_outage.py"),
@@ -92,7 +92,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
 }
 """Heavy library -> the one file (or folder, or few files) that imports it."""
 
-MAX_FILE_LINES = 350
+MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = {"engine": 50, "kernels": 120}
 EXCEPTIONS: dict[str, int] = {}
 """``path`` or ``path:function`` -> the length it may have. Keep it short."""

@@ -15,7 +15,7 @@ from engine.data.part import part_of
 from engine.data.shards import ClipIndex
 from engine.datasets import Dataset
 from engine.display import Display, duration
-from engine.presets import write_text_atomic
+from engine.files import write_text_atomic
 from engine.reporting.html import replace
 from engine.reporting.paint import paint
 from engine.reporting.svg import svg
