@@ -9,6 +9,7 @@ the film's frames each is). ``shard_writer`` writes it.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
@@ -67,6 +68,10 @@ def read_dataset(folder: Path) -> dict[str, Any]:
             f"{folder} is in shard format {facts['format']}, and this version reads {FORMAT}: ingest the videos again"
         )
     return facts
+
+
+COLUMNS = ("label", "shard", "flags", "num_frames", "width", "height", "has_audio", "duration")
+"""What an index holds of each clip."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,27 @@ class ClipIndex:
 
     def __len__(self) -> int:
         return len(self.num_frames)
+
+    def subset(self, clips: NDArray[np.int64]) -> ClipIndex:
+        """The clips with these numbers, rising, as a data set of their own; nothing is copied on disk.
+
+        A damaged clip's place is taken by another of the subset. Raises ValueError for no clips.
+        """
+        if not len(clips):
+            raise ValueError("a subset of a data set needs a clip at least")
+        assert (np.diff(clips) > 0).all() and 0 <= clips[0] and clips[-1] < len(self)
+        chosen = copy.copy(self)
+        for name in COLUMNS:
+            setattr(chosen, name, getattr(self, name)[clips])
+        chosen._rows = []
+        for number, rows in enumerate(self._rows):
+            first, end = self._first[number : number + 2]
+            inside = clips[(clips >= first) & (clips < end)] - first
+            chosen._rows.append(inside if rows is None else rows[inside])
+        chosen._first = np.cumsum([0, *map(len, (r for r in chosen._rows if r is not None))])
+        chosen.codecs = {codec_of(flags) for flags in np.unique(chosen.flags)}
+        chosen.substituted, chosen._warn = Counter(), self._warn
+        return chosen
 
     def in_split(self, number: int, part: str) -> NDArray[np.bool_]:
         """Which clips are in a part ("train", "test", "validation") of split 1, 2 ...: bool (clips,).

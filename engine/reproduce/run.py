@@ -11,7 +11,6 @@ import numpy as np
 
 from engine.baselines import baselines
 from engine.data.library import Library, fingerprint
-from engine.data.part import part_of
 from engine.data.shards import ClipIndex
 from engine.datasets import Dataset
 from engine.display import Display, duration
@@ -180,7 +179,7 @@ class Reproduction:
                 chosen.append(first + clips)
                 first += len(dataset.index)
         whole = ClipIndex(folders, warn=self.display.say)
-        return part_of(whole, np.concatenate(chosen))
+        return whole.subset(np.concatenate(chosen))
 
     def _note(self) -> None:
         """What the run works on, written as it begins; raises RunError where it goes on with something else."""
