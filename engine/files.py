@@ -71,6 +71,16 @@ def take_lock(path: Path, *, on_wait: Callable[[], object] | None = None) -> IO[
     Where another process holds it, raises BlockingIOError, or calls ``on_wait`` once and waits. On a file system
     without locks every process gets it. The holder may remove the file: others then lock a new one.
     """
+    said = False
+
+    def wait() -> None:
+        nonlocal said
+        if on_wait is None:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process holds it", str(path))
+        if not said:
+            on_wait()
+        said = True
+
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -78,7 +88,7 @@ def take_lock(path: Path, *, on_wait: Callable[[], object] | None = None) -> IO[
         except FileNotFoundError:  # its folder was removed just now
             continue
         try:
-            _lock(file, on_wait)
+            _lock(file, wait)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
@@ -88,13 +98,11 @@ def take_lock(path: Path, *, on_wait: Callable[[], object] | None = None) -> IO[
         file.close()
 
 
-def _lock(file: IO[str], on_wait: Callable[[], object] | None) -> None:
+def _lock(file: IO[str], wait: Callable[[], None]) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if on_wait is None:
-            raise
-        on_wait()
+        wait()
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:  # a file system without locks
         pass

@@ -35,8 +35,9 @@ from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card, ClipInput
 from engine.presets import RecipeError
 from engine.protocols import Evaluated, words
+from engine.provenance import provenance
 from engine.recipe import Recipe, recipe_hash
-from engine.runtime import Runtime, provenance, set_seed
+from engine.runtime import Runtime, set_seed
 from engine.train import NonFiniteLoss, learning_rate
 
 Ints = NDArray[np.int64]

@@ -309,11 +309,12 @@ def _serve(pipe: Connection, factory: Factory, workers_here: int, parent: int) -
 
 def _sendable(error: Exception) -> Exception:
     """The error with its traceback as a note, or one of its words where it can't be pickled."""
-    error.add_note("".join(traceback.format_exception(error)))
+    where = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(where)
     return error
 
 

@@ -16,6 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.presets", "engine.workers"),
     ("engine.recipe", "engine.runtime", "engine.display", "engine.distributed"),
     ("engine.lossfile", "engine.runfolder"),
+    ("engine.provenance",),
     ("engine.data",),
     ("engine.model",),
     ("engine.objective",),

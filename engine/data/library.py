@@ -11,6 +11,7 @@ from engine.data.demo import default_cache, make_demo
 from engine.data.ingest import Progress, ingest
 from engine.data.shards import ClipIndex, is_shards
 from engine.data.sources import Reject
+from engine.provenance import data_digest
 
 Report = Callable[[str, int, int], None]
 """Called while something is prepared: what, done, total; once with a total of 0 for what is waited for."""
@@ -75,12 +76,8 @@ def reported(name: str, report: Report) -> Callable[[Progress], None]:
 
 
 def fingerprint(*libraries: Library) -> str:
-    """Identifies data by their shards' data set files, which hold every shard's checksum."""
-    digest = hashlib.sha256()
-    for library in libraries:
-        for folder in library.shards:
-            digest.update((folder / "dataset.json").read_bytes())
-    return digest.hexdigest()[:12]
+    """Identifies data as ``data_digest`` does."""
+    return data_digest(folder for library in libraries for folder in library.shards)
 
 
 def default_shard_cache() -> Path:

@@ -23,11 +23,12 @@ from engine.display import Display
 from engine.lossfile import load_loss
 from engine.network_file import card_of
 from engine.presets import RecipeError, preset_names
+from engine.provenance import provenance
 from engine.recipe import Recipe, load_recipe, recipe_hash
 from engine.reproduce.cells import Store, weights_of
 from engine.reproduce.rows import Network
 from engine.reproduce.scale import Scale, drawn
-from engine.runtime import Runtime, num_cores, provenance
+from engine.runtime import Runtime, num_cores
 from engine.train import MemberFailed, Trainer
 from engine.train_memory import members_that_fit
 from engine.train_state import Member
