@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine.data.shards import data_digest
 from engine.datasets import Dataset
 from engine.evaluate import evaluate_many
 from engine.finetune import check_recipe, finetune
 from engine.finetune_model import from_scratch
 from engine.network_file import load_network
 from engine.protocols import Evaluated
-from engine.provenance import data_digest, provenance, write_provenance
+from engine.provenance import provenance, write_provenance
 from engine.recipe import Recipe
 from engine.results import write_confusion
 from engine.runfolder import RunError, RunFolder

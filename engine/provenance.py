@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -79,14 +77,6 @@ def _git_sha() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if dirty else "")
     except (subprocess.CalledProcessError, OSError):
         return None
-
-
-def data_digest(folders: Iterable[Path]) -> str:
-    """Identifies videos by their shards' data set files, which hold every shard's checksum: 12 hex digits."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        digest.update((folder / "dataset.json").read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def check_same_videos(run: Path, *, before: str, now: str) -> None:

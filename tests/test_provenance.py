@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.provenance import data_digest, provenance, without_password, write_provenance
+from engine.data.shards import data_digest
+from engine.provenance import provenance, without_password, write_provenance
 from engine.recipe import load_recipe
 from engine.runfolder import RunError, RunFolder
 from engine.runtime import choose_runtime

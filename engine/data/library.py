@@ -9,9 +9,8 @@ from pathlib import Path
 
 from engine.data.demo import default_cache, make_demo
 from engine.data.ingest import Progress, ingest
-from engine.data.shards import ClipIndex, is_shards
+from engine.data.shards import ClipIndex, data_digest, is_shards
 from engine.data.sources import Reject
-from engine.provenance import data_digest
 
 Report = Callable[[str, int, int], None]
 """Called while something is prepared: what, done, total; once with a total of 0 for what is waited for."""

@@ -10,12 +10,13 @@ the film's frames each is). ``shard_writer`` writes it.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -68,6 +69,14 @@ def read_dataset(folder: Path) -> dict[str, Any]:
             f"{folder} is in shard format {facts['format']}, and this version reads {FORMAT}: ingest the videos again"
         )
     return facts
+
+
+def data_digest(folders: Iterable[Path]) -> str:
+    """Identifies data by their folders' ``dataset.json``, which hold every shard's checksum: 12 hex digits."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        digest.update((folder / "dataset.json").read_bytes())
+    return digest.hexdigest()[:12]
 
 
 COLUMNS = ("label", "shard", "flags", "num_frames", "width", "height", "has_audio", "duration")

@@ -12,11 +12,11 @@ import numpy as np
 
 from engine.baselines import baselines
 from engine.data.library import Library, fingerprint
-from engine.data.shards import ClipIndex
+from engine.data.shards import ClipIndex, data_digest
 from engine.datasets import Dataset
 from engine.display import Display, duration
 from engine.files import write_text_atomic
-from engine.provenance import check_same_videos, data_digest, provenance
+from engine.provenance import check_same_videos, provenance
 from engine.reporting.html import replace
 from engine.reporting.paint import paint
 from engine.reporting.svg import svg
