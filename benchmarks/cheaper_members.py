@@ -32,8 +32,9 @@ from engine.data.library import default_shard_cache, demo_folders, fingerprint, 
 from engine.extract import LabelledClips
 from engine.lossfile import random_weights
 from engine.objective.terms import TERM_NAMES, LossWeights
+from engine.provenance import provenance
 from engine.recipe import Recipe, load_recipe, override, recipe_hash
-from engine.runtime import choose_runtime, make_deterministic, provenance
+from engine.runtime import choose_runtime, make_deterministic
 from engine.train import Trainer
 from engine.train_memory import CohortMemory
 

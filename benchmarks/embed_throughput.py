@@ -24,7 +24,8 @@ from engine.embed import Embedder, embed
 from engine.embed_pieces import EmbedSettings, Workers, shard_pieces
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card, ClipInput
-from engine.runtime import Runtime, choose_runtime, provenance
+from engine.provenance import provenance
+from engine.runtime import Runtime, choose_runtime
 
 NETWORKS = {
     "r3d_18, 16x112x112": Card(arch="r3d_18", input=ClipInput(16, 2, 112)),

@@ -19,7 +19,8 @@ from engine.data.shards import ClipIndex
 from engine.extract import Cuts, Extractor
 from engine.model.resnet3d import DEPTHS, ResNet3D
 from engine.network_file import Card, ClipInput
-from engine.runtime import choose_runtime, provenance, set_seed
+from engine.provenance import provenance
+from engine.runtime import choose_runtime, set_seed
 
 
 def rate(work: Callable[[], object], views: int, runtime_device: torch.device) -> float:

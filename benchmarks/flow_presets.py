@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.data.flow import FlowPreset, Search, search_for, searcher
-from engine.runtime import choose_runtime, provenance
+from engine.provenance import provenance
+from engine.runtime import choose_runtime
 
 FRAMES = 12
 """Of the clip that is timed: eight input and four future frames."""

@@ -14,8 +14,9 @@ import torch
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_batch
 from engine.data.shards import ClipIndex
+from engine.provenance import provenance
 from engine.recipe import Audio, Clip
-from engine.runtime import choose_runtime, provenance
+from engine.runtime import choose_runtime
 
 
 def resident() -> float:

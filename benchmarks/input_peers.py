@@ -43,7 +43,8 @@ from engine.data.media import SAMPLE_RATE, MediaError, Window, decode_window, fu
 from engine.data.shard_writer import NewClip, ShardWriter
 from engine.data.shards import ClipIndex
 from engine.data.sources import find_videos
-from engine.runtime import choose_runtime, provenance
+from engine.provenance import provenance
+from engine.runtime import choose_runtime
 
 THREADS, FPS, SHORT, SECONDS = 2, 25.0, 128, 10.0
 FRAMES, STRIDE, BATCHES = 16, 2, 4

@@ -18,8 +18,9 @@ from engine.data.library import default_shard_cache, open_library
 from engine.evolve import FRESH_SEEDS
 from engine.extract import LabelledClips
 from engine.lossfile import load_loss
+from engine.provenance import provenance
 from engine.recipe import load_recipe, override, recipe_hash
-from engine.runtime import choose_runtime, make_deterministic, provenance
+from engine.runtime import choose_runtime, make_deterministic
 from engine.train import Trainer
 
 

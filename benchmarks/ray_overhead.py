@@ -108,7 +108,8 @@ def main() -> None:
 
 def facts(seed: int) -> dict[str, Any]:
     """What the numbers belong to; imported late, since workers are to need no torch."""
-    from engine.runtime import choose_runtime, provenance
+    from engine.provenance import provenance
+    from engine.runtime import choose_runtime
 
     load = {"load_1_min": round(os.getloadavg()[0], 1), "ray": metadata.version("ray")}
     more = {"benchmark": "ray_overhead", "seed": seed, "recipe_hash": None}

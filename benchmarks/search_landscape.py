@@ -28,11 +28,12 @@ from rich.console import Console
 
 from engine.display import table
 from engine.objective.terms import TERM_NAMES, LossWeights
+from engine.provenance import provenance
 from engine.recipe import Search
 from engine.reporting.races import color
 from engine.reporting.sketch import WIDE, Area, Frame, Line, Sketch, Text, ticks
 from engine.reporting.svg import svg
-from engine.runtime import choose_runtime, provenance
+from engine.runtime import choose_runtime
 from engine.search import SearchStudy
 
 BASE, GAIN, IMPORTANT, NOISE = 0.25, 0.20, 10, 0.03

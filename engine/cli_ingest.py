@@ -139,12 +139,12 @@ def _ingest(
     **options: Any,
 ) -> None:
     from engine.data.ingest import ingest as run
-    from engine.data.shard_writer import StorageError
     from engine.data.sources import Found, find_sources
     from engine.data.splits import hmdb51 as read_hmdb51
     from engine.data.splits import kinetics as read_kinetics
     from engine.data.splits import ucf101 as read_ucf101
     from engine.display import Display
+    from engine.files import StorageError
 
     if not (videos or hmdb51 or ucf101 or kinetics):
         raise ValueError("no videos given: name files, folders or lists, or --hmdb51, --ucf101 ...")
@@ -174,6 +174,9 @@ def _shown(display: Display) -> Callable[[Progress], None]:
 
     def show(now: Progress) -> None:
         nonlocal what, began
+        if now.waiting:
+            display.say("another process is at work on these shards: waiting for it")
+            return
         if not now.total:
             if now.done:
                 display.update(what, now.done, now.done)

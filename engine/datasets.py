@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data.ingest import ingest
+from engine.data.library import reported
 from engine.data.shards import ClipIndex, is_shards
 from engine.data.sources import Found, Reject, find_sources
 from engine.data.splits import MISSING, NUM_SPLITS, hmdb51, kinetics, ucf101
@@ -218,7 +219,7 @@ def _ingested(
         clip_seconds=CLIP_SECONDS,
         min_seconds=0.0,  # the shortest labelled videos are half a second long
         workers=workers,
-        progress=lambda now: report("reading the labelled videos", now.done, now.total),
+        progress=reported("the labelled videos", report),
     )
     return result.rejects
 

@@ -106,7 +106,9 @@ class Display:
             (self.say if self._plain else self.note)("  ".join(p for p in parts if p))
 
     def prepare(self, what: str, done: int, total: int) -> None:
-        """Progress of making or reading data."""
+        """Progress of making or reading data; without a total, what is waited for."""
+        if not total and self._progress.tasks[0].description != what:
+            self.say(what)
         if done <= 1 or self._progress.tasks[0].description != what:
             self._progress.reset(self._task, description=what, total=total, completed=0, note="")
             self._began = self._last if self._last else time.monotonic()

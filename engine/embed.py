@@ -6,7 +6,6 @@ before that. Each piece's rows are a file of their own until all are there.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -51,6 +50,7 @@ from engine.feature_file import (
     write_part,
     write_rejects,
 )
+from engine.files import take_lock
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card
 from engine.runtime import Runtime, choose_runtime, num_cores
@@ -280,15 +280,12 @@ def _working_beside(out: Path) -> Iterator[Path]:
     work = out.with_name(f".{out.name}.parts")
     lock = work / "lock"
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
+        file = take_lock(lock)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another process is writing it") from None
     except OSError as error:
         raise OSError(error.errno, f"can't write there: {error.strerror}", str(out)) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another process is writing it") from None
         try:
             yield work
             shutil.rmtree(work, ignore_errors=True)

@@ -23,12 +23,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.executors import Executor, InProcess, Pool
-from engine.data.ingest import IngestError, Progress, ingest
+from engine.data.ingest import IngestError, Progress, ingest, worker_pool
 from engine.data.plan import ClipPlan, central_plan
 from engine.data.record import PARTIAL
 from engine.data.shards import ClipIndex, read_dataset
 from engine.data.sources import Found, Source
+from engine.jobs import Pool
 from engine.network_file import ClipInput
 from engine.recipe import Clip
 
@@ -44,20 +44,20 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count, self.stopping = count, threading.Event()
-        self._executor: Executor | None = None
+        self._pool: Pool | None = None
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._executor is not None:
-            self._executor.close()
+        if self._pool is not None:
+            self._pool.close()
 
-    def executor(self) -> Executor:
+    def pool(self) -> Pool:
         """The processes; of one, this process itself."""
-        if self._executor is None:
-            self._executor = InProcess() if self.count == 1 else Pool(self.count)
-        return self._executor
+        if self._pool is None:
+            self._pool = worker_pool(self.count)
+        return self._pool
 
 
 class Stopped(Exception):
@@ -222,7 +222,7 @@ class _Cutter:
                 clip_seconds=((s.stored - 1) * s.every + s.length) / self.fps,
                 every=s.stored * s.every / self.fps,
                 min_seconds=s.least / self.fps,
-                executor=self.workers.executor(),
+                pool=self.workers.pool(),
                 progress=self._check,
             )
             index = ClipIndex([shards])

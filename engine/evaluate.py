@@ -18,8 +18,9 @@ from engine.finetune import finetune
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card
 from engine.protocols import Evaluated, Judge, Videos, cuts_of, used_clips, videos_of
+from engine.provenance import provenance
 from engine.recipe import Evaluation, Recipe
-from engine.runtime import Runtime, provenance
+from engine.runtime import Runtime
 
 FROZEN = ("kmeans", "linear", "retrieval")
 PROTOCOLS = (*FROZEN, "finetune")

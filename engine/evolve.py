@@ -23,9 +23,10 @@ from engine.evolve_record import Records
 from engine.extract import LabelledClips
 from engine.jobs import Crew, Done, Job, LocalPool, Lost, Pool
 from engine.lossfile import random_weights
+from engine.provenance import provenance, write_provenance
 from engine.recipe import Recipe
 from engine.runfolder import RunError, RunFolder
-from engine.runtime import Clock, Runtime, provenance
+from engine.runtime import Clock, Runtime
 from engine.search import Proposal, SearchStudy
 from engine.workers import RayPool
 
@@ -291,12 +292,6 @@ class Evolution:
 
     def _write_provenance(self) -> None:
         videos, labelled = self.data.videos, self.data.labelled
-        old = self.run.read_json("provenance.json")
-        if old is not None and old["data"] != self._identity:
-            raise RunError(
-                f"{self.run.path}: the videos are not those that this run began with; "
-                "bring them back, or start a new run"
-            )
         facts = {
             **provenance(self.runtime),
             "seed": self.recipe.seed,
@@ -315,10 +310,8 @@ class Evolution:
             ],
             "data": self._identity,
         }
-        if old is not None:
-            facts = {**old, "resumed": [*old.get("resumed", []), facts["started"]]}
+        if "resumed" in write_provenance(self.run, facts):
             self.records.events.add("resumed", f"{self.workers.count or 'no'} workers")
-        self.run.write_json("provenance.json", facts)
 
 
 def _confirmation(weights: dict[str, float], trial: int, seed: int) -> Cohort:

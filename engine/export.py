@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import engine
-from engine.data.shard_writer import write_atomic
+from engine.files import write_atomic
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card
 

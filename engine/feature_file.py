@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from engine.data.shard_writer import write_atomic
+from engine.files import replacing, write_atomic
 
 STORED: dict[str, Any] = {"use_dictionary": ["path", "label"], "compression": "zstd"}
 """How columns are written: vectors are all different, and as they are."""
@@ -64,7 +64,7 @@ def write_part(path: Path, rows: FeatureRows) -> None:
     """Write rows that are done, with their rejects; whole or not at all. Raises OSError."""
     schema = _schema(rows.vector.shape[1], videos=False)
     schema = schema.with_metadata({"rejects": json.dumps(rows.rejects)})
-    with _whole(path) as temporary, pq.ParquetWriter(temporary, schema, **STORED) as writer:
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, **STORED) as writer:
         writer.write_table(_table(rows, schema))
 
 
@@ -112,7 +112,7 @@ def merge_parts(
     if not sum(pq.read_metadata(part).num_rows for part in parts):
         return 0, rejects
     count, sources = 0, (read_features(part) for part in parts)
-    with _whole(out) as temporary, pq.ParquetWriter(temporary, schema, **STORED) as writer:
+    with replacing(out) as temporary, pq.ParquetWriter(temporary, schema, **STORED) as writer:
         for rows in _videos(sources) if videos else sources:
             writer.write_table(_table(rows, schema))
             count += len(rows)
@@ -168,19 +168,6 @@ def read_rejects(out: Path) -> list[dict[str, Any]]:
 def _rejects(schema: pa.Schema) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = json.loads((schema.metadata or {}).get(b"rejects", b"[]"))
     return told
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the name of ``path`` once all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _videos(sources: Iterator[FeatureRows]) -> Iterator[FeatureRows]:

@@ -28,13 +28,15 @@ from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_batch
 from engine.datasets import Dataset, Fold
 from engine.extract import Cuts, Extractor, check_undamaged, normalised, without_future
+from engine.files import write_text_atomic
 from engine.linear import deal_groups
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card, ClipInput, card_of
-from engine.presets import RecipeError, write_text_atomic
+from engine.presets import RecipeError
 from engine.protocols import Evaluated, words
+from engine.provenance import provenance
 from engine.recipe import Recipe, recipe_hash
-from engine.runtime import Runtime, provenance, set_seed
+from engine.runtime import Runtime, set_seed
 from engine.train import NonFiniteLoss
 from engine.train_compiled import compile_mode
 from engine.train_optim import descend, learning_rate, make_optimizer

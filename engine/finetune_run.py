@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine.data.shards import data_digest
 from engine.datasets import Dataset
 from engine.evaluate import evaluate_many
 from engine.finetune import check_recipe, finetune, from_scratch
 from engine.network_file import load_network
 from engine.protocols import Evaluated
+from engine.provenance import provenance, write_provenance
 from engine.recipe import Recipe
 from engine.results import write_confusion
 from engine.runfolder import RunError, RunFolder
-from engine.runtime import Runtime, make_deterministic, provenance
+from engine.runtime import Runtime, make_deterministic
 
 INPUTS = "finetune.json"
 
@@ -97,16 +98,5 @@ def run_finetuning(
 
 def _note(run: RunFolder, inputs: dict[str, Any], dataset: Dataset, runtime: Runtime) -> None:
     """Write what the run begins with, or check that it is continued on the same videos."""
-    digest = hashlib.sha256()
-    for folder in dataset.index.folders:
-        digest.update((folder / "dataset.json").read_bytes())
-    facts = {**provenance(runtime), "data": digest.hexdigest()[:12]}
-    old = run.read_json("provenance.json")
-    if old is not None:
-        if old["data"] != facts["data"]:
-            raise RunError(
-                f"{run.path}: the videos are not those that this run began with; bring them back, or start a new run"
-            )
-        facts = {**old, "resumed": [*old.get("resumed", []), facts["started"]]}
-    run.write_json("provenance.json", facts)
+    write_provenance(run, {**provenance(runtime), "data": data_digest(dataset.index.folders)})
     run.write_json(INPUTS, inputs)

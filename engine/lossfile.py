@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import tomli_w
 
+from engine.files import write_text_atomic
 from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
-from engine.presets import RecipeError, read_toml, write_text_atomic
+from engine.presets import RecipeError, read_toml
 
 RANDOM_LOSS_STREAM = 0x10553
 """Keeps random losses' draws apart from every other use of the same seed."""

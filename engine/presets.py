@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from difflib import get_close_matches
 from importlib.resources import files
@@ -12,16 +11,6 @@ from typing import Any
 
 class RecipeError(ValueError):
     """A recipe that can't be used: the message names the file and the key."""
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write text so that a reader, or a run after a kill, sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def preset_names(folder: str = "") -> list[str]:

@@ -12,13 +12,14 @@ from engine.checkpoint import load_last
 from engine.data.library import Library, default_shard_cache, fingerprint, open_library
 from engine.display import Display
 from engine.distributed import ALONE, Ranks
-from engine.features import LabelledClips
+from engine.extract import LabelledClips
 from engine.lossfile import load_loss, loss_used_labels, save_loss
 from engine.objective.terms import LossWeights
 from engine.pretrain_record import PretrainLog, Saving
+from engine.provenance import provenance, write_provenance
 from engine.recipe import Recipe, recipe_hash
 from engine.runfolder import RunError, RunFolder
-from engine.runtime import Runtime, choose_runtime, make_deterministic, provenance
+from engine.runtime import Runtime, choose_runtime, make_deterministic
 from engine.train import Trainer
 from engine.train_average import RunningAverage
 from engine.train_optim import start_moments
@@ -169,7 +170,7 @@ def _resume(
 def _provenance(
     recipe: Recipe, library: Library, *, run: RunFolder, runtime: Runtime
 ) -> dict[str, Any]:
-    """Write provenance.json, or check that a run is continued on the videos that it began with."""
+    """Write provenance.json; raises RunError where a run is continued on other videos than it began with."""
     facts = {
         **provenance(runtime),
         "seed": recipe.seed,
@@ -178,13 +179,4 @@ def _provenance(
         "num_clips": len(library.index),
         "data": fingerprint(library),
     }
-    old = run.read_json("provenance.json")
-    if old is not None:
-        if old["data"] != facts["data"]:
-            raise RunError(
-                f"{run.path}: the videos are not those that this run began with; "
-                "bring them back, or start a new run"
-            )
-        facts = {**old, "resumed": [*old.get("resumed", []), facts["started"]]}
-    run.write_json("provenance.json", facts)
-    return facts
+    return write_provenance(run, facts)

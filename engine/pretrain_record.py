@@ -17,11 +17,11 @@ from engine.checkpoint import save_last
 from engine.data.views import Views
 from engine.display import Display, duration
 from engine.extract import LabelledClips
+from engine.files import write_text_atomic
 from engine.fitness import kmeans_fitness
 from engine.lossfile import loss_used_labels
 from engine.network_file import Card, card_of, save_network
 from engine.objective.terms import LossWeights
-from engine.presets import write_text_atomic
 from engine.recipe import recipe_hash
 from engine.runfolder import RunFolder
 from engine.tensors import CheckpointError, load_tensors

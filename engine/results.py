@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from engine.display import table
-from engine.presets import write_text_atomic
+from engine.files import write_text_atomic
 from engine.protocols import Evaluated
 from engine.scores import Spread
 

@@ -6,18 +6,16 @@ runs/NAME/ recipe.toml  provenance.json  study.db (or storage.json: where the st
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import msgspec
 
-from engine.presets import write_text_atomic
+from engine.files import take_lock, write_text_atomic
 from engine.recipe import Recipe, load_recipe, recipe_hash, to_toml
 
 STORAGE = "storage.json"
@@ -40,7 +38,7 @@ class RunFolder:
         self.storage: str | None = None
         """The database that holds the study; None: ``study``, a file here."""
         self.study_name = "evolve"
-        self._lock: TextIO | None = None
+        self._lock: IO[str] | None = None
         self._new: Recipe | None = None
 
     @classmethod
@@ -98,12 +96,8 @@ class RunFolder:
     def _write_storage(self) -> None:
         if self.storage is None:
             return
-        facts = {"url": self.storage, "study": self.study_name}
-        new = self.path / f".{STORAGE}.tmp"
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(facts, indent=1) + "\n")
-        os.replace(new, self.path / STORAGE)
+        text = json.dumps({"url": self.storage, "study": self.study_name}, indent=1)
+        write_text_atomic(self.path / STORAGE, text + "\n", mode=0o600)
 
     @classmethod
     def reopen(cls, path: Path, recipe: Recipe | None) -> tuple[RunFolder, Recipe]:
@@ -127,12 +121,11 @@ class RunFolder:
         return run, own
 
     def _take_lock(self) -> None:
-        self._lock = (self.path / ".lock").open("w")
         for attempt in range(4):
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock = take_lock(self.path / ".lock")
                 return
-            except OSError:  # a list of runs may be looking whether it is held
+            except BlockingIOError:  # a list of runs may be looking whether it is held
                 if attempt == 3:
                     raise RunError(f"{self.path}: another process is at work on this run") from None
                 time.sleep(0.05)

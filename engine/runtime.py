@@ -1,14 +1,10 @@
-"""Device, number format, seeds and provenance: the only global state that the engine has."""
+"""Device, number format and seeds: the only global state that the engine has."""
 
 from __future__ import annotations
 
 import gc
 import os
-import platform
 import random
-import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,14 +19,7 @@ import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
-import engine
-
 Result = TypeVar("Result")
-
-LIBRARIES = (
-    "torch triton nvidia-dali-cuda130 nvidia-dali-cuda120 torchaudio numpy cupy-cuda13x cupy-cuda12x cuml-cu13 "
-    "cuml-cu12 optuna cmaes av opencv-python-headless scikit-learn safetensors"
-).split()
 
 
 @dataclass(frozen=True)
@@ -245,65 +233,3 @@ def check_kernels_package() -> None:
             f"the package 'kernels' at {Path(kernels.__file__ or '?').parent} is not the engine's: another "
             "package of that name is installed; `pip uninstall kernels`, then install the engine again"
         )
-
-
-def without_password(text: str) -> str:
-    """The text with no user or password in the addresses that it holds."""
-    return re.sub(r"([?&]password=)[^&\s]*", r"\1", re.sub(r"://[^/\s]*@", "://", text))
-
-
-def provenance(runtime: Runtime) -> dict[str, Any]:
-    """What every number is written with: code, device and library versions, start time."""
-    gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
-    return {
-        "command": without_password(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
-        "engine_version": engine.__version__,
-        "git_sha": _git_sha(),
-        "device": gpu or _cpu_name(),
-        "cpu_count": num_cores(),
-        "amp": runtime.amp,
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _git_sha() -> str | None:
-    """The commit of the source tree, with ``+`` where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-    try:
-        sha = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "-uno"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (subprocess.CalledProcessError, OSError):
-        return None
-    return sha + ("+" if dirty else "")

@@ -1,29 +1,42 @@
-"""Workers on Ray: one process a GPU, or several on a CPU, on this machine or on the nodes of a cluster.
+"""Workers that are Ray actors: one process a GPU, or one a CPU, on this machine or on the nodes of a cluster.
 
-Each keeps what it needs warm from job to job. One that dies, hangs or fails is replaced; what it was at is told
-as lost. Knows nothing of losses or videos, and imports no torch: what a worker does is its evaluator's.
+Each keeps what it needs warm from job to job. One that dies, hangs or fails is replaced, and its job is reported as
+lost. Knows nothing of losses or videos, and imports no torch: what a worker does is its evaluator's.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
+import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from engine.jobs import Done, Evaluator, Factory, Job, Lost
-from engine.workers_start import room, start
+import engine
+from engine.jobs import (
+    POLL_SECONDS,
+    Done,
+    Evaluator,
+    Factory,
+    Job,
+    Lost,
+    die_with_parent,
+    lost_by_error,
+)
 
-POLL_SECONDS = 1.0
-"""Between looks at how far jobs are, and at time limits."""
+OBJECT_STORE_BYTES = 100 * 2**20
+START_TRIES = 3
+"""Of Ray itself."""
+CONNECT_SECONDS = 10.0
+"""For a cluster's address to answer."""
+GROW_SECONDS = 30.0
+"""Between looks at whether a cluster has more CPUs than before."""
 START_SECONDS = 900.0
 """How long a worker may take to get ready."""
 PLACE_SECONDS = 20.0
@@ -34,12 +47,6 @@ STARTS = 3
 """Errors at its start, or losses while others get their work done, after which a worker is given up."""
 DEATHS = 10
 """Deaths at its start after which it is: one may be an accident."""
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""What another worker would meet too."""
-
-
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that a process gets when its parent ends, here Ray's daemon."""
 
 
 class _Actor:
@@ -48,10 +55,8 @@ class _Actor:
     def __init__(self) -> None:
         self._evaluator: Evaluator | None = None
         self._news: Any = None
-        if (
-            sys.platform == "linux"
-        ):  # else it would hold its GPU for a while after its driver was killed
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Ray's daemon; else it would hold its GPU for a while after its driver was killed
+        die_with_parent()
 
     def place(self) -> tuple[str, str, int]:
         """Host, node and process."""
@@ -117,17 +122,19 @@ class RayPool:
         cpus: float = 1.0,
         on_news: Callable[[Job, Any], None] = lambda job, news: None,
     ) -> None:
-        """``size`` None: as many as the cluster has GPUs."""
+        """``size`` None: as many as the cluster has GPUs, or, for workers without, CPUs, also when it grows."""
         self._ray = _import_ray()
         self._own = not self._ray.is_initialized()
         if self._own:
-            start(self._ray, address, cpus=(size or 1) * cpus, gpus=(size or 1) * gpus)
+            here = os.cpu_count() or 1 if size is None else size
+            start(self._ray, address, cpus=here * cpus, gpus=here * gpus)
         try:
             self.size = room(self._ray, size, cpus=cpus, gpus=gpus)
         except ValueError:
             self.close()
             raise
         self._factory, self._on_news = factory, on_news
+        self._cpus, self._grows = cpus, size is None and not gpus
         options = {
             "num_cpus": cpus,
             "num_gpus": gpus,
@@ -137,7 +144,7 @@ class RayPool:
         }
         self._actor = self._ray.remote(_Actor).options(**options)
         self._slots = [_Slot(f"worker {i}") for i in range(self.size)]
-        self._began = self._seen = time.monotonic()
+        self._began = self._seen = self._counted = time.monotonic()
         self._together, self._reason = False, ""
         for slot in self._slots:
             self._place(slot)
@@ -171,6 +178,7 @@ class RayPool:
             reports += self._answered(waiting[reference])
         for slot in self._slots:
             reports += self._look_at(slot)
+        self._grow()
         self._divide_cores()
         return reports
 
@@ -192,7 +200,7 @@ class RayPool:
         try:
             answer = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
-            yield from self._lost(slot, *self._what(error))
+            yield from self._lost(slot, self._what(error, slot))
             return
         if slot.stage == "placing":
             slot.host, slot.node, slot.pid = answer
@@ -205,17 +213,16 @@ class RayPool:
             self._seen = time.monotonic()
             yield Done(job, answer, self._title(slot))
 
-    def _what(self, error: Any) -> tuple[str, str]:
-        """Kind and reason of an error that Ray tells; raises an error of the disk, which stops a whole run."""
+    def _what(self, error: Any, slot: _Slot) -> Lost:
+        """What an error that Ray reports says of a worker and its job; raises one of the disk."""
         known = self._ray.exceptions
         if isinstance(error, known.RayTaskError):
-            cause = error.cause
-            if isinstance(cause, OSError) and cause.errno in DISK:
-                raise cause from None
-            text = str(cause).strip() or type(cause).__name__
-            out = isinstance(cause, MemoryError) or "out of memory" in text.lower()
-            name = "" if isinstance(cause, (ValueError, OSError)) else f"{type(cause).__name__}: "
-            return "out_of_memory" if out else "error", name + text.splitlines()[0]
+            return lost_by_error(slot.job, error.cause, self._title(slot))
+        kind, reason = self._death(error)
+        return Lost(slot.job, kind, reason, self._title(slot))
+
+    def _death(self, error: Any) -> tuple[str, str]:
+        known = self._ray.exceptions
         text = " ".join(str(error).split())
         if isinstance(error, known.OutOfMemoryError) or "OOM" in text.split("Some common")[0]:
             return "out_of_memory", "its process was ended for want of memory"
@@ -223,21 +230,21 @@ class RayPool:
             return "node_lost", "its node was lost"
         return "worker_died", "its process ended unexpectedly"
 
-    def _lost(self, slot: _Slot, kind: str, reason: str) -> Iterator[Lost]:
-        """Tell of it and put a new process in its place, or give the place up."""
-        job, title = slot.job, self._title(slot)
+    def _lost(self, slot: _Slot, lost: Lost) -> Iterator[Lost]:
+        """Report it and put a new process in the worker's place, or give the place up."""
         self._kill(slot)
         slot.failures += 1
         others = any(s is not slot and s.failures == 0 and s.stage == "busy" for s in self._slots)
-        self._reason = reason
-        most = DEATHS if job is None and kind != "error" else STARTS
-        if slot.failures >= most and (job is None or others):
+        self._reason = lost.reason
+        failed_start = lost.job is None and lost.kind == "error"
+        most = DEATHS if lost.job is None and not failed_start else STARTS
+        if slot.failures >= most and (lost.job is None or others):
             slot.stage = "given up"
-            reason += f"; {slot.name} is given up after {slot.failures} losses in a row"
+            given_up = f"; {slot.name} is given up after {slot.failures} losses in a row"
+            lost = replace(lost, reason=lost.reason + given_up)
         else:
             self._place(slot)
-        failed_start = job is None and kind == "error"
-        yield Lost(job, "start_failed" if failed_start else kind, reason, title)
+        yield replace(lost, kind="start_failed") if failed_start else lost
 
     def _kill(self, slot: _Slot) -> None:
         if slot.actor is not None:
@@ -264,7 +271,20 @@ class RayPool:
             slot.asked, slot.looked = slot.actor.news.remote(), now
         limit = START_SECONDS if slot.stage == "preparing" else slot.job.seconds if slot.job else 0
         if 0 < limit < now - slot.since:
-            yield from self._lost(slot, "time_limit", f"not done in its time limit of {limit:g} s")
+            reason = f"not done in its time limit of {limit:g} s"
+            yield from self._lost(slot, Lost(slot.job, "time_limit", reason, self._title(slot)))
+
+    def _grow(self) -> None:
+        """Take the CPUs that a cluster has got since, where as many workers as it has were asked for."""
+        now = time.monotonic()
+        if self._grows and now - self._counted >= GROW_SECONDS:
+            self._counted, size = now, self.size
+            with suppress(ValueError):  # it may also have lost its nodes for a while
+                size = room(self._ray, None, cpus=self._cpus, gpus=0.0)
+            for number in range(self.size, size):
+                self._slots.append(_Slot(f"worker {number}"))
+                self._place(self._slots[-1])
+            self.size = len(self._slots)
 
     def _divide_cores(self) -> None:
         """Prepare workers that have their places: those of one machine share its cores."""
@@ -287,7 +307,7 @@ class RayPool:
             raise RuntimeError(f"no worker is left, and none can be started: {self._reason}")
         if now - self._seen > MISSING_SECONDS:
             raise RuntimeError(
-                f"no worker for {MISSING_SECONDS:.0f} s: the cluster has no room for one; continue with --resume"
+                f"no worker for {MISSING_SECONDS:.0f} s: the cluster has no room for one; what was finished is kept"
             )
 
 
@@ -299,3 +319,64 @@ def _import_ray() -> Any:
     except ImportError:
         raise ValueError("--gpus, --workers and --address need Ray: pip install ray") from None
     return ray
+
+
+def start(ray: Any, address: str | None, *, cpus: float, gpus: float) -> None:
+    """Join a cluster, or start Ray on this machine: quiet, without a dashboard."""
+    root = str(Path(engine.__file__).resolve().parents[1])
+    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # We tell of each worker that dies, in a line; Ray would print a paragraph.
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda *data, **more: None
+    if address in (None, "local"):
+        os.environ["PYTHONPATH"] = path  # what Ray starts inherits it
+        own = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        wanted = {"num_cpus": max(1, -int(-cpus // 1)), "num_gpus": -int(-gpus // 1)}
+        _start_here(ray, **quiet, **own, **wanted)
+        return
+    if ":" in address:
+        _check_reachable(address)
+    try:
+        nodes = {"env_vars": {"PYTHONPATH": path}}  # they run this very code
+        ray.init(address=address, runtime_env=nodes, **quiet)
+    except (ConnectionError, ValueError) as error:
+        raise ValueError(f"there is no Ray cluster at {address}: {error}") from error
+
+
+def _start_here(ray: Any, **options: Any) -> None:
+    """Start Ray; it gives up after 30 s, which a machine that is busy may need twice. Raises RuntimeError."""
+    for attempt in range(START_TRIES):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray's own, without a class
+            ray.shutdown()
+            if attempt == START_TRIES - 1:
+                raise RuntimeError(
+                    f"Ray can't be started on this machine: {error}; is it short of memory or very busy?"
+                ) from error
+
+
+def room(ray: Any, size: int | None, *, cpus: float, gpus: float) -> int:
+    """How many workers there are to be; raises ValueError where the cluster never has room for one."""
+    total = ray.cluster_resources()
+    if size is None and gpus:
+        size = int(total.get("GPU", 0) / gpus)
+        if size == 0:
+            raise ValueError("the cluster has no GPUs: say how many workers with --workers N")
+    size = size or max(1, int(total.get("CPU", 0.0) / cpus))
+    fits = min(total.get(kind, 0.0) / n for kind, n in (("CPU", cpus), ("GPU", gpus)) if n)
+    if fits < 1:
+        wanted = f"{gpus:g} GPU and {cpus:g} CPU" if gpus else f"{cpus:g} CPU"
+        raise ValueError(f"the cluster has no room for a worker ({wanted})")
+    return size
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ValueError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"there is no Ray cluster at {address}: {error}") from None

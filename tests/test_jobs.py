@@ -1,13 +1,22 @@
-"""Which jobs are handed out, and again; a pool made of lists stands for the workers."""
+"""Which jobs are handed out, and again: a pool made of lists stands for the workers; and processes that misbehave."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.jobs import Crew, Done, Job, LocalPool, Lost
+from engine.jobs import Crew, Done, Evaluator, Job, LocalPool, Lost, Plain, ProcessPool
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Scripted:
@@ -125,3 +134,156 @@ def test_an_error_in_this_process_is_raised() -> None:
     pool = LocalPool(evaluate, on_news=lambda job, said: None)
     with pytest.raises(OSError, match="disk"):
         outcomes(Crew(pool, 5, lambda work: [work]), ["a"])
+
+
+def act(workers_here: int) -> Evaluator:
+    """Works are (what, argument): see below."""
+
+    def evaluate(work: Any, tell: Callable[[Any], None]) -> Any:
+        what, *arguments = work
+        if what == "die once" and not Path(arguments[0]).exists():
+            Path(arguments[0]).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif what == "raise":
+            raise arguments[0]
+        elif what == "sleep":
+            tell("at it")
+            time.sleep(arguments[0])
+        return os.getpid(), workers_here
+
+    return evaluate
+
+
+def cant_start(workers_here: int) -> Evaluator:
+    raise ValueError("no such codec")
+
+
+class Odd(Exception):
+    """Can be pickled, and not unpickled."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one + two)
+
+
+@pytest.fixture
+def pool() -> Iterator[ProcessPool]:
+    """Two worker processes, none of which may be left at the end."""
+    pool = ProcessPool(act, size=2)
+    yield pool
+    pids = pool.pids().values()
+    pool.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_processes_do_each_job_once_and_stay(pool: ProcessPool) -> None:
+    ended = outcomes(Crew(pool, 0), [("sleep", 0.01, i) for i in range(12)])
+    assert len(ended) == 12 and set(ended.values()) <= {(pid, 2) for pid in pool.pids().values()}
+
+
+def test_a_process_that_dies_loses_its_own_job_alone(pool: ProcessPool, tmp_path: Path) -> None:
+    lost: list[tuple[Any, bool]] = []
+    crew = Crew(pool, 1, on_lost=lambda one, again: lost.append((one.job and one.job.work, again)))
+    once = ("die once", str(tmp_path / "died"))
+    works = [("sleep", 0.3, 0), once, ("die",), *(("sleep", 0.02, i) for i in range(1, 6))]
+    ended = outcomes(crew, works)
+    died = [(once, True), (("die",), True), (("die",), False)]
+    assert sorted(lost, key=str) == sorted(died, key=str)
+    assert ended.pop(("die",)) == ("worker_died", "its process was ended by SIGKILL")
+    assert len(ended) == 7 and all(isinstance(end[0], int) for end in ended.values())
+
+
+def test_a_process_that_hangs_is_replaced(pool: ProcessPool) -> None:
+    ended = outcomes(Crew(pool, 0, limit=lambda work: 1.5), [("stop",), ("sleep", 0.01)])
+    assert ended[("stop",)] == ("time_limit", "not done in its time limit of 1.5 s")
+    assert ended[("sleep", 0.01)] in {(pid, 2) for pid in pool.pids().values()}
+
+
+def test_an_idle_process_that_dies_is_replaced(pool: ProcessPool) -> None:
+    outcomes(Crew(pool, 0), [("sleep", 0.01)])
+    os.kill(next(iter(pool.pids().values())), signal.SIGKILL)
+    ended = outcomes(Crew(pool, 1), [("sleep", 0.01, i) for i in range(6)])
+    assert len(ended) == 6 and all(isinstance(end[0], int) for end in ended.values())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"),
+    [
+        (KeyError("weights"), "error", "KeyError: 'weights'"),
+        (ValueError("too few\nand more"), "error", "too few"),
+        (Odd("a", "b"), "error", "RuntimeError: Odd: ab"),
+        (MemoryError("no room"), "out_of_memory", "no room"),
+        (RuntimeError("CUDA out of memory. Tried"), "out_of_memory", "CUDA out of memory"),
+    ],
+)
+def test_an_error_of_a_process_is_reported(error: Exception, kind: str, reason: str) -> None:
+    lost: list[Lost] = []
+    pool = ProcessPool(Plain(raise_it), size=1)
+    try:
+        crew = Crew(pool, 0, on_lost=lambda one, again: lost.append(one))
+        outcomes(crew, [Sendable(error)])
+    finally:
+        pool.close()
+    (one,) = lost
+    assert one.kind == kind and reason in one.reason and one.error is not None
+    assert "raise_it" in one.error.__notes__[0]
+
+
+class Sendable:
+    """Makes an error in the worker, since ``Odd`` can't be sent there."""
+
+    def __init__(self, error: Exception) -> None:
+        self.kind, self.arguments = type(error), error.args
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def raise_it(work: Sendable) -> None:
+    raise Odd("a", "b") if work.kind is Odd else work.kind(*work.arguments)
+
+
+def test_a_full_disk_ends_everything(pool: ProcessPool) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/runs/x")
+    with pytest.raises(OSError, match="No space left") as told:
+        outcomes(Crew(pool, 3), [("raise", error)])
+    assert told.value.errno == errno.ENOSPC and told.value.filename == "/runs/x"
+
+
+def test_processes_that_cant_start_say_why() -> None:
+    pool = ProcessPool(cant_start, size=1)
+    try:
+        with pytest.raises(ValueError, match="no such codec"):
+            outcomes(Crew(pool, 3), [("sleep", 0.0)])
+    finally:
+        pool.close()
+
+
+def test_a_main_module_without_a_guard_is_told_in_a_line(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from engine.jobs import Plain, ProcessPool\n"
+        "pool = ProcessPool(Plain(print), size=1)\n"
+        "try:\n"
+        "    pool.wait()\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "pool.close()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert "can't start" in done.stdout and "__main__" in done.stdout
+
+
+def test_progress_comes_from_processes() -> None:
+    news: list[Any] = []
+    pool = ProcessPool(act, size=1, on_news=lambda job, said: news.append((job.number, said)))
+    try:
+        outcomes(Crew(pool, 0), [("sleep", 0.01), ("sleep", 0.02)])
+    finally:
+        pool.close()
+    assert news == [(1, "at it"), (2, "at it")]

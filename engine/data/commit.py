@@ -22,9 +22,10 @@ from engine.data.damage import index_name, size_problem
 from engine.data.media import SAMPLE_RATE
 from engine.data.parts import Made
 from engine.data.record import RECORD
-from engine.data.shard_writer import Shard, write_atomic, write_dataset
+from engine.data.shard_writer import Shard, write_dataset
 from engine.data.shards import is_shards, read_dataset
 from engine.data.sources import Reject
+from engine.files import write_atomic
 
 OURS = re.compile(
     r"dataset\.json|rejects\.jsonl|\.ingest|(index|groups)[-\w]*\.(bin|jsonl)|shard-\w+\.tar"
@@ -82,13 +83,20 @@ def commit(out: Path, made: Sequence[Made], settings: Settings, listed: Sequence
 
 
 def write_rejects(out: Path, made: Sequence[Made], listed: Sequence[Reject]) -> None:
-    """Write ``rejects.jsonl``, unless it is as it should be."""
-    rejects = [*listed, *(reject for group in made for reject in group.rejects)]
-    text, path = _lines(_told(rejects)), out / "rejects.jsonl"
-    with suppress(OSError):
-        if path.read_bytes() == text:
-            return
-    write_atomic(path, text)
+    """Write ``rejects.jsonl``."""
+    write_atomic(out / "rejects.jsonl", _rejects_text(made, listed))
+
+
+def has_rejects(out: Path, made: Sequence[Made], listed: Sequence[Reject]) -> bool:
+    """Whether ``rejects.jsonl`` is as it should be."""
+    try:
+        return (out / "rejects.jsonl").read_bytes() == _rejects_text(made, listed)
+    except OSError:
+        return False
+
+
+def _rejects_text(made: Sequence[Made], listed: Sequence[Reject]) -> bytes:
+    return _lines(_told([*listed, *(reject for group in made for reject in group.rejects)]))
 
 
 def sweep(out: Path) -> None:

@@ -19,8 +19,9 @@ from engine.data.encode import encode_flac, encode_jpeg
 from engine.data.film import copy_clip, encode_h264, encode_vp9
 from engine.data.frames import Frames
 from engine.data.media import MediaError, MediaFacts, decode_window, probe
-from engine.data.shard_writer import NewClip, StorageError
+from engine.data.shard_writer import NewClip
 from engine.data.sources import Reject, Source
+from engine.files import StorageError
 
 COPY = "copy"
 CODEC_NAMES = ("jpeg", "vp9", "h264", COPY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from engine.data.encode import write_video
 from engine.data.scenes import CLASSES, FPS, SAMPLE_RATE, UNLABELLED, draw_scene
+from engine.files import take_lock
 
 VERSION = 1
 """Raised whenever a clip would look or sound different, so that cached sets are made again."""
@@ -43,12 +43,13 @@ def make_demo(
     clips_per_class: int = 12,
     unlabelled_clips: int = 96,
     progress: Callable[[int, int], None] | None = None,
+    on_wait: Callable[[], object] = lambda: None,
 ) -> Demo:
     """Return the set in ``folder``, made first where absent, incomplete or of other parameters.
 
-    ``progress(done, total)`` is called after each clip. The set is made beside ``folder`` and renamed
-    into place, so that a kill at any moment leaves nothing that is taken for finished; processes wait
-    for each other. Raises ValueError where ``folder`` holds anything but such a set, and OSError that
+    ``progress(done, total)`` is called after each clip. The set is made beside ``folder`` and renamed into place, so
+    that a kill at any moment leaves nothing that is taken for finished. Where another process is making it, calls
+    ``on_wait`` once and waits. Raises ValueError where ``folder`` holds anything but such a set, and OSError that
     names the folder where it can't be written.
     """
     folder = Path(folder).absolute()
@@ -59,8 +60,7 @@ def make_demo(
     part, old, lock = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old", "lock"))
     try:
         if not _finished(folder, facts, jobs):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(lock), _absent(part, old):
+            with take_lock(lock, on_wait=on_wait), _absent(part, old):
                 if not _finished(folder, facts, jobs):
                     _check_ours(folder)
                     _write(part, jobs, seed=seed, progress=progress)
@@ -91,14 +91,6 @@ def _check_ours(folder: Path) -> None:
     foreign = found - {MARKER, "labelled", UNLABELLED} or (found and MARKER not in found)
     if foreign or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"{folder} is not a demo set of ours: name a new or empty folder")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock among processes that ends with this one, however that ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

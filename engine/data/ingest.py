@@ -7,44 +7,50 @@ seed and a file's relative path alone, and each shard on its own sources alone.
 
 from __future__ import annotations
 
-import fcntl
+import math
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from engine.data.commit import (
     check_out,
     commit,
     committed,
     fingerprint_of,
+    has_rejects,
     sweep,
     write_rejects,
 )
 from engine.data.cut import Settings
-from engine.data.executors import Executor, InProcess, Pool
 from engine.data.groups import Group, group
 from engine.data.parts import (
-    CutJob,
-    Done,
-    Job,
+    Counts,
+    CutWork,
     Made,
-    ShardJob,
+    ShardWork,
+    Work,
+    after_crash,
+    cut_name,
+    cuts_in,
+    do_work,
     made_path,
-    part_name,
-    part_path,
-    parts_in,
     read_made,
+    reject_source,
 )
-from engine.data.shard_writer import storing
 from engine.data.sources import Found, Reject, find_sources
+from engine.files import storing, take_lock
+from engine.jobs import Crew, Done, LocalPool, Lost, Plain, Pool, ProcessPool
+from engine.workers import RayPool
 
-WORK = ".ingest"
+SCRATCH = ".ingest"
 """Folder, in that of the shards, of what is finished before all is."""
+RETRIES = 1
+"""How often a source or shard is tried again whose worker died: once may be an accident."""
 
 
 class IngestError(ValueError):
@@ -85,6 +91,8 @@ class Progress:
     seconds: float
     """Length of the clips."""
     rejects: int
+    waiting: bool = False
+    """For another process that is making the same shards; told once."""
 
 
 def ingest(
@@ -102,7 +110,7 @@ def ingest(
     every: float | None = None,
     workers: int | None = None,
     address: str | None = None,
-    executor: Executor | None = None,
+    pool: Pool | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> IngestReport:
     """Cut clips from videos and write them as the shards ``out``.
@@ -111,10 +119,11 @@ def ingest(
     source no longer than ``clip_seconds`` is one clip; from a longer one ``clips_per_video`` clips are cut at
     random starts (None: one a started minute), or with ``every`` clips that start that many seconds apart; those
     shorter than ``min_seconds`` are rejected. ``workers`` counts processes (None: one a core; 1: this one);
-    ``address`` names a Ray cluster to run on instead, ``executor`` one that the caller keeps.
+    ``address`` names a Ray cluster to run on instead, ``pool`` one of ``worker_pool`` that the caller keeps.
 
     What an earlier run with the same settings finished in ``out``, even one that was killed, is kept. Until all is
-    finished, the data set that ``out`` held stays as it was. Raises IngestError where no source gives a clip,
+    finished, the data set that ``out`` held stays as it was. Where another process is at work on ``out``, it is
+    waited for, unless the shards are complete. Raises IngestError where no source gives a clip,
     ValueError for bad settings and an ``out`` that holds other files, StorageError where writing fails, and
     OSError where the videos' folder goes away; what was finished is kept then, too.
     """
@@ -136,7 +145,15 @@ def ingest(
     if not found.sources and not found.rejects:
         named = "" if isinstance(videos, Found) else ", ".join(map(str, videos))
         raise IngestError(f"no videos found in {named}")
-    return _Ingest(out, found, settings, progress).run(workers, address, executor)
+    return _Ingest(out, found, settings, progress).run(workers, address, pool)
+
+
+def worker_pool(workers: int, address: str | None = None) -> Pool:
+    """Workers for ``ingest``: this process (of 1), processes of this machine, or a Ray cluster's."""
+    cut = Plain(do_work)
+    if address is not None:
+        return RayPool(cut, size=None, address=address)
+    return LocalPool(cut(1)) if workers == 1 else ProcessPool(cut, size=workers)
 
 
 class _Ingest:
@@ -149,48 +166,73 @@ class _Ingest:
         settings: Settings,
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.out, self.work, self.found, self.settings = out, out / WORK, found, settings
+        self.out, self.scratch, self.found, self.settings = out, out / SCRATCH, found, settings
         self.tell = progress or (lambda _: None)
         self.groups: list[Group] = []
         self.made: dict[str, Made] = {}
         self.done = self.reused = self.clips = self.frames = self.rejects = 0
 
-    def run(self, workers: int | None, address: str | None, given: Executor | None) -> IngestReport:
+    def run(self, workers: int | None, address: str | None, pool: Pool | None) -> IngestReport:
         """Do what is left, and make the whole the folder's data set."""
-        with _locked(self.out, self.work):
-            self.groups = group(self.found.sources, self.settings, progress=self._looked_up)
-            prints = [g.fingerprint for g in self.groups]
-            before, kept = committed(self.out)
-            self._take_over(kept)
-            if len(self.made) < len(self.groups):
-                self._work(workers, address, given)
-            made = [self.made[fingerprint] for fingerprint in prints]
-            listed = self.found.rejects
-            clips = sum(len(m.shard.labels) for m in made if m.shard is not None)
-            if not clips:
-                raise self._nothing(made)
-            if before == fingerprint_of(prints, listed) and kept.keys() >= set(prints):
-                write_rejects(self.out, made, listed)
-            else:
-                commit(self.out, made, self.settings, listed)
-            sweep(self.out)
-            shutil.rmtree(self.work, ignore_errors=True)
-        frames = sum(int(m.shard.records["num_frames"].sum()) for m in made if m.shard is not None)
-        rejects = [*listed, *(reject for m in made for reject in m.rejects)]
-        count = len(self.found.sources) + len(listed)
-        seconds = frames / self.settings.fps
-        return IngestReport(count, clips, seconds, rejects, self.found.unlisted, self.reused)
+        self.groups = group(self.found.sources, self.settings, progress=self._looked_up)
+        if not self._complete():
+            self._work_alone(workers, address, pool)
+        elif self.scratch.exists():  # a kill left it, unless another process is at work
+            with suppress(OSError), take_lock(self.scratch / "lock"):
+                self._clean()
+        return self._report_of([self.made[g.fingerprint] for g in self.groups])
+
+    def _complete(self) -> bool:
+        """Whether ``out`` holds what is wanted and nothing is to be done; notes what it holds."""
+        listed = self.found.rejects
+        before, kept = committed(self.out)
+        prints = [g.fingerprint for g in self.groups]
+        self._take_over(kept)
+        same = before == fingerprint_of(prints, listed) and kept.keys() >= set(prints)
+        return same and has_rejects(self.out, [kept[p] for p in prints], listed)
+
+    def _work_alone(self, workers: int | None, address: str | None, pool: Pool | None) -> None:
+        """Hold ``out`` against other processes, and do what they haven't done by then."""
+        with _locked(self.out, self.scratch, on_wait=self._waits):
+            if not self._complete():
+                self._make(workers, address, pool)
+            self._clean()
+
+    def _clean(self) -> None:
+        sweep(self.out)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _make(self, workers: int | None, address: str | None, pool: Pool | None) -> None:
+        if len(self.made) < len(self.groups):
+            self._cut(workers, address, pool)
+        made = [self.made[g.fingerprint] for g in self.groups]
+        if not any(m.shard is not None and m.shard.labels for m in made):
+            raise self._nothing(made)
+        commit(self.out, made, self.settings, self.found.rejects)
+
+    def _report_of(self, made: Sequence[Made]) -> IngestReport:
+        listed = self.found.rejects
+        shards = [m.shard for m in made if m.shard is not None]
+        frames = sum(int(shard.records["num_frames"].sum()) for shard in shards)
+        return IngestReport(
+            sources=len(self.found.sources) + len(listed),
+            clips=sum(len(shard.labels) for shard in shards),
+            seconds=frames / self.settings.fps,
+            rejects=[*listed, *(reject for m in made for reject in m.rejects)],
+            unlisted=self.found.unlisted,
+            reused=self.reused,
+        )
 
     def _nothing(self, made: Sequence[Made]) -> IngestError:
         """Every source was rejected: leave the reasons beside ``out``, and nothing else that was not there."""
         rejects = [*self.found.rejects, *(reject for m in made for reject in m.rejects)]
         path = self.out.with_name(f"{self.out.name}.rejects.jsonl")
-        beside = self.work / "none"
+        beside = self.scratch / "none"
         beside.mkdir(exist_ok=True)
         write_rejects(beside, made, self.found.rejects)
         with storing(path):
             os.replace(beside / "rejects.jsonl", path)
-        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         with suppress(OSError):
             self.out.rmdir()
         return IngestError(
@@ -201,12 +243,17 @@ class _Ingest:
     def _looked_up(self, number: int) -> None:
         self.tell(Progress(number, 0, 0, 0, 0.0, 0))
 
+    def _waits(self) -> None:
+        self.tell(Progress(0, 0, 0, 0, 0.0, 0, waiting=True))
+
     def _take_over(self, kept: dict[str, Made]) -> None:
         """Use the groups that the data set in ``out`` or a killed run has finished."""
+        self.made.clear()
+        self.done = self.reused = self.clips = self.frames = self.rejects = 0
         for g in self.groups:
             made = kept.get(g.fingerprint)
             if made is None:
-                made = read_made(made_path(self.work, g.fingerprint), self.out)
+                made = read_made(made_path(self.scratch, g.fingerprint), self.out)
             if made is not None:
                 self.made[g.fingerprint] = made
                 self.reused += made.sources
@@ -223,114 +270,123 @@ class _Ingest:
         total = len(self.found.sources)
         self.tell(Progress(self.done, total, self.reused, self.clips, seconds, self.rejects))
 
-    def _work(self, workers: int | None, address: str | None, given: Executor | None) -> None:
+    def _cut(self, workers: int | None, address: str | None, pool: Pool | None) -> None:
+        """Cut the sources that are left and write their shards."""
         left = [g for g in self.groups if g.fingerprint not in self.made]
-        count = min(workers or len(os.sched_getaffinity(0)), sum(len(g.sources) for g in left))
-        executor: Executor
-        if given is not None:
-            executor = given
-        elif address is not None:
-            from engine.data.ray_ingest import RayCluster
-
-            executor = RayCluster(address)
-        else:
-            executor = InProcess() if count == 1 else Pool(count)
-        try:
-            self._drive(_Queue(left, self.settings, self.work, self.out), executor)
-        finally:
-            if given is None:
-                executor.close()
-
-    def _drive(self, queue: _Queue, executor: Executor) -> None:
+        queue = _Queue(left, self.settings, self.scratch, self.out)
         self.reused += queue.reused
         self.done += queue.reused
-        while True:
-            while executor.has_room() and (job := queue.next()) is not None:
-                executor.submit(job)
-            if not executor.is_busy():
-                return
-            job, done = executor.next()
-            queue.finish(job, done)
-            if isinstance(job, CutJob):
-                self.done += 1
-                self.clips, self.frames = self.clips + done.clips, self.frames + done.frames
-                self.rejects += done.rejects
-                self._report()
-            elif done.missing:
-                self.done -= len(done.missing)
-            else:
-                made = read_made(made_path(self.work, job.group.fingerprint), self.out)
-                if made is None:
-                    raise OSError(f"{self.out / job.group.shard} changed while it was being made")
-                self.made[job.group.fingerprint] = made
+        count = min(workers or len(os.sched_getaffinity(0)), sum(len(g.sources) for g in left))
+        with (
+            nullcontext(pool) if pool is not None else closing(worker_pool(count, address)) as pool
+        ):
+            crew = Crew(pool, RETRIES, on_lost=_stop_on_error, max_in_a_row=math.inf)
+            for work, report in crew.run(queue.feed):
+                self._take(queue, work, report)
+
+    def _take(self, queue: _Queue, work: Work, report: Done | Lost) -> None:
+        """Note what became of a work; a source whose workers died is cut without the clip they died at, or rejected."""
+        if isinstance(report, Done):
+            counts: Counts = report.result
+        elif isinstance(work, ShardWork):
+            raise RuntimeError(
+                f"the process that wrote {work.group.shard} was lost twice, {report.reason}: is there enough memory?"
+            )
+        elif (again := after_crash(work)) is not None:
+            queue.first.append(again)
+            return
+        else:
+            counts = reject_source(work)
+        queue.finish(work, counts)
+        if isinstance(work, CutWork):
+            self.done += 1
+            self.clips, self.frames = self.clips + counts.clips, self.frames + counts.frames
+            self.rejects += counts.rejects
+            self._report()
+        elif counts.missing:
+            self.done -= len(counts.missing)
+        else:
+            made = read_made(made_path(self.scratch, work.group.fingerprint), self.out)
+            if made is None:
+                raise OSError(f"{self.out / work.group.shard} changed while it was being made")
+            self.made[work.group.fingerprint] = made
+
+
+def _stop_on_error(lost: Lost, again: bool) -> None:
+    """Raise what a work raised: the disk is full or the videos are gone, and any other is a bug."""
+    if lost.error is not None:
+        raise lost.error
 
 
 class _Queue:
-    """The jobs that are left: a part for each source, and when a group has all of them, its shard."""
+    """The works that are left: a cut for each source, and when a group has all of them, its shard."""
 
-    def __init__(self, groups: Sequence[Group], settings: Settings, work: Path, out: Path) -> None:
-        self.settings, self.work, self.out = settings, work, out
-        parts = set(parts_in(work))
+    def __init__(
+        self, groups: Sequence[Group], settings: Settings, scratch: Path, out: Path
+    ) -> None:
+        # other nodes have other working folders
+        self.settings, self.scratch, self.out = settings, scratch.absolute(), out.absolute()
+        cuts = set(cuts_in(scratch))
         self._waiting = {
-            g.fingerprint: {i for i, p in enumerate(g.prints) if part_name(p) not in parts}
+            g.fingerprint: {i for i, p in enumerate(g.prints) if cut_name(p) not in cuts}
             for g in groups
         }
         self.reused = sum(len(g.sources) - len(self._waiting[g.fingerprint]) for g in groups)
         self._group_of: dict[Path, tuple[Group, int]] = {}
-        self._first = deque[Job]()
+        self.first = deque[Work]()
         self._cuts = self._all_cuts(groups)
 
-    def _all_cuts(self, groups: Sequence[Group]) -> Iterator[CutJob]:
+    def _all_cuts(self, groups: Sequence[Group]) -> Iterator[CutWork]:
         for g in groups:
             if not self._waiting[g.fingerprint]:
-                self._first.append(ShardJob(g, self.settings, self.work, self.out))
+                self.first.append(self._shard(g))
             for place in sorted(self._waiting[g.fingerprint]):
                 yield self._cut(g, place)
 
-    def _cut(self, g: Group, place: int) -> CutJob:
-        path = part_path(self.work, g.prints[place])
+    def _cut(self, g: Group, place: int) -> CutWork:
+        path = self.scratch / cut_name(g.prints[place])
         self._group_of[path] = g, place
-        return CutJob(g.sources[place], self.settings, path)
+        source = g.sources[place]
+        return CutWork(replace(source, folder=os.path.abspath(source.folder)), self.settings, path)
 
-    def next(self) -> Job | None:
-        """The next job, or None where all that are left wait for others."""
-        if self._first:
-            return self._first.popleft()
-        job = next(self._cuts, None)
-        return job if job is not None or not self._first else self._first.popleft()
+    def _shard(self, g: Group) -> ShardWork:
+        return ShardWork(g, self.settings, self.scratch, self.out)
 
-    def finish(self, job: Job, done: Done) -> None:
-        """Take note of a job that is done."""
-        if isinstance(job, CutJob):
-            g, place = self._group_of.pop(job.path)
+    def feed(self, count: int) -> list[Work]:
+        """The next works, ``count`` at most; fewer where all that are left wait for others."""
+        return list(islice(iter(self._next, None), count))
+
+    def _next(self) -> Work | None:
+        if self.first:
+            return self.first.popleft()
+        work = next(self._cuts, None)
+        return work if work is not None or not self.first else self.first.popleft()
+
+    def finish(self, work: Work, counts: Counts) -> None:
+        """Take note of a work that is done."""
+        if isinstance(work, CutWork):
+            g, place = self._group_of.pop(work.path)
             waiting = self._waiting[g.fingerprint]
             waiting.discard(place)
             if not waiting:
-                self._first.append(ShardJob(g, self.settings, self.work, self.out))
+                self.first.append(self._shard(g))
         else:
-            self._waiting[job.group.fingerprint] = set(done.missing)
-            self._first.extend(self._cut(job.group, place) for place in done.missing)
+            self._waiting[work.group.fingerprint] = set(counts.missing)
+            self.first.extend(self._cut(work.group, place) for place in counts.missing)
 
 
 @contextmanager
-def _locked(out: Path, work: Path) -> Iterator[None]:
-    """Hold ``out`` against other ingests; the lock ends with this process, however that ends."""
+def _locked(out: Path, scratch: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold ``out`` against other ingests; waits for one that is at work."""
     with storing(out):
         made = not out.exists()
-        work.mkdir(parents=True, exist_ok=True)
-        file: Any = open(work / "lock", "w")
+        file = take_lock(scratch / "lock", on_wait=on_wait)
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another ingest is at work on {out}: wait for it to end") from None
-        except OSError:  # a file system without locks
-            pass
         try:
             yield
         finally:
             if made and not (out / "dataset.json").exists():
                 with suppress(OSError):  # nothing was finished: leave nothing
-                    if [f.name for f in work.iterdir()] == ["lock"]:
-                        shutil.rmtree(work)
+                    if [f.name for f in scratch.iterdir()] == ["lock"]:
+                        shutil.rmtree(scratch)
                         out.rmdir()

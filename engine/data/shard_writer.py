@@ -5,14 +5,13 @@ Equal clips give equal bytes.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,48 +32,12 @@ from engine.data.record import (
     told_splits,
 )
 from engine.data.shards import FORMAT
+from engine.files import StorageError, storing, write_atomic
 
 BLOCK = 512
 """Bytes that a tar's parts are multiples of."""
 END = bytes(2 * BLOCK)
 """What ends a tar."""
-
-
-class StorageError(OSError):
-    """Shards that can't be written: the message names the file and says why, in one line."""
-
-
-@contextmanager
-def storing(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a StorageError about ``path``."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        hint = "; free some space or choose another folder" if error.errno == errno.ENOSPC else ""
-        told = StorageError(f"can't write {path}: {error.strerror or error}{hint}")
-        told.errno = error.errno
-        raise told from error
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all; raises StorageError."""
-    temp = path.with_name(f".{path.name}.tmp")
-    with storing(path):
-        try:
-            with open(temp, "wb") as file:
-                file.write(data)
-                _sync(file)
-            os.replace(temp, path)
-        finally:
-            with suppress(FileNotFoundError):
-                temp.unlink()
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)

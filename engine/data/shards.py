@@ -9,12 +9,14 @@ the film's frames each is). ``shard_writer`` writes it.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import os
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -67,6 +69,18 @@ def read_dataset(folder: Path) -> dict[str, Any]:
             f"{folder} is in shard format {facts['format']}, and this version reads {FORMAT}: ingest the videos again"
         )
     return facts
+
+
+def data_digest(folders: Iterable[Path]) -> str:
+    """Identifies data by their folders' ``dataset.json``, which hold every shard's checksum: 12 hex digits."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        digest.update((folder / "dataset.json").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+COLUMNS = ("label", "shard", "flags", "num_frames", "width", "height", "has_audio", "duration")
+"""What an index holds of each clip."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +216,27 @@ class ClipIndex:
 
     def __len__(self) -> int:
         return len(self.num_frames)
+
+    def subset(self, clips: NDArray[np.int64]) -> ClipIndex:
+        """The clips with these numbers, rising, as a data set of their own; nothing is copied on disk.
+
+        A damaged clip's place is taken by another of the subset. Raises ValueError for no clips.
+        """
+        if not len(clips):
+            raise ValueError("a subset of a data set needs a clip at least")
+        assert (np.diff(clips) > 0).all() and 0 <= clips[0] and clips[-1] < len(self)
+        chosen = copy.copy(self)
+        for name in COLUMNS:
+            setattr(chosen, name, getattr(self, name)[clips])
+        chosen._rows = []
+        for number, rows in enumerate(self._rows):
+            first, end = self._first[number : number + 2]
+            inside = clips[(clips >= first) & (clips < end)] - first
+            chosen._rows.append(inside if rows is None else rows[inside])
+        chosen._first = np.cumsum([0, *map(len, (r for r in chosen._rows if r is not None))])
+        chosen.codecs = {codec_of(flags) for flags in np.unique(chosen.flags)}
+        chosen.substituted, chosen._warn = Counter(), self._warn
+        return chosen
 
     def in_split(self, number: int, part: str) -> NDArray[np.bool_]:
         """Which clips are in a part ("train", "test", "validation") of split 1, 2 ...: bool (clips,).

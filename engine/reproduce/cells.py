@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.files import write_text_atomic
 from engine.lossfile import load_loss
 from engine.model.resnet3d import ResNet3D
 from engine.network_file import Card, load_network, save_network
 from engine.objective.terms import LossWeights
-from engine.presets import write_text_atomic
 from engine.reproduce.rows import Column, Network, Row
 from engine.runfolder import RunError
 from engine.tensors import load_tensors

@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.part import drawn
 from engine.datasets import Dataset, Fold
 from engine.display import Display
 from engine.evaluate import evaluate_many
@@ -24,7 +23,7 @@ from engine.network_file import Card, card_of
 from engine.protocols import Evaluated
 from engine.reproduce.cells import Cell, Store
 from engine.reproduce.rows import Column
-from engine.reproduce.scale import Scale
+from engine.reproduce.scale import Scale, drawn
 from engine.reproduce.training import recipe_of
 from engine.runtime import Runtime, is_device_error, is_out_of_memory
 from engine.train import MemberFailed, device_failed

@@ -6,16 +6,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from engine.baselines import baselines
 from engine.data.library import Library, fingerprint
-from engine.data.part import part_of
-from engine.data.shards import ClipIndex
+from engine.data.shards import ClipIndex, data_digest
 from engine.datasets import Dataset
 from engine.display import Display, duration
-from engine.presets import write_text_atomic
+from engine.files import write_text_atomic
+from engine.provenance import check_same_videos, provenance
 from engine.reporting.html import replace
 from engine.reporting.paint import paint
 from engine.reporting.svg import svg
@@ -27,7 +28,7 @@ from engine.reproduce.scale import Scale
 from engine.reproduce.table import Table, as_csv, as_json, as_markdown, build
 from engine.reproduce.training import Seeded, Training, check_loss
 from engine.runfolder import RunError, RunFolder
-from engine.runtime import Runtime, make_deterministic, provenance
+from engine.runtime import Runtime, make_deterministic
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,11 @@ class Reproduction:
                 chosen.append(first + clips)
                 first += len(dataset.index)
         whole = ClipIndex(folders, warn=self.display.say)
-        return part_of(whole, np.concatenate(chosen))
+        return whole.subset(np.concatenate(chosen))
 
     def _note(self) -> None:
         """What the run works on, written as it begins; raises RunError where it goes on with something else."""
-        facts = {
+        facts: dict[str, Any] = {
             "table": self.name,
             "scale": self.scale.name,
             "data": fingerprint(self.videos),
@@ -193,15 +194,19 @@ class Reproduction:
             "finetune": hashlib.sha256(repr(self.scale.finetune).encode()).hexdigest()[:12],
         }
         old = self.run.read_json("reproduce.json")
-        for key, value in facts.items():
-            if old is not None and old["facts"].get(key) != value:
-                raise RunError(
-                    f"{self.run.path}: began with another {key} ({old['facts'].get(key)}, now {value}); go on with what"
-                    " it began with, or give another --run"
-                )
         if old is None:
             told = {"facts": facts, "provenance": provenance(self.runtime)}
             self.run.write_json("reproduce.json", told)
+            return
+        for key, value in facts.items():
+            before = old["facts"].get(key)
+            if key in ("data", "labelled"):
+                check_same_videos(self.run.path, before=before, now=value)
+            elif before != value:
+                raise RunError(
+                    f"{self.run.path}: began with another {key} ({before}, now {value}); go on with what it began with,"
+                    " or give another --run"
+                )
 
     def _find_baselines(self) -> None:
         """Baselines of each column's folds, kept in baselines.json."""
@@ -246,12 +251,12 @@ def _check_known(asked: Sequence[str], known: Sequence[str], what: str) -> None:
 
 
 def _fingerprint(datasets: Sequence[Dataset]) -> str:
-    digest = hashlib.sha256()
-    for dataset in datasets:
-        for folder in dataset.index.folders:
-            digest.update((folder / "dataset.json").read_bytes())
-        digest.update(repr([(f.name, f.test.tolist()) for f in dataset.folds]).encode())
-    return digest.hexdigest()[:12]
+    """Of clips and of how they are divided into folds."""
+    told = [
+        (data_digest(d.index.folders), [(f.name, f.test.tolist()) for f in d.folds])
+        for d in datasets
+    ]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
+from numpy.typing import NDArray
 
 from engine.presets import RecipeError, read_toml
 from engine.recipe import Natural, Recipe, assigned, load_recipe, recipe_from
 
-Part = Annotated[float, Meta(gt=0.0, le=1.0)]
+Share = Annotated[float, Meta(gt=0.0, le=1.0)]
 Names = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 
@@ -28,9 +30,9 @@ class Scale(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ``--folds group``. Fine-tuning trains on these and is tested on the others. 0: none, and all folds."""
     checkpoint_every: Natural = 0
     """Steps between checkpoints of networks in training; 0: none, a training that is killed begins anew."""
-    labelled: Annotated[tuple[Part, ...], Meta(min_length=1)] = (0.1, 0.25, 0.5, 1.0)
+    labelled: Annotated[tuple[Share, ...], Meta(min_length=1)] = (0.1, 0.25, 0.5, 1.0)
     """Shares of the labelled clips in Fig. 4."""
-    unlabelled: Annotated[tuple[Part, ...], Meta(min_length=1)] = (0.1, 0.25, 0.5, 1.0)
+    unlabelled: Annotated[tuple[Share, ...], Meta(min_length=1)] = (0.1, 0.25, 0.5, 1.0)
     """Shares of the unlabelled clips in Fig. 5."""
     table1: Names = ("kmeans", "linear", "finetune")
     table2: Names = ("finetune",)
@@ -76,3 +78,9 @@ def _merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
             value = _merged(old, value)
         result[key] = value
     return result
+
+
+def drawn(count: int, share: float, *, seed: int) -> NDArray[np.int64]:
+    """A share of ``count`` things, rising; of one seed, a smaller share is inside a larger one."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0x5A4E]))
+    return np.sort(rng.permutation(count)[: max(round(share * count), 1)])

@@ -17,18 +17,18 @@ import msgspec
 from torch import Tensor
 
 from engine.checkpoint import load_last, save_last
-from engine.data.part import drawn, part_of
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
 from engine.display import Display
 from engine.lossfile import load_loss
 from engine.network_file import card_of
 from engine.presets import RecipeError, preset_names
+from engine.provenance import provenance
 from engine.recipe import Recipe, load_recipe, recipe_hash
 from engine.reproduce.cells import Store, weights_of
 from engine.reproduce.rows import Network
-from engine.reproduce.scale import Scale
-from engine.runtime import Runtime, num_cores, provenance
+from engine.reproduce.scale import Scale, drawn
+from engine.runtime import Runtime, num_cores
 from engine.train import MemberFailed, Trainer
 from engine.train_memory import CohortMemory
 from engine.train_state import Member
@@ -107,7 +107,7 @@ class Training:
     def _trainer(self, seed: int, share: float, epochs: bool) -> Trainer:
         recipe, index = msgspec.structs.replace(self.scale.pretrain, seed=seed), self.index
         if share < 1.0:
-            index = part_of(index, drawn(len(index), share, seed=seed))
+            index = index.subset(drawn(len(index), share, seed=seed))
         if epochs:
             optim = recipe.optim
             steps = max(round(optim.steps * share), 1)

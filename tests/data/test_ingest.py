@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.data import cut, executors, shard_writer
+from engine.data import cut, shard_writer
 from engine.data import ingest as module
 from engine.data.encode import write_video
 from engine.data.ingest import IngestError, Progress, ingest
 from engine.data.inspection import verify
-from engine.data.parts import CutJob, Done, Job, run_job
-from engine.data.shard_writer import StorageError
+from engine.data.parts import Counts, CutWork, Work, do_work
 from engine.data.shards import ClipIndex
 from engine.data.sources import find_videos
+from engine.files import StorageError
 
 
 def film(path: Path, *, seconds: float = 1.2, beep_at: float | None = None, fps: int = 25) -> Path:
@@ -119,27 +119,27 @@ def test_workers_do_not_change_a_byte(videos: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
-def die_on_b(job: Job) -> Done:
-    """A job runner whose process dies of one file, as of a fault in a decoder."""
-    if isinstance(job, CutJob) and job.source.path.name == "b.mp4":
+def die_on_b(work: Work) -> Counts:
+    """A worker whose process dies of one file, as of a fault in a decoder."""
+    if isinstance(work, CutWork) and work.source.path.name == "b.mp4":
         os.kill(os.getpid(), signal.SIGKILL)
-    return run_job(job)
+    return do_work(work)
 
 
 def test_a_worker_that_dies_rejects_its_file_alone(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "run_job", die_on_b)
+    monkeypatch.setattr(module, "do_work", die_on_b)
     report = run(videos, tmp_path / "set", workers=2)
     assert report.clips == 3
     assert {r.path for r in report.rejects} == {"broken.mp4", "tiny.mp4", "walk/b.mp4"}
     assert "crashed" in report.rejects[-1].reason
 
 
-def die_at_the_third_clip(job: Job) -> Done:
-    """A job runner whose process dies at one clip of a film."""
-    if isinstance(job, CutJob) and job.source.path.name == "long.mp4":
-        original, count = cut._cut, iter(set(range(9)) - set(job.skip))
+def die_at_the_third_clip(work: Work) -> Counts:
+    """A worker whose process dies at one clip of a film."""
+    if isinstance(work, CutWork) and work.source.path.name == "long.mp4":
+        original, count = cut._cut, iter(set(range(9)) - set(work.skip))
 
         def cut_or_die(*args: Any) -> Any:
             if next(count) == 2:
@@ -147,7 +147,7 @@ def die_at_the_third_clip(job: Job) -> Done:
             return original(*args)
 
         cut._cut = cut_or_die
-    return run_job(job)
+    return do_work(work)
 
 
 def test_a_clip_that_kills_its_worker_is_rejected_alone(
@@ -156,7 +156,7 @@ def test_a_clip_that_kills_its_worker_is_rejected_alone(
     film(videos / "long.mp4", seconds=11)
     settings = {"clip_seconds": 2.0, "clips_per_video": 5}
     whole = run(videos, tmp_path / "whole", **settings)
-    monkeypatch.setattr(executors, "run_job", die_at_the_third_clip)
+    monkeypatch.setattr(module, "do_work", die_at_the_third_clip)
     report = run(videos, tmp_path / "set", workers=2, **settings)
     assert report.clips == whole.clips - 1
     index = ClipIndex([tmp_path / "whole"])

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.data import ray_ingest
+from engine.data import ingest as module
 from engine.data.encode import write_video
 from engine.data.ingest import ingest
 from engine.data.inspection import verify
-from engine.data.parts import CutJob, Done, Job, run_job
-from engine.data.shard_writer import StorageError
+from engine.data.parts import Counts, CutWork, Work, do_work
+from engine.files import StorageError
 
 ray: Any = pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -65,12 +65,12 @@ def test_the_bytes_are_those_of_one_process(cluster: None, videos: Path, tmp_pat
 def test_a_file_that_kills_its_worker_is_rejected_alone(
     cluster: None, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die_on_3(job: Job) -> Done:
-        if isinstance(job, CutJob) and job.source.path.name == "3.mp4":
+    def die_on_3(work: Work) -> Counts:
+        if isinstance(work, CutWork) and work.source.path.name == "3.mp4":
             os.kill(os.getpid(), signal.SIGKILL)
-        return run_job(job)
+        return do_work(work)
 
-    monkeypatch.setattr(ray_ingest, "run_job", die_on_3)
+    monkeypatch.setattr(module, "do_work", die_on_3)
     report = ingest([videos], tmp_path / "set", short_side=32, address="auto")
     assert {r.path for r in report.rejects} == {"bad.mp4", "c1/3.mp4"}
     assert report.clips == 7 and "crashed" in report.rejects[-1].reason
@@ -79,11 +79,11 @@ def test_a_file_that_kills_its_worker_is_rejected_alone(
 def test_paths_may_be_relative(
     cluster: None, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def elsewhere(job: Job) -> Done:
+    def elsewhere(work: Work) -> Counts:
         os.chdir("/")
-        return run_job(job)
+        return do_work(work)
 
-    monkeypatch.setattr(ray_ingest, "run_job", elsewhere)
+    monkeypatch.setattr(module, "do_work", elsewhere)
     monkeypatch.chdir(tmp_path)
     assert ingest([Path("videos")], Path("set"), short_side=32, address="auto").clips == 8
 
@@ -91,12 +91,12 @@ def test_paths_may_be_relative(
 def test_a_node_that_does_not_see_the_folder_is_one_line(
     cluster: None, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def on_another_node(job: Job) -> Done:
-        assert isinstance(job, CutJob)
-        return run_job(replace(job, path=Path("/nowhere/x.part")))
+    def on_another_node(work: Work) -> Counts:
+        assert isinstance(work, CutWork)
+        return do_work(replace(work, path=Path("/nowhere/x.cut")))
 
-    monkeypatch.setattr(ray_ingest, "run_job", on_another_node)
-    with pytest.raises(StorageError, match=r"can't write /nowhere/x.part: No such file"):
+    monkeypatch.setattr(module, "do_work", on_another_node)
+    with pytest.raises(StorageError, match=r"can't write /nowhere/x.cut: No such file"):
         ingest([videos], tmp_path / "set", short_side=32, address="auto")
 
 

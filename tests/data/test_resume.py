@@ -11,7 +11,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,11 +25,12 @@ import pytest
 from engine.data import commit, groups, shard_writer
 from engine.data import ingest as module
 from engine.data.encode import write_video
-from engine.data.executors import InProcess
 from engine.data.ingest import IngestReport, ingest
 from engine.data.inspection import verify
-from engine.data.parts import CutJob, Done, Job
+from engine.data.parts import CutWork, Work
 from engine.data.shards import ClipIndex
+from engine.files import take_lock
+from engine.jobs import Done, LocalPool, Lost
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_FILES = 24
@@ -102,25 +106,26 @@ class Killed(BaseException):
     """Ends a run as a kill would, in this process."""
 
 
-class Dying(InProcess):
-    """Dies before its ``left``-th job; the jobs done are counted in ``did``."""
+class Dying(LocalPool):
+    """Dies before its ``left``-th work; those done are counted in ``did``."""
 
     left = 0
-    did: ClassVar[list[Job]] = []
+    did: ClassVar[list[Work]] = []
 
-    def next(self) -> tuple[Job, Done]:
+    def wait(self) -> Sequence[Done | Lost]:
         if Dying.left == 0:
             raise Killed
         Dying.left -= 1
-        result = super().next()
-        Dying.did.append(result[0])
-        return result
+        (report,) = super().wait()
+        assert report.job is not None
+        Dying.did.append(report.job.work)
+        return [report]
 
 
 def test_a_run_that_dies_again_and_again_gives_the_bytes_of_one_run(
     films: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "InProcess", Dying)
+    monkeypatch.setattr(module, "LocalPool", Dying)
     Dying.did = []
     rng = random.Random(1)
     deaths = 0
@@ -135,7 +140,7 @@ def test_a_run_that_dies_again_and_again_gives_the_bytes_of_one_run(
     assert deaths >= 4
     assert report.reused > 0
     assert content(tmp_path / "set") == whole
-    cut = [job.source.relative for job in Dying.did if isinstance(job, CutJob)]
+    cut = [work.source.relative for work in Dying.did if isinstance(work, CutWork)]
     assert sorted(cut) == sorted(set(cut)) and len(cut) == NUM_FILES  # nothing was done twice
 
 
@@ -176,8 +181,8 @@ def test_a_kill_while_the_new_set_takes_the_old_ones_place(
 
 
 def finished_in(work: Path) -> set[str]:
-    """Names of parts and of shards' records."""
-    return {p.name for p in work.glob("[0-9a-f]*") if p.suffix in (".part", ".made")}
+    """Names of cuts and of shards' records."""
+    return {p.name for p in work.glob("[0-9a-f]*") if p.suffix in (".cut", ".made")}
 
 
 def processes_in(folder: Path) -> list[str]:
@@ -245,10 +250,10 @@ def test_added_changed_and_removed_files_cost_their_own_shards_alone(
     before = {p: p.stat().st_ino for p in out.glob("shard-*")}
     shutil.move(held, root / "class1" / "10.mp4")
     Dying.left, Dying.did = 10**6, []
-    monkeypatch.setattr(module, "InProcess", Dying)
+    monkeypatch.setattr(module, "LocalPool", Dying)
     report = run(root, out)
     assert content(out) == whole
-    cut = [job for job in Dying.did if isinstance(job, CutJob)]
+    cut = [work for work in Dying.did if isinstance(work, CutWork)]
     assert 1 <= len(cut) <= 6 and report.reused == NUM_FILES - len(cut)
     kept = [p for p, inode in before.items() if p.exists() and p.stat().st_ino == inode]
     assert len(kept) >= len(before) - 2
@@ -275,7 +280,7 @@ def test_a_deleted_shard_is_made_again_alone(
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty"])
-def test_a_damaged_part_is_made_again(
+def test_a_damaged_cut_is_made_again(
     films: Path,
     whole: dict[str, bytes],
     tmp_path: Path,
@@ -285,26 +290,45 @@ def test_a_damaged_part_is_made_again(
     """As a loss of power may leave it: its name is there, and not all of its bytes."""
     out = tmp_path / "set"
     with monkeypatch.context() as patch:
-        patch.setattr(module, "InProcess", Dying)
+        patch.setattr(module, "LocalPool", Dying)
         Dying.left = 7
         with pytest.raises(Killed):
             run(films, out)
-    parts = sorted((out / ".ingest").glob("*.part"))
-    assert parts
-    for part in parts:
-        data = bytearray(part.read_bytes())
+    cuts = sorted((out / ".ingest").glob("*.cut"))
+    assert cuts
+    for cut in cuts:
+        data = bytearray(cut.read_bytes())
         data[len(data) // 2] ^= 1
-        part.write_bytes({"cut": data[:-5], "flip": data, "empty": b""}[harm])
+        cut.write_bytes({"cut": data[:-5], "flip": data, "empty": b""}[harm])
     run(films, out)
     assert content(out) == whole
 
 
-def test_two_runs_at_once_are_refused(films: Path, tmp_path: Path) -> None:
-    def again(_: object) -> None:
-        with pytest.raises(ValueError, match=r"another ingest is at work on .*set"):
-            run(films, tmp_path / "set")
+def test_a_second_run_waits_for_the_first_and_says_so_once(
+    films: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    began, seen = threading.Event(), list[module.Progress]()
 
-    run(films / "class0", tmp_path / "set", progress=again)
+    def hold(now: module.Progress) -> None:
+        if now.done == 3 and not began.is_set():
+            began.set()
+            while not any(each.waiting for each in seen):
+                time.sleep(0.01)
+
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(run, films, tmp_path / "set", progress=hold)
+        assert began.wait(60)
+        second = run(films, tmp_path / "set", progress=seen.append)
+    assert first.result() == second and first.result().reused == 0
+    assert second.reused == NUM_FILES and sum(now.waiting for now in seen) == 1
+    assert content(tmp_path / "set") == whole
+
+
+def test_complete_shards_need_no_lock(films: Path, tmp_path: Path) -> None:
+    """Neither while another process holds it, nor where nothing can be written."""
+    first = run(films, tmp_path / "set")
+    with take_lock(tmp_path / "set" / ".ingest" / "lock"):
+        assert run(films, tmp_path / "set") == first
 
 
 def test_moved_videos_are_known_again(films: Path, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from engine.data.codecs import JPEG, Pictures
 from engine.data.damage import DamagedClip
 from engine.data.inspection import verify
 from engine.data.record import RECORD
-from engine.data.shard_writer import NewClip, ShardWriter, StorageError
+from engine.data.shard_writer import NewClip, ShardWriter
 from engine.data.shards import ClipIndex, is_shards, read_dataset
+from engine.files import StorageError
 
 
 def clip(

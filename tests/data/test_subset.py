@@ -1,4 +1,4 @@
-"""Parts of a data set: the same clips under new numbers, and nested draws."""
+"""Subsets of a data set: the same clips under new numbers, and nested draws."""
 
 from __future__ import annotations
 
@@ -8,37 +8,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.data.part import drawn, part_of
 from engine.data.shards import ClipIndex
+from engine.reproduce.scale import drawn
 
 
-def test_a_part_holds_the_clips_chosen(tiny_shards: Path) -> None:
+def test_a_subset_holds_the_clips_chosen(tiny_shards: Path) -> None:
     whole = ClipIndex([tiny_shards / "unlabelled", tiny_shards / "labelled"])
     chosen = np.array([1, 5, 9, 20, 31])
-    part = part_of(whole, chosen)
-    assert len(part) == 5 and len(whole) == 32
+    subset = whole.subset(chosen)
+    assert len(subset) == 5 and len(whole) == 32
     for new, old in enumerate(chosen.tolist()):
-        assert part.facts(new) == whole.facts(old)
-        assert part.label[new] == whole.label[old] and part.num_frames[new] == whole.num_frames[old]
-        a, b = part.read(new, [0, 3]), whole.read(old, [0, 3])
+        assert subset.facts(new) == whole.facts(old)
+        assert (
+            subset.label[new] == whole.label[old]
+            and subset.num_frames[new] == whole.num_frames[old]
+        )
+        a, b = subset.read(new, [0, 3]), whole.read(old, [0, 3])
         assert (
             a.clip == new
             and b.clip == old
             and all(x.tobytes() == y.tobytes() for x, y in zip(a.frames, b.frames, strict=True))
         )
     with pytest.raises(ValueError, match="there is no clip 5"):
-        part.read(5, [0])
+        subset.read(5, [0])
 
 
-def test_parts_of_parts_and_of_one_folder(tiny_shards: Path) -> None:
+def test_subsets_of_subsets_and_of_one_folder(tiny_shards: Path) -> None:
     whole = ClipIndex([tiny_shards / "unlabelled", tiny_shards / "labelled"])
-    late = part_of(whole, np.array([10, 12, 14]))
-    again = part_of(late, np.array([0, 2]))
+    late = whole.subset(np.array([10, 12, 14]))
+    again = late.subset(np.array([0, 2]))
     assert [again.facts(i) for i in range(2)] == [whole.facts(10), whole.facts(14)]
     copied = pickle.loads(pickle.dumps(again))
     assert copied.facts(1) == whole.facts(14)
     with pytest.raises(ValueError, match="a clip at least"):
-        part_of(whole, np.array([], np.int64))
+        whole.subset(np.array([], np.int64))
 
 
 def test_smaller_draws_are_inside_larger_ones() -> None:
