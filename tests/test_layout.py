@@ -33,10 +33,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.finetune", "engine.baselines"),
     ("engine.cohort", "engine.evaluate"),
     ("engine.workers", "engine.finetune_run"),
-    ("engine.evolve", "engine.pretrain", "engine.doctor", "engine.bench", "engine.contact_sheet"),
+    ("engine.evolve", "engine.pretrain", "engine.doctor"),
     ("engine.embed", "engine.export"),
-    ("engine.reporting",),
-    ("engine.report", "engine.reproduce"),
+    ("engine.reproduce",),
+    ("engine.report",),
+    ("engine.bench",),
     ("engine.api",),
     ("engine.cli",),
     ("engine.__main__",),
@@ -71,14 +72,14 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "cmaes": "engine/samplers.py",
     "cuml": "engine/fitness.py",
     "cv2": "engine/data/flow.py",
-    "jinja2": "engine/reporting/html.py",
-    "matplotlib": ("engine/reporting/paint.py", "engine/bench/plot.py", "engine/contact_sheet.py"),
+    "jinja2": "engine/report/page.py",
+    "matplotlib": "engine/report/figures/",
     "nvidia": "engine/data/graphs.py",
     "optuna": (
         "engine/samplers_optuna.py",
         "engine/study_storage.py",
         "engine/study_storage_outage.py",
-        "engine/reporting/importance.py",
+        "engine/report/importance.py",
     ),
     "onnx": "engine/export.py",
     "onnxruntime": "engine/export.py",
@@ -92,7 +93,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
 }
 """Heavy library -> the one file (or folder, or few files) that imports it."""
 
-MAX_FILE_LINES = 350
+MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = {"engine": 50, "kernels": 120}
 EXCEPTIONS: dict[str, int] = {}
 """``path`` or ``path:function`` -> the length it may have. Keep it short."""

@@ -240,7 +240,8 @@ def agreement(run: Run, x: str, y: str) -> Agreement | None:
 
 def spearman(x: Array, y: Array) -> float | None:
     """Rank correlation of two series, ties at their mean rank; None where one is constant."""
-    from scipy.stats import rankdata  # only here: it takes a second, and a list of runs has none
+    # Imported only here: it takes a second, and a list of runs has no ranks.
+    from scipy.stats import rankdata  # type: ignore[import-untyped]
 
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return None

@@ -1,22 +1,47 @@
-"""A table from its cells: mean, sd and n over seeds beside the paper's number; as text, Markdown, CSV and JSON."""
+"""The paper's tables and figures again: mean, sd and n over seeds beside its numbers, as text, files and a picture."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.table import Table as RichTable
 
 from engine.display import table as rich_table
+from engine.presets import write_text_atomic
+from engine.report.figures.compare import color, rows_axis, spread_row
+from engine.report.figures.theme import (
+    COLOR,
+    WIDE,
+    Axes,
+    Figure,
+    beside,
+    dots,
+    note,
+    place,
+    rounded,
+    sheet,
+    svg,
+    themed,
+    write_png,
+)
 from engine.reproduce.cells import Cell, Store
 from engine.reproduce.rows import TITLES, Column, Row
 
-NO_NUMBER = "the paper gives no number"
+if TYPE_CHECKING:
+    from engine.reproduce.run import Reproduction
+
+EACH, HEAD, FOOT = 22, 38, 64
+"""Of a figure, in pixels: heights of a row, of the panels' names, and of what is under the panels."""
+NAMES_WIDTH = 210
+CURVE_HEIGHT = 230
 
 
 @dataclass(frozen=True)
@@ -87,6 +112,31 @@ class Table:
                     if row.title not in names:
                         names.append(row.title)
         return [f"{', '.join(names)}: {note}" for note, names in found.items()]
+
+
+def table_of(work: Reproduction) -> Table:
+    """The table of the cells that are there."""
+    return build(
+        work.name,
+        work.scale.name,
+        rows=work.rows,
+        columns=work.columns,
+        seeds=work.seeds,
+        store=work.store,
+        baselines=work.run.read_json("baselines.json"),
+    )
+
+
+def write(work: Reproduction) -> Table:
+    """Write the table of the cells that are there as .csv, .json and .md, and its figure as .svg and .png."""
+    table, base = table_of(work), work.run.path
+    write_text_atomic(base / f"{table.name}.csv", as_csv(table))
+    write_text_atomic(base / f"{table.name}.json", json.dumps(as_json(table), indent=1) + "\n")
+    write_text_atomic(base / f"{table.name}.md", as_markdown(table))
+    drawn = figure(table)
+    write_text_atomic(base / f"{table.name}.svg", svg(drawn, label=table.title))
+    write_png(drawn, base / f"{table.name}.png", title=table.title)
+    return table
 
 
 def build(
@@ -254,3 +304,126 @@ def _cell(e: Entry) -> dict[str, Any]:
         "train_videos": e.train_videos,
         "note": e.note,
     }
+
+
+@themed
+def figure(table: Table) -> Figure:
+    """The table's figure: curves where its rows are points of series, otherwise dots."""
+    return _curves(table) if any(row.series for row in table.rows) else _dots(table)
+
+
+def _limit(axes: Axes, entries: Sequence[Entry], lines: Sequence[float], *, axis: str) -> None:
+    """Room about what is drawn, within 0 and 104 %."""
+    ends = [v for e in entries if e.mean is not None for v in (*e.values, e.mean)]
+    ends += [
+        e.mean + side * e.sd for e in entries if e.mean is not None and e.sd for side in (-1, 1)
+    ]
+    ends += [*(e.paper for e in entries if e.paper is not None), *lines]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 100.0)
+    room = max(0.06 * (high - low), 1.0)
+    axes.set(**{f"{axis}lim": (max(low - room, 0.0), min(high + room, 104.0))})
+
+
+def _baselines(table: Table, column: Column) -> list[float]:
+    return [v[column.name] for v in table.baselines.values() if column.name in v]
+
+
+def _dots(table: Table) -> Figure:
+    """A panel a column: every row's seeds, their mean and sd, and the paper's number."""
+    tall = EACH * len(table.rows)
+    figure = sheet(WIDE, HEAD + tall + FOOT)
+    for i, row in enumerate(table.rows):
+        if i and row.group != table.rows[i - 1].group:
+            place(
+                figure,
+                0,
+                HEAD + i * EACH - 0.5,
+                WIDE,
+                1,
+                xticks=[],
+                yticks=[],
+                facecolor=COLOR["rule"],
+            )
+        best = row.name == "evolved"
+        look = {"size": 12, "weight": "bold" if best else "normal"}
+        note(figure, 0, HEAD + (i + 0.5) * EACH, row.title, "best" if best else "ink", **look)
+    each = (WIDE - NAMES_WIDTH) / max(len(table.columns), 1)
+    for number, column in enumerate(table.columns):
+        left = NAMES_WIDTH + number * each
+        _panel(place(figure, left, HEAD, each - 28, tall), table, column)
+        title, _, more = column.title.partition(" (")
+        middle = left + (each - 28) / 2
+        note(figure, middle, 8, f"{title}, %", "ink", ha="center", size=12, weight="bold")
+        note(figure, middle, 24, more and f"({more}", ha="center")
+    y = HEAD + tall + 48
+    note(figure, NAMES_WIDTH, y, "┃", "accent")
+    note(figure, NAMES_WIDTH + 9, y, "mean, sd and every seed")
+    note(figure, NAMES_WIDTH + 166, y, "○")
+    note(figure, NAMES_WIDTH + 180, y, "the paper, on its own data")
+    if table.baselines:
+        note(figure, NAMES_WIDTH + 346, y, "┄" * 2, "random")
+        note(figure, NAMES_WIDTH + 374, y, "baselines without a network")
+    return figure
+
+
+def _panel(axes: Axes, table: Table, column: Column) -> None:
+    """One column's dots."""
+    entries = [table.entry(row, column) for row in table.rows]
+    rows_axis(axes, len(entries) - 0.5, count=4)
+    for value in _baselines(table, column):
+        axes.axvline(value, color=COLOR["random"], lw=1, ls="--")
+    _limit(axes, entries, _baselines(table, column), axis="x")
+    for i, (row, e) in enumerate(zip(table.rows, entries, strict=True)):
+        if e.paper is not None:
+            dots(axes, [(e.paper, i)], color="muted", size=8, ring=True)
+        if e.mean is None:
+            beside(axes, "-", (0, i), (-10, 0), units=("axes fraction", "data"))
+            continue
+        ink = "best" if row.name == "evolved" else "accent"
+        spread_row(axes, i, e.mean, e.sd, e.values, color=ink, title=f"{row.title}: {e}")
+
+
+def _curves(table: Table) -> Figure:
+    """A panel a column; for Fig. 5, whose series are two ways to train, a panel a series as in the paper."""
+    series = list(dict.fromkeys(row.series for row in table.rows))
+    beside = table.name == "fig5"
+    groups = [[s] for s in series] if beside else [series]
+    panels = [(column, group) for column in table.columns for group in groups]
+    across = 2 if len(panels) > 1 else 1
+    each = CURVE_HEIGHT + HEAD + FOOT
+    figure = sheet(WIDE, max(-(-len(panels) // across), 1) * each)
+    what = "labelled train videos" if table.name == "fig4" else "unlabelled clips"
+    for number, (column, shown) in enumerate(panels):
+        left, top = 44 + (number % across) * WIDE / across, HEAD + (number // across) * each
+        axes = place(figure, left, top, WIDE / across - 70, CURVE_HEIGHT, xlabel=f"% of the {what}")
+        axes.set_title(f"{column.title}, %" + (f": {shown[0].lower()}" if beside else ""))
+        axes.set(xlim=(0, 104), xticks=(0, 25, 50, 75, 100))
+        entries = [table.entry(row, column) for row in table.rows]
+        _limit(axes, entries, _baselines(table, column), axis="y")
+        axes.yaxis.set_major_locator(rounded(5))
+        for value in _baselines(table, column):
+            axes.axhline(value, color=COLOR["random"], lw=1, ls="--")
+        for s in shown:
+            _curve(axes, table, column, s, ink=color(series.index(s) + 2))
+        if not beside:
+            axes.legend(
+                loc="lower right", labelcolor="linecolor", reverse=True, prop={"weight": "bold"}
+            )
+    return figure
+
+
+def _curve(axes: Axes, table: Table, column: Column, series: str, *, ink: str) -> None:
+    """A series' means with a band of one sd, every seed, and the paper's points."""
+    cells = [(100 * r.x, table.entry(r, column)) for r in table.rows if r.series == series]
+    means = [(x, e.mean, e.sd) for x, e in cells if e.mean is not None]
+    band = np.array([(x, mean - sd, mean + sd) for x, mean, sd in means if sd is not None])
+    seeds = [(x, v) for x, e in cells for v in e.values]
+    paper = [(x, e.paper) for x, e in cells if e.paper is not None]
+    if len(band) > 1:
+        axes.fill_between(*band.T, color=COLOR[ink], alpha=0.15)
+    if means:
+        line = [(x, mean) for x, mean, _ in means]
+        dots(axes, line, color=ink, size=6, ls="-", lw=2, label=series)
+        dots(axes, seeds, color=ink, size=3.5, alpha=0.6)
+    if paper:
+        dots(axes, paper, color="muted", size=8, ring=True)

@@ -12,7 +12,7 @@ import pytest
 
 from engine.objective.terms import TERM_NAMES
 from engine.report import write_report
-from engine.reporting.sketch import PALETTE, RAMP
+from engine.report.figures.theme import PALETTE, RAMP
 from tests.chromium import PROGRAM, Browser
 from tests.made_run import make_run
 
@@ -43,10 +43,10 @@ def best_so_far(run: dict[str, Any], trial: int) -> dict[str, Any]:
 def squares(browser: Browser, name: str) -> dict[str, list[str]]:
     """What the heat map shows: each term's colour, and its number."""
     script = f"""Object.fromEntries([...document.querySelectorAll(
-        "#figure-loss svg.{name} rect[data-k]")].map((box) => {{
+        "#figure-loss svg.{name} [data-k^='b:']")].map((box) => {{
             const term = box.dataset.k.slice(2), svg = box.closest("svg");
             const value = svg.querySelector('[data-k="v:' + term + '"]');
-            return [term, [getComputedStyle(box).fill, value.textContent]]; }}))"""
+            return [term, [getComputedStyle(box.querySelector('path')).fill, value.textContent]]; }}))"""
     found: dict[str, list[str]] = browser.value(script)
     return found
 

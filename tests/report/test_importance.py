@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from engine.objective.terms import TERM_NAMES
-from engine.report.run import Run, Trial
 from engine.report.importance import FEWEST, importance
+from engine.report.run import Run, Trial
 
 
 def made(members: int, *, slope: dict[str, float], noise: float) -> Run:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from engine.report.run import read_run
 from engine.report.measures import agreement, lineage, spearman, throughput
+from engine.report.run import read_run
 from tests.made_run import make_run
 
 

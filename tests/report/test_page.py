@@ -14,9 +14,9 @@ import pytest
 import tomli_w
 
 from engine.objective.terms import BY_NAME, TERM_NAMES, TERMS
-from engine.report import write_report
-from engine.reporting import facts, measures
-from engine.reporting.sketch import PALETTE, RAMP
+from engine.report import measures, write_report
+from engine.report import run as facts
+from engine.report.figures.theme import PALETTE, RAMP
 from engine.report.words import duration
 from tests.made_run import Page, make_run
 
@@ -65,7 +65,7 @@ def test_every_figure_is_there_with_a_text_alternative(
         assert wide in re.sub(r"\s+", " ", page.text[f"figure-{key}"])  # shown to everyone, too
         root = ElementTree.parse(folder / "figures" / f"{key}.svg").getroot()
         assert root.attrib["aria-label"] == wide
-        assert len(list(root)) > 10
+        assert len(list(root.iter())) > 10
         assert (folder / "figures" / f"{key}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     for number in (3, 6, 7, 8):
         assert f"Fig. {number} of the paper" in text

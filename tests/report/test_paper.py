@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from engine.reporting.paint import paint
-from engine.reporting.svg import svg
+from engine.report.figures.theme import svg, write_png
+from engine.report.paper import Table, as_csv, as_json, as_markdown, as_text, build, figure
 from engine.reproduce.cells import Cell, Store
-from engine.reproduce.figures import figure
 from engine.reproduce.rows import Given, columns_of, rows_of
 from engine.reproduce.scale import load_scale
-from engine.reproduce.table import Table, as_csv, as_json, as_markdown, as_text, build
 
 SEEDS = (0, 1, 2)
 
@@ -85,20 +83,22 @@ def test_text_and_markdown_show_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["table1", "table2", "fig4", "fig5"])
 def test_figures_are_files_that_parse(tmp_path: Path, name: str) -> None:
     table = made(tmp_path, name)
-    sketch = figure(table)
-    root = ElementTree.fromstring(svg(sketch, label=table.title, variables=False))
+    drawn = figure(table)
+    root = ElementTree.fromstring(svg(drawn, label=table.title))
     texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
     if name in ("table1", "table2"):
         assert {row.title for row in table.rows} <= set(texts)
     else:
         assert "100" in texts
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
-    for shape in sketch.shapes:
-        points = getattr(shape, "points", None) or [
-            (getattr(shape, "x", 0), getattr(shape, "y", 0))
-        ]
-        assert all(-1 <= x <= width + 1 and -1 <= y <= height + 1 for x, y in points), shape
-    paint(sketch, tmp_path / "a.png", title="a")
+    for text in root.iter("{http://www.w3.org/2000/svg}text"):
+        assert 0 <= float(text.attrib["x"]) <= width and 0 <= float(text.attrib["y"]) <= height
+    for axes in drawn.axes:  # what is drawn lies within the plots
+        low, high = sorted(axes.get_xlim())
+        for line in axes.get_lines():
+            if line.get_transform() == axes.transData:
+                assert all(low <= x <= high for x in line.get_xdata())
+    write_png(drawn, tmp_path / "a.png", title="a")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -108,5 +108,5 @@ def test_an_empty_table_has_a_figure(tmp_path: Path) -> None:
         rows = rows_of(name, scale, Given())
         columns = columns_of(name, scale, datasets=["folders"], by_group=[True])
         empty = build(name, "cpu", rows=rows, columns=columns, seeds=SEEDS, store=Store(tmp_path))
-        ElementTree.fromstring(svg(figure(empty), label="x", variables=False))
+        ElementTree.fromstring(svg(figure(empty), label="x"))
         assert "-" in as_markdown(empty)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from engine.report.figures.theme import (
     COLOR,
+    dots,
     is_wide,
     note,
     place,
@@ -71,8 +72,8 @@ def curves(groups: Sequence[Racers], width: float) -> Figure:
         ink = COLOR[color(i)]
         if np.nanmax(sd, initial=0) > 0:
             at = np.arange(len(mean) + 1) + 1
-            low, high = (np.append(edge, edge[-1]) for edge in (mean - sd, mean + sd))
-            axes.fill_between(at, low, high, step="post", color=ink, alpha=0.16)
+            below, above = (np.append(edge, edge[-1]) for edge in (mean - sd, mean + sd))
+            axes.fill_between(at, below, above, step="post", color=ink, alpha=0.16)
         for curve in group.curves:
             _climb(axes, curve, color=ink, lw=1, alpha=0.35)
         if len(group.curves) == 1:
@@ -154,5 +155,6 @@ def spread_row(
     if sd:
         (bar,) = axes.barh(row, 2 * sd, 0.36, mean - sd, color=ink, alpha=0.28)
         tag(bar, title)
-    axes.plot(values, [row] * len(values), "o", ms=4.5, mew=0, color=ink, alpha=0.7)
+    if values:
+        dots(axes, [(value, row) for value in values], color=color, size=4.5, alpha=0.7)
     axes.plot(mean, row, "|", ms=15, mew=3, color=ink)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ from engine.report.figures.search import over_trials
 from engine.report.figures.theme import (
     COLOR,
     RAMP,
+    beside,
     ends,
     is_wide,
     note,
@@ -74,7 +76,7 @@ def _squares(axes: Axes, weights: Mapping[str, float], *, tasks: bool, cell: flo
             row, column = _seat(term)
             side = 1 - 1 / cell
             square = Rectangle((column, row), side, side, color=shade(weights[term.name])[0])
-            tag(axes.add_patch(square), f"{term.name} {weights[term.name]:.2f}")
+            tag(axes.add_artist(square), f"{term.name} {weights[term.name]:.2f}")
 
 
 def _seat(term: Term) -> tuple[int, int]:
@@ -129,8 +131,8 @@ def _square(axes: Axes, term: Term, weight: float, *, cell: float, marked: bool)
     pad, side = 1.5 / cell, 1 - 3 / cell
     style = f"round,pad=0,rounding_size={5 / cell}"
     square = FancyBboxPatch((column + pad, row + pad), side, side, boxstyle=style, color=color)
-    tag(axes.add_patch(square), f"{term.name} {weight:.3f}", key=f"b:{term.name}")
-    look = {"ha": "center", "va": "center_baseline", "color": letters}
+    tag(axes.add_artist(square), f"{term.name} {weight:.3f}", key=f"b:{term.name}")
+    look: dict[str, Any] = {"ha": "center", "va": "center_baseline", "color": letters}
     large, small = (14, 11) if cell > 40 else (11, 9)
     code = axes.text(column + 0.5, row + 0.39, term.code, size=large, weight="bold", **look)
     value = axes.text(column + 0.5, row + 0.7, f"{weight:.2f}", size=small, **look)
@@ -228,7 +230,7 @@ def _row(axes: Axes, run: Run, term: Term, y: float) -> float:
             continue
         span = edges[i + 1] - edges[start]
         box = Rectangle((edges[start], y), span, ROW - 1, color=shade(weight)[0], lw=0.3)
-        tag(axes.add_patch(box), f"{term.name} {weight:.2f} from trial {best[start].number}")
+        tag(axes.add_artist(box), f"{term.name} {weight:.2f} from trial {best[start].number}")
         start = i + 1
     return values[-1]
 
@@ -267,7 +269,7 @@ def tasks(run: Run, width: float) -> Figure:
     """Fig. 8: each task's weight over the search, the mean over the fittest members and over modalities."""
     wide = is_wide(width)
     figure = sheet(width, 370 if wide else 330)
-    axes = place(figure, 36, 28, width - (194 if wide else 164), 296 if wide else 256)
+    axes = place(figure, 36, 28, width - (194 if wide else 170), 296 if wide else 256)
     over_trials(axes, run, count=8 if wide else 4, label=True)
     _weight_axis(axes, count=4)
     at, means = fittest_means(run)
@@ -281,7 +283,7 @@ def tasks(run: Run, width: float) -> Figure:
     for label, (_, _, color), y in zip(TASK_LABELS.values(), labels, heights, strict=True):
         bottom = 324 if wide else 284
         note(
-            figure, width - (107 if wide else 79), bottom - y, label, color, size=size - (not wide)
+            figure, width - (107 if wide else 85), bottom - y, label, color, size=size - (not wide)
         )
     return figure
 
@@ -321,9 +323,9 @@ def layers(run: Run, width: float) -> Figure:
     wide = is_wide(width)
     assert run.weights is not None
     figure = sheet(width, 294 if wide else 838)
-    left, top = (322, 0) if wide else (0, 306)
+    left, top = (322.0, 0) if wide else (0.0, 306)
     for x, y, letter, what in (
-        (0, 10, "a", "the best loss, by layer"),
+        (0.0, 10, "a", "the best loss, by layer"),
         (left, top + 10, "b", "mean of the fittest so far, by layer 0 to 4"),
     ):
         note(figure, x, y, letter, "ink", weight="bold", size=13)
@@ -371,16 +373,18 @@ def importance(found: Importance, width: float) -> Figure:
         axes = place(
             figure, x, 34, each, tall, xlim=(0, limit), ylim=(len(order) - 0.5, -0.5), xticks=[]
         )
-        axes.set_yticks(range(len(order)), order, size=11 if wide else 10)
-        axes.grid(False)
-        axes.tick_params(labelleft=x == left)
+        axes.set_yticks([])
         note(figure, x, 9, head, "ink", weight="bold", size=12)
         bars.append(axes)
     for row, name in enumerate(order):
         share, weight = found.share[name], found.weight[name]
         color = "accent" if share > found.chance else "muted"
+        y = 34 + (row + 0.5) * BAR
+        if wide:
+            note(figure, 0, y, BY_NAME[name].code, "ink", weight="bold", size=12)
+        note(figure, 36 if wide else 0, y, name, size=11 if wide else 10)
         sign = "+" if found.direction[name] >= 0 else "\N{MINUS SIGN}"
-        say = f"{BY_NAME[name].code}, {name}: share {share:.3f}, weight {weight:.2f}"
+        say = f"{name}: share {share:.3f}, weight {weight:.2f}"
         text = f"{100 * share:.1f} % {sign}" if wide else f"{100 * share:.0f} {sign}"
         for axes, value, ink, label in (
             (bars[0], share, color, text),
@@ -390,24 +394,9 @@ def importance(found: Importance, width: float) -> Figure:
                 row, value, 0.6, color=COLOR[ink], alpha=0.55 if ink == "muted" else 1
             )
             tag(bar, say)
-            axes.annotate(
-                label,
-                (value, row),
-                (5, 0),
-                textcoords="offset points",
-                va="center_baseline",
-                size=10,
-                color=COLOR["accent" if ink == "accent" else "muted"],
-            )
+            said = "accent" if ink == "accent" else "muted"
+            beside(axes, label, (value, row), (5, 0), color=said, size=10)
     bars[0].axvline(found.chance, color=COLOR["random"], lw=1.4, ls="--")
-    bars[0].annotate(
-        "chance",
-        (found.chance, 1),
-        (0, 4),
-        ("data", "axes fraction"),
-        "offset points",
-        ha="center",
-        color=COLOR["random"],
-        size=10,
-    )
+    style: dict[str, Any] = {"units": ("data", "axes fraction"), "ha": "center", "size": 10}
+    beside(bars[0], "chance", (found.chance, 1), (0, 9), color="random", **style)
     return figure

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from engine.objective.terms import BY_NAME
 from engine.report.figures.theme import (
     COLOR,
+    beside,
+    dots,
     ends,
     is_wide,
     note,
@@ -63,20 +65,13 @@ def over_trials(
         alpha=0.7,
         clip_on=False,
     )
-    if label:
-        low, high = axes.get_xlim()
-        style = {
-            "xycoords": ("data", "axes fraction"),
-            "textcoords": "offset points",
-            "color": COLOR["muted"],
-        }
-        after = "evolution" if run.evolved else "search"
-        for side, ha, text, room in (
-            (-6, "right", "initial population", (turn - low) / (high - low)),
-            (6, "left", after, 1),
-        ):
-            if room > 0.18:
-                axes.annotate(text, (turn, 1), (side, 5), ha=ha, **style)
+    low, high = axes.get_xlim()
+    before = (turn - low) / (high - low) * axes.bbox.width
+    after, units = "evolution" if run.evolved else "search", ("data", "axes fraction")
+    if label and before > 112:
+        beside(axes, "initial population", (turn, 1), (-6, 9), units=units, ha="right")
+    if label and axes.bbox.width - before > 62:
+        beside(axes, after, (turn, 1), (6, 9), units=units)
 
 
 @themed
@@ -97,7 +92,7 @@ def fitness(run: Run, width: float) -> Figure:
     _members(axes, run)
     over_trials(axes, run, count=10 if wide else 5, label=True)
     axes.yaxis.set_major_locator(rounded(6))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1 + 28 / 270), ncols=4)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.1), ncols=4)
     if wide:
         named = [(value, text, key) for value, text, key, _ in levels]
         heights = ends(axes, named, gap=36, lead=14, weight="bold", size=13)
@@ -120,29 +115,24 @@ def _members(axes: Axes, run: Run) -> None:
         at, [fitness_of(t) for t in (*best, best[-1])], where="post", color=COLOR["ink"], lw=2
     )
     many = len(run.trials) > MANY
-    size, alpha = (3, 0.55) if many else (7, 1)
     first = {t.number for t in run.initial} if run.turn is not None else set[int]()
     whole = [(t.number, fitness_of(t)) for t in run.complete]
     rings = [p for p in whole if p[0] in first]
-    dots = [p for p in whole if p[0] not in first]
+    others = [p for p in whole if p[0] not in first]
     pruned = [(t.number, t.partial) for t in run.pruned if t.partial is not None]
-    for points, label, style in (
-        (rings, "initial population", {"marker": "o", "ms": size - 1, "mfc": "none", "mew": 1.4}),
-        (dots, "child" if run.evolved else "member", {"marker": "o", "ms": size, "mew": 0}),
-        (pruned, "pruned", {"marker": "v", "ms": size - 1, "mew": 0, "color": COLOR["muted"]}),
-    ):
-        if points:
-            look = {"color": COLOR["accent"], "alpha": alpha, "ls": "", "label": label, **style}
-            axes.plot(*zip(*points, strict=True), **look)
+    if rings:
+        dots(axes, rings, color="accent", size=6, many=many, ring=True, label="initial population")
+    if others:
+        label = "child" if run.evolved else "member"
+        dots(axes, others, color="accent", size=7, many=many, label=label)
+    if pruned:
+        dots(axes, pruned, color="muted", size=6, many=many, marker="v", label="pruned")
     axes.margins(y=0.07)
     axes.set_ylim(*axes.get_ylim())
     if run.failed:
-        numbers = [t.number for t in run.failed]
-        floor = [axes.get_ylim()[0]] * len(numbers)
-        look = {"ls": "", "marker": "x", "ms": size - 1, "mew": 1.6, "label": "failed"}
-        axes.plot(
-            numbers, floor, color=COLOR["failed"], alpha=alpha, clip_on=False, zorder=3, **look
-        )
+        floor = [(t.number, axes.get_ylim()[0]) for t in run.failed]
+        style = {"marker": "x", "mew": 1.6, "clip_on": False, "zorder": 3, "label": "failed"}
+        dots(axes, floor, color="failed", size=6, many=many, **style)
 
 
 @themed
@@ -187,8 +177,8 @@ def _dumbbell(axes: Axes, step: Step, row: int) -> str:
     if step.fitness_before is not None:
         pair = [step.fitness_before, step.fitness_after]
         axes.plot(pair, [row, row], color=COLOR[color], lw=3, solid_capstyle="butt")
-        axes.plot(pair[0], row, "o", ms=7, color=COLOR[color], mfc=COLOR["surface"], mew=1.4)
-    axes.plot(step.fitness_after, row, "o", ms=8, color=COLOR[color], mew=0)
+        dots(axes, [(pair[0], row)], color=color, size=7, ring=True, mfc=COLOR["surface"])
+    dots(axes, [(step.fitness_after, row)], color=color, size=8)
     return color
 
 
@@ -198,9 +188,7 @@ def zipf(found: Agreement, width: float) -> Figure:
     figure = sheet(width, 332)
     axes = place(figure, 48, 26, min(width - 60, 460), 260, xlabel="zipf")
     note(figure, 48, 9, "k-means accuracy")
-    many = len(found.pairs) > MANY
-    look = {"ms": 3 if many else 6.5, "alpha": 0.55 if many else 1, "mew": 0}
-    axes.plot(*zip(*found.pairs, strict=True), "o", color=COLOR["accent"], **look)
+    dots(axes, found.pairs, color="accent", size=6.5, many=len(found.pairs) > MANY)
     axes.margins(0.06)
     axes.xaxis.set_major_locator(rounded(5))
     axes.yaxis.set_major_locator(rounded(5))
@@ -223,15 +211,7 @@ def time(run: Run, width: float) -> Figure:
         (bar,) = axes.barh(0.5, max(seconds - 1.5 * total / width, 0), 1, start, color=color)
         tag(bar, f"{TIME_LABELS[part]} {duration(seconds)}, {share}")
         if seconds / total * width > 52:
-            style = {"color": COLOR["on-high"], "weight": "bold", "size": 12}
-            axes.annotate(
-                share,
-                (start, 0.5),
-                (10, 0),
-                textcoords="offset points",
-                va="center_baseline",
-                **style,
-            )
+            beside(axes, share, (start, 0.5), (10, 0), color="on-high", weight="bold", size=12)
         start += seconds
         left, top = (i % columns) * width / columns, 44 + 46 * (i // columns)
         place(figure, left, top + 6, 10, 10, xticks=[], yticks=[], facecolor=color)
@@ -247,9 +227,7 @@ def rates(run: Run, width: float) -> Figure:
     figure = sheet(width, 232)
     axes = place(figure, 48, 28, width - 60, 156)
     note(figure, 0, 8, "clips/s")
-    many = len(points) > MANY
-    look = {"ms": 3 if many else 6, "alpha": 0.55 if many else 1, "mew": 0}
-    axes.plot(*zip(*points, strict=True), "o", color=COLOR["accent"], **look)
+    dots(axes, points, color="accent", size=6, many=len(points) > MANY)
     axes.axhline(
         float(np.median([rate for _, rate in points])), color=COLOR["ink"], lw=1.4, ls="--"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,10 @@ themed = matplotlib.rc_context(
         "axes.titlelocation": "left",
         "axes.titlesize": 12,
         "axes.titleweight": "bold",
-        **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+        "axes.spines.left": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.spines.bottom": False,
         "axes.grid": True,
         "axes.grid.axis": "y",
         "axes.axisbelow": True,
@@ -101,8 +104,8 @@ themed = matplotlib.rc_context(
         "legend.borderpad": 0,
         "legend.borderaxespad": 0,
         "legend.handletextpad": 0.5,
-        "legend.handlelength": 1.2,
-        "legend.columnspacing": 1.4,
+        "legend.handlelength": 0.9,
+        "legend.columnspacing": 1.2,
         "svg.fonttype": "none",
     }
 )
@@ -129,7 +132,7 @@ def place(
     figure: Figure, left: float, top: float, width: float, height: float, **settings: Any
 ) -> Axes:
     """A plot whose box lies there, in pixels; ``settings`` are what ``Axes.set`` takes."""
-    across, down = (72 * inches for inches in figure.get_size_inches())
+    across, down = figure.bbox.width, figure.bbox.height
     box = (left / across, 1 - (top + height) / down, width / across, height / down)
     axes: Axes = figure.add_axes(box)
     axes.set(**settings)
@@ -138,9 +141,35 @@ def place(
 
 def note(figure: Figure, x: float, y: float, text: str, color: str = "muted", **style: Any) -> None:
     """A line of text whose middle is at height y."""
-    across, down = (72 * inches for inches in figure.get_size_inches())
+    across, down = figure.bbox.width, figure.bbox.height
     style = {"va": "center_baseline", "color": COLOR[color], **style}
     figure.text(x / across, 1 - y / down, text, **style)
+
+
+def beside(
+    axes: Axes,
+    text: str,
+    at: tuple[float, float],
+    offset: tuple[float, float],
+    *,
+    color: str = "muted",
+    units: tuple[str, str] = ("data", "data"),
+    **style: Any,
+) -> None:
+    """A line of text, some pixels from a point of a plot; ``units`` are matplotlib's of the point's x and y."""
+    style = {"color": COLOR[color], "va": "center_baseline", "annotation_clip": False, **style}
+    axes.annotate(text, at, offset, units, "offset points", **style)
+
+
+def dots(
+    axes: Axes, points: Iterable[tuple[float, float]], *, color: str, size: float, **style: Any
+) -> None:
+    """A disc a point, or with ``ring=True`` a circle; with ``many=True`` small and letting others shine through."""
+    ring, many = style.pop("ring", False), style.pop("many", False)
+    look = {"marker": "o", "ls": "", "color": COLOR[color], "ms": 3 if many else size}
+    look |= {"mew": 1.4, "mfc": "none"} if ring else {"mew": 0}
+    look |= {"alpha": 0.55} if many else {}
+    axes.plot(*zip(*points, strict=True), **{**look, **style})
 
 
 def rounded(count: int, *, whole: bool = False) -> MaxNLocator:
@@ -179,23 +208,19 @@ def ends(
 
     ``lead`` is the length of a line from the end to its name. Gives the names' heights above the plot's bottom.
     """
-    (low, high), figure = axes.get_ylim(), axes.get_figure()
-    assert figure is not None
-    tall = axes.get_position().height * 72 * figure.get_size_inches()[1]
+    (low, high), tall = axes.get_ylim(), float(axes.bbox.height)
     wanted = [(value - low) / (high - low) * tall for value, *_ in labels]
     heights = spread(wanted, gap=gap, low=0, high=tall)
     for (value, text, color), height, wish in zip(labels, heights, wanted, strict=True):
         line = {"arrowstyle": "-", "color": COLOR[color], "shrinkA": 1, "shrinkB": 1, "lw": 1}
-        axes.annotate(
+        beside(
+            axes,
             text,
             (1, value),
             (lead + 5, height - wish),
-            ("axes fraction", "data"),
-            "offset points",
-            arrowprops={**line, "relpos": (0, 0.5)} if lead else None,
-            color=COLOR[color],
-            va="center_baseline",
-            annotation_clip=False,
+            color=color,
+            units=("axes fraction", "data"),
+            arrowprops={**line, "relpos": (0, 0.6)} if lead else None,
             **style,
         )
     return heights
@@ -205,7 +230,7 @@ def ends(
 def svg(figure: Figure, *, label: str) -> str:
     """The figure as SVG text on white, with ``label`` as its text alternative; equal figures give equal text."""
     out = io.StringIO()
-    width, height = (round(72 * inches) for inches in figure.get_size_inches())
+    width, height = round(figure.bbox.width), round(figure.bbox.height)
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": f"{label} {width}"}):  # ids differ within a page
         figure.savefig(out, format="svg", metadata=nothing)
@@ -253,5 +278,6 @@ def write_png(figure: Figure, path: Path, *, title: str) -> None:
         dpi=144,
         bbox_inches=Bbox.from_extents(-margin, -margin, width + margin, height + margin),
         metadata={"Software": None, "Description": title},
+        pil_kwargs={"compress_level": 3},
     )
     os.replace(part, path)

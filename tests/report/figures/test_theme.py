@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from engine.objective.terms import TERM_NAMES
-from engine.reporting.maps import DISTILL_GROUPS, TASK_GROUPS
-from engine.reporting.sketch import PALETTE, RAMP, TURN, spread, ticks
+from engine.report.figures.losses import DISTILL_GROUPS, TASK_GROUPS
+from engine.report.figures.theme import PALETTE, RAMP, TURN, spread
 from engine.report.words import duration
 
 
@@ -31,10 +31,7 @@ def test_letters_are_readable_on_every_shade() -> None:
                 assert contrast(PALETTE[name][theme], PALETTE["on-high"][theme]) > 4
 
 
-def test_ticks_and_spread() -> None:
-    assert ticks(0.2, 0.46, count=6) == [0.2, 0.25, 0.3, 0.35, 0.4, 0.45]
-    assert ticks(-0.5, 23.5, count=5, whole=True) == [0, 5, 10, 15, 20]
-    assert ticks(6.5, 7.5, count=5, whole=True) == [7]
+def test_spread() -> None:
     assert spread([50, 10, 52], gap=10, low=0, high=100) == [50, 10, 60]
     assert spread([98, 99], gap=10, low=0, high=100) == [90, 100]
     assert [duration(s) for s in (4.2, 725, 11530)] == ["4.2 s", "12 min 5 s", "3 h 12 min"]
