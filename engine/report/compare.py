@@ -156,30 +156,17 @@ def final_finding(groups: Sequence[Group]) -> str:
     return f"Fitness of the best losses with fresh seeds. {'; '.join(parts)}."
 
 
-FIGURES: tuple[Kind[Sequence[Group]], ...] = (
-    Kind(
-        "curves",
-        "curves",
-        "Best fitness so far.",
-        "",
-        lambda groups: groups if any(run.complete for g in groups for run in g.runs) else None,
-        curves,
-        finding,
-        "Bold lines are means over the runs of a group (the same recipe but for the seed) as far as the shortest goes, "
-        "bands one sd about them, faint lines single runs.",
-        "nothing has been measured yet.",
-    ),
-    Kind(
-        "final",
-        "final",
-        "Fitness with fresh seeds.",
-        "",
-        lambda groups: groups if any(g.side("best") for g in groups) else None,
-        final,
-        final_finding,
-        "Dots are runs' means (of a group of one run, its trainings), the mark is their mean, the bar one sd.",
-        "nothing has been measured yet.",
-    ),
+def _measured(groups: Sequence[Group]) -> Sequence[Group] | None:
+    return groups if any(run.complete for group in groups for run in group.runs) else None
+
+
+def _confirmed(groups: Sequence[Group]) -> Sequence[Group] | None:
+    return groups if any(group.side("best") for group in groups) else None
+
+
+FIGURES: tuple[Kind[Any], ...] = (
+    Kind("curves", _measured, curves, finding),
+    Kind("final", _confirmed, final, final_finding),
 )
 
 

@@ -29,7 +29,7 @@ from engine.report.figures.theme import (
     write_png,
 )
 from engine.report.importance import FEWEST, importance
-from engine.report.measures import Stat, stat
+from engine.report.measures import Agreement, Stat, stat
 from engine.report.run import Run, fitness_of, number, read_run
 
 T = TypeVar("T")
@@ -37,21 +37,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kind(Generic[T]):
-    """A figure of a page, in a section of it."""
+    """A figure of a page; its template says where it stands, and its caption."""
 
-    section: str
     key: str
-    title: str
-    paper: str
-    """The paper's figure that it is, if any."""
     data: Callable[[Any], T | None]
     """What it shows, from what the page is about; None where there is none of it."""
     draw: Callable[[T, float], Figure]
     finding: Callable[[T], str]
     """What it shows in a sentence or two: its text alternative."""
-    caption: str
-    missing: str = "no member is complete yet."
-    """What the page says where there is nothing to draw."""
 
 
 def _complete(run: Run) -> Run | None:
@@ -70,137 +63,25 @@ def _with_rates(run: Run) -> Run | None:
     return run if any(t.clips_per_second for t in run.complete) else None
 
 
+def _zipf(run: Run) -> Agreement | None:
+    return measures.agreement(run, "zipf", "hungarian")
+
+
 FIGURES: tuple[Kind[Any], ...] = (
-    Kind(
-        "result",
-        "fitness",
-        "Fitness over the search.",
-        "",
-        _complete,
-        search.fitness,
-        words.fitness_finding,
-        "Bands are means ± sd of trainings outside the search.",
-    ),
-    Kind(
-        "loss",
-        "loss",
-        "The best loss.",
-        "Fig. 7 of the paper",
-        _complete,
-        losses.loss,
-        words.loss_finding,
-        "Letters: the network (R RGB, G grey, F flow, A audio), then the task (S shuffle, B backward, A audio align, "
-        "P predict, R reconstruct, C colorize, X cross-modal, E embed) or D, distil, with its layer.",
-    ),
-    Kind(
-        "importance",
-        "importance",
-        "What fitness depends on.",
-        "",
-        importance,
-        losses.importance,
-        words.importance_finding,
-        "Left: share of the variance of fitness (fANOVA, Hutter et al. 2014), + where a higher weight goes with a "
-        "higher fitness. Right: the paper's reading, the final weight. Members resemble their parents, so shares are "
-        "of the losses that were tried.",
-        f"it takes {FEWEST} members that are complete and differ in fitness.",
-    ),
-    Kind(
-        "search",
-        "rounds",
-        "The heat map over the search.",
-        "Fig. 3 of the paper",
-        _complete,
-        losses.rounds,
-        words.rounds_finding,
-        "The squares of Fig. 7 at a few moments: the best loss so far, with its fitness as the search saw it.",
-    ),
-    Kind(
-        "search",
-        "search",
-        "The weights over the search.",
-        "Fig. 3 of the paper, term by term",
-        _complete,
-        losses.weights,
-        words.search_finding,
-        "A row is a term and a column a trial, shaded by its weight in the best loss so far. At the right, the last.",
-    ),
-    Kind(
-        "search",
-        "tasks",
-        "Task weights over the search.",
-        "Fig. 8 of the paper",
-        _complete,
-        losses.tasks,
-        words.task_finding,
-        "Mean over the fittest members so far and over modalities. A weight that does not matter comes to 0.5.",
-    ),
-    Kind(
-        "search",
-        "modalities",
-        "Task weights by modality.",
-        "Fig. 8 of the paper, by modality",
-        _complete,
-        losses.modalities,
-        words.modality_finding,
-        "The same mean over the fittest members so far.",
-    ),
-    Kind(
-        "lineage",
-        "lineage",
-        "Which change helped by how much.",
-        "",
-        _with_steps,
-        search.ancestry,
-        words.lineage_finding,
-        "A ring is the parent's fitness and a dot the child's, as the search measured them.",
-        "the best member has no parent.",
-    ),
-    Kind(
-        "layers",
-        "layers",
-        "Distillation weights by layer.",
-        "Fig. 6 of the paper",
-        _complete,
-        losses.layers,
-        words.layer_finding,
-        "Thicker lines are later layers.",
-    ),
-    Kind(
-        "zipf",
-        "zipf",
-        "Zipf fitness and k-means accuracy.",
-        "",
-        lambda run: measures.agreement(run, "zipf", "hungarian"),
-        search.zipf,
-        words.zipf_finding,
-        "A mark is a member. The interval comes from resampling members.",
-        "members' metrics do not hold both zipf and hungarian.",
-    ),
-    Kind(
-        "run",
-        "time",
-        "Where the time went.",
-        "",
-        _with_time,
-        search.time,
-        words.time_finding,
-        "",
-        "the run has not noted its time yet.",
-    ),
-    Kind(
-        "run",
-        "rates",
-        "How fast members were trained.",
-        "",
-        _with_rates,
-        search.rates,
-        words.rate_finding,
-        "A mark is a member's clips a second (its share where a cohort took turns), the dashed line the median.",
-        "members do not say how fast they were trained.",
-    ),
+    Kind("fitness", _complete, search.fitness, words.fitness_finding),
+    Kind("loss", _complete, losses.loss, words.loss_finding),
+    Kind("importance", importance, losses.importance, words.importance_finding),
+    Kind("rounds", _complete, losses.rounds, words.rounds_finding),
+    Kind("search", _complete, losses.weights, words.search_finding),
+    Kind("tasks", _complete, losses.tasks, words.task_finding),
+    Kind("modalities", _complete, losses.modalities, words.modality_finding),
+    Kind("lineage", _with_steps, search.ancestry, words.lineage_finding),
+    Kind("layers", _complete, losses.layers, words.layer_finding),
+    Kind("zipf", _zipf, search.zipf, words.zipf_finding),
+    Kind("time", _with_time, search.time, words.time_finding),
+    Kind("rates", _with_rates, search.rates, words.rate_finding),
 )
-"""In the page's order. A new figure is a line here, and a function that draws it."""
+"""A new figure is a line here, a function that draws it, and a line of ``report.html.j2``."""
 
 
 def write_report(run: Path) -> Path:
@@ -221,29 +102,29 @@ def write_report(run: Path) -> Path:
 
 def draw(
     kinds: Sequence[Kind[Any]], about: object, place: Callable[[str], Path]
-) -> dict[str, list[dict[str, Any]]]:
-    """Draw a page's figures for desktops and phones, by section, and write each as .svg and .png.
+) -> dict[str, dict[str, Any]]:
+    """Draw a page's figures for desktops and phones, by key, and write each as .svg and .png.
 
-    ``place`` gives a figure's path without a suffix. Returns what the template's macro ``figure`` takes.
+    ``place`` gives a figure's path without a suffix. Gives what the template's macro ``figure`` takes.
     """
-    figures: dict[str, list[dict[str, Any]]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         svg_path, png_path = (Path(f"{place(kind.key)}{suffix}") for suffix in (".svg", ".png"))
-        entry: dict[str, Any] = {"kind": kind}
         if (data := kind.data(about)) is None:
             svg_path.unlink(missing_ok=True)
             png_path.unlink(missing_ok=True)
-        else:
-            label, wide = kind.finding(data), kind.draw(data, WIDE)
-            text = svg(wide, label=label)
-            write_text_atomic(svg_path, text)
-            write_png(wide, png_path, title=label)
-            narrow = svg(kind.draw(data, NARROW), label=label)
-            entry["finding"] = label
-            entry["drawings"] = [
-                Markup(inlined(s, name=n)) for n, s in (("wide", text), ("narrow", narrow))
-            ]
-        figures.setdefault(kind.section, []).append(entry)
+            figures[kind.key] = {"key": kind.key, "finding": ""}
+            continue
+        label, wide = kind.finding(data), kind.draw(data, WIDE)
+        text, narrow = svg(wide, label=label), svg(kind.draw(data, NARROW), label=label)
+        write_text_atomic(svg_path, text)
+        write_png(wide, png_path, title=label)
+        drawings = inlined(text, name="wide"), inlined(narrow, name="narrow")
+        figures[kind.key] = {
+            "key": kind.key,
+            "finding": label,
+            "drawings": Markup("\n".join(drawings)),
+        }
     return figures
 
 
@@ -295,6 +176,7 @@ def values(run: Run) -> dict[str, Any]:
         "pruned": _pruned(run),
         "speed": _speed(run),
         "shown": SHOWN,
+        "fewest": FEWEST,
         "facts": _facts(run),
         "versions": _pairs(run.provenance.get("versions")),
         "recipe": _recipe(run),

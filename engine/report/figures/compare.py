@@ -134,6 +134,7 @@ def rows_axis(axes: Axes, last: float, *, count: int) -> None:
     """A plot of rows, the first at height 0 and on top, ruled at round values."""
     axes.set_ylim(last, -0.5)
     axes.set_yticks([])
+    axes.use_sticky_edges = False
     axes.margins(x=0.06)
     axes.grid(axis="x")
     axes.tick_params(length=0)

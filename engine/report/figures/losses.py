@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,16 +69,6 @@ def _key(figure: Figure, x: float, y: float) -> None:
     note(figure, x + 189, y, "1")
 
 
-def _squares(axes: Axes, weights: Mapping[str, float], *, tasks: bool, cell: float) -> None:
-    """Small squares of one moment: tasks, or distilled layers, by modality."""
-    for term in TERMS:
-        if tasks == (term.layer is None):
-            row, column = _seat(term)
-            side = 1 - 1 / cell
-            square = Rectangle((column, row), side, side, color=shade(weights[term.name])[0])
-            tag(axes.add_artist(square), f"{term.name} {weights[term.name]:.2f}")
-
-
 def _seat(term: Term) -> tuple[int, int]:
     """A term's row and column among the tasks, or among the distilled layers."""
     if term.layer is None:
@@ -118,20 +108,27 @@ def loss(run: Run, width: float) -> Figure:
         if (row, column) not in seats:
             tasks.plot(column + 0.5, row + 0.5, "o", ms=4, mew=0, color=COLOR["rule"])
     for term in TERMS:
-        axes = tasks if term.layer is None else layers
-        _square(axes, term, run.weights[term.name], cell=cell, marked=term.name in drawn)
+        axes, weight = tasks if term.layer is None else layers, run.weights[term.name]
+        _square(axes, term, weight, cell=cell, radius=5)
+        _letters(axes, term, weight, cell=cell, marked=term.name in drawn)
     _key(figure, x, y + 3 * cell + 26)
     return figure
 
 
-def _square(axes: Axes, term: Term, weight: float, *, cell: float, marked: bool) -> None:
-    """A term's code and weight on its shade, which the page's script may change."""
+def _square(axes: Axes, term: Term, weight: float, *, cell: float, radius: float) -> None:
+    """A term's square on its shade; ``cell`` and ``radius`` are in pixels."""
     row, column = _seat(term)
-    color, letters = shade(weight)
-    pad, side = 1.5 / cell, 1 - 3 / cell
-    style = f"round,pad=0,rounding_size={5 / cell}"
-    square = FancyBboxPatch((column + pad, row + pad), side, side, boxstyle=style, color=color)
+    gap = 3 / cell if radius > 2 else 1 / cell
+    corner, side = (column + gap / 2, row + gap / 2), 1 - gap
+    style = f"round,pad=0,rounding_size={radius / cell}"
+    square = FancyBboxPatch(corner, side, side, boxstyle=style, color=shade(weight)[0])
     tag(axes.add_artist(square), f"{term.name} {weight:.3f}", key=f"b:{term.name}")
+
+
+def _letters(axes: Axes, term: Term, weight: float, *, cell: float, marked: bool) -> None:
+    """A term's code and weight on its square, which the page's script may change."""
+    row, column = _seat(term)
+    letters = shade(weight)[1]
     look: dict[str, Any] = {"ha": "center", "va": "center_baseline", "color": letters}
     large, small = (14, 11) if cell > 40 else (11, 9)
     code = axes.text(column + 0.5, row + 0.39, term.code, size=large, weight="bold", **look)
@@ -169,8 +166,9 @@ def rounds(run: Run, width: float) -> Figure:
         below = place(figure, x, y + 34 + 4 * cell + 20, NUM_LAYERS * cell, 3 * cell)
         _grid(above, letters[: len(MODALITIES)], [LETTERS[t] for t in TASK_LABELS], size=9)
         _grid(below, letters[len(MODALITIES) :], [str(k) for k in range(NUM_LAYERS)], size=9)
-        _squares(above, best.weights, tasks=True, cell=cell)
-        _squares(below, best.weights, tasks=False, cell=cell)
+        for term in TERMS:
+            axes = above if term.layer is None else below
+            _square(axes, term, best.weights[term.name], cell=cell, radius=2)
     _key(figure, 0, lines * (tall + 20) + 12)
     return figure
 
