@@ -11,7 +11,7 @@ import click
 from engine.cli_common import PATH, errors_explained
 
 if TYPE_CHECKING:
-    from engine.reporting.runs import Row
+    from engine.report.runs import Row
 
 STYLES = {
     "running": "bold green",
@@ -41,7 +41,7 @@ def report(runs: tuple[Path, ...], compare: bool, out: Path | None) -> None:
         if not (run / "recipe.toml").exists():
             raise ValueError(f"{run}: no run there (it has no recipe.toml)")
     if compare:
-        from engine.reporting.compare import write_comparison
+        from engine.report.compare import write_comparison
 
         click.echo(f"report: {write_comparison(runs, out=out or Path('compare.html'))}")
         return
@@ -63,7 +63,7 @@ def runs(folder: Path, as_lines: bool) -> None:
 
     interrupted: stopped or killed before its end, --resume goes on; broken: its folder can't be read.
     """
-    from engine.reporting.runs import as_json, list_runs
+    from engine.report.runs import as_json, list_runs
 
     rows = list_runs(folder)
     if as_lines:

@@ -12,8 +12,8 @@ from engine.cli_common import PATH, errors_explained, say_rejects, say_substitut
 if TYPE_CHECKING:
     from engine.datasets import Dataset
     from engine.display import Display
+    from engine.report.paper import Table
     from engine.reproduce.rows import Given
-    from engine.reproduce.table import Table
     from engine.runfolder import RunFolder
 
 
@@ -87,6 +87,7 @@ def reproduce(
     """Run one of the paper's tables or figures; the same command goes on after a kill."""
     from engine.data.library import default_shard_cache, open_library
     from engine.display import Display
+    from engine.report.paper import table_of, write
     from engine.reproduce.run import Chosen, Reproduction
     from engine.reproduce.scale import load_scale
     from engine.runtime import check_kernels_package, choose_runtime
@@ -112,9 +113,9 @@ def reproduce(
             for line in todo.plan():
                 click.echo(line)
             return
-        result = todo.go(retry_failed=retry_failed)
+        todo.go(write, retry_failed=retry_failed)
         say_substitutes(display, library)
-    _show(result, run.path)
+    _show(table_of(todo), run.path)
 
 
 def _given(more: dict[str, Any]) -> Given:
@@ -214,7 +215,7 @@ def _show(table: Table, folder: Path) -> None:
     """Print a table and where it lies."""
     from rich.console import Console
 
-    from engine.reproduce.table import as_text
+    from engine.report.paper import as_text
 
     console = Console(highlight=False, width=None if Console().is_terminal else 200)
     shown, under = as_text(table)

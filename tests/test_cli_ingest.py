@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from engine.cli import main
-from engine.contact_sheet import flow_colours
 from engine.data.encode import write_video
+from engine.report.figures.clips import flow_colours
 
 ROOT = Path(__file__).resolve().parents[1]
 

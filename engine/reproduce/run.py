@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,17 +14,11 @@ from engine.data.library import Library, fingerprint
 from engine.data.shards import ClipIndex, data_digest
 from engine.datasets import Dataset
 from engine.display import Display, duration
-from engine.files import write_text_atomic
 from engine.provenance import check_same_videos, provenance
-from engine.reporting.html import replace
-from engine.reporting.paint import paint
-from engine.reporting.svg import svg
 from engine.reproduce.cells import Cell, Store
-from engine.reproduce.figures import figure
 from engine.reproduce.judging import Judging, dataset_for, seen_clips
 from engine.reproduce.rows import Given, columns_of, rows_of
 from engine.reproduce.scale import Scale
-from engine.reproduce.table import Table, as_csv, as_json, as_markdown, build
 from engine.reproduce.training import Seeded, Training, check_loss
 from engine.runfolder import RunError, RunFolder
 from engine.runtime import Runtime, make_deterministic
@@ -128,8 +121,8 @@ class Reproduction:
                 found.setdefault(cell.column.name, []).append(told["seconds"])
         return found
 
-    def go(self, *, retry_failed: bool = False) -> Table:
-        """Do what is missing; gives the table, which is also written after each seed."""
+    def go(self, write: Callable[[Reproduction], object], *, retry_failed: bool = False) -> None:
+        """Do what is missing; ``write`` writes the table so far, after each seed and at the end."""
         make_deterministic(self.runtime)
         unlabelled = self._unlabelled()
         self.run.begin()
@@ -163,10 +156,12 @@ class Reproduction:
             mine = [job for job in jobs if job[1] in part]
             if mine:
                 training.train(mine)
-            judging.judge([cell for cell in cells if cell.seed in part], on_seed=self.write)
+            judging.judge(
+                [cell for cell in cells if cell.seed in part], on_seed=lambda: write(self)
+            )
         if self.with_baselines:
             self._find_baselines()
-        return self.write()
+        write(self)
 
     def _unlabelled(self) -> ClipIndex:
         """The videos, and clips of the labelled data sets' first groups, without labels."""
@@ -218,30 +213,6 @@ class Reproduction:
             for name, value in baselines(dataset, runtime=self.runtime).items():
                 found.setdefault(name, {})[column.name] = 100 * value.mean
         self.run.write_json("baselines.json", found)
-
-    def table(self) -> Table:
-        """The table of the cells that are there."""
-        return build(
-            self.name,
-            self.scale.name,
-            rows=self.rows,
-            columns=self.columns,
-            seeds=self.seeds,
-            store=self.store,
-            baselines=self.run.read_json("baselines.json"),
-        )
-
-    def write(self) -> Table:
-        """Write the table as .csv, .json and .md, and its figure as .svg and .png."""
-        table, base = self.table(), self.run.path
-        write_text_atomic(base / f"{self.name}.csv", as_csv(table))
-        write_text_atomic(base / f"{self.name}.json", json.dumps(as_json(table), indent=1) + "\n")
-        write_text_atomic(base / f"{self.name}.md", as_markdown(table))
-        sketch = figure(table)
-        text = svg(sketch, label=table.title, variables=False)
-        replace(base / f"{self.name}.svg", text.encode())
-        paint(sketch, base / f"{self.name}.png", title=table.title)
-        return table
 
 
 def _check_known(asked: Sequence[str], known: Sequence[str], what: str) -> None:
