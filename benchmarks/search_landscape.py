@@ -95,8 +95,8 @@ def search(settings: Search, kind: str, *, seed: int, noise: float) -> dict[str,
     while not study.finished:
         for proposal in study.ask():
             true = truth(proposal.weights)
-            seen = true + noise * np.random.default_rng([seed, 2, proposal.trial]).normal()
-            study.tell(proposal.trial, fitness=seen, attributes={})
+            seen = true + noise * np.random.default_rng([seed, 2, proposal.number]).normal()
+            study.tell(proposal.number, fitness=seen, attributes={})
             count += 1
             last = [*last, list(proposal.weights.values())][-LAST:]
             if seen > best:

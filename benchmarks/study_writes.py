@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace, storage: str | Path) -> None:
     while not study.finished:
         for proposal in study.ask():
             study.tell(
-                proposal.trial, fitness=proposal.weights["rgb/predict"], attributes=ATTRIBUTES
+                proposal.number, fitness=proposal.weights["rgb/predict"], attributes=ATTRIBUTES
             )
             done += 1
             if done in MARKS or done == options.trials:

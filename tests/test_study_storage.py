@@ -21,6 +21,7 @@ import optuna
 import optuna_dashboard
 import psycopg
 import pytest
+from engine.study_storage_outage import Patience
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import OperationalError
@@ -29,7 +30,6 @@ from engine import study_storage
 from engine.objective.terms import TERM_NAMES
 from engine.recipe import Search
 from engine.search import SearchStudy
-from engine.study_storage_outage import Patience
 
 SMALL = Search(population=6, rounds=9, tournament=3, generation=4)
 
@@ -41,22 +41,22 @@ def open_study(storage, *, settings=SMALL, name="search", **more):
 def finish(study, member):
     """What becomes of a member depends on its number and weights alone."""
     score = 0.3 + 0.1 * member.weights["rgb/predict"]
-    if member.trial % 5 == 3:
+    if member.number % 5 == 3:
         study.fail(
-            member.trial, reason="loss is nan", attributes={"terms": {"rgb/shuffle": float("nan")}}
+            member.number, reason="loss is nan", attributes={"terms": {"rgb/shuffle": float("nan")}}
         )
-    elif member.trial % 7 == 4:
+    elif member.number % 7 == 4:
         study.prune(
-            member.trial, rungs=[(25, score), (50, score + 0.01)], attributes={"seconds": 2}
+            member.number, rungs=[(25, score), (50, score + 0.01)], attributes={"seconds": 2}
         )
     else:
-        study.tell(member.trial, fitness=score, attributes={"seconds": 1.5, "seeds": [0, 1]})
+        study.tell(member.number, fitness=score, attributes={"seconds": 1.5, "seeds": [0, 1]})
 
 
 def run(study, *, between=lambda trial: None):
     while not study.finished:
         for member in study.ask():
-            between(member.trial)
+            between(member.number)
             finish(study, member)
     return study.members()
 
@@ -91,7 +91,7 @@ def test_a_study_reads_as_it_was_written_and_optuna_sees_all_of_it(place, expect
     study = optunas(place, name)
     assert study.direction.name == "MAXIMIZE"
     assert study.user_attrs == {"recipe_hash": "abc"}
-    assert study.best_trial.number == again.best().trial
+    assert study.best_trial.number == again.best().number
     states = {"complete": "COMPLETE", "failed": "FAIL", "pruned": "PRUNED"}
     for trial, member in zip(study.trials, again.members(), strict=True):
         assert trial.params == member.weights
@@ -129,7 +129,7 @@ def test_optunas_dashboard_opens_the_study(tmp_path):
     trials = get(f"/api/studies/{study['study_id']}?after=0")["trials"]
     assert len(trials) == len(members)
     child = next(m for m in members if m.parent is not None and m.state == "complete")
-    shown = trials[child.trial]
+    shown = trials[child.number]
     assert shown["state"] == "Complete"
     assert float(shown["values"][0]) == child.fitness
     weights = {p["name"]: float(p["param_external_value"]) for p in shown["params"]}
@@ -217,7 +217,7 @@ def test_patience_ends_with_one_line(postgres):
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
     assert study.members() == []
     study.tell(0, fitness=0.5, attributes={})  # it may be told again
-    assert [m.trial for m in open_study(postgres.url, name="patience").members()] == [0]
+    assert [m.number for m in open_study(postgres.url, name="patience").members()] == [0]
 
 
 def test_a_mistake_is_not_waited_for(postgres, tmp_path):
@@ -284,7 +284,7 @@ def test_a_second_process_is_noticed_and_changes_nothing(place):
     with pytest.raises(RuntimeError, match="another process proposes members in this study"):
         second.ask()
     third = open_study(place, name="two")
-    assert [p.trial for p in third.ask()] == [0, 1, 2, 3]
+    assert [p.number for p in third.ask()] == [0, 1, 2, 3]
     first.tell(1, fitness=0.5, attributes={})
     for fitness in (0.5, 0.6):
         with pytest.raises(ValueError, match="trial 1 is done already"):

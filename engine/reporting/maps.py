@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from engine.objective.terms import MODALITIES, MODALITY_LETTERS, NUM_LAYERS, TERMS, Term
 from engine.reporting.axes import mark_initial, trial_axis, trial_range
-from engine.reporting.facts import Run, Trial
+from engine.reporting.facts import Run
 from engine.reporting.measures import lineage
 from engine.reporting.sketch import RAMP, Box, Frame, Line, Marks, Sketch, Text, is_wide, shade
 from engine.reporting.words import DISTILLED, MODALITY_LABELS, TASK_LABELS
+from engine.samplers import Trial
 
 TASK_SHORT = ("Shuffle", "Backw.", "Align", "Predict", "Recon.", "Color", "Cross", "Embed")
 MOMENTS = 6

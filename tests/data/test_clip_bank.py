@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.cohort import MemberJob, evaluate_cohort
+from engine.cohort import evaluate_cohort
 from engine.data.clip_bank import ClipBank, bank_bytes
 from engine.data.ingest import ingest
 from engine.data.pipeline import ClipBatch, InputPipeline
@@ -21,6 +21,7 @@ from engine.objective.terms import check_weights
 from engine.presets import RecipeError
 from engine.recipe import Audio, Clip, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
+from engine.samplers import Proposal
 from engine.train import Trainer
 
 CPU = torch.device("cpu")
@@ -208,8 +209,8 @@ def test_a_cohort_trains_on_the_bank(tiny_shards: Path, monkeypatch: pytest.Monk
     trainer = Trainer(recipe, ClipIndex([tiny_shards / "unlabelled"]), runtime)
     labelled = LabelledClips(ClipIndex([tiny_shards / "labelled"]), recipe, runtime=runtime)
     jobs = [
-        MemberJob(check_weights({"rgb/to_flow": 1.0, "rgb/align_audio": 0.3})),
-        MemberJob(check_weights({"rgb/reconstruct": 0.5})),
+        Proposal(0, check_weights({"rgb/to_flow": 1.0, "rgb/align_audio": 0.3})),
+        Proposal(0, check_weights({"rgb/reconstruct": 0.5})),
     ]
     seen: set[int] = set()
     original = Trainer.batches
@@ -220,11 +221,11 @@ def test_a_cohort_trains_on_the_bank(tiny_shards: Path, monkeypatch: pytest.Monk
             yield batch
 
     monkeypatch.setattr(Trainer, "batches", batches)
-    first = evaluate_cohort(trainer, labelled, jobs=jobs, seeds=[0])
+    first = evaluate_cohort(trainer, labelled, members=jobs, seeds=[0])
     made = trainer.bank
     assert made is not None and seen == set(made.clips.tolist()) and len(seen) == 5
-    again = evaluate_cohort(trainer, labelled, jobs=jobs[1:], seeds=[0])
+    again = evaluate_cohort(trainer, labelled, members=jobs[1:], seeds=[0])
     assert trainer.bank is made
     assert again[0].fitness == first[1].fitness and again[0].terms == first[1].terms
-    evaluate_cohort(trainer, labelled, jobs=jobs[1:], seeds=[0], full=True)
+    evaluate_cohort(trainer, labelled, members=jobs[1:], seeds=[0], full=True)
     assert len(seen) > 5 and trainer.bank is made
