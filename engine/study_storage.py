@@ -199,8 +199,9 @@ class JournalLock(JournalFileOpenLock):
         """Wait for the lock."""
         self._held = self._path.open("r+b")
         fcntl.flock(self._held, fcntl.LOCK_EX)
-        if self._held.seek(0, os.SEEK_END) and self._held.seek(-1, os.SEEK_END):
-            if self._held.read(1) != b"\n":
+        if size := self._held.seek(0, os.SEEK_END):
+            self._held.seek(size - 1)
+            if self._held.read() != b"\n":
                 self._held.seek(0)
                 self._held.truncate(self._held.read().rfind(b"\n") + 1)
         return True
