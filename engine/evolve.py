@@ -108,7 +108,7 @@ def evolve(
     if not study.finished or records.seeds_to_confirm():
         meter = Meter(display)
 
-        def on_news(job: Job, progress: Progress) -> None:
+        def on_news(job: Job, progress: Progress | None) -> None:
             meter.moved(job.number, progress, ready=pool.ready())
 
         if worker is not None:

@@ -279,9 +279,11 @@ class Meter:
         if what:
             self._display.start(what, total, done=done)
 
-    def moved(self, job: int, progress: Progress, *, ready: int) -> None:
-        """A job at work is so far; so many workers are there."""
-        self._at_work[job], self._ready = progress, ready
+    def moved(self, job: int, progress: Progress | None, *, ready: int) -> None:
+        """A job at work is so far, if it has said so yet; so many workers are there."""
+        self._ready = ready
+        if progress is not None:
+            self._at_work[job] = progress
         self._show()
 
     def done(self, job: int, done: int, *, best: float | None) -> None:

@@ -48,7 +48,7 @@ class Proposal:
 class Trial(Proposal):
     """A member that is done, as the study keeps it: what was proposed, and what training and judging gave."""
 
-    state: State
+    state: State = "complete"
     fitness: float | None = None
     """None for a member that failed or was pruned."""
     rungs: tuple[tuple[int, float], ...] = ()
