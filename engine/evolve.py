@@ -90,54 +90,15 @@ def evolve(
     if resumed:
         events.add("resumed", f"{workers.count or 'no'} workers")
 
-    def storage_away(reason: str) -> None:
-        display.say(f"the study's storage is away, waiting for it: {reason}")
-        events.add("storage", reason)
-
-    with clock("search"):
-        study = SearchStudy(
-            recipe.search,
-            storage=run.storage or run.study,
-            name=run.study_name,
-            seed=recipe.seed,
-            recipe_hash=recipe_hash(recipe),
-            on_wait=storage_away,
-        )
+    study = _open_study(recipe, run, display, events, clock)
     _check_rounds(recipe, run, study)
     records = Records(recipe, run, study, display=display, events=events, clock=clock)
-    if not study.finished or records.seeds_to_confirm():
+    if not study.finished or records.seeds_to_confirm():  # starting workers takes seconds
         meter = Meter(display)
-
-        def on_news(job: Job, progress: Progress | None) -> None:
-            meter.moved(job.number, progress, ready=pool.ready())
-
-        if worker is not None:
-            pool: Pool = LocalPool(worker, on_news=on_news)
-        else:
-            display.say("starting workers")
-            pool = RayPool(
-                _factory(recipe, data, identity, run, workers),
-                size=workers.count,
-                address=workers.address,
-                gpus=float(workers.gpus),
-                on_news=on_news,
-            )
-        with closing(pool):
-            crew = Crew(
-                pool,
-                workers.max_retries,
-                split=lambda cohort: [cohort] if _is_one(cohort, recipe) else split(cohort),
-                limit=lambda cohort: workers.time_limit * len(cohort.members) * len(cohort.seeds),
-                on_lost=records.lost,
-            )
-            planner = Planner(
-                recipe,
-                study,
-                workers=pool.size,
-                members_at_once=workers.members_at_once,
-                checkpoints=run.checkpoints,
-                clock=clock,
-            )
+        factory = _factory(recipe, data, identity, run, workers)
+        with closing(_open_pool(worker or factory, workers, display, meter)) as pool:
+            crew = _crew(pool, recipe, workers, records)
+            planner = _planner(recipe, study, workers, pool, run, clock)
             _search(data, study, planner, crew, records, meter)
             _confirm(data, study, crew, records, meter)
     records.keep_best()  # an interruption may have come between the last member and the file
@@ -224,6 +185,70 @@ def _count_substitutes(data: Data, report: Done | Lost) -> None:
         counts = report.result.substituted
         for library, count in zip((data.videos, data.labelled), counts, strict=True):
             library.index.substituted.update(count)
+
+
+def _open_study(
+    recipe: Recipe, run: RunFolder, display: Display, events: Events, clock: Clock
+) -> SearchStudy:
+    def storage_away(reason: str) -> None:
+        display.say(f"the study's storage is away, waiting for it: {reason}")
+        events.add("storage", reason)
+
+    with clock("search"):
+        return SearchStudy(
+            recipe.search,
+            storage=run.storage or run.study,
+            name=run.study_name,
+            seed=recipe.seed,
+            recipe_hash=recipe_hash(recipe),
+            on_wait=storage_away,
+        )
+
+
+def _open_pool(
+    worker: CohortEvaluator | CohortFactory, workers: Workers, display: Display, meter: Meter
+) -> Pool:
+    """This process as the only worker, or Ray's workers, which a factory makes."""
+
+    def on_news(job: Job, progress: Progress | None) -> None:
+        meter.moved(job.number, progress, ready=pool.ready())
+
+    pool: Pool
+    if isinstance(worker, CohortEvaluator):
+        pool = LocalPool(worker, on_news=on_news)
+        return pool
+    display.say("starting workers")
+    pool = RayPool(
+        worker,
+        size=workers.count,
+        address=workers.address,
+        gpus=float(workers.gpus),
+        on_news=on_news,
+    )
+    return pool
+
+
+def _crew(pool: Pool, recipe: Recipe, workers: Workers, records: Records) -> Crew:
+    return Crew(
+        pool,
+        workers.max_retries,
+        split=lambda cohort: [cohort] if _is_one(cohort, recipe) else split(cohort),
+        limit=lambda cohort: workers.time_limit * len(cohort.members) * len(cohort.seeds),
+        on_lost=records.lost,
+    )
+
+
+def _planner(
+    recipe: Recipe, study: SearchStudy, workers: Workers, pool: Pool, run: RunFolder, clock: Clock
+) -> Planner:
+    return Planner(
+        recipe,
+        study,
+        workers=pool.size,
+        members_at_once=workers.members_at_once,
+        checkpoints=run.checkpoints,
+        clock=clock,
+    )
 
 
 def _worker_here(

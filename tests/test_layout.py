@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.features", "engine.fitness", "engine.search"),
     ("engine.datasets", "engine.linear", "engine.scores"),
     ("engine.train",),
-    ("engine.checkpoint", "engine.board"),
+    ("engine.checkpoint",),
     ("engine.network_file", "engine.feature_file"),
     ("engine.embed_pieces", "engine.extract"),
     ("engine.protocols",),
@@ -75,9 +75,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "matplotlib": ("engine/reporting/paint.py", "engine/bench/plot.py", "engine/contact_sheet.py"),
     "nvidia": "engine/data/graphs.py",
     "optuna": (
-        "engine/samplers_optuna.py",
         "engine/study_storage.py",
-        "engine/study_storage_outage.py",
         "engine/reporting/importance.py",
     ),
     "onnx": "engine/export.py",
@@ -86,7 +84,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "ray": ("engine/workers.py", "engine/data/ray_ingest.py"),
     "safetensors": "engine/checkpoint.py",
     "sklearn": ("engine/agreement.py", "engine/fitness.py"),
-    "sqlalchemy": ("engine/study_storage.py", "engine/study_storage_outage.py"),
+    "sqlalchemy": "engine/study_storage.py",
     "torchaudio": "engine/data/audio.py",
     "triton": "kernels/",
 }
