@@ -80,12 +80,12 @@ class Trial(Proposal):
     @property
     def metrics(self) -> dict[str, float]:
         """Every measure of its features, by name: means over its trainings."""
-        return _finite_values(self.attributes.get("metrics"))
+        return finite_values(self.attributes.get("metrics"))
 
     @property
     def terms(self) -> dict[str, float]:
         """The last mean value of each loss term."""
-        return _finite_values(self.attributes.get("terms"))
+        return finite_values(self.attributes.get("terms"))
 
 
 def finite(value: object) -> float | None:
@@ -95,7 +95,8 @@ def finite(value: object) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _finite_values(table: object) -> dict[str, float]:
+def finite_values(table: object) -> dict[str, float]:
+    """The entries of ``table`` that are finite numbers; none where it is no table."""
     items = table.items() if isinstance(table, Mapping) else ()
     return {str(k): number for k, v in items if (number := finite(v)) is not None}
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engine.objective.terms import TERM_NAMES
 from engine.runfolder import study_file
-from engine.samplers import Trial, finite
+from engine.samplers import Trial, finite, finite_values
 from engine.search import read_trials
 
 Array = npt.NDArray[np.float64]
@@ -162,11 +162,6 @@ def _weights(given: object) -> dict[str, float]:
     return {name: number(known.get(name)) or 0.0 for name in TERM_NAMES}
 
 
-def _numbers(given: object) -> dict[str, float]:
-    items = given.items() if isinstance(given, Mapping) else ()
-    return {str(k): x for k, v in items if (x := number(v)) is not None}
-
-
 def read_run(folder: Path) -> Run:
     """Read a run folder: recipe.toml, provenance.json, the study, timing.json, events.jsonl, summary.json.
 
@@ -191,7 +186,7 @@ def read_run(folder: Path) -> Run:
         summary,
         trials=tuple(trials),
         events=_events(folder / "events.jsonl", unread=unread),
-        seconds=_numbers(summary.get("seconds") or _read(folder / "timing.json", unread=unread)),
+        seconds=finite_values(summary.get("seconds") or _read(folder / "timing.json", unread=unread)),
         unread=tuple(unread),
     )
 
