@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau, spearmanr
 
-from engine.cohort import MemberJob, MemberResult, evaluate_cohort
+from engine.cohort import MemberResult, evaluate_cohort
 from engine.data.library import default_shard_cache, demo_folders, fingerprint, open_library
 from engine.extract import LabelledClips
 from engine.lossfile import random_weights
@@ -35,6 +35,7 @@ from engine.objective.terms import TERM_NAMES, LossWeights
 from engine.provenance import provenance
 from engine.recipe import Recipe, load_recipe, override, recipe_hash
 from engine.runtime import choose_runtime, make_deterministic
+from engine.samplers import Proposal
 from engine.train import Trainer
 from engine.train_memory import CohortMemory
 
@@ -137,21 +138,21 @@ class Bench:
         memory = CohortMemory(bank=bank)
         began, cpu = time.perf_counter(), time.process_time()
         seeds = [recipe.seed + way.seed]
-        results = evaluate_cohort(trainer, labelled, jobs=jobs, seeds=seeds, memory=memory)
+        results = evaluate_cohort(trainer, labelled, members=jobs, seeds=seeds, memory=memory)
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         shares = np.array([result.seconds for result in results])
         shares /= shares.sum()
         for loss, result, share in zip(losses, results, shares, strict=True):
             self._write(way, loss, result, seconds=seconds * share, cpu=cpu * share)
 
-    def _jobs(self, way: Way, cohort: Sequence[Loss]) -> tuple[list[MemberJob], list[Loss]]:
+    def _jobs(self, way: Way, cohort: Sequence[Loss]) -> tuple[list[Proposal], list[Loss]]:
         """All of the cohort; of warm starts alone its children, and with all together its parents as initialised."""
         chosen = [loss for loss in cohort if loss.parent or way.name != "warm start"]
         jobs = []
         for loss in chosen:
             start = self.end(loss.parent) if way.warm and loss.parent else None
             keep = self.end(loss.name) if way.name == FULL and not loss.parent else None
-            jobs.append(MemberJob(loss.weights, start=start, keep=keep))
+            jobs.append(Proposal(0, loss.weights, start=start, keep=keep))
         return jobs, chosen
 
     def end(self, name: str) -> Path:

@@ -13,14 +13,15 @@ from statistics import fmean, stdev
 import click
 import torch
 
-from engine.cohort import MemberJob, evaluate_cohort, untrained_fitness
+from engine.cohort import evaluate_cohort, untrained_fitness
 from engine.data.library import default_shard_cache, open_library
-from engine.evolve import FRESH_SEEDS
+from engine.evolve_record import FRESH_SEEDS
 from engine.extract import LabelledClips
 from engine.lossfile import load_loss
 from engine.provenance import provenance
 from engine.recipe import load_recipe, override, recipe_hash
 from engine.runtime import choose_runtime, make_deterministic
+from engine.samplers import Proposal
 from engine.train import Trainer
 
 
@@ -55,8 +56,8 @@ def main(
     found: dict[str, list[float]] = {name: [] for name in ("untrained", *losses)}
     for seed in range(recipe.seed + FRESH_SEEDS, recipe.seed + FRESH_SEEDS + num_seeds):
         found["untrained"].append(untrained_fitness(trainer, clips, seed=seed).value)
-        jobs = [MemberJob(load_loss(name)) for name in losses]
-        results = evaluate_cohort(trainer, clips, jobs=jobs, seeds=[seed])
+        jobs = [Proposal(0, load_loss(name)) for name in losses]
+        results = evaluate_cohort(trainer, clips, members=jobs, seeds=[seed])
         for name, result in zip(losses, results, strict=True):
             if result.fitness is None:
                 click.echo(f"{name}: failed with seed {seed}: {result.reason}", err=True)

@@ -211,15 +211,13 @@ def _evolve(
     display: Display,
 ) -> None:
     from engine.display import print_events, print_outcome
-    from engine.evolve import Evolution
+    from engine.events import Events
+    from engine.evolve import evolve as search
     from engine.report import write_report
 
-    evolution = Evolution(recipe, data, run=run, runtime=runtime, display=display, workers=workers)
-    display.say(f"run folder {run.path}")
-    summary = evolution.go()
+    summary = search(recipe, data, run=run, runtime=runtime, display=display, workers=workers)
     say_substitutes(display, data.videos, data.labelled)
-    with evolution.clock("report"):
-        page = write_report(run.path)
+    page = write_report(run.path)
     print_outcome(summary)
-    print_events(evolution.records.events.counts)
+    print_events(Events(run.path).counts)
     click.echo(f"report: {page}")

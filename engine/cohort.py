@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from msgspec.structs import replace
@@ -28,29 +26,18 @@ from engine.cohort_part import (
 )
 from engine.extract import LabelledClips
 from engine.fitness import FitnessResult, kmeans_fitness
-from engine.objective.terms import LossWeights
 from engine.recipe import Search, recipe_hash
 from engine.runtime import is_device_error
+from engine.samplers import Proposal, State
 from engine.train import DeviceFailed, Trainer, device_failed
 from engine.train_memory import CohortMemory
-
-
-@dataclass(frozen=True)
-class MemberJob:
-    """A member to train and judge."""
-
-    weights: LossWeights
-    start: Path | None = None
-    """What ``keep`` was for its parent: its networks start from there, for the last ``search.warm_start_steps``."""
-    keep: Path | None = None
-    """Where to save its end state for its children; None: nowhere."""
 
 
 @dataclass(frozen=True)
 class MemberResult:
     """What training and clustering one loss gave; tensors are on the CPU."""
 
-    state: Literal["complete", "failed", "pruned"]
+    state: State
     fitness: float | None
     """Mean over repeats; None unless it is complete."""
     reason: str | None
@@ -75,13 +62,13 @@ def evaluate_cohort(
     trainer: Trainer,
     labelled: LabelledClips,
     *,
-    jobs: Sequence[MemberJob],
+    members: Sequence[Proposal],
     seeds: Sequence[int],
     memory: CohortMemory | None = None,
     on_step: OnStep | None = None,
     full: bool = False,
 ) -> list[MemberResult]:
-    """Train each job's loss, once a seed, and measure its fitness; results in the order of ``jobs``.
+    """Train each member's loss, once a seed, and measure its fitness; results in the order of ``members``.
 
     As many members as fit into memory are trained at once; where they run out of it all the same, the half
     of them, from their start. Neither changes a result. What ``search.halving`` compares is the whole cohort, of
@@ -96,14 +83,14 @@ def evaluate_cohort(
         search = replace(search, halving=False, collapse_rank=0.0, clip_bank=0)
     memory = memory or CohortMemory()
     return _evaluate(
-        trainer, labelled, jobs, seeds=seeds, search=search, memory=memory, on_step=on_step
+        trainer, labelled, members, seeds=seeds, search=search, memory=memory, on_step=on_step
     )
 
 
 def _evaluate(
     trainer: Trainer,
     labelled: LabelledClips,
-    jobs: Sequence[MemberJob],
+    members: Sequence[Proposal],
     *,
     seeds: Sequence[int],
     search: Search,
@@ -111,16 +98,18 @@ def _evaluate(
     on_step: OnStep | None,
 ) -> list[MemberResult]:
     bank = memory.clips(trainer, search.clip_bank)
-    losses = [job.weights for job in jobs]
+    losses = [member.weights for member in members]
     at_once = memory.members_that_fit(trainer, losses, seed=seeds[0], bank=bank)
     results: list[MemberResult] = []
-    while len(results) < len(jobs):
+    while len(results) < len(members):
         # what is compared is trained together, in turns; others come one group after the other
-        count = len(jobs) if search.halving else at_once
-        part = jobs[len(results) : len(results) + count]
+        count = len(members) if search.halving else at_once
+        part = members[len(results) : len(results) + count]
         try:
             runs = [
-                _run(trainer, i, job, seed, search) for seed in seeds for i, job in enumerate(part)
+                _run(trainer, i, member, seed, search)
+                for seed in seeds
+                for i, member in enumerate(part)
             ]
             CohortRun(
                 trainer,
@@ -154,39 +143,39 @@ def untrained_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -
 
 
 def _results(
-    trainer: Trainer, jobs: Sequence[MemberJob], runs: Sequence[MemberRun], search: Search
+    trainer: Trainer, members: Sequence[Proposal], runs: Sequence[MemberRun], search: Search
 ) -> list[MemberResult]:
-    """Each job's, in order; the end states that jobs keep are written."""
+    """Each member's, in order; the end states that are to be kept are written."""
     results = []
-    for i, job in enumerate(jobs):
+    for i, member in enumerate(members):
         own = [run for run in runs if run.job == i and run.begun]
         results.append(_result(trainer, own, search))
         ends = {run.seed: run.end for run in own if run.end is not None}
-        if job.keep is not None and results[-1].state == "complete":
-            save_ends(job.keep, ends, recipe_hash=recipe_hash(trainer.recipe))
+        if member.keep is not None and results[-1].state == "complete":
+            save_ends(member.keep, ends, recipe_hash=recipe_hash(trainer.recipe))
     return results
 
 
-def _run(trainer: Trainer, number: int, job: MemberJob, seed: int, search: Search) -> MemberRun:
+def _run(trainer: Trainer, number: int, member: Proposal, seed: int, search: Search) -> MemberRun:
     steps = trainer.recipe.optim.steps
-    first = 0 if job.start is None else first_step(search, steps)
+    first = 0 if member.start is None else first_step(search, steps)
     return MemberRun(
         job=number,
-        weights=job.weights,
+        weights=member.weights,
         seed=seed,
         first=first,
         step=first,
         rungs=rungs(search, first=first, steps=steps),
-        start=job.start,
-        keeps_end=job.keep is not None,
+        start=member.start,
+        keeps_end=member.keep is not None,
     )
 
 
 def _result(trainer: Trainer, runs: Sequence[MemberRun], search: Search) -> MemberResult:
-    """One job's, of its runs under each seed that was begun."""
+    """One member's, of its runs under each seed that was begun."""
     bad = next((run for run in runs if run.failed is not None), None)
     pruned = next((run.pruned for run in runs if run.pruned is not None), None)
-    state: Literal["complete", "failed", "pruned"]
+    state: State
     state = "failed" if bad else "pruned" if pruned else "complete"
     results = tuple(run.result for run in runs if run.result is not None)
     clips = [(run.step - run.first) * trainer.recipe.optim.batch_size for run in runs]

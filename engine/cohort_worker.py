@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engine.cohort import MemberJob, MemberResult, evaluate_cohort, untrained_fitness
+from engine.cohort import MemberResult, evaluate_cohort, untrained_fitness
 from engine.data.library import Library, fingerprint
 from engine.data.shards import ClipIndex
 from engine.extract import LabelledClips
@@ -22,6 +22,7 @@ from engine.kmeans import kmeans_backend
 from engine.network_file import card_of, save_network
 from engine.recipe import Recipe, recipe_hash
 from engine.runtime import Runtime, choose_runtime, make_deterministic
+from engine.samplers import Proposal
 from engine.train import Trainer
 from engine.train_memory import CohortMemory
 
@@ -30,18 +31,22 @@ from engine.train_memory import CohortMemory
 class Cohort:
     """Members that share their batches: one worker's job."""
 
-    members: tuple[MemberJob, ...]
-    trials: tuple[int, ...]
-    """The members' numbers."""
+    members: tuple[Proposal, ...]
     seeds: tuple[int, ...]
+    """Each member is trained once with each."""
     keep_from: float | None = None
     """Leave the fittest member's RGB network in the run's folder if it is at least as fit; None: never."""
     confirm: bool = False
     """Train to the end and on all clips, whatever the search leaves out, and judge the untrained network too."""
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The members'."""
+        return tuple(member.number for member in self.members)
+
 
 @dataclass(frozen=True)
-class Outcome:
+class CohortResult:
     """What became of a cohort."""
 
     results: tuple[MemberResult, ...]
@@ -87,7 +92,7 @@ class CohortEvaluator:
         self._indices = (videos, labelled)
         self._checkpoints = checkpoints
 
-    def __call__(self, cohort: Cohort, tell: Tell) -> Outcome:
+    def __call__(self, cohort: Cohort, tell: Tell) -> CohortResult:
         """Train, judge, and keep what is to be kept. Raises DeviceFailed and OSError."""
         trainer = self.trainer
         on_cpu = trainer.runtime.device.type == "cpu"
@@ -105,7 +110,7 @@ class CohortEvaluator:
         results = evaluate_cohort(
             trainer,
             self.labelled,
-            jobs=cohort.members,
+            members=cohort.members,
             seeds=cohort.seeds,
             memory=self._memory,
             on_step=on_step,
@@ -119,7 +124,7 @@ class CohortEvaluator:
         counts = tuple(Counter(index.substituted) for index in self._indices)
         for index in self._indices:
             index.substituted.clear()
-        return Outcome(
+        return CohortResult(
             tuple(replace(result, rgb=None) for result in results),
             untrained,
             dict(trainer.clock.seconds),
@@ -129,30 +134,30 @@ class CohortEvaluator:
 
     def _keep(self, cohort: Cohort, results: Sequence[MemberResult]) -> None:
         ranked = [
-            (result.fitness, -trial, result)
-            for trial, result in zip(cohort.trials, results, strict=True)
+            (result.fitness, -member.number, member, result)
+            for member, result in zip(cohort.members, results, strict=True)
             if result.fitness is not None and result.rgb is not None
         ]
         if cohort.keep_from is None or not ranked:
             return
-        fitness, minus_trial, result = max(ranked, key=lambda row: row[:2])
+        fitness, _, member, result = max(ranked, key=lambda row: row[:2])
         if fitness >= cohort.keep_from and result.rgb is not None:
-            recipe, trial = self.trainer.recipe, -minus_trial
+            recipe = self.trainer.recipe
             card = card_of(
                 recipe,
                 labels_used=recipe.fitness.uses_labels,
-                loss=cohort.members[cohort.trials.index(trial)].weights,
+                loss=member.weights,
                 recipe_hash=recipe_hash(recipe),
                 seed=recipe.seed,
                 num_clips=len(self.trainer.index),
             )
-            path = candidate(self._checkpoints, trial)
-            save_network(path, result.rgb, card, trial=trial, fitness=fitness)
+            path = candidate(self._checkpoints, member.number)
+            save_network(path, result.rgb, card, trial=member.number, fitness=fitness)
 
 
-def candidate(checkpoints: Path, trial: int) -> Path:
+def candidate(checkpoints: Path, number: int) -> Path:
     """Where a worker leaves the network of a member that may turn out the best."""
-    return checkpoints / f".candidate-{trial:05d}.safetensors"
+    return checkpoints / f".candidate-{number:05d}.safetensors"
 
 
 @dataclass(frozen=True)

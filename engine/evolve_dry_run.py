@@ -134,16 +134,16 @@ def _measure(trainer: Trainer, labelled: LabelledClips) -> Cost:
 
 def _jobs(study: SearchStudy, workers: int, members_at_once: int | None) -> list[list[int]]:
     """Members of each job of each generation."""
-    found, number = [], 0
+    jobs, number = [], 0
     while number < study.total:
         generation = study.generation(number)
-        found.append(
+        jobs.append(
             job_sizes(
                 study.settings, len(generation), workers=workers, members_at_once=members_at_once
             )
         )
         number = generation.stop
-    return found
+    return jobs
 
 
 def _schedule(spans: Sequence[Sequence[float]], workers: int, *, waits: bool) -> float:

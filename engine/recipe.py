@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 import tomli_w
@@ -153,10 +153,8 @@ class Fitness(Section, frozen=True):
 class Search(Section, frozen=True):
     """How weights are proposed."""
 
-    method: Literal[
-        "evolution", "cmaes", "random", "grid", "tpe", "gp", "qmc", "nsgaii", "optuna_cmaes"
-    ] = "evolution"
-    """``engine.samplers`` describes the first four; the others are Optuna's own."""
+    method: Literal["evolution", "cmaes", "random", "grid"] = "evolution"
+    """``engine.samplers`` describes them."""
     population: Annotated[int, Meta(ge=2)] = 12
     rounds: Natural = 12
     """Members evaluated after the initial population, whatever the method; the paper runs 2000."""
@@ -264,12 +262,23 @@ def recipe_from(values: dict[str, Any], *, where: str) -> Recipe:
         recipe = msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
         what, _, key = str(error).partition(" - at `$.")
-        raise RecipeError(f"{where}: {key.rstrip('`') or 'recipe'}: {what}") from None
+        key = key.rstrip("`")
+        if what.startswith("Invalid enum value"):
+            what += f"; there are {', '.join(map(str, _choices(key)))}"
+        raise RecipeError(f"{where}: {key or 'recipe'}: {what}") from None
     if recipe.optim.warmup_steps >= recipe.optim.steps:
         raise RecipeError(f"{where}: optim.warmup_steps must be less than optim.steps")
     if recipe.optim.batch_size % recipe.optim.accumulate:
         raise RecipeError(f"{where}: optim.batch_size must be a multiple of optim.accumulate")
     return recipe
+
+
+def _choices(key: str) -> tuple[Any, ...]:
+    """The values that a key whose type is a Literal may have."""
+    kind: Any = Recipe
+    for name in key.split("."):
+        kind = get_type_hints(kind)[name]
+    return get_args(kind)
 
 
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:

@@ -1,7 +1,8 @@
 """A run's folder: what is written when, so that a kill at any moment loses the members at work and no more.
 
-runs/NAME/ recipe.toml  provenance.json  study.db (or storage.json: where the study lies)  best.toml  members/
-           checkpoints/  tensorboard/  events.jsonl  log.txt  timing.json  summary.json  report.html  figures/
+runs/NAME/ recipe.toml  provenance.json  study.jsonl (or storage.json: where the study lies)  best.toml
+           confirmations.json  checkpoints/  tensorboard/  events.jsonl  log.txt  timing.json  summary.json
+           report.html  figures/
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from engine.recipe import Recipe, load_recipe, recipe_hash, to_toml
 STORAGE = "storage.json"
 
 
+def study_file(run: Path) -> Path:
+    """Where a run keeps its study, if no storage.json says otherwise; earlier versions kept an SQLite file."""
+    old = run / "study.db"
+    return old if old.exists() else run / "study.jsonl"
+
+
 class RunError(ValueError):
     """A run folder that can't be used as asked: the message names it and says what to do."""
 
@@ -30,9 +37,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.study = path / "study.db"
+        self.study = study_file(path)
         self.best = path / "best.toml"
-        self.members = path / "members"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.storage: str | None = None
@@ -60,7 +66,7 @@ class RunFolder:
         if self._new is None:
             first()
             return
-        for folder in (self.members, self.checkpoints, self.tensorboard):
+        for folder in (self.checkpoints, self.tensorboard):
             folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         self._write_storage()

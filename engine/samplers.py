@@ -8,9 +8,11 @@ weights, moved and reshaped by each generation's ranks. random and grid are cont
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import cmaes
@@ -27,48 +29,90 @@ State = Literal["complete", "failed", "pruned"]
 class Proposal:
     """A member to train."""
 
-    trial: int
-    """Its number in the study, from 0."""
+    number: int
+    """Its place in the study, from 0."""
     weights: LossWeights
-    parent: int | None
-    """The trial whose weights were copied; None for weights that were all drawn."""
-    mutated: str | None
+    parent: int | None = None
+    """The member whose weights were copied; None for weights that were all drawn."""
+    mutated: str | None = None
     """The term whose weight differs from the parent's."""
-    round: int
+    round: int = 0
     """0 for the initial population, then one member a round up to ``settings.rounds``; for cmaes, the generation."""
-    notes: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False, compare=False)
-    """What one of Optuna's own samplers must find again when the study is opened."""
+    start: Path | None = field(default=None, compare=False)
+    """Its parent's end state, from which its networks start, for the last ``search.warm_start_steps``."""
+    keep: Path | None = field(default=None, compare=False)
+    """Where its end state is left for its children; None: nowhere."""
 
 
-@dataclass(frozen=True)
-class MemberRecord(Proposal):
-    """A member that is done."""
+@dataclass(frozen=True, kw_only=True)
+class Trial(Proposal):
+    """A member that is done, as the study keeps it: what was proposed, and what training and judging gave."""
 
-    state: State
-    fitness: float | None
+    state: State = "complete"
+    fitness: float | None = None
     """None for a member that failed or was pruned."""
-    attributes: Mapping[str, Any]
-    """What was told with it; for a member that failed, ``reason`` too."""
-    partial: float | None = None
-    """A pruned member's fitness at its last rung."""
     rungs: tuple[tuple[int, float], ...] = ()
-    """A pruned member's (step, fitness) at each rung."""
+    """(step, fitness) of a pruned member at each rung."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """All else that was noted of it; other programs may have written it."""
+
+    @property
+    def partial(self) -> float | None:
+        """A pruned member's fitness at its last rung."""
+        return self.rungs[-1][1] if self.rungs else None
+
+    @property
+    def reason(self) -> str:
+        """Why it failed or was pruned."""
+        missing = "no reason recorded" if self.state == "failed" else ""
+        return str(self.attributes.get("reason") or missing)
+
+    @property
+    def seconds(self) -> float | None:
+        """Its share of its cohort's time."""
+        return finite(self.attributes.get("seconds"))
+
+    @property
+    def clips_per_second(self) -> float | None:
+        """Training clips a second while it was trained; its share where a cohort took turns."""
+        return finite(self.attributes.get("clips_per_second"))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every measure of its features, by name: means over its trainings."""
+        return finite_values(self.attributes.get("metrics"))
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The last mean value of each loss term."""
+        return finite_values(self.attributes.get("terms"))
+
+
+def finite(value: object) -> float | None:
+    """``value`` as a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def finite_values(table: object) -> dict[str, float]:
+    """The entries of ``table`` that are finite numbers; none where it is no table."""
+    items = table.items() if isinstance(table, Mapping) else ()
+    return {str(k): number for k, v in items if (number := finite(v)) is not None}
 
 
 class Sampler(Protocol):
-    """What the study asks for weights."""
+    """Proposes weights: a function of the seed, a member's number and the members done that it may know of."""
 
     def generation(self, number: int) -> range | None:
         """The numbers proposed together with ``number``, once all before them are done; None: no need to wait."""
 
-    def propose(
-        self, number: int, *, done: Sequence[MemberRecord], pending: Sequence[Proposal]
-    ) -> Proposal:
-        """Member ``number``, from those done that it may know of; ``pending`` ones have lower numbers too."""
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
+        """Member ``number``, from those done that it may know of, by number."""
 
 
 def generation_of(number: int, *, settings: Search) -> range:
-    """The numbers of the trials proposed together with trial ``number``.
+    """The numbers of the members proposed together with member ``number``.
 
     Chunks of ``settings.generation``, first of the initial population and then of its descendants;
     the last chunk of either may be shorter.
@@ -81,19 +125,19 @@ def generation_of(number: int, *, settings: Search) -> range:
 
 
 class RandomSampler:
-    """Every weight uniform in [0, 1), from a random stream keyed by (seed, trial number)."""
+    """Every weight uniform in [0, 1), from a random stream keyed by (seed, number)."""
 
     def __init__(self, settings: Search, *, seed: int) -> None:
         self.settings = settings
         self.seed = seed
 
     def stream(self, number: int) -> np.random.Generator:
-        """The random numbers of one trial: the same in any process, whatever was drawn before."""
+        """The random numbers of one member: the same in any process, whatever was drawn before."""
         key = np.random.SeedSequence(self.seed, spawn_key=(number,))
         return np.random.Generator(np.random.Philox(key))
 
     def seed_of(self, number: int) -> int:
-        """A seed below 2**32 for a library's own random numbers of one trial."""
+        """A seed below 2**32 for a library's own random numbers of one member."""
         return int(np.random.SeedSequence(self.seed, spawn_key=(number,)).generate_state(1)[0])
 
     def round_of(self, number: int) -> int:
@@ -104,13 +148,11 @@ class RandomSampler:
         """None: no member depends on another."""
         return None
 
-    def propose(
-        self, number: int, *, done: Sequence[MemberRecord], pending: Sequence[Proposal]
-    ) -> Proposal:
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
         """Draw all weights; only the number counts."""
         values = self.stream(number).random(len(TERM_NAMES)).tolist()
         weights = dict(zip(TERM_NAMES, values, strict=True))
-        return Proposal(number, weights, None, None, self.round_of(number))
+        return Proposal(number, weights, round=self.round_of(number))
 
 
 class EvolutionSampler(RandomSampler):
@@ -129,13 +171,11 @@ class EvolutionSampler(RandomSampler):
         """``generation_of``; None in the asynchronous mode."""
         return generation_of(number, settings=self.settings) if self.settings.synchronous else None
 
-    def propose(
-        self, number: int, *, done: Sequence[MemberRecord], pending: Sequence[Proposal]
-    ) -> Proposal:
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
         """Draw an initial member, or copy a tournament's winner and draw one weight anew."""
         population = self.population(done)
         if number < self.settings.population or not population:
-            return super().propose(number, done=done, pending=pending)
+            return super().propose(number, done=done)
         rng = self.stream(number)
         order = np.argsort(rng.random(len(population)))
         parent = max((population[i] for i in order[: self.settings.tournament]), key=_by_fitness)
@@ -143,14 +183,14 @@ class EvolutionSampler(RandomSampler):
         mutated = TERM_NAMES[int(rng.random() * len(TERM_NAMES))]
         while weights[mutated] == parent.weights[mutated]:
             weights[mutated] = float(rng.random())
-        return Proposal(number, weights, parent.trial, mutated, self.round_of(number))
+        return Proposal(number, weights, parent.number, mutated, self.round_of(number))
 
-    def population(self, done: Sequence[MemberRecord]) -> list[MemberRecord]:
+    def population(self, done: Sequence[Trial]) -> list[Trial]:
         """The members that may be parents, the fittest or the latest first; ``done`` goes by number."""
         size = self.settings.population
         if self.settings.replace == "worst":
             return heapq.nlargest(size, (m for m in done if m.fitness is not None), key=_by_fitness)
-        latest: list[MemberRecord] = []
+        latest: list[Trial] = []
         for member in reversed(done):
             if len(latest) == size:
                 break
@@ -164,11 +204,11 @@ class CmaSampler(RandomSampler):
 
     A generation is asked whole before it is told, so that no parallel member is thrown away; it is ``settings.
     cmaes_population`` members, which ``settings.generation`` does not change. Each ask draws from a stream of its own,
-    keyed by (seed, trial number), so the library's state follows from the fitnesses told: it is built anew from the
+    keyed by (seed, number), so the library's state follows from the fitnesses: it is built anew from the
     study, and no kill can lose it. The library must be told as many members as it asked for: those that failed or
     were pruned count as no better than the worst of their generation, so that the search leaves where losses
     diverge; their true fitness is not known, and a made-up low number would change nothing, as only ranks count. A
-    generation of which none completed ranks nothing: it is not told, and the next comes from the same distribution.
+    generation of which none completed ranks nothing: it is left out, and the next comes from the same distribution.
 
     Raises ValueError for a generation below 4, too small for the library's weights.
     """
@@ -185,7 +225,7 @@ class CmaSampler(RandomSampler):
             population_size=settings.cmaes_population or None,
         )
         self.size: int = self._library.population_size
-        self._told = 0
+        self._learnt = 0
         """Members of generations that the library knows."""
 
     def round_of(self, number: int) -> int:
@@ -197,20 +237,20 @@ class CmaSampler(RandomSampler):
         start = number - number % self.size
         return range(start, min(start + self.size, self.settings.population + self.settings.rounds))
 
-    def propose(
-        self, number: int, *, done: Sequence[MemberRecord], pending: Sequence[Proposal]
-    ) -> Proposal:
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
         """Tell the library all generations before this one, and ask it for a member."""
         start = number - number % self.size
-        assert self._told <= start <= len(done), "generations are asked in order, when all are done"
-        for first in range(self._told, start, self.size):
-            self._tell(done[first : first + self.size])
-        self._told = start
+        assert self._learnt <= start <= len(done), (
+            "generations are asked in order, when all are done"
+        )
+        for first in range(self._learnt, start, self.size):
+            self._learn(done[first : first + self.size])
+        self._learnt = start
         self._library.reseed_rng(self.seed_of(number))
         weights = dict(zip(TERM_NAMES, self._library.ask().tolist(), strict=True))
-        return Proposal(number, weights, None, None, self.round_of(number))
+        return Proposal(number, weights, round=self.round_of(number))
 
-    def _tell(self, generation: Sequence[MemberRecord]) -> None:
+    def _learn(self, generation: Sequence[Trial]) -> None:
         known = [(_vector(m), -m.fitness) for m in generation if m.fitness is not None]
         if not known:
             return
@@ -246,9 +286,7 @@ class GridSampler(RandomSampler):
             combinations(range(n), 2), key=lambda pair: (_apart(pair[0], pair[1], n), pair)
         )
 
-    def propose(
-        self, number: int, *, done: Sequence[MemberRecord], pending: Sequence[Proposal]
-    ) -> Proposal:
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
         """The grid's member ``number``."""
         singles = len(TERM_NAMES) * len(self._heights)
         heights: Sequence[float]
@@ -262,7 +300,7 @@ class GridSampler(RandomSampler):
             terms = self._pairs[pair]
         weights = dict.fromkeys(TERM_NAMES, 0.0)
         weights.update({TERM_NAMES[t]: height for t, height in zip(terms, heights, strict=True)})
-        return Proposal(number, weights, None, None, self.round_of(number))
+        return Proposal(number, weights, round=self.round_of(number))
 
 
 def _apart(one: int, other: int, around: int) -> int:
@@ -274,6 +312,15 @@ def _vector(member: Proposal) -> npt.NDArray[np.float64]:
     return np.array([member.weights[name] for name in TERM_NAMES])
 
 
-def _by_fitness(member: MemberRecord) -> tuple[float, int]:
+def _by_fitness(member: Trial) -> tuple[float, int]:
     assert member.fitness is not None
-    return member.fitness, member.trial
+    return member.fitness, member.number
+
+
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "evolution": EvolutionSampler,
+    "cmaes": CmaSampler,
+    "random": RandomSampler,
+    "grid": GridSampler,
+}
+"""By ``search.method``."""

@@ -1,7 +1,7 @@
-"""Search: asks for loss weights and is told their fitness; knows nothing of videos or training.
+"""The search: proposes loss weights, takes their fitness; knows nothing of videos or training.
 
-Members are numbered as the study's trials. How weights are proposed is the samplers' part, where they are kept the
-storage's; this is the book-keeping between them: who is out, who is done, and who may be proposed next.
+How weights are proposed is the samplers' part, where finished members are kept the storage's; this is the
+book-keeping between them: who is at work, who is done, and who may be proposed next.
 """
 
 from __future__ import annotations
@@ -9,43 +9,33 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from engine.recipe import Search
-from engine.samplers import (
-    CmaSampler,
-    EvolutionSampler,
-    GridSampler,
-    MemberRecord,
-    Proposal,
-    RandomSampler,
-    Sampler,
-    State,
-    generation_of,
-)
-from engine.samplers_optuna import OptunaSampler
+from engine.samplers import SAMPLERS, EvolutionSampler, Proposal, State, Trial, generation_of
 from engine.study_storage import LINEAGE, StudyStorage
 
-__all__ = ["MemberRecord", "Proposal", "SearchStudy"]
+__all__ = ["Proposal", "SearchStudy", "Trial", "read_trials"]
 
-OURS = {
-    "evolution": EvolutionSampler,
-    "cmaes": CmaSampler,
-    "random": RandomSampler,
-    "grid": GridSampler,
-}
-"""Samplers of our own, by ``search.method``; other methods are Optuna's."""
+
+def read_trials(place: str | Path, *, name: str, patience: float = 5.0) -> list[Trial]:
+    """The finished members of a study, by number; nothing is written.
+
+    Raises ValueError where there is no such study, OSError where its file or database can't be read.
+    """
+    return StudyStorage(place, name=name, patience=patience, create=False).load()
 
 
 class SearchStudy:
     """A study of loss weights, behind ask and tell; fitness is maximised.
 
-    Creates the Optuna study ``name`` in ``storage``, or opens it if it exists: a Path is an SQLite file, a string any
-    storage URL of Optuna's, None keeps it in memory alone. It is read once, here: one process at a time asks and tells,
-    and another that does so too is noticed when it writes. While the database is away, every call waits up to
-    ``patience`` seconds for it, and tells ``on_wait`` the reason once.
+    Creates the Optuna study ``name`` in ``storage``, or opens it if it exists: a Path is a journal file, a string any
+    database URL of Optuna's, None keeps it in memory alone. Finished members are stored, those at work are not: they
+    follow from the seed and the members done, so whoever opens the study after a kill proposes them again (but where
+    ``settings.synchronous`` is false, from all that is done by then). One process at a time asks and tells, and another
+    that does so too is noticed when it writes. While the database is away, every call waits up to ``patience`` seconds
+    for it, and calls ``on_wait`` with the reason once.
 
     Raises ValueError for settings that the method can't work with, a URL that can't be used, and a study that belongs
     to another recipe; and, as every method that writes, OSError where the storage can't be read or written.
@@ -63,21 +53,21 @@ class SearchStudy:
         on_wait: Callable[[str], None] | None = None,
     ) -> None:
         self.settings = settings
-        maker = OURS.get(settings.method, OptunaSampler)
-        self._sampler: Sampler = maker(settings, seed=seed)
+        self._sampler = SAMPLERS[settings.method](settings, seed=seed)
         self._storage: StudyStorage | None = None
-        self._trials: list[Proposal] = []
-        """By number; a MemberRecord if it is done."""
+        self._where = "memory"
+        self._done: dict[int, Trial] = {}
         if storage is not None:
             self._storage = StudyStorage(storage, name=name, patience=patience, on_wait=on_wait)
-            self._trials = self._storage.load(recipe_hash)
-        self._where = "memory" if self._storage is None else self._storage.where
+            self._where = self._storage.where
+            self._storage.claim(recipe_hash)
+            self._done = {trial.number: trial for trial in self._storage.load()}
+        self._open: dict[int, Proposal] = {}
+        """Members proposed and not done, by number."""
         self._out: set[int] = set()
-        """Trials handed out, and not yet told, failed, pruned or released."""
-        self._waiting = [t.trial for t in self._trials if not isinstance(t, MemberRecord)]
-        """Trials proposed that nobody has been handed, by number."""
+        """Those of them that were handed out."""
         self._first_open = 0
-        """No trial below it is open."""
+        """All members below it are done."""
 
     @property
     def total(self) -> int:
@@ -90,73 +80,82 @@ class SearchStudy:
         return self._all_done_below(self.total)
 
     def ask(self, limit: int | None = None) -> list[Proposal]:
-        """Members to train next that this process has not been handed yet, at most ``limit``.
+        """Members to train next that were not handed out yet, at most ``limit``.
 
-        First those that were proposed and are open: left by a process that was killed, or released. Then new ones.
-        Methods that learn by generations (cmaes; evolution and Optuna's, if ``settings.synchronous``) propose a
-        generation when all members of earlier ones are done, and store it whole. The others (random, grid, qmc; all
-        but cmaes, if not synchronous) propose as many as are asked for, of what is done by now; with no limit,
-        ``settings.generation``. An empty list while members are out: tell some first; see ``finished``.
+        Methods that learn by generations (cmaes; evolution, if ``settings.synchronous``) propose a generation when
+        all members of earlier ones are done. The others propose as many as are asked for, of what is done by now;
+        with no limit, ``settings.generation``. An empty list while members are at work: tell some first; see
+        ``finished``.
         """
         count = self.settings.generation if limit is None else limit
-        handed = self._hand_out(limit)
-        more = limit is None or len(handed) < limit
-        if more and (new := self._next(count - len(handed))):
-            self._propose(new)
-            handed += self._hand_out(None if limit is None else limit - len(handed))
-        return handed
+        waiting = sorted(self._open.keys() - self._out)
+        if len(waiting) < count:
+            self._propose(self._next(count - len(waiting)))
+            waiting = sorted(self._open.keys() - self._out)
+        taken = waiting[:limit]
+        self._out.update(taken)
+        return [self._open[number] for number in taken]
 
-    def release(self, trial: int) -> None:
+    def release(self, number: int) -> None:
         """A member handed out was lost with its worker: ``ask`` offers it again.
 
-        Raises ValueError for a trial that is not out.
+        Raises ValueError for a member that is not out.
         """
-        if trial not in self._out:
-            raise ValueError(f"{self._where}: trial {trial} is not out")
-        self._out.remove(trial)
-        self._waiting = sorted([*self._waiting, trial])
+        if number not in self._out:
+            raise ValueError(f"{self._where}: trial {number} is not out")
+        self._out.remove(number)
 
-    def tell(self, trial: int, *, fitness: float, attributes: Mapping[str, Any]) -> None:
+    def tell(self, number: int, *, fitness: float, attributes: Mapping[str, Any]) -> Trial:
         """Complete a member: its fitness, to be maximised, and facts to keep that JSON can hold.
 
-        Raises ValueError for a fitness that is not finite, and for a trial that is unknown or done.
+        Raises ValueError for a fitness that is not finite, and for a member that is unknown or done.
         """
         if not math.isfinite(fitness):
-            raise ValueError(f"search: trial {trial}'s fitness is {fitness}: fail it instead")
-        self._finish(trial, "complete", fitness=float(fitness), attributes=attributes)
+            raise ValueError(f"search: trial {number}'s fitness is {fitness}: fail it instead")
+        return self._finish(number, "complete", fitness=float(fitness), attributes=attributes)
 
-    def fail(self, trial: int, *, reason: str, attributes: Mapping[str, Any] | None = None) -> None:
+    def fail(
+        self, number: int, *, reason: str, attributes: Mapping[str, Any] | None = None
+    ) -> Trial:
         """End a member without fitness: it counts as done, is never a parent, and keeps the reason.
 
-        Raises ValueError for a trial that is unknown or done.
+        Raises ValueError for a member that is unknown or done.
         """
-        self._finish(trial, "failed", attributes={**(attributes or {}), "reason": reason})
+        return self._finish(number, "failed", attributes={**(attributes or {}), "reason": reason})
 
     def prune(
-        self, trial: int, *, rungs: Sequence[tuple[int, float]], attributes: Mapping[str, Any]
-    ) -> None:
+        self, number: int, *, rungs: Sequence[tuple[int, float]], attributes: Mapping[str, Any]
+    ) -> Trial:
         """End a member whose training was stopped early: it counts as done, and is never a parent.
 
         ``rungs``: (step, fitness there) of each time that it was judged, the last one where it ended; Optuna's pruners
         leave a trial of state PRUNED with such intermediate values.
 
-        Raises ValueError for no rung, a fitness that is not finite, and a trial that is unknown or done.
+        Raises ValueError for no rung, a fitness that is not finite, and a member that is unknown or done.
         """
         if not rungs or not all(math.isfinite(fitness) for _, fitness in rungs):
-            raise ValueError(f"search: trial {trial} is pruned with rungs {list(rungs)}")
+            raise ValueError(f"search: trial {number} is pruned with rungs {list(rungs)}")
         reached = tuple(sorted((int(step), float(fitness)) for step, fitness in rungs))
-        self._finish(trial, "pruned", rungs=reached, attributes=attributes)
+        return self._finish(number, "pruned", rungs=reached, attributes=attributes)
 
-    def members(self) -> list[MemberRecord]:
-        """All members that are done, by trial number."""
-        return [trial for trial in self._trials if isinstance(trial, MemberRecord)]
+    def members(self) -> list[Trial]:
+        """All members that are done, by number."""
+        return [self._done[number] for number in sorted(self._done)]
 
-    def best(self) -> MemberRecord:
+    def is_done(self, number: int) -> bool:
+        """Whether a member is done."""
+        return number in self._done
+
+    def best(self) -> Trial:
         """The fittest member, the earliest among equals; raises ValueError where none completed."""
-        complete = [member for member in self.members() if member.fitness is not None]
+        complete = [trial for trial in self._done.values() if trial.fitness is not None]
         if not complete:
             raise ValueError(f"{self._where}: no member of this study completed")
-        return max(complete, key=lambda member: (member.fitness, -member.trial))
+        return max(complete, key=lambda trial: (trial.fitness, -trial.number))
+
+    def best_fitness(self) -> float | None:
+        """The fittest member's; None where none completed."""
+        return max((t.fitness for t in self._done.values() if t.fitness is not None), default=None)
 
     @property
     def waits(self) -> bool:
@@ -164,56 +163,47 @@ class SearchStudy:
         return self._sampler.generation(0) is not None
 
     def open_members(self) -> list[Proposal]:
-        """All members that were proposed and are not done, by trial number."""
-        return [trial for trial in self._trials if not isinstance(trial, MemberRecord)]
+        """All members that were proposed here and are not done, by number."""
+        return [self._open[number] for number in sorted(self._open)]
 
-    def parents(self) -> list[MemberRecord]:
+    def parents(self) -> list[Trial]:
         """The members done that any member to come may be made from; none where none is made from another."""
         sampler = self._sampler
         return sampler.population(self.members()) if isinstance(sampler, EvolutionSampler) else []
 
     def generation(self, number: int) -> range:
         """The numbers of the members that are proposed, or may be compared, with member ``number``."""
-        found = self._sampler.generation(number) or generation_of(number, settings=self.settings)
-        return range(found.start, min(found.stop, self.total))
+        numbers = self._sampler.generation(number) or generation_of(number, settings=self.settings)
+        return range(numbers.start, min(numbers.stop, self.total))
 
-    def _hand_out(self, limit: int | None) -> list[Proposal]:
-        taken = [n for n in self._waiting if n < self.total][:limit]
-        self._waiting = self._waiting[len(taken) :]
-        self._out.update(taken)
-        return [self._trials[number] for number in taken]
-
-    def _next(self, count: int) -> range:
-        """The numbers to propose now; empty where members must be told first."""
-        begin = len(self._trials)
-        if begin >= self.total:
-            return range(0)
-        generation = self._sampler.generation(begin)
+    def _next(self, count: int) -> list[int]:
+        """The numbers to propose now; none where members must be told first."""
+        self._all_done_below(self.total)
+        absent = (
+            number
+            for number in range(self._first_open, self.total)
+            if number not in self._done and number not in self._open
+        )
+        first = next(absent, None)
+        if first is None:
+            return []
+        generation = self._sampler.generation(first)
         if generation is None:
-            return range(begin, min(begin + max(count, 0), self.total))
+            return [first, *(number for number, _ in zip(absent, range(count - 1), strict=False))]
         if not self._all_done_below(generation.start):
-            return range(0)
-        return range(begin, generation.stop)
+            return []
+        return [first, *(number for number in absent if number in generation)]
 
-    def _propose(self, numbers: range) -> None:
-        generation = self._sampler.generation(numbers.start)
-        # What members of the same generation came to would depend on which of them were first.
-        known = self._trials if generation is None else self._trials[: generation.start]
-        done = [trial for trial in known if isinstance(trial, MemberRecord)]
-        pending = [trial for trial in known if not isinstance(trial, MemberRecord)]
-        pending += self._trials[len(known) :]
-        new: list[Proposal] = []
+    def _propose(self, numbers: Sequence[int]) -> None:
+        known = self.members()
         for number in numbers:
-            new.append(self._sampler.propose(number, done=done, pending=pending + new))
-        if self._storage is not None:
-            self._storage.add(new)
-        self._trials += new
-        self._waiting += numbers
+            generation = self._sampler.generation(number)
+            # What members of the same generation came to would depend on which of them were first.
+            start = len(known) if generation is None else generation.start
+            self._open[number] = self._sampler.propose(number, done=known[:start])
 
     def _all_done_below(self, stop: int) -> bool:
-        while self._first_open < len(self._trials) and isinstance(
-            self._trials[self._first_open], MemberRecord
-        ):
+        while self._first_open in self._done:
             self._first_open += 1
         return self._first_open >= stop
 
@@ -225,26 +215,29 @@ class SearchStudy:
         attributes: Mapping[str, Any],
         fitness: float | None = None,
         rungs: tuple[tuple[int, float], ...] = (),
-    ) -> None:
-        if not 0 <= number < len(self._trials):
-            raise ValueError(f"{self._where}: no trial {number} was asked for")
-        trial = self._trials[number]
-        if isinstance(trial, MemberRecord):
+    ) -> Trial:
+        if number in self._done:
             raise ValueError(f"{self._where}: trial {number} is done already")
+        if number not in self._open:
+            raise ValueError(f"{self._where}: no trial {number} was asked for")
         if taken := set(attributes) & set(LINEAGE):
             raise ValueError(f"search: attributes {sorted(taken)} are the study's own")
-        member = MemberRecord(
-            **{field.name: getattr(trial, field.name) for field in fields(Proposal)},
+        proposal = self._open[number]
+        trial = Trial(
+            number,
+            proposal.weights,
+            proposal.parent,
+            proposal.mutated,
+            proposal.round,
             state=state,
             fitness=fitness,
+            rungs=rungs,
             # As it will be read.
             attributes=json.loads(json.dumps(dict(attributes))),
-            partial=rungs[-1][1] if rungs else None,
-            rungs=rungs,
         )
         if self._storage is not None:
-            self._storage.finish(member)
-        self._trials[number] = member
+            self._storage.add(trial)
+        self._done[number] = trial
+        del self._open[number]
         self._out.discard(number)
-        if number in self._waiting:
-            self._waiting.remove(number)
+        return trial

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.board import Board
+from engine.evolve_record import Board
 from engine.objective.terms import TERM_NAMES
-from engine.search import MemberRecord
+from engine.samplers import State, Trial
 
 
-def record(trial: int, fitness: float | None, state: str = "complete") -> dict[str, Any]:
-    return {
-        "trial": trial,
-        "state": state,
-        "fitness": fitness,
-        "weights": {name: (trial + i) % 7 / 7 for i, name in enumerate(TERM_NAMES)},
-        "metrics": {"nmi": 0.1 * trial},
-        "terms": {"rgb/predict": 1.0 + trial},
-        "seconds": 2.0,
-        "clips_per_second": 50.0 + trial,
-    }
+def trial(number: int, fitness: float | None, state: State = "complete") -> Trial:
+    return Trial(
+        number,
+        {name: (number + i) % 7 / 7 for i, name in enumerate(TERM_NAMES)},
+        state=state,
+        fitness=fitness if state == "complete" else None,
+        rungs=((2, fitness),) if state == "pruned" and fitness is not None else (),
+        attributes={
+            "metrics": {"nmi": 0.1 * number},
+            "terms": {"rgb/predict": 1.0 + number},
+            "seconds": 2.0,
+            "clips_per_second": 50.0 + number,
+        },
+    )
 
 
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -34,13 +36,13 @@ def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_points_of_a_search(tmp_path: Path) -> None:
-    before = MemberRecord(0, {}, None, None, 0, state="complete", fitness=0.3, attributes={})
-    lost = MemberRecord(1, {}, None, None, 0, state="failed", fitness=None, attributes={})
+    before = Trial(0, {}, state="complete", fitness=0.3)
+    lost = Trial(1, {}, state="failed")
     board = Board(tmp_path, before=[before, lost])
-    board.member(record(2, 0.25))
-    board.member(record(3, None, "failed"))
-    board.member(record(4, 0.4))
-    board.member(record(5, 0.2, "pruned"))
+    board.member(trial(2, 0.25))
+    board.member(trial(3, None, "failed"))
+    board.member(trial(4, 0.4))
+    board.member(trial(5, 0.2, "pruned"))
     board.close()
     found = points(tmp_path)
     assert found["search/fitness"] == [(2, 0.25), (4, 0.4)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.cohort import MemberJob, MemberResult, evaluate_cohort, untrained_fitness
+from engine.cohort import MemberResult, evaluate_cohort, untrained_fitness
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
 from engine.extract import LabelledClips
@@ -17,6 +17,7 @@ from engine.lossfile import random_weights
 from engine.objective.terms import LossWeights, check_weights
 from engine.recipe import load_recipe
 from engine.runtime import choose_runtime, make_deterministic
+from engine.samplers import Proposal
 from engine.train import Trainer
 from engine.train_state import Member
 
@@ -27,7 +28,7 @@ LOSSES = (
     check_weights({"grey/colorize": 0.7, "distill/grey@2": 1.0, "rgb+audio/embed": 0.5}),
 )
 """One that needs everything, and two that need less."""
-JOBS = [MemberJob(loss) for loss in LOSSES]
+JOBS = [Proposal(0, loss) for loss in LOSSES]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def labelled(trainer: Trainer, tiny_shards: Path) -> LabelledClips:
 @pytest.fixture(scope="module")
 def alone(trainer: Trainer, labelled: LabelledClips) -> list[MemberResult]:
     """Each loss in a run of its own."""
-    return [evaluate_cohort(trainer, labelled, jobs=[job], seeds=[3])[0] for job in JOBS]
+    return [evaluate_cohort(trainer, labelled, members=[job], seeds=[3])[0] for job in JOBS]
 
 
 def same(one: MemberResult, other: MemberResult) -> bool:
@@ -65,7 +66,7 @@ def test_a_cohort_equals_runs_of_one_member(
     together = evaluate_cohort(
         trainer,
         labelled,
-        jobs=JOBS,
+        members=JOBS,
         seeds=[3],
         on_step=lambda step, values: steps.append((step, list(values))),
     )
@@ -108,7 +109,7 @@ def test_a_member_that_diverges_leaves_alone(
     results = evaluate_cohort(
         trainer,
         labelled,
-        jobs=JOBS,
+        members=JOBS,
         seeds=[3],
         on_step=lambda _, values: losses.append(list(values)),
     )
@@ -126,7 +127,7 @@ def test_features_that_are_not_finite_fail_their_member_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     poison_at(monkeypatch, loss=LOSSES[1], step=2, term=None)
-    results = evaluate_cohort(trainer, labelled, jobs=JOBS[:2], seeds=[3])
+    results = evaluate_cohort(trainer, labelled, members=JOBS[:2], seeds=[3])
     assert results[1].fitness is None and "not finite" in str(results[1].reason)
     assert same(results[0], alone[0])
 
@@ -135,18 +136,18 @@ def test_losses_that_can_not_be_trained_fail_and_others_do_not(
     trainer: Trainer, labelled: LabelledClips, alone: list[MemberResult]
 ) -> None:
     nothing = check_weights({})
-    results = evaluate_cohort(trainer, labelled, jobs=[MemberJob(nothing), JOBS[1]], seeds=[3])
+    results = evaluate_cohort(trainer, labelled, members=[Proposal(0, nothing), JOBS[1]], seeds=[3])
     assert results[0].fitness is None and "no weight above 0" in str(results[0].reason)
     assert same(results[1], alone[1])
-    (failed,) = evaluate_cohort(trainer, labelled, jobs=[MemberJob(nothing)], seeds=[3])
+    (failed,) = evaluate_cohort(trainer, labelled, members=[Proposal(0, nothing)], seeds=[3])
     assert failed.fitness is None and failed.seeds == (3,)
 
 
 def test_repeats_are_averaged(
     trainer: Trainer, labelled: LabelledClips, alone: list[MemberResult]
 ) -> None:
-    (both,) = evaluate_cohort(trainer, labelled, jobs=JOBS[1:2], seeds=[3, 4])
-    (other,) = evaluate_cohort(trainer, labelled, jobs=JOBS[1:2], seeds=[4])
+    (both,) = evaluate_cohort(trainer, labelled, members=JOBS[1:2], seeds=[3, 4])
+    (other,) = evaluate_cohort(trainer, labelled, members=JOBS[1:2], seeds=[4])
     assert alone[1].fitness is not None and other.fitness is not None
     assert both.fitness == pytest.approx((alone[1].fitness + other.fitness) / 2)
     assert both.seeds == (3, 4) and both.results == alone[1].results + other.results
@@ -165,7 +166,7 @@ def test_a_repeat_that_fails_fails_its_member(
 
     original = Trainer.initial_loss
     monkeypatch.setattr(Trainer, "initial_loss", diverging)
-    (result,) = evaluate_cohort(trainer, labelled, jobs=JOBS[1:2], seeds=[3, 4])
+    (result,) = evaluate_cohort(trainer, labelled, members=JOBS[1:2], seeds=[3, 4])
     assert result.fitness is None and result.seeds == (3, 4)
     assert str(result.reason).startswith("loss is nan at step 0")
 

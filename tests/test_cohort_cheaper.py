@@ -11,7 +11,7 @@ import torch
 from optuna.pruners._successive_halving import _is_trial_promotable_to_next_rung
 from optuna.study import StudyDirection
 
-from engine.cohort import MemberJob, MemberResult, evaluate_cohort
+from engine.cohort import MemberResult, evaluate_cohort
 from engine.cohort_part import first_step, promoted, rungs
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
@@ -19,13 +19,14 @@ from engine.extract import LabelledClips
 from engine.objective.terms import check_weights
 from engine.recipe import Search, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
+from engine.samplers import Proposal
 from engine.train import Trainer
 from engine.train_memory import CohortMemory
 from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
 JOBS = [
-    MemberJob(weights)
+    Proposal(0, weights)
     for weights in (
         check_weights({"rgb/to_flow": 1.0, "rgb/predict": 0.3}),
         check_weights({"rgb/reconstruct": 1.0}),
@@ -50,13 +51,13 @@ def cohort_of(tiny_shards: Path, *changes: str) -> Cohort:
 @pytest.fixture(scope="module")
 def full(tiny_shards: Path) -> list[MemberResult]:
     """Every job without halving."""
-    return evaluate_cohort(*cohort_of(tiny_shards), jobs=JOBS, seeds=[SEED])
+    return evaluate_cohort(*cohort_of(tiny_shards), members=JOBS, seeds=[SEED])
 
 
 @pytest.fixture(scope="module")
 def halved(tiny_shards: Path) -> list[MemberResult]:
     trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
-    return evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[SEED])
+    return evaluate_cohort(trainer, labelled, members=JOBS, seeds=[SEED])
 
 
 def same(one: MemberResult, other: MemberResult) -> bool:
@@ -99,7 +100,7 @@ def test_the_worse_half_is_dropped_at_each_rung(
     tiny_shards: Path, full: list[MemberResult], halved: list[MemberResult]
 ) -> None:
     trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
-    alone = [evaluate_cohort(trainer, labelled, jobs=[job], seeds=[SEED])[0] for job in JOBS]
+    alone = [evaluate_cohort(trainer, labelled, members=[job], seeds=[SEED])[0] for job in JOBS]
     for one, other in zip(alone, full, strict=True):  # nobody to lose against
         assert [at for at, _ in one.rungs] == [2, 4] and one.steps == 8
         assert one.results == other.results and one.fitness == other.fitness
@@ -126,7 +127,7 @@ def test_halving_compares_the_cohort_whatever_memory_holds(
 ) -> None:
     trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
     memory = CohortMemory(members_at_once=2)
-    split = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[SEED], memory=memory)
+    split = evaluate_cohort(trainer, labelled, members=JOBS, seeds=[SEED], memory=memory)
     assert all(same(one, other) for one, other in zip(split, halved, strict=True))
     pickle.loads(pickle.dumps((JOBS, split)))
 
@@ -146,7 +147,7 @@ def test_a_halved_cohort_out_of_memory_begins_again_with_fewer_at_once(
         return original(self, members, views)
 
     monkeypatch.setattr(Trainer, "step_all", step_all)
-    results = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[SEED])
+    results = evaluate_cohort(trainer, labelled, members=JOBS, seeds=[SEED])
     assert told[:2] == [
         "out of memory with 5 members at once: going on with 3",
         "out of memory with 3 members at once: going on with 2",
@@ -161,10 +162,10 @@ def test_a_halved_cohort_out_of_memory_begins_again_with_fewer_at_once(
 def test_halving_compares_means_over_repeats(tiny_shards: Path) -> None:
     trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
     alone = [
-        [evaluate_cohort(trainer, labelled, jobs=[job], seeds=[seed])[0] for seed in (3, 4)]
+        [evaluate_cohort(trainer, labelled, members=[job], seeds=[seed])[0] for seed in (3, 4)]
         for job in JOBS[:3]
     ]
-    both = evaluate_cohort(trainer, labelled, jobs=JOBS[:3], seeds=[3, 4])
+    both = evaluate_cohort(trainer, labelled, members=JOBS[:3], seeds=[3, 4])
     means = [(one.rungs[0][1] + other.rungs[0][1]) / 2 for one, other in alone]
     for mean, found in zip(means, both, strict=True):
         assert found.rungs[0] == (2, pytest.approx(mean)) and found.seeds == (3, 4)
@@ -176,8 +177,8 @@ def test_halving_compares_means_over_repeats(tiny_shards: Path) -> None:
 
 def test_a_failed_member_is_not_counted(tiny_shards: Path, halved: list[MemberResult]) -> None:
     trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
-    nothing = MemberJob(check_weights({}))
-    results = evaluate_cohort(trainer, labelled, jobs=[nothing, *JOBS], seeds=[SEED])
+    nothing = Proposal(0, check_weights({}))
+    results = evaluate_cohort(trainer, labelled, members=[nothing, *JOBS], seeds=[SEED])
     assert results[0].state == "failed" and results[0].rungs == () and results[0].steps == 0
     assert all(same(one, other) for one, other in zip(results[1:], halved, strict=True))
 
@@ -186,7 +187,7 @@ def test_collapsed_members_are_stopped(tiny_shards: Path, full: list[MemberResul
     free = cohort_of(tiny_shards, "search.collapse_rank=0.5")
     assert all(
         same(one, other)
-        for one, other in zip(evaluate_cohort(*free, jobs=JOBS, seeds=[SEED]), full, strict=True)
+        for one, other in zip(evaluate_cohort(*free, members=JOBS, seeds=[SEED]), full, strict=True)
     )
     trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
     member = trainer.member(JOBS[0].weights, seed=SEED)
@@ -199,17 +200,17 @@ def test_collapsed_members_are_stopped(tiny_shards: Path, full: list[MemberResul
     share = values / values.sum()
     rank = float(torch.exp(-(share * share.log()).sum()))
     bound = cohort_of(tiny_shards, f"search.collapse_rank={rank + 1e-6}")
-    stopped = evaluate_cohort(*bound, jobs=JOBS, seeds=[SEED])
+    stopped = evaluate_cohort(*bound, members=JOBS, seeds=[SEED])
     assert stopped[0].state == "pruned" and stopped[0].steps == 2 and stopped[0].fitness is None
     assert stopped[0].reason == f"collapsed: effective rank {rank:.2f} at step 2"
     bound = cohort_of(tiny_shards, f"search.collapse_rank={rank - 1e-6}")
-    assert evaluate_cohort(*bound, jobs=JOBS, seeds=[SEED])[0].state == "complete"
+    assert evaluate_cohort(*bound, members=JOBS, seeds=[SEED])[0].state == "complete"
 
 
 def test_all_collapsed(tiny_shards: Path) -> None:
     for more in ("search.halving=false", "search.halving=true"):
         held = cohort_of(tiny_shards, "search.collapse_rank=1000.0", more)
-        results = evaluate_cohort(*held, jobs=JOBS[:3], seeds=[SEED])
+        results = evaluate_cohort(*held, members=JOBS[:3], seeds=[SEED])
         assert {r.state for r in results} == {"pruned"}
         assert all(str(r.reason).startswith("collapsed") for r in results)
 
@@ -217,9 +218,9 @@ def test_all_collapsed(tiny_shards: Path) -> None:
 def test_a_child_starts_from_its_parents_end(tiny_shards: Path, tmp_path: Path) -> None:
     trainer, labelled = cohort_of(tiny_shards, "search.warm_start_steps=0.5")
     kept = tmp_path / "states" / "0.safetensors"
-    parent = MemberJob(JOBS[0].weights, keep=kept)
-    child = MemberJob(JOBS[2].weights, start=kept)
-    (first,) = evaluate_cohort(trainer, labelled, jobs=[parent], seeds=[SEED, 4])
+    parent = Proposal(0, JOBS[0].weights, keep=kept)
+    child = Proposal(0, JOBS[2].weights, start=kept)
+    (first,) = evaluate_cohort(trainer, labelled, members=[parent], seeds=[SEED, 4])
     by_hand = trainer.member(parent.weights, seed=SEED)
     for _, views in trainer.rounds([by_hand], seed=SEED):
         trainer.step(by_hand, views)
@@ -232,47 +233,51 @@ def test_a_child_starts_from_its_parents_end(tiny_shards: Path, tmp_path: Path) 
         seen.append(step)
     assert seen == [4, 5, 6, 7]  # the batches of the schedule's second half
     # beside one that starts from the beginning
-    found, cold = evaluate_cohort(trainer, labelled, jobs=[child, JOBS[1]], seeds=[SEED])
+    found, cold = evaluate_cohort(trainer, labelled, members=[child, JOBS[1]], seeds=[SEED])
     assert found.state == "complete" and found.steps == 4 and found.rgb is not None
     assert all(torch.equal(found.rgb[n], t) for n, t in made.loss.rgb.state_dict().items())
-    (other,) = evaluate_cohort(trainer, labelled, jobs=[JOBS[1]], seeds=[SEED])
+    (other,) = evaluate_cohort(trainer, labelled, members=[JOBS[1]], seeds=[SEED])
     assert same(cold, other) and cold.steps == 8
-    (later,) = evaluate_cohort(trainer, labelled, jobs=[child], seeds=[SEED, 4])
+    (later,) = evaluate_cohort(trainer, labelled, members=[child], seeds=[SEED, 4])
     assert later.results[0] == found.results[0] and later.results[1] != first.results[1]
 
 
 def test_halving_compares_those_that_train_as_long(tiny_shards: Path, tmp_path: Path) -> None:
     trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
     kept = tmp_path / "0.safetensors"
-    evaluate_cohort(trainer, labelled, jobs=[MemberJob(JOBS[0].weights, keep=kept)], seeds=[SEED])
-    warm = [MemberJob(job.weights, start=kept) for job in JOBS[1:3]]
-    mixed = evaluate_cohort(trainer, labelled, jobs=[*warm, *JOBS], seeds=[SEED])
-    cold = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[SEED])
-    own = evaluate_cohort(trainer, labelled, jobs=warm, seeds=[SEED])
+    evaluate_cohort(
+        trainer, labelled, members=[Proposal(0, JOBS[0].weights, keep=kept)], seeds=[SEED]
+    )
+    warm = [Proposal(0, job.weights, start=kept) for job in JOBS[1:3]]
+    mixed = evaluate_cohort(trainer, labelled, members=[*warm, *JOBS], seeds=[SEED])
+    cold = evaluate_cohort(trainer, labelled, members=JOBS, seeds=[SEED])
+    own = evaluate_cohort(trainer, labelled, members=warm, seeds=[SEED])
     assert all(same(one, other) for one, other in zip(mixed, [*own, *cold], strict=True))
     assert all(at in (1, 2) for result in own for at, _ in result.rungs)
 
 
 def test_a_pruned_member_keeps_no_end(tiny_shards: Path, tmp_path: Path) -> None:
     held = cohort_of(tiny_shards, "search.collapse_rank=1000.0")
-    job = MemberJob(JOBS[0].weights, keep=tmp_path / "0.safetensors")
-    evaluate_cohort(*held, jobs=[job], seeds=[SEED])
+    job = Proposal(0, JOBS[0].weights, keep=tmp_path / "0.safetensors")
+    evaluate_cohort(*held, members=[job], seeds=[SEED])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_starts_that_do_not_fit_fail_their_member_alone(tiny_shards: Path, tmp_path: Path) -> None:
     trainer, labelled = cohort_of(tiny_shards)
     kept, broken = tmp_path / "0.safetensors", tmp_path / "1.safetensors"
-    evaluate_cohort(trainer, labelled, jobs=[MemberJob(JOBS[0].weights, keep=kept)], seeds=[SEED])
+    evaluate_cohort(
+        trainer, labelled, members=[Proposal(0, JOBS[0].weights, keep=kept)], seeds=[SEED]
+    )
     broken.write_bytes(kept.read_bytes()[:-100])
     starts = [kept, broken, tmp_path / "2.safetensors"]
-    jobs = [MemberJob(JOBS[1].weights, start=start) for start in starts]
-    results = evaluate_cohort(trainer, labelled, jobs=jobs, seeds=[SEED])
+    jobs = [Proposal(0, JOBS[1].weights, start=start) for start in starts]
+    results = evaluate_cohort(trainer, labelled, members=jobs, seeds=[SEED])
     assert [r.state for r in results] == ["complete", "failed", "failed"]
     assert "1.safetensors: not a readable safetensors file" in str(results[1].reason)
     assert "2.safetensors: no such checkpoint" in str(results[2].reason)
-    (other,) = evaluate_cohort(trainer, labelled, jobs=jobs[:1], seeds=[4])
+    (other,) = evaluate_cohort(trainer, labelled, members=jobs[:1], seeds=[4])
     assert other.reason == f"{kept}: ends of seed {SEED}, not of seed 4"
     wider, judged = cohort_of(tiny_shards, "objective.embed_dim=9")
-    (misfit,) = evaluate_cohort(wider, judged, jobs=jobs[:1], seeds=[SEED])
+    (misfit,) = evaluate_cohort(wider, judged, members=jobs[:1], seeds=[SEED])
     assert misfit.state == "failed" and "has shape" in str(misfit.reason)

@@ -58,27 +58,26 @@ def reference(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_a_run_leaves_its_whole_folder(reference: Path) -> None:
-    files = "recipe.toml provenance.json study.db best.toml summary.json report.html timing.json"
+    files = "recipe.toml provenance.json study.jsonl best.toml summary.json report.html timing.json"
     for name in files.split():
         assert (reference / name).stat().st_size > 0
     assert (reference / "checkpoints" / "best.safetensors").is_file()
     assert list((reference / "figures").iterdir())
     assert [p for p in (reference / "tensorboard").iterdir() if "tfevents" in p.name]
     assert (reference / "log.txt").read_text().splitlines()[-1].endswith("ended: finished")
-    assert len(list((reference / "members").glob("0*.json"))) == 5
     assert load_recipe(reference / "recipe.toml") == RECIPE
 
 
-def test_members_are_on_disk_as_the_study_has_them(reference: Path) -> None:
+def test_the_study_has_all_that_is_known_of_a_member(reference: Path) -> None:
     done = members(reference)
-    assert [m.trial for m in done] == [0, 1, 2, 3, 4]
+    assert [m.number for m in done] == [0, 1, 2, 3, 4]
     assert [m.round for m in done] == [0, 0, 0, 1, 2]
     for member in done:
-        record = read(reference / "members" / f"{member.trial:05d}.json")
-        for name in ("weights", "fitness", "parent", "mutated", "round", "state"):
-            assert record[name] == getattr(member, name)
-        assert record["recipe_hash"] == recipe_hash(RECIPE) and record["seeds"] == [0]
-        assert record["labels_used"] is True and set(record["terms"]) <= set(TERM_NAMES)
+        facts = member.attributes
+        assert facts["recipe_hash"] == recipe_hash(RECIPE) and facts["seeds"] == [0]
+        assert facts["labels_used"] is True and set(member.terms) <= set(TERM_NAMES)
+        assert [each["fitness"] for each in facts["repeats"]] == [member.fitness]
+        assert member.metrics.items() <= facts["repeats"][0].items()
     for child in done[3:]:
         assert child.parent in (0, 1, 2) and child.mutated is not None
         parent = done[child.parent].weights
@@ -86,19 +85,19 @@ def test_members_are_on_disk_as_the_study_has_them(reference: Path) -> None:
 
 
 def test_the_best_loss_and_its_network_are_kept(reference: Path) -> None:
-    best = max(members(reference), key=lambda m: (m.fitness, -m.trial))
+    best = max(members(reference), key=lambda m: (m.fitness, -m.number))
     assert load_loss(reference / "best.toml") == best.weights
     summary = read(reference / "summary.json")
-    assert summary["best_trial"] == best.trial and summary["weights"] == best.weights
+    assert summary["best_trial"] == best.number and summary["weights"] == best.weights
     assert summary["best_search_fitness"] == best.fitness
     tensors, facts = load_tensors(reference / "checkpoints" / "best.safetensors")
-    assert facts["trial"] == best.trial and facts["fitness"] == best.fitness
+    assert facts["trial"] == best.number and facts["fitness"] == best.fitness
     assert "stem.0.weight" in tensors
 
 
 def test_the_summary_is_made_of_the_records(reference: Path) -> None:
     summary = read(reference / "summary.json")
-    confirmed = read(reference / "members" / "confirm-10000.json")
+    confirmed = read(reference / "confirmations.json")["10000"]
     for kind in ("untrained", "best", "random"):
         assert summary[kind]["values"] == [confirmed[kind]["fitness"]]
     initial = [m.fitness for m in members(reference)[:3]]
@@ -146,7 +145,7 @@ def interrupt_at(
     [
         (Trainer, "step_all", 2, False, 0),
         (cohort_worker, "evaluate_cohort", 3, False, 3),
-        # A member's file is written, and the study does not know of it.
+        # A member is done, and the study does not know of it.
         (SearchStudy, "tell", 2, False, 1),
         # The study knows of the best member, and nothing was derived of it.
         (SearchStudy, "tell", 2, True, 2),
@@ -191,7 +190,11 @@ def test_a_killed_run_ends_as_one_that_was_not(
         [*program, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
         deadline = time.monotonic() + 240
-        while not (run / "members" / "00000.json").exists() and process.poll() is None:
+        journal = run / "study.jsonl"
+        while (
+            not (journal.exists() and b'"number"' in journal.read_bytes())
+            and process.poll() is None
+        ):
             assert time.monotonic() < deadline, "no member was done in time"
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
@@ -208,13 +211,13 @@ def test_resuming_a_finished_run_changes_no_number(
     reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = history(reference), outcome(reference)
-    files = {p: p.read_bytes() for p in (reference / "members").iterdir()}
+    files = {p: p.read_bytes() for p in (reference / "study.jsonl", reference / "best.toml")}
     with monkeypatch.context() as patched:
         patched.setattr(cohort_worker, "evaluate_cohort", None)  # training anything would fail
         code, _, err = resume(reference)
     assert (code, err) == (0, "")
     assert (history(reference), outcome(reference)) == before
-    assert {p: p.read_bytes() for p in (reference / "members").iterdir()} == files
+    assert {p: p.read_bytes() for p in files} == files
 
 
 @pytest.mark.parametrize("more", [("--set", "optim.lr=0.1"), ("--seed", "1"), ("--recipe", "demo")])
@@ -285,7 +288,6 @@ def test_a_member_that_fails_does_not_end_the_run(
     assert rows[1:3] == history(reference)[1:3]
     assert all(row["parent"] != 0 for row in rows)
     assert read(run / "summary.json")["failures"] == 1
-    assert read(run / "members" / "00000.json")["reason"] == rows[0]["reason"]
 
 
 def test_a_run_whose_members_all_fail_says_why(

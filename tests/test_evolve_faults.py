@@ -5,20 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import sqlite3
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from optuna.storages.journal import JournalFileBackend
 
-from engine import evolve, runfolder
+from engine import evolve
 from engine.events import Events
 from engine.recipe import recipe_hash
 from engine.runfolder import RunFolder
-from engine.search import SearchStudy
 from tests.runs import RECIPE, begin, ended_as, history, one_line, outcome, read, resume
 
 
@@ -43,15 +41,17 @@ def events(run: Path) -> list[dict[str, Any]]:
 def test_a_full_disk_loses_nothing(
     reference: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, write = tmp_path / "run", runfolder.write_text_atomic
+    run, write = tmp_path / "run", JournalFileBackend.append_logs
 
-    def full(path: Path, text: str) -> None:
-        if path.name == "00002.json":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, text)
+    def full(self: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
+        if any(log.get("user_attrs", {}).get("number") == 2 for log in logs):
+            with (run / "study.jsonl").open("a") as file:
+                file.write(json.dumps(logs[0])[:100])  # as far as there was room
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, logs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(runfolder, "write_text_atomic", full)
+        patched.setattr(JournalFileBackend, "append_logs", full)
         line = one_line(begin(tiny_shards, run), code=1)
     assert "No space left" in line and "make room, then use --resume" in line
     assert history(run) == history(reference)[:2]
@@ -62,35 +62,20 @@ def test_a_full_disk_loses_nothing(
 def test_a_storage_that_is_away_for_a_while_is_told(
     reference: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, tell = tmp_path / "run", SearchStudy.tell
-    monkeypatch.setattr("engine.study_storage.BUSY_SECONDS", 0.1)
-    helper: list[threading.Thread] = []
+    run, write = tmp_path / "run", JournalFileBackend.append_logs
+    failures = [errno.ESTALE, errno.EIO]
 
-    def away(self: SearchStudy, trial: int, **told: Any) -> None:
-        if trial == 1:
-            locked = threading.Event()
-            helper.append(threading.Thread(target=hold, args=(run / "study.db", locked)))
-            helper[0].start()
-            locked.wait()
-        tell(self, trial, **told)
+    def away(self: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
+        if logs[0].get("user_attrs", {}).get("number") == 1 and failures:
+            raise OSError(failures.pop(), "the file server is away")
+        write(self, logs)
 
-    monkeypatch.setattr(SearchStudy, "tell", away)
+    monkeypatch.setattr(JournalFileBackend, "append_logs", away)
     code, out, err = begin(tiny_shards, run)
-    helper[0].join()
-    assert (code, err) == (0, "")
+    assert not failures and (code, err) == (0, "")
     assert "storage is away, waiting for it" in out and "study's storage was away" in out
     assert [event["kind"] for event in events(run)] == ["storage"]
     ended_as(run, reference)
-
-
-def hold(path: Path, locked: threading.Event) -> None:
-    """Keep the database from being written for a second."""
-    database = sqlite3.connect(path, isolation_level=None)
-    database.execute("BEGIN IMMEDIATE")
-    locked.set()
-    time.sleep(1.0)
-    database.execute("ROLLBACK")
-    database.close()
 
 
 def test_more_rounds_are_what_they_would_have_been(tiny_shards: Path, tmp_path: Path) -> None:
@@ -121,7 +106,7 @@ def test_a_study_elsewhere_is_found_again(
     noted = run / "storage.json"
     assert noted.stat().st_mode & 0o777 == 0o600
     name = read(noted)["study"]
-    assert name.startswith("run-") and not (run / "study.db").exists()
+    assert name.startswith("run-") and not (run / "study.jsonl").exists()
     assert resume(run)[0] == 0
     assert outcome(run) == outcome(reference)
     with sqlite3.connect(place) as database:
@@ -154,7 +139,7 @@ def test_a_password_is_kept_where_only_its_owner_reads(tmp_path: Path) -> None:
 
 def test_a_run_with_its_study_inside_is_not_moved(reference: Path) -> None:
     line = one_line(resume(reference, "--storage", "sqlite:///other.db"), code=2)
-    assert "keeps its study in study.db" in line
+    assert "keeps its study in study.jsonl" in line
 
 
 def test_events_survive_half_a_line(tmp_path: Path) -> None:

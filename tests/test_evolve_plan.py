@@ -38,13 +38,13 @@ def tell(study: SearchStudy, *trials: int) -> None:
 
 
 def trials(cohorts: list[Cohort]) -> list[tuple[int, ...]]:
-    return [cohort.trials for cohort in cohorts]
+    return [cohort.numbers for cohort in cohorts]
 
 
 def test_a_generation_is_shared_out_among_the_workers(tmp_path: Path) -> None:
     planner, study = plan(tmp_path, workers=2)
     first = planner.cohorts(2)
-    assert sorted(sum(trials(first), ())) == [0, 1, 2, 3] and [len(c.trials) for c in first] == [
+    assert sorted(sum(trials(first), ())) == [0, 1, 2, 3] and [len(c.numbers) for c in first] == [
         2,
         2,
     ]
@@ -58,12 +58,12 @@ def test_a_generation_is_shared_out_among_the_workers(tmp_path: Path) -> None:
 def test_one_worker_gets_a_whole_generation_and_a_limit_holds(tmp_path: Path) -> None:
     assert trials(plan(tmp_path, workers=1)[0].cohorts(1)) == [(0, 1, 2, 3)]
     planner, _ = plan(tmp_path, workers=1, at_once=3)
-    assert [len(c.trials) for c in planner.cohorts(1) + planner.cohorts(1)] == [3, 1]
+    assert [len(c.numbers) for c in planner.cohorts(1) + planner.cohorts(1)] == [3, 1]
 
 
 def test_members_that_need_no_other_are_handed_out_ahead(tmp_path: Path) -> None:
     planner, _ = plan(tmp_path, "search.method=random", workers=3, at_once=2)
-    assert [len(c.trials) for c in planner.cohorts(3) + planner.cohorts(3)] == [2] * 6
+    assert [len(c.numbers) for c in planner.cohorts(3) + planner.cohorts(3)] == [2] * 6
     assert planner.cohorts(3) == []
 
 
@@ -71,13 +71,13 @@ def test_with_halving_a_generation_told_in_part_is_trained_again_as_a_whole(tmp_
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     planner, study = plan(tmp_path, "search.halving=true", workers=3, storage=storage)
     (whole,) = planner.cohorts(3)
-    assert whole.trials == (0, 1, 2, 3)
+    assert whole.numbers == (0, 1, 2, 3)
     tell(study, 1, 3)
     # the driver is killed
     again, reopened = plan(tmp_path, "search.halving=true", workers=3, storage=storage)
     (same,) = again.cohorts(3)
-    assert same.trials == (0, 1, 2, 3) and same.members == whole.members
-    assert set(again.out) == {0, 2}, "those that were told are company, and not told again"
+    assert same.numbers == (0, 1, 2, 3) and same.members == whole.members
+    assert [reopened.is_done(n) for n in same.numbers] == [False, True, False, True]
     tell(reopened, 0, 2)
     assert trials(again.cohorts(3)) == [(4, 5, 6, 7)]
 
@@ -94,13 +94,13 @@ def test_children_start_from_their_parents_states_which_are_kept_as_long(tmp_pat
     done: list[int] = []
     while cohorts := planner.cohorts(1):
         for cohort in cohorts:
-            for trial, job in zip(cohort.trials, cohort.members, strict=True):
-                parent = planner.out[trial].parent
-                assert job.start == (None if parent is None else planner.state(parent))
-                assert job.start is None or job.start.exists(), "a parent's state was deleted"
-                assert job.keep == planner.state(trial)
-                job.keep.touch()
-            for trial in cohort.trials:
+            for member in cohort.members:
+                parent = member.parent
+                assert member.start == (None if parent is None else planner.state(parent))
+                assert member.start is None or member.start.exists(), "a parent's state was deleted"
+                assert member.keep == planner.state(member.number)
+                member.keep.touch()
+            for trial in cohort.numbers:
                 tell(study, trial)
                 done.append(trial)
                 planner.drop_states()
@@ -110,7 +110,7 @@ def test_children_start_from_their_parents_states_which_are_kept_as_long(tmp_pat
 
 def test_without_warm_start_no_state_is_kept(tmp_path: Path) -> None:
     (cohort,) = plan(tmp_path, workers=1)[0].cohorts(1)
-    assert all(job.start is None and job.keep is None for job in cohort.members)
+    assert all(member.start is None and member.keep is None for member in cohort.members)
 
 
 def test_a_lost_cohorts_members_are_tried_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How weights are proposed: CMA-ES as its library has it, the grid, Optuna's own samplers as Optuna runs them."""
+"""How weights are proposed: CMA-ES as its library has it, and the grid."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ from itertools import combinations
 
 import cmaes
 import numpy as np
-import optuna
 import pytest
-from optuna.distributions import FloatDistribution
-from optuna.samplers import CmaEsSampler, GPSampler, NSGAIISampler, TPESampler
-from scipy.stats import qmc
 
-from engine import samplers_optuna
 from engine.objective.terms import TERM_NAMES, check_weights
 from engine.recipe import Search
 from engine.samplers import CmaSampler, GridSampler
@@ -36,10 +31,10 @@ def open_study(settings, *, seed=0):
 def run(study, *, lost=()):
     while not study.finished:
         for member in study.ask():
-            if member.trial in lost:
-                study.fail(member.trial, reason="loss is nan")
+            if member.number in lost:
+                study.fail(member.number, reason="loss is nan")
             else:
-                study.tell(member.trial, fitness=score(member), attributes={})
+                study.tell(member.number, fitness=score(member), attributes={})
     return study.members()
 
 
@@ -95,12 +90,12 @@ def test_members_without_fitness_count_as_the_worst_of_their_generation():
 def test_cmaes_never_hands_out_a_generation_before_the_last_is_told():
     study = open_study(Search(method="cmaes", population=12, rounds=30, generation=4))
     first = study.ask(5) + study.ask(20)
-    assert [p.trial for p in first] == list(range(14))
+    assert [p.number for p in first] == list(range(14))
     for proposal in first[1:]:
-        study.tell(proposal.trial, fitness=score(proposal), attributes={})
+        study.tell(proposal.number, fitness=score(proposal), attributes={})
     assert study.ask() == []
     study.tell(0, fitness=0.1, attributes={})
-    assert [p.trial for p in study.ask()] == list(range(14, 28))
+    assert [p.number for p in study.ask()] == list(range(14, 28))
     with pytest.raises(ValueError, match=r"search\.cmaes_population: 0"):
         CmaSampler(Search(method="cmaes", cmaes_population=3), seed=0)
 
@@ -109,7 +104,7 @@ def test_the_grid_has_every_single_weight_and_every_pair_once():
     levels, n = 2, len(TERM_NAMES)
     size = n * levels + n * (n - 1) // 2 * levels**2
     grid = GridSampler(Search(method="grid", population=2, rounds=size - 2, levels=levels), seed=0)
-    members = [grid.propose(i, done=[], pending=[]) for i in range(size)]
+    members = [grid.propose(i, done=[]) for i in range(size)]
     used = [{name: w for name, w in m.weights.items() if w} for m in members]
     assert len({tuple(u.items()) for u in used}) == size
     expected = {((name, w),) for name in TERM_NAMES for w in (0.5, 1.0)}
@@ -125,53 +120,3 @@ def test_the_grid_has_every_single_weight_and_every_pair_once():
         assert max(counts.values()) - min(counts.values()) <= 2, stop
     with pytest.raises(ValueError, match=r"levels = 2 the grid has 3042 members.* asks for 3043"):
         open_study(Search(method="grid", population=3, rounds=3040))
-
-
-class Nsga(NSGAIISampler):
-    """Optuna gives a generation's first child its parents by rank, and the others theirs by number."""
-
-    def get_parent_population(self, study, generation):
-        super().get_parent_population(study, generation)
-        return super().get_parent_population(study, generation)
-
-
-@pytest.mark.parametrize(
-    ("method", "make", "members"),
-    [
-        ("tpe", lambda seed: TPESampler(seed=seed), 30),
-        ("nsgaii", lambda seed: Nsga(population_size=6, seed=seed), 30),
-        ("optuna_cmaes", lambda seed: CmaEsSampler(seed=seed), 40),
-        ("gp", lambda seed: GPSampler(seed=seed), 13),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_optunas_samplers_propose_what_optuna_runs(method, make, members):
-    """One member at a time, with a sampler seeded by (seed, trial number) each."""
-    settings = Search(method=method, population=6, rounds=members - 6, generation=1)
-    found = run(open_study(settings, seed=7), lost={2, 9})
-    study = optuna.create_study(direction="maximize")
-    for member in found:
-        key = np.random.SeedSequence(7, spawn_key=(member.trial,))
-        study.sampler = make(int(key.generate_state(1)[0]))
-        trial = study.ask({name: FloatDistribution(0, 1) for name in TERM_NAMES})
-        assert trial.params == member.weights, member.trial
-        if member.trial in (2, 9):
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            study.tell(trial, member.fitness)
-
-
-def test_qmc_is_one_sobol_sequence():
-    study = open_study(Search(method="qmc", population=6, rounds=10), seed=7)
-    found = [vector(p) for p in study.ask(9)]  # none waits for another
-    expected = qmc.Sobol(len(TERM_NAMES), scramble=True, seed=7).random(16)
-    assert np.allclose(found, expected[:9], atol=1e-9)
-
-
-def test_a_sampler_whose_library_is_absent_is_refused(monkeypatch):
-    def absent(**options):
-        raise ImportError("GPSampler needs torch")
-
-    monkeypatch.setattr(samplers_optuna, "GPSampler", absent)
-    with pytest.raises(ValueError, match=r"search.method = gp: GPSampler needs torch"):
-        open_study(Search(method="gp"))

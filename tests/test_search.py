@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from sqlalchemy import event
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
-from engine import search, study_storage
+from engine import search
 from engine.objective.terms import TERM_NAMES, check_weights
 from engine.recipe import Search
 from engine.samplers import EvolutionSampler, generation_of
@@ -36,7 +36,7 @@ def score(proposal):
 
 
 def tell(study, proposal):
-    study.tell(proposal.trial, fitness=score(proposal), attributes={"seconds": 1.5})
+    study.tell(proposal.number, fitness=score(proposal), attributes={"seconds": 1.5})
 
 
 def run(study, *, order=list, fails=()):
@@ -45,8 +45,8 @@ def run(study, *, order=list, fails=()):
     while generation := study.ask():
         proposals += generation
         for proposal in order(generation):
-            if proposal.trial in fails:
-                study.fail(proposal.trial, reason="loss is nan in rgb/shuffle at step 3")
+            if proposal.number in fails:
+                study.fail(proposal.number, reason="loss is nan in rgb/shuffle at step 3")
             else:
                 tell(study, proposal)
     return proposals
@@ -57,12 +57,12 @@ def test_generations_are_chunks_of_the_population_then_of_the_rounds():
     assert study.total == 15
     for generation in GENERATIONS:
         proposals = study.ask()
-        assert [p.trial for p in proposals] == list(generation)
-        assert all(generation_of(p.trial, settings=SMALL) == generation for p in proposals)
+        assert [p.number for p in proposals] == list(generation)
+        assert all(generation_of(p.number, settings=SMALL) == generation for p in proposals)
         for proposal in proposals:
             tell(study, proposal)
     assert study.ask() == []
-    assert [m.trial for m in study.members()] == list(range(15))
+    assert [m.number for m in study.members()] == list(range(15))
 
 
 @pytest.mark.parametrize("population", [2, 3, 12])
@@ -98,10 +98,10 @@ def test_parents_are_of_earlier_generations_and_fitter_than_most():
     proposals = run(study)
     ranks = []
     for proposal in proposals[10:]:
-        start = generation_of(proposal.trial, settings=settings).start
+        start = generation_of(proposal.number, settings=settings).start
         assert proposal.parent < start
-        fittest = sorted(proposals[:start], key=lambda p: (score(p), p.trial), reverse=True)[:10]
-        ranks.append([p.trial for p in fittest].index(proposal.parent))
+        fittest = sorted(proposals[:start], key=lambda p: (score(p), p.number), reverse=True)[:10]
+        ranks.append([p.number for p in fittest].index(proposal.parent))
     assert np.mean(ranks) < 2.5  # 1.2 expected of 4 out of 10; 4.5 without selection
     assert min(ranks) == 0
 
@@ -124,55 +124,63 @@ def test_the_order_of_tells_does_not_matter(order):
 
 def test_proposals_do_not_depend_on_kills(tmp_path):
     """Each life of the process ends after a number of tells; then the study is opened anew."""
-    expected = run(open_study(storage=tmp_path / "whole.db"))
+    expected = run(open_study(storage=tmp_path / "whole.jsonl"))
     for seed in range(2):
         rng = np.random.default_rng(seed)
         seen = {}
         while True:
-            study = open_study(storage=tmp_path / f"{seed}.db")
+            study = open_study(storage=tmp_path / f"{seed}.jsonl")
             generation = study.ask()
             if not generation:
                 break
             for proposal in generation:  # those that were proposed before are the same again
-                assert seen.setdefault(proposal.trial, proposal) == proposal
+                assert seen.setdefault(proposal.number, proposal) == proposal
             for i in rng.permutation(len(generation))[: rng.integers(0, len(generation) + 1)]:
                 tell(study, generation[i])
         assert [seen[trial] for trial in sorted(seen)] == expected
-        assert study.members() == open_study(storage=tmp_path / "whole.db").members()
+        assert study.members() == open_study(storage=tmp_path / "whole.jsonl").members()
 
 
 def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stored", [False, True])
-def test_a_kill_while_a_generation_is_being_asked(tmp_path, monkeypatch, stored):
-    """Before it is stored, or after; it is stored whole."""
+def test_members_at_work_are_proposed_again_after_a_kill(tmp_path):
+    """Also where some of their generation are done, and its numbers have gaps."""
     expected = run(open_study())
-    study = open_study(storage=tmp_path / "study.db")
+    study = open_study(storage=tmp_path / "study.jsonl")
     for _ in range(2):
         for proposal in study.ask():
             tell(study, proposal)
+    generation = study.ask()
+    for proposal in (generation[0], generation[2]):
+        tell(study, proposal)
+    study = open_study(storage=tmp_path / "study.jsonl")
+    assert study.open_members() == []
+    assert study.ask() == [generation[1], generation[3]]
+    study = open_study(storage=tmp_path / "study.jsonl")
+    assert run(study) == [generation[1], generation[3], *expected[10:]]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_kill_in_the_midst_of_a_tell(tmp_path, monkeypatch, stored):
+    """Before the member is stored, or after; a part of it never is."""
+    study = open_study(storage=tmp_path / "study.jsonl")
+    first, second = study.ask()[:2]
     add = study._storage.add
-    with pytest.raises(KeyboardInterrupt):
-        kill = lambda new: interrupt(add(new) if stored else None)  # noqa: E731
-        monkeypatch.setattr(study._storage, "add", kill)
-        study.ask()
-    study = open_study(storage=tmp_path / "study.db")
-    assert run(study) == expected[6:]
-
-
-def test_a_kill_in_the_midst_of_a_tell(tmp_path, monkeypatch):
-    study = open_study(storage=tmp_path / "study.db")
-    first = study.ask()[0]
+    kill = lambda trial: interrupt(add(trial) if stored else None)  # noqa: E731
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(study_storage, "_insert_attributes", interrupt)  # the value was sent before
-        study.tell(first.trial, fitness=0.9, attributes={"old": 1})
-    study = open_study(storage=tmp_path / "study.db")
+        patch.setattr(study._storage, "add", kill)
+        study.tell(first.number, fitness=0.9, attributes={"old": 1})
+    study = open_study(storage=tmp_path / "study.jsonl")
+    if stored:
+        assert [m.attributes for m in study.members()] == [{"old": 1}]
+        assert study.ask()[0] == second
+        return
     assert study.members() == []
     assert study.ask()[0] == first
-    study.tell(first.trial, fitness=0.5, attributes={"new": 2})
-    assert open_study(storage=tmp_path / "study.db").members()[0].attributes == {"new": 2}
+    study.tell(first.number, fitness=0.5, attributes={"new": 2})
+    assert open_study(storage=tmp_path / "study.jsonl").members()[0].attributes == {"new": 2}
 
 
 def test_another_process_proposes_the_same(tmp_path):
@@ -185,7 +193,7 @@ def test_another_process_proposes_the_same(tmp_path):
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     out = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "study.db"],
+        [sys.executable, "-c", script, tmp_path / "study.jsonl"],
         capture_output=True,
         text=True,
         check=True,
@@ -198,16 +206,16 @@ def test_another_process_proposes_the_same(tmp_path):
 
 def test_failed_members_are_done_but_never_parents(tmp_path):
     fails = {1, 2, 4, 7, 8, 11}
-    study = open_study(storage=tmp_path / "study.db")
+    study = open_study(storage=tmp_path / "study.jsonl")
     proposals = run(study, fails=fails)
     assert not {p.parent for p in proposals} & fails
-    members = open_study(storage=tmp_path / "study.db").members()
+    members = open_study(storage=tmp_path / "study.jsonl").members()
     assert len(members) == study.total
     for member, proposal in zip(members, proposals, strict=True):
         assert member.weights == proposal.weights
         assert (member.parent, member.mutated) == (proposal.parent, proposal.mutated)
         assert member.round == proposal.round
-        if member.trial in fails:
+        if member.number in fails:
             assert (member.state, member.fitness) == ("failed", None)
             assert member.attributes == {"reason": "loss is nan in rgb/shuffle at step 3"}
         else:
@@ -228,8 +236,8 @@ def test_best_is_the_earliest_of_the_fittest():
     study = open_study()
     fitness = {0: 0.1, 1: 0.4, 2: 0.4, 3: 0.3}
     for proposal in study.ask():
-        study.tell(proposal.trial, fitness=fitness[proposal.trial], attributes={})
-    assert study.best().trial == 1
+        study.tell(proposal.number, fitness=fitness[proposal.number], attributes={})
+    assert study.best().number == 1
 
 
 @pytest.mark.parametrize(
@@ -241,32 +249,34 @@ def test_the_population_keeps_the_fittest_or_the_latest(replace, expected):
     settings = Search(population=4, rounds=10, generation=3, replace=replace)
     fitness = [0.8, 0.1, 0.5, 0.2, None, 0.6, 0.5, 0.9, 0.3, 0.4]
     study = open_study(settings)
-    while (generation := study.ask())[0].trial < 10:
+    while (generation := study.ask())[0].number < 10:
         for proposal in generation:
-            if fitness[proposal.trial] is None:
-                study.fail(proposal.trial, reason="nan")
+            if fitness[proposal.number] is None:
+                study.fail(proposal.number, reason="nan")
             else:
-                study.tell(proposal.trial, fitness=fitness[proposal.trial], attributes={})
-    assert [p.trial for p in generation] == [10, 11, 12]
+                study.tell(proposal.number, fitness=fitness[proposal.number], attributes={})
+    assert [p.number for p in generation] == [10, 11, 12]
     population = EvolutionSampler(settings, seed=0).population(study.members())
-    assert [member.trial for member in population] == expected
+    assert [member.number for member in population] == expected
     assert {p.parent for p in generation} <= set(expected)
 
 
 def test_a_study_belongs_to_its_recipe(tmp_path):
-    study = open_study(storage=tmp_path / "study.db")
+    study = open_study(storage=tmp_path / "study.jsonl")
     study.ask()
-    with pytest.raises(ValueError, match=r"study\.db.*'search' belongs to recipe abc, not to def"):
-        open_study(storage=tmp_path / "study.db", recipe_hash="def")
+    with pytest.raises(
+        ValueError, match=r"study\.jsonl.*'search' belongs to recipe abc, not to def"
+    ):
+        open_study(storage=tmp_path / "study.jsonl", recipe_hash="def")
     # Another study in the same file is its own.
-    assert open_study(storage=tmp_path / "study.db", name="other", recipe_hash="def").ask()
+    assert open_study(storage=tmp_path / "study.jsonl", name="other", recipe_hash="def").ask()
     # One that was killed before it noted the recipe is taken over; one with trials is not.
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    optuna.create_study(storage=url, study_name="bare", direction="maximize")
-    assert open_study(storage=url, name="bare").ask()
-    optuna.create_study(storage=url, study_name="foreign", direction="maximize").ask()
+    journal = JournalStorage(JournalFileBackend(str(tmp_path / "study.jsonl")))
+    optuna.create_study(storage=journal, study_name="bare", direction="maximize")
+    assert open_study(storage=tmp_path / "study.jsonl", name="bare").ask()
+    optuna.create_study(storage=journal, study_name="foreign", direction="maximize").ask()
     with pytest.raises(ValueError, match="'foreign' belongs to recipe None"):
-        open_study(storage=url, name="foreign")
+        open_study(storage=tmp_path / "study.jsonl", name="foreign")
 
 
 def test_tell_refuses():
@@ -284,80 +294,61 @@ def test_tell_refuses():
     assert [m.fitness for m in study.members()] == [0.5]
 
 
-def test_storage_errors_are_one_line_that_names_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_storage, "BUSY_SECONDS", 0.01)
-
+def test_storage_errors_are_one_line_that_names_the_file(tmp_path):
     def message(call, *args, **kwargs):
         with pytest.raises(OSError) as error:
             call(*args, **kwargs)
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "absent/study.db: the study can't be" in message(
-        open_study, storage=tmp_path / "absent" / "study.db"
+    assert "absent/study.jsonl: the study can't be" in message(
+        open_study, storage=tmp_path / "absent" / "study.jsonl"
     )
-    (tmp_path / "junk.db").write_bytes(b"no database" * 1000)
-    assert "file is not a database" in message(open_study, storage=tmp_path / "junk.db")
-
-    path = tmp_path / "study.db"
-    study = open_study(storage=path, patience=0.2)
+    junk = tmp_path / "junk.jsonl"
+    for content in (b"no journal" * 1000, b"no journal\n"):
+        junk.write_bytes(content)
+        assert "junk.jsonl is no study's journal" in message(open_study, storage=junk)
+        assert junk.read_bytes() == content, "another's file was touched"
+    study = open_study(storage=tmp_path / "study.jsonl")
     study.ask()
-    holder = sqlite3.connect(path)
-    holder.execute("BEGIN EXCLUSIVE")
-    told = message(study.tell, 0, fitness=0.5, attributes={})
-    assert told.startswith(str(path)) and "database is locked" in told
-    holder.close()
-    study.tell(0, fitness=0.5, attributes={})
+    with (tmp_path / "study.jsonl").open("a") as file:
+        file.write('{"half a line\n{"op_code": 4}\n')
+    assert "study.jsonl is damaged" in message(open_study, storage=tmp_path / "study.jsonl")
 
 
-def test_a_full_disk_is_not_waited_for(tmp_path):
-    study = open_study(storage=tmp_path / "study.db")
+def test_a_full_disk_is_not_waited_for(tmp_path, monkeypatch):
+    study = open_study(storage=tmp_path / "study.jsonl")
     study.ask()
-    limit = 10
+    fsync = os.fsync
 
-    def limited(connection, *args):
-        connection.execute(f"PRAGMA max_page_count={limit}")  # at least as many as there are
+    def full(descriptor):
+        os.truncate(descriptor, os.fstat(descriptor).st_size - 100)  # as far as there was room
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    event.listen(study._storage._storage.engine, "checkout", limited)
+    monkeypatch.setattr(os, "fsync", full)
     attributes = {"long": "x" * 100_000}
-    with pytest.raises(OSError, match="database or disk is full") as error:
+    with pytest.raises(OSError, match="No space left") as error:
         study.tell(1, fitness=0.5, attributes=attributes)
     assert error.value.errno == errno.ENOSPC  # which the command explains
     assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path))
-    limit = 100_000
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert open_study(storage=tmp_path / "study.jsonl").members() == []
     study.tell(1, fitness=0.5, attributes=attributes)
-    assert [m.trial for m in open_study(storage=tmp_path / "study.db").members()] == [1]
+    assert [m.number for m in open_study(storage=tmp_path / "study.jsonl").members()] == [1]
 
 
 def test_a_file_may_have_any_name_and_messages_hold_no_password(tmp_path):
     folder = tmp_path / "a b?c%20{d}#é@f"
     folder.mkdir()
-    study = open_study(storage=folder / "study.db")
-    assert (folder / "study.db").exists()
-    assert all(path.name.startswith("study.db") for path in folder.iterdir())
-    assert study._where == str(folder / "study.db")
+    for name in ("study.jsonl", "study.db"):
+        study = open_study(storage=folder / name)
+        assert (folder / name).exists()
+        assert study._where == str(folder / name)
+    assert all(path.name.startswith("study.") for path in folder.iterdir())
     with pytest.raises(ValueError) as error:
         open_study(storage="nosuchdialect://me:secret@host:1/db")
     assert str(error.value).startswith("nosuchdialect://host:1/db")
     assert "secret" not in str(error.value)
-
-
-def test_a_trial_costs_few_statements_and_late_as_many_as_early(tmp_path):
-    study = open_study(Search(population=20, rounds=40, generation=4), storage=tmp_path / "s.db")
-    statements = []
-    event.listen(
-        study._storage._storage.engine,
-        "before_cursor_execute",
-        lambda *args: statements.append(args[2]),
-    )
-    costs = []
-    while generation := study.ask():
-        for proposal in generation:
-            tell(study, proposal)
-        costs.append(len(statements) / len(generation))
-        statements.clear()
-    assert max(costs) < 70  # Study.ask alone takes 102 for 39 weights
-    assert set(costs[6:]) == {costs[6]}  # of 10 generations of children
 
 
 def landscape(seed):
@@ -376,7 +367,7 @@ def best_after(members, *, method, replace, seed):
     while generation := study.ask():
         for proposal in generation:
             fitness = truth(proposal.weights) + 0.03 * noise.normal()
-            study.tell(proposal.trial, fitness=fitness, attributes={})
+            study.tell(proposal.number, fitness=fitness, attributes={})
     return truth(study.best().weights)
 
 

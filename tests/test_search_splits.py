@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from engine.recipe import Search
-from engine.search import OURS, SearchStudy
+from engine.search import SearchStudy
 
-METHODS = ("evolution", "cmaes", "random", "grid", "tpe", "qmc", "nsgaii", "optuna_cmaes")
+METHODS = ("evolution", "cmaes", "random", "grid")
 SMALL = Search(population=6, rounds=25, tournament=3, generation=4, cmaes_population=5)
 
 
@@ -26,14 +26,14 @@ def open_study(settings, *, storage=None):
 
 def finish(study, member):
     """What becomes of a member depends on its number and weights alone."""
-    fate = hashlib.sha256(f"fate {member.trial}".encode()).digest()[0] / 256
+    fate = hashlib.sha256(f"fate {member.number}".encode()).digest()[0] / 256
     score = 0.3 + 0.1 * member.weights["rgb/predict"] - 0.05 * member.weights["flow/to_rgb"]
     if fate < 0.15:
-        study.fail(member.trial, reason="loss is nan")
+        study.fail(member.number, reason="loss is nan")
     elif fate < 0.3:
-        study.prune(member.trial, rungs=[(25, score)], attributes={})
+        study.prune(member.number, rungs=[(25, score)], attributes={})
     else:
-        study.tell(member.trial, fitness=score, attributes={"seconds": 1.5})
+        study.tell(member.number, fitness=score, attributes={"seconds": 1.5})
 
 
 def run(study):
@@ -51,9 +51,9 @@ def test_a_search_is_the_same_however_it_is_split_killed_and_resumed(method, tmp
     settings = settings_of(method)
     expected = run(open_study(settings))
     assert {m.state for m in expected} == {"complete", "failed", "pruned"}
-    for seed in range(2 if method in OURS else 1):
+    for seed in range(2):
         rng = np.random.default_rng(seed)
-        path, told = tmp_path / f"{seed}.db", Counter()
+        path, told = tmp_path / f"{seed}.jsonl", Counter()
         done = 0
         while done < settings.population + settings.rounds:
             study = open_study(settings, storage=path)
@@ -63,9 +63,9 @@ def test_a_search_is_the_same_however_it_is_split_killed_and_resumed(method, tmp
                 if rng.random() < 0.5:
                     limit = int(rng.integers(0, 7))
                     asked = study.ask(limit if rng.random() < 0.8 else None)
-                    assert not out.keys() & {p.trial for p in asked}, "handed out twice"
+                    assert not out.keys() & {p.number for p in asked}, "handed out twice"
                     assert out or asked or limit == 0 or study.finished, "nobody could go on"
-                    out |= {p.trial: p for p in asked}
+                    out |= {p.number: p for p in asked}
                 elif out:
                     number = int(rng.choice(list(out)))
                     member = out.pop(number)
@@ -80,26 +80,25 @@ def test_a_search_is_the_same_however_it_is_split_killed_and_resumed(method, tmp
         assert open_study(settings, storage=path).members() == expected
 
 
-@pytest.mark.parametrize("method", ["evolution", "tpe"])
-def test_without_waiting_nobody_waits_and_nothing_is_lost(method, tmp_path):
-    settings = settings_of(method, synchronous=False)
+def test_without_waiting_nobody_waits_and_nothing_is_lost(tmp_path):
+    settings = settings_of("evolution", synchronous=False)
     rng = np.random.default_rng(1)
-    path, told, proposed = tmp_path / "study.db", Counter(), {}
+    path, told, children = tmp_path / "study.jsonl", Counter(), set()
     study = open_study(settings, storage=path)
     while not study.finished:
         out = {}
         for _ in range(40):  # then it is killed
             free = 8 - len(out)
-            complete = {m.trial for m in study.members() if m.fitness is not None}
+            complete = {m.number for m in study.members() if m.fitness is not None}
             new = study.ask(free)
             left = study.total - len(study.members()) - len(out)
             assert len(new) == min(free, left), "a worker had to wait"
             for proposal in new:
-                same = proposed.setdefault(proposal.trial, proposal)
-                assert same == proposal
-                if same is proposal and proposal.parent is not None:
+                assert proposal.number not in told, "proposed though it was done"
+                if proposal.parent is not None:
                     assert proposal.parent in complete
-            out |= {p.trial: p for p in new}
+                    children.add(proposal.number)
+            out |= {p.number: p for p in new}
             if not out:
                 break
             number = int(rng.choice(list(out)))
@@ -107,15 +106,14 @@ def test_without_waiting_nobody_waits_and_nothing_is_lost(method, tmp_path):
             told[number] += 1
         study = open_study(settings, storage=path)
     assert set(told.values()) == {1} and len(told) == 31
-    if method == "evolution":
-        assert sum(p.parent is not None for p in proposed.values()) > 15
+    assert len(children) > 15
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rounds_may_be_raised_later(method, tmp_path):
     expected = run(open_study(settings_of(method)))
     for rounds in (3, 11, 25):
-        study = open_study(settings_of(method, rounds=rounds), storage=tmp_path / "study.db")
+        study = open_study(settings_of(method, rounds=rounds), storage=tmp_path / "study.jsonl")
         run(study)
         assert study.finished and study.ask() == [] and study.ask(5) == []
     assert study.members() == expected
@@ -124,13 +122,13 @@ def test_rounds_may_be_raised_later(method, tmp_path):
 def test_asks_hand_out_at_most_the_limit_and_never_wait_without_need():
     study = open_study(settings_of("evolution"))
     assert study.ask(0) == []
-    assert [p.trial for p in study.ask(3)] == [0, 1, 2]
-    assert [p.trial for p in study.ask(3)] == [3]  # the generation's last
+    assert [p.number for p in study.ask(3)] == [0, 1, 2]
+    assert [p.number for p in study.ask(3)] == [3]  # the generation's last
     assert study.ask() == [] and not study.finished
     study = open_study(settings_of("random"))
-    assert [p.trial for p in study.ask()] == [0, 1, 2, 3]
-    assert [p.trial for p in study.ask(7)] == list(range(4, 11))
-    assert [p.trial for p in study.ask(100)] == list(range(11, 31))
+    assert [p.number for p in study.ask()] == [0, 1, 2, 3]
+    assert [p.number for p in study.ask(7)] == list(range(4, 11))
+    assert [p.number for p in study.ask(100)] == list(range(11, 31))
     assert study.ask(1) == [] and not study.finished
 
 
@@ -141,7 +139,7 @@ def test_a_member_lost_with_its_worker_is_offered_again():
     with pytest.raises(ValueError, match="trial 0 is not out"):
         study.release(0)
     assert study.ask(1) == [first[0]]
-    assert [p.trial for p in study.ask()] == [2, 3]
+    assert [p.number for p in study.ask()] == [2, 3]
     study.release(2)
     finish(study, first[0])
     with pytest.raises(ValueError, match="trial 0 is not out"):

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from engine.checkpoint import load_member, save_member
-from engine.cohort import MemberJob, evaluate_cohort
+from engine.cohort import evaluate_cohort
 from engine.data.shards import ClipIndex
 from engine.extract import LabelledClips
 from engine.lossfile import random_weights
@@ -18,6 +18,7 @@ from engine.objective.loss import branches
 from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
 from engine.recipe import load_recipe, override
 from engine.runtime import choose_runtime, cpu_has_bf16, make_deterministic
+from engine.samplers import Proposal
 from engine.train import NonFiniteLoss, Trainer
 from engine.train_state import FlatState, Member
 
@@ -152,9 +153,9 @@ def test_a_cohort_is_judged_by_its_own_networks(tiny_shards: Path, traced: None)
     index = ClipIndex([tiny_shards / "labelled"])
     labelled = LabelledClips(index, trainer.recipe, runtime=trainer.runtime)
     both = evaluate_cohort(
-        trainer, labelled, jobs=[MemberJob(SMALL), MemberJob(SMALLER)], seeds=[0]
+        trainer, labelled, members=[Proposal(0, SMALL), Proposal(0, SMALLER)], seeds=[0]
     )
-    (one,) = evaluate_cohort(trainer, labelled, jobs=[MemberJob(SMALLER)], seeds=[0])
+    (one,) = evaluate_cohort(trainer, labelled, members=[Proposal(0, SMALLER)], seeds=[0])
     assert both[1].fitness == one.fitness and both[1].terms == one.terms
     assert both[0].rgb is not None and both[1].rgb is not None and one.rgb is not None
     assert all(torch.equal(both[1].rgb[name], one.rgb[name]) for name in one.rgb)

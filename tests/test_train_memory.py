@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import runtime, train_memory
-from engine.cohort import MemberJob, evaluate_cohort
+from engine.cohort import evaluate_cohort
 from engine.data.shards import ClipIndex
 from engine.data.views import Views
 from engine.extract import LabelledClips
@@ -17,13 +17,14 @@ from engine.lossfile import random_weights
 from engine.objective.terms import check_weights
 from engine.recipe import load_recipe
 from engine.runtime import choose_runtime, is_out_of_memory, make_deterministic
+from engine.samplers import Proposal
 from engine.train import DeviceFailed, NonFiniteLoss, Trainer
 from engine.train_memory import CohortMemory
 from engine.train_state import Member
 
 TINY = Path(__file__).with_name("tiny.toml")
 LOSSES = [check_weights({"rgb/reconstruct": 1.0, "rgb/predict": i / 10}) for i in range(5)]
-JOBS = [MemberJob(loss) for loss in LOSSES]
+JOBS = [Proposal(0, loss) for loss in LOSSES]
 
 
 @pytest.fixture
@@ -76,9 +77,9 @@ def test_a_cohort_out_of_memory_halves_itself(
     told: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    want = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[0])
+    want = evaluate_cohort(trainer, labelled, members=JOBS, seeds=[0])
     sizes, memory = limit_members(monkeypatch, 2, error), CohortMemory()
-    got = evaluate_cohort(trainer, labelled, jobs=JOBS, seeds=[0], memory=memory)
+    got = evaluate_cohort(trainer, labelled, members=JOBS, seeds=[0], memory=memory)
     steps = trainer.recipe.optim.steps
     assert sizes == [5, 3] + [2] * steps + [2] * steps + [1] * steps
     assert told == [
@@ -88,7 +89,7 @@ def test_a_cohort_out_of_memory_halves_itself(
     for one, other in zip(want, got, strict=True):
         assert one.fitness == other.fitness and one.terms == other.terms and one.fitness is not None
     sizes.clear()
-    evaluate_cohort(trainer, labelled, jobs=JOBS[:3], seeds=[0], memory=memory)
+    evaluate_cohort(trainer, labelled, members=JOBS[:3], seeds=[0], memory=memory)
     assert sizes == [2] * steps + [1] * steps, "what was found out is kept"
 
 
@@ -96,7 +97,7 @@ def test_a_member_too_large_for_memory_fails_alone_and_says_what_to_do(
     trainer: Trainer, labelled: LabelledClips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit_members(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory.\nmore"))
-    results = evaluate_cohort(trainer, labelled, jobs=JOBS[:2], seeds=[0])
+    results = evaluate_cohort(trainer, labelled, members=JOBS[:2], seeds=[0])
     for result in results:
         assert result.fitness is None
         assert result.reason == (
@@ -109,7 +110,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
 ) -> None:
     limit_members(monkeypatch, 0, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
-        evaluate_cohort(trainer, labelled, jobs=JOBS[:2], seeds=[0])
+        evaluate_cohort(trainer, labelled, members=JOBS[:2], seeds=[0])
 
 
 def test_an_allocation_that_really_fails_is_known_as_one() -> None:

@@ -53,7 +53,7 @@ class Killer(RayPool):
 
     def submit(self, job: Job, worker: str) -> None:
         super().submit(job, worker)
-        if not Killer.killed and len(job.work.trials) > 1:
+        if not Killer.killed and len(job.work.numbers) > 1:
             Killer.killed = self.pids()[worker]
 
     def wait(self) -> Sequence[Done | Lost]:

@@ -7,45 +7,23 @@ that can't be read is kept as a note, and nothing here draws or writes.
 from __future__ import annotations
 
 import json
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.objective.terms import BY_NAME, TERM_NAMES
+from engine.objective.terms import TERM_NAMES
+from engine.runfolder import study_file
+from engine.samplers import Trial, finite, finite_values
+from engine.search import read_trials
 
 Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One finished member of the search."""
-
-    number: int
-    fitness: float | None
-    """None for a member that failed or was pruned."""
-    weights: Mapping[str, float]
-    state: Literal["complete", "failed", "pruned"] = "complete"
-    reason: str = ""
-    """Why it failed."""
-    partial: float | None = None
-    """A pruned member's last fitness, measured before its training ended."""
-    parent: int | None = None
-    mutated: str | None = None
-    round: int | None = None
-    """0 for the initial population."""
-    seconds: float | None = None
-    clips_per_second: float | None = None
-    """Training clips a second while it was trained; its share where a cohort took turns."""
-    metrics: Mapping[str, float] | None = None
-    terms: Mapping[str, float] | None = None
-    """Last mean value of each loss term."""
+number = finite
 
 
 @dataclass(frozen=True)
@@ -165,21 +143,13 @@ class Run:
     def round_of(self, number: int) -> int:
         """The round of the search that a trial belongs to; 0 for the initial population."""
         trial = self.by_number.get(number)
-        known = trial.round if trial else None
-        return max(0, number - len(self.initial) + 1) if known is None else known
+        return max(0, number - len(self.initial) + 1) if trial is None else trial.round
 
 
 def fitness_of(trial: Trial) -> float:
     """A complete member's fitness."""
     assert trial.fitness is not None
     return trial.fitness
-
-
-def number(value: object) -> float | None:
-    """``value`` as a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def whole(value: object, default: int) -> int:
@@ -192,13 +162,8 @@ def _weights(given: object) -> dict[str, float]:
     return {name: number(known.get(name)) or 0.0 for name in TERM_NAMES}
 
 
-def _numbers(given: object) -> dict[str, float]:
-    items = given.items() if isinstance(given, Mapping) else ()
-    return {str(k): x for k, v in items if (x := number(v)) is not None}
-
-
 def read_run(folder: Path) -> Run:
-    """Read a run folder: recipe.toml, provenance.json, members/*.json, timing.json, events.jsonl, summary.json.
+    """Read a run folder: recipe.toml, provenance.json, the study, timing.json, events.jsonl, summary.json.
 
     Raises ValueError where the folder holds none of them.
     """
@@ -208,10 +173,10 @@ def read_run(folder: Path) -> Run:
     recipe = _read(folder / "recipe.toml", unread=unread)
     provenance = _read(folder / "provenance.json", unread=unread)
     summary = _read(folder / "summary.json", unread=unread)
-    trials = _members(folder, unread=unread)
+    trials = read_study(folder, unread=unread)
     if not (recipe or provenance or summary or trials or unread):
         raise ValueError(
-            f"{folder}: not a run folder (no recipe.toml, provenance.json or members); "
+            f"{folder}: not a run folder (no recipe.toml, provenance.json or study); "
             "give the folder that engine evolve wrote"
         )
     return Run(
@@ -219,24 +184,26 @@ def read_run(folder: Path) -> Run:
         recipe,
         provenance,
         summary,
-        trials=trials,
+        trials=tuple(trials),
         events=_events(folder / "events.jsonl", unread=unread),
-        seconds=_numbers(summary.get("seconds") or _read(folder / "timing.json", unread=unread)),
+        seconds=finite_values(
+            summary.get("seconds") or _read(folder / "timing.json", unread=unread)
+        ),
         unread=tuple(unread),
     )
 
 
-def _members(folder: Path, *, unread: list[str]) -> tuple[Trial, ...]:
-    """The members that ended, by number."""
-    trials: dict[int, Trial] = {}
-    for path in sorted((folder / "members").glob("[0-9]*.json")):
-        row = _read(path, unread=unread)
-        index = whole(row.get("trial"), -1)
-        if index >= 0:
-            trials[index] = _trial(index, row)
-        elif row:
-            unread.append(f"{path.name}: no trial number")
-    return tuple(trials[k] for k in sorted(trials))
+def read_study(folder: Path, *, unread: list[str]) -> list[Trial]:
+    """A run's finished members, wherever its study lies; none, and a note, where that can't be read."""
+    noted = _read(folder / "storage.json", unread=unread)
+    place: str | Path = str(noted["url"]) if "url" in noted else study_file(folder)
+    if isinstance(place, Path) and not place.exists():
+        return []
+    try:
+        return read_trials(place, name=str(noted.get("study", "evolve")))
+    except (OSError, ValueError) as error:
+        unread.append(f"study: {error}")
+        return []
 
 
 def _read(path: Path, *, unread: list[str]) -> dict[str, Any]:
@@ -286,28 +253,3 @@ def _events(path: Path, *, unread: list[str]) -> tuple[Event, ...]:
             )
         )
     return tuple(found)
-
-
-def _trial(index: int, row: Mapping[str, Any]) -> Trial:
-    given, fitness = row.get("state", "complete"), number(row.get("fitness"))
-    pruned = given == "pruned"
-    done = given == "complete" and fitness is not None
-    reason = "" if done or pruned else str(row.get("reason") or "no reason recorded")
-    mutated = row.get("mutated")
-    parent = whole(row.get("parent"), -1)
-    birth = whole(row.get("round"), -1)
-    return Trial(
-        number=index,
-        fitness=fitness if done else None,
-        weights=_weights(row.get("weights")),
-        state="pruned" if pruned else "complete" if done else "failed",
-        reason=reason,
-        partial=fitness if pruned else None,
-        parent=parent if parent >= 0 else None,
-        mutated=mutated if isinstance(mutated, str) and mutated in BY_NAME else None,
-        round=birth if birth >= 0 else None,
-        seconds=number(row.get("seconds")),
-        clips_per_second=number(row.get("clips_per_second")),
-        metrics=_numbers(row.get("metrics")),
-        terms=_numbers(row.get("terms")),
-    )

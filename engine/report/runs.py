@@ -15,7 +15,9 @@ from engine.report.run import Run, fitness_of, number, read_run, whole
 from engine.runlog import FAILED, how_ended
 
 State = Literal["running", "finished", "interrupted", "failed", "broken"]
-MARKS = ("recipe.toml", "provenance.json", "study.db", "summary.json", "members")
+STUDIES = ("study.jsonl", "study.db", "storage.json")
+"""Where a search keeps its members, or says where."""
+MARKS = ("recipe.toml", "provenance.json", "summary.json", *STUDIES)
 """A folder that holds one of these is a run's."""
 
 
@@ -81,7 +83,7 @@ def _read(path: Path, now: float) -> Row:
     state, note = _state(path, run)
     section = run.recipe.get("search")
     search: Mapping[str, Any] = section if isinstance(section, Mapping) else {}
-    is_search = bool(run.trials or run.summary) or (path / "study.db").exists()
+    is_search = bool(run.summary) or any((path / name).exists() for name in STUDIES)
     planned = whole(search.get("population"), 0) + whole(search.get("rounds"), 0)
     total = len(run.trials) if state == "finished" else planned
     confirmed = stat(run.summary.get("best"))
@@ -141,7 +143,7 @@ def _began(path: Path, run: Run) -> float:
 
 
 def _last_write(path: Path) -> float:
-    names = ("recipe.toml", "members", "timing.json", "summary.json", "log.txt", "checkpoints")
+    names = ("recipe.toml", *STUDIES, "timing.json", "summary.json", "log.txt", "checkpoints")
     times = [p.stat().st_mtime for name in names if (p := path / name).exists()]
     return max(times)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.cohort import MemberJob, evaluate_cohort
+from engine.cohort import evaluate_cohort
 from engine.data.clip_bank import ClipBank, bank_bytes
 from engine.data.ingest import ingest
 from engine.data.pipeline import ClipBatch, InputPipeline
@@ -21,6 +21,7 @@ from engine.objective.terms import check_weights
 from engine.presets import RecipeError
 from engine.recipe import Audio, Clip, load_recipe, override
 from engine.runtime import choose_runtime, make_deterministic
+from engine.samplers import Proposal
 from engine.train import Trainer
 from engine.train_memory import CohortMemory
 
@@ -209,8 +210,8 @@ def test_a_cohort_trains_on_the_bank(tiny_shards: Path, monkeypatch: pytest.Monk
     trainer = Trainer(recipe, ClipIndex([tiny_shards / "unlabelled"]), runtime)
     labelled = LabelledClips(ClipIndex([tiny_shards / "labelled"]), recipe, runtime=runtime)
     jobs = [
-        MemberJob(check_weights({"rgb/to_flow": 1.0, "rgb/align_audio": 0.3})),
-        MemberJob(check_weights({"rgb/reconstruct": 0.5})),
+        Proposal(0, check_weights({"rgb/to_flow": 1.0, "rgb/align_audio": 0.3})),
+        Proposal(0, check_weights({"rgb/reconstruct": 0.5})),
     ]
     seen: set[int] = set()
     original = Trainer.batches
@@ -222,11 +223,11 @@ def test_a_cohort_trains_on_the_bank(tiny_shards: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Trainer, "batches", batches)
     memory = CohortMemory()
-    first = evaluate_cohort(trainer, labelled, jobs=jobs, seeds=[0], memory=memory)
+    first = evaluate_cohort(trainer, labelled, members=jobs, seeds=[0], memory=memory)
     made = memory.bank
     assert made is not None and seen == set(made.clips.tolist()) and len(seen) == 5
-    again = evaluate_cohort(trainer, labelled, jobs=jobs[1:], seeds=[0], memory=memory)
+    again = evaluate_cohort(trainer, labelled, members=jobs[1:], seeds=[0], memory=memory)
     assert memory.bank is made
     assert again[0].fitness == first[1].fitness and again[0].terms == first[1].terms
-    evaluate_cohort(trainer, labelled, jobs=jobs[1:], seeds=[0], memory=memory, full=True)
+    evaluate_cohort(trainer, labelled, members=jobs[1:], seeds=[0], memory=memory, full=True)
     assert len(seen) > 5 and memory.bank is made

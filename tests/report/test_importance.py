@@ -9,7 +9,8 @@ import pytest
 
 from engine.objective.terms import TERM_NAMES
 from engine.report.importance import FEWEST, importance
-from engine.report.run import Run, Trial
+from engine.report.run import Run
+from engine.samplers import Trial
 
 
 def made(members: int, *, slope: dict[str, float], noise: float) -> Run:

@@ -18,7 +18,8 @@ from engine.report import measures, write_report
 from engine.report import run as facts
 from engine.report.figures.theme import PALETTE, RAMP
 from engine.report.words import duration
-from tests.made_run import Page, make_run
+from engine.samplers import Trial
+from tests.made_run import Page, make_run, store
 
 FIGURES = (
     "fitness",
@@ -177,13 +178,13 @@ def test_text_of_users_is_escaped(tmp_path: Path) -> None:
     provenance = run["provenance"] | {"videos": [nasty], "versions": {nasty: nasty}, nasty: 1}
     (tmp_path / "provenance.json").write_text(json.dumps(provenance))
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps({"name": nasty, nasty: {nasty: nasty}}))
-    (tmp_path / "members" / "00099.json").write_text('{"trial": ')
+    (tmp_path / "events.jsonl").write_text('{"kind": \n')
     text, page = read(tmp_path)
     assert "<script>alert" not in text
     assert sum(tag == "script" for tag, _ in page.tags) <= 2  # our own
     assert nasty in page.rows["failures"][1][0]
     assert nasty in page.text["facts"] and nasty in page.text["recipe"]
-    assert "00099.json" in page.text["unread"]
+    assert "events.jsonl" in page.text["unread"]
 
 
 def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
@@ -240,23 +241,25 @@ def test_nothing_but_failures(tmp_path: Path) -> None:
     assert page.rows["failures"][1][0].strip() == "boom"
 
 
-@pytest.mark.parametrize("missing", ["provenance.json", "recipe.toml", "summary.json", "members"])
+@pytest.mark.parametrize(
+    "missing", ["provenance.json", "recipe.toml", "summary.json", "study.jsonl"]
+)
 def test_each_part_may_be_missing(tmp_path: Path, missing: str) -> None:
     make_run(tmp_path, members=5)
-    if missing == "members":
-        for path in (tmp_path / "members").iterdir():
-            path.unlink()
-    else:
-        (tmp_path / missing).unlink()
+    (tmp_path / missing).unlink()
     text, _ = read(tmp_path)
     assert re.search("left out|Left out|has not ended", text)
 
 
 def test_members_with_odd_values(tmp_path: Path) -> None:
     make_run(tmp_path, members=5, summary=False)
-    odd = {"trial": 5, "state": "complete", "fitness": float("nan"), "weights": {"rgb/x": "?"}}
-    (tmp_path / "members" / "00005.json").write_text(json.dumps(odd))
-    (tmp_path / "members" / "00006.json").write_text('{"trial": 6, "fitness": 0.9}')
+    weights = dict.fromkeys(TERM_NAMES, 0.5)
+    odd = {"seconds": float("nan"), "metrics": "?", "terms": {"rgb/x": None}, "reason": 3}
+    store(
+        tmp_path,
+        Trial(5, weights, parent=99, mutated="rgb/x", state="failed", attributes=odd),
+        Trial(6, weights, state="complete", fitness=0.9),
+    )
     run = facts.read_run(tmp_path)
     assert [t.number for t in run.failed] == [5]
     assert run.best is not None and run.best.number == 6

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from engine.recipe import load_recipe
 from engine.report.runs import list_runs
 from engine.runfolder import RunError, RunFolder
 from engine.runlog import RunLog
-from tests.made_run import make_run
+from engine.search import read_trials
+from tests.made_run import make_run, store
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 
@@ -66,8 +68,8 @@ def test_states(folder: Path) -> None:
     assert found["failed"]["note"] == "all 2 members failed; the first: boom"
     assert "recipe.toml" in str(found["torn"]["note"])
     going = found["going"]
-    members = [json.loads(p.read_text()) for p in (folder / "going" / "members").iterdir()]
-    assert going["best"] == max(m["fitness"] for m in members if m["fitness"] is not None)
+    members = read_trials(folder / "going" / "study.jsonl", name="evolve")
+    assert going["best"] == max(m.fitness for m in members if m.fitness is not None)
     assert (going["done"], going["total"], going["failed"]) == (7, 7, 1)
     summary = json.loads((folder / "finished" / "summary.json").read_text())
     assert found["finished"]["confirmed"] == pytest.approx(summary["best"]["mean"])
@@ -76,9 +78,8 @@ def test_states(folder: Path) -> None:
 
 def test_a_search_that_went_on_after_its_summary(folder: Path) -> None:
     """Its rounds were raised, and it was killed."""
-    member = json.loads((folder / "finished" / "members" / "00008.json").read_text())
-    text = json.dumps(member | {"trial": 9})
-    (folder / "finished" / "members" / "00009.json").write_text(text)
+    last = read_trials(folder / "finished" / "study.jsonl", name="evolve")[-1]
+    store(folder / "finished", replace(last, number=9))
     assert rows(folder)["finished"]["state"] == "interrupted"
 
 
