@@ -214,11 +214,7 @@ def _evaluation_recipe(
         return override(load_recipe(recipe_name), list(assignments))
     own = f"{dataset}_finetune"
     recipe = load_recipe(own) if own in preset_names() else Recipe()
-    as_trained = [
-        f"clip.num_frames={shape.num_frames}",
-        f"clip.frame_stride={shape.frame_stride}",
-        f"clip.size={shape.size}",
-    ]
+    as_trained = [f"clip.{name}={getattr(shape, name)}" for name in shape.__struct_fields__]
     return override(recipe, [*as_trained, *assignments])
 
 
