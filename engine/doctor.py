@@ -52,10 +52,6 @@ def diagnose() -> Sequence[Row]:
     ]
 
 
-def _cpu_format() -> str:
-    return "float32; bf16 where asked for" if cpu_has_bf16() else "float32 (bf16 needs AMX)"
-
-
 def _version(*packages: str) -> str:
     for package in packages:
         try:

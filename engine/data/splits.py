@@ -21,8 +21,6 @@ MISSING = "missing: "
 HMDB51_PARTS = {"0": "", "1": "train", "2": "test"}
 KINETICS_PARTS = {"train": "train", "test": "test", "val": "validation", "validate": "validation"}
 KINETICS_PARTS |= {"validation": "validation", "": ""}
-TRIMMED = re.compile(r"(?P<id>.+)_(?P<start>\d{6})_(?P<end>\d{6})")
-"""A Kinetics file's name where it holds the stretch alone."""
 
 
 @dataclass
