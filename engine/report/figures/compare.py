@@ -67,12 +67,18 @@ def curves(groups: Sequence[Racers], width: float) -> Figure:
     plot = 300 if wide else 230
     figure = sheet(width, 20 + plot + 52 + KEY * len(groups))
     axes = place(figure, 44, 16, width - 56, plot, xlabel="members trained")
+    known = np.concatenate([c for g in groups for c in g.curves])
+    low, high = float(np.nanmin(known)), float(np.nanmax(known))
+    pad = max(0.06 * (high - low), 0.005)
+    longest = max(len(c) for g in groups for c in g.curves)
+    axes.set(xlim=(0.5, longest + 1), ylim=(low - pad, high + pad))
     for i, group in enumerate(groups):
         mean, sd = group.band
         ink = COLOR[color(i)]
         if np.nanmax(sd, initial=0) > 0:
             at = np.arange(len(mean) + 1) + 1
-            below, above = (np.append(edge, edge[-1]) for edge in (mean - sd, mean + sd))
+            edges = (np.clip(edge, *axes.get_ylim()) for edge in (mean - sd, mean + sd))
+            below, above = (np.append(edge, edge[-1]) for edge in edges)
             axes.fill_between(at, below, above, step="post", color=ink, alpha=0.16)
         for curve in group.curves:
             _climb(axes, curve, color=ink, lw=1, alpha=0.35)
@@ -85,11 +91,6 @@ def curves(groups: Sequence[Racers], width: float) -> Figure:
         said = f"{last[0]:.3f}" if len(last) else "none"
         note(figure, 32, y, said, color(i), weight="bold", size=12)
         note(figure, 76, y, _short(group.label, wide=wide), size=12 if wide else 11)
-    known = np.concatenate([c for g in groups for c in g.curves])
-    low, high = float(np.nanmin(known)), float(np.nanmax(known))
-    pad = max(0.06 * (high - low), 0.005)
-    longest = max(len(c) for g in groups for c in g.curves)
-    axes.set(xlim=(0.5, longest + 1), ylim=(low - pad, high + pad))
     axes.xaxis.set_major_locator(rounded(10 if wide else 5, whole=True))
     axes.yaxis.set_major_locator(rounded(6))
     return figure

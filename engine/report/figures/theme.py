@@ -64,7 +64,7 @@ WIDE, NARROW = 820, 350
 """Widths in CSS pixels of a figure on a desktop and on a phone."""
 COLOR = {name: light for name, (light, _) in PALETTE.items()}
 """What figures are drawn in."""
-NAME_OF = {light: name for name, light in COLOR.items()}
+VARIABLE = {light: f"var(--{name})" for name, light in COLOR.items()}
 MARGIN = 16
 """White space around a PNG file's figure, in pixels."""
 
@@ -228,7 +228,10 @@ def ends(
 
 @themed
 def svg(figure: Figure, *, label: str) -> str:
-    """The figure as SVG text on white, with ``label`` as its text alternative; equal figures give equal text."""
+    """The figure as SVG text on white, with ``label`` as its text alternative; equal figures give equal text.
+
+    Nothing is cut off at a plot's edge, so that the page needs no ``url()``.
+    """
     out = io.StringIO()
     width, height = round(figure.bbox.width), round(figure.bbox.height)
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -238,6 +241,7 @@ def svg(figure: Figure, *, label: str) -> str:
     text = re.sub(r'<g id="tag:([^"|]*)\|([^"]*)">', _tagged, text)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)
     text = re.sub(r' (d|x|y)="([^"]*)"', _short, text)
+    text = re.sub(r' clip-path="[^"]*"|<defs>\s*<clipPath.*?</defs>', "", text, flags=re.DOTALL)
     text = re.sub(r' transform="rotate\(-0 [^"]*"|font-family: [^;]*; |(?<=\n) +', "", text)
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -263,7 +267,7 @@ def inlined(text: str, *, name: str) -> str:
     """An SVG text as it stands inside a page, with a class: the page decides on colours, size and font."""
     head, _, body = text.partition(">")
     place = head[head.index(" viewBox") :]
-    body = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda found: f"var(--{NAME_OF[found[0]]})", body)
+    body = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda hex_: VARIABLE.get(hex_[0], hex_[0]), body)
     return f'<svg class="{name}"{place}>{body}'
 
 
