@@ -43,6 +43,11 @@ class Proposal:
     keep: Path | None = field(default=None, compare=False)
     """Where its end state is left for its children; None: nowhere."""
 
+    @property
+    def trial(self) -> int:
+        """The same as ``number``: the name that scripts know."""
+        return self.number
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial(Proposal):
