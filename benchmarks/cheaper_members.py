@@ -27,17 +27,17 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau, spearmanr
 
-from engine.cohort import MemberResult, evaluate_cohort
+from engine.core.provenance import provenance
+from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
+from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.library import default_shard_cache, demo_folders, fingerprint, open_library
-from engine.extract import LabelledClips
-from engine.lossfile import random_weights
+from engine.features.extract import LabelledClips
+from engine.objective.lossfile import random_weights
 from engine.objective.terms import TERM_NAMES, LossWeights
-from engine.provenance import provenance
-from engine.recipe import Recipe, load_recipe, override, recipe_hash
-from engine.runtime import choose_runtime, make_deterministic
-from engine.samplers import Proposal
-from engine.train import Trainer
-from engine.train_memory import CohortMemory
+from engine.search.cohort import MemberResult, evaluate_cohort
+from engine.search.samplers import Proposal
+from engine.train.memory import CohortMemory
+from engine.train.trainer import Trainer
 
 FULL, AGAIN = "full", "full, other seed"
 RESAMPLES = 2000

@@ -23,12 +23,12 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from engine import baselines, linear
-from engine.datasets import Dataset, Fold
-from engine.network_file import Card
-from engine.protocols import Judge, Videos
-from engine.recipe import Evaluation
-from engine.runtime import choose_runtime, one_thread, provenance
+from engine.core.recipe import Evaluation
+from engine.core.runtime import choose_runtime, one_thread, provenance
+from engine.evaluate import baselines, linear
+from engine.evaluate.datasets import Dataset, Fold
+from engine.evaluate.protocols import Judge, Videos
+from engine.model.network_file import Card
 
 SIZES = {
     "120 x 64, 6 classes, 20 groups": (120, 64, 6, 20, 20),

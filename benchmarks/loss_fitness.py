@@ -13,16 +13,16 @@ from statistics import fmean, stdev
 import click
 import torch
 
-from engine.cohort import evaluate_cohort, untrained_fitness
+from engine.core.provenance import provenance
+from engine.core.recipe import load_recipe, override, recipe_hash
+from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.library import default_shard_cache, open_library
-from engine.evolve_record import FRESH_SEEDS
-from engine.extract import LabelledClips
-from engine.lossfile import load_loss
-from engine.provenance import provenance
-from engine.recipe import load_recipe, override, recipe_hash
-from engine.runtime import choose_runtime, make_deterministic
-from engine.samplers import Proposal
-from engine.train import Trainer
+from engine.features.extract import LabelledClips
+from engine.objective.lossfile import load_loss
+from engine.search.cohort import evaluate_cohort, untrained_fitness
+from engine.search.records import FRESH_SEEDS
+from engine.search.samplers import Proposal
+from engine.train.trainer import Trainer
 
 
 @click.command()

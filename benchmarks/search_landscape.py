@@ -26,14 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from engine.display import table
+from engine.core.display import table
+from engine.core.provenance import provenance
+from engine.core.recipe import Search
+from engine.core.runtime import choose_runtime
 from engine.objective.terms import TERM_NAMES, LossWeights
-from engine.provenance import provenance
-from engine.recipe import Search
 from engine.report.figures.compare import color
 from engine.report.figures.theme import COLOR, WIDE, ends, note, place, rounded, sheet, svg, themed
-from engine.runtime import choose_runtime
-from engine.search import SearchStudy
+from engine.search.study import SearchStudy
 
 BASE, GAIN, IMPORTANT, NOISE = 0.25, 0.20, 10, 0.03
 MARKS = (50, 100, 250, 2000)

@@ -17,9 +17,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from engine.core.recipe import Search
 from engine.objective.terms import TERM_NAMES
-from engine.recipe import Search
-from engine.search import SearchStudy, read_trials
+from engine.search.study import SearchStudy, read_trials
 
 MARKS = (50, 250, 500, 1000, 2000, 4000, 8000)
 """Members after which a row is printed."""

@@ -11,8 +11,8 @@ from typing import Any
 import tomli_w
 
 from engine.objective.terms import BY_NAME, TERM_NAMES
-from engine.samplers import Trial
-from engine.study_storage import StudyStorage
+from engine.search.samplers import Trial
+from engine.search.storage import StudyStorage
 
 GOOD = {"align_audio": 0.12, "predict": 0.1, "cross": 0.1, "distill": 0.05, "shuffle": -0.1}
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 
-from engine.cli import main
-from engine.lossfile import load_loss
-from engine.recipe import load_recipe
-from engine.samplers import Trial
-from engine.search import read_trials
-from engine.tensors import load_tensors
+from engine.cli.main import main
+from engine.core.recipe import load_recipe
+from engine.core.tensors import load_tensors
+from engine.objective.lossfile import load_loss
+from engine.search.samplers import Trial
+from engine.search.study import read_trials
 
 TINY = Path(__file__).with_name("tiny.toml")
 RECIPE = load_recipe(TINY)

@@ -195,7 +195,7 @@ def _drive(arguments: list[str], log: Path) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        from engine.cli import main
+        from engine.cli.main import main
 
         main(arguments, standalone_mode=False)
         code = 0
@@ -300,8 +300,8 @@ def _log(run: Path) -> str:
 
 def make_data(folder: Path) -> None:
     """Shards of a few of the demo's scenes, in ``labelled`` and ``unlabelled``."""
-    from engine.data.demo import make_demo
-    from engine.data.ingest import ingest
+    from engine.data.demo.demo import make_demo
+    from engine.data.ingest.run import ingest
 
     make_demo(folder / "scenes", clips_per_class=2, unlabelled_clips=8)
     for name in ("labelled", "unlabelled"):
@@ -315,11 +315,11 @@ def import_everything() -> None:
     """
     import torch
 
-    import engine.cli
-    import engine.evolve
+    import engine.cli.main
     import engine.report
-    from engine.recipe import Search as Settings
-    from engine.search import SearchStudy
+    import engine.search.evolve
+    from engine.core.recipe import Search as Settings
+    from engine.search.study import SearchStudy
 
     with (
         tempfile.TemporaryDirectory() as folder

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.bench.rows import teraflops
 from engine.bench.step import Variant
+from engine.core.runtime import make_deterministic
 from engine.data.views import Views
-from engine.lossfile import random_weights
 from engine.model.resnet3d import ResNet3D
-from engine.runtime import make_deterministic
-from engine.train import Trainer
+from engine.objective.lossfile import random_weights
+from engine.train.trainer import Trainer
 from gpu_checks.inputs import milliseconds
 from gpu_checks.job import Job
 from gpu_checks.record import Recorder

@@ -19,11 +19,11 @@ from engine.bench.cohort import (
     seconds_a_step,
     trainer_for,
 )
-from engine.lossfile import random_weights
+from engine.core.recipe import override
+from engine.core.runtime import make_deterministic
+from engine.objective.lossfile import random_weights
 from engine.objective.terms import LossWeights
-from engine.recipe import override
-from engine.runtime import make_deterministic
-from engine.train import Member, MemberFailed, Trainer
+from engine.train.trainer import Member, MemberFailed, Trainer
 from gpu_checks.job import Job
 from gpu_checks.record import ROOT, Absent, Recorder
 
@@ -116,7 +116,7 @@ def _trained(trainer: Trainer, losses: Sequence[LossWeights]) -> list[Member]:
     return members
 
 
-BOOT = "from gpu_checks.job import use_host; use_host(); from engine.cli import main; main()"
+BOOT = "from gpu_checks.job import use_host; use_host(); from engine.cli.main import main; main()"
 
 
 def evolve(job: Job, rec: Recorder) -> None:

@@ -30,12 +30,12 @@ import torch
 from engine.bench.base import Bench, told
 from engine.bench.rows import Limit, Row, per_second, quantiles
 from engine.bench.timing import timed
-from engine.data.shards import ClipIndex
-from engine.lossfile import random_weights
+from engine.core.recipe import Recipe, override
+from engine.core.runtime import Runtime, make_deterministic
+from engine.data.shards.index import ClipIndex
+from engine.objective.lossfile import random_weights
 from engine.objective.terms import LossWeights
-from engine.recipe import Recipe, override
-from engine.runtime import Runtime, make_deterministic
-from engine.train import MemberFailed, Trainer
+from engine.train.trainer import MemberFailed, Trainer
 
 UNIT = "members/h"
 WARM_STEPS, SPARE_STEPS = 3, 3

@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_leaves
 from engine.bench.base import Bench, told
 from engine.bench.rows import Row, per_second, quantiles
 from engine.bench.timing import Step
+from engine.core.recipe import override
+from engine.core.runtime import choose_runtime, num_cores
 from engine.data.views import Views
-from engine.lossfile import load_loss
-from engine.recipe import override
-from engine.runtime import choose_runtime, num_cores
-from engine.train import Trainer
-from engine.train_compiled import compile_mode
-from engine.train_flops import step_flops
-from engine.train_state import Member
+from engine.objective.lossfile import load_loss
+from engine.train.compiled import compile_mode
+from engine.train.flops import step_flops
+from engine.train.member import Member
+from engine.train.trainer import Trainer
 
 
 @dataclass(frozen=True)

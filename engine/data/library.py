@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.data.demo import default_cache, make_demo
-from engine.data.ingest import Progress, ingest
-from engine.data.shards import ClipIndex, data_digest, is_shards
-from engine.data.sources import Reject
+from engine.data.demo.demo import default_cache, make_demo
+from engine.data.ingest.run import Progress, ingest
+from engine.data.ingest.sources import Reject
+from engine.data.shards.index import ClipIndex, data_digest, is_shards
 
 Report = Callable[[str, int, int], None]
 """Called while something is prepared: what, done, total; once with a total of 0 for what is waited for."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.recipe import Audio, Clip
+from engine.core.recipe import Audio, Clip
 
 ORDER_STREAM, CUT_STREAM = 0x0DE5, 0x0C07
 """Keep the draws of a clip's place in an epoch and of its cut apart."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.files import write_text_atomic
+from engine.core.files import write_text_atomic
 from engine.report.figures.compare import color, curves, final
 from engine.report.measures import Stat, stat
 from engine.report.page import Kind, draw, render

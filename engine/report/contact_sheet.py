@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.core.recipe import Audio, Clip
 from engine.data.audio import LogMel
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_views
-from engine.data.shards import ClipIndex
-from engine.recipe import Audio, Clip
+from engine.data.shards.index import ClipIndex
 from engine.report.figures.clips import clips
 
 CLIP = Clip(num_frames=6, frame_stride=5, size=112)

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import jinja2
 from markupsafe import Markup
 
-from engine.files import write_text_atomic
+from engine.core.files import write_text_atomic
 from engine.objective.terms import BY_NAME, TERM_NAMES
 from engine.report import measures, words
 from engine.report.figures import losses, search

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table as RichTable
 
-from engine.display import table as rich_table
-from engine.files import write_text_atomic
+from engine.core.display import table as rich_table
+from engine.core.files import write_text_atomic
+from engine.evaluate.paper.cells import Cell, Store
+from engine.evaluate.paper.rows import TITLES, Column, Row
 from engine.report.figures.compare import color, rows_axis, spread_row
 from engine.report.figures.theme import (
     COLOR,
@@ -32,11 +34,9 @@ from engine.report.figures.theme import (
     themed,
     write_png,
 )
-from engine.reproduce.cells import Cell, Store
-from engine.reproduce.rows import TITLES, Column, Row
 
 if TYPE_CHECKING:
-    from engine.reproduce.run import Reproduction
+    from engine.evaluate.paper.run import Reproduction
 
 EACH, HEAD, FOOT = 22, 38, 64
 """Of a figure, in pixels: heights of a row, of the panels' names, and of what is under the panels."""

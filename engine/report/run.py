@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.core.runfolder import study_file
 from engine.objective.terms import TERM_NAMES
-from engine.runfolder import study_file
-from engine.samplers import Trial, finite, finite_values
-from engine.search import read_trials
+from engine.search.samplers import Trial, finite, finite_values
+from engine.search.study import read_trials
 
 Array = npt.NDArray[np.float64]
 number = finite

@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.core.runlog import FAILED, how_ended
 from engine.report.measures import stat
 from engine.report.run import Run, fitness_of, number, read_run, whole
-from engine.runlog import FAILED, how_ended
 
 State = Literal["running", "finished", "interrupted", "failed", "broken"]
 STUDIES = ("study.jsonl", "study.db", "storage.json")

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from engine.cohort import evaluate_cohort
+from engine.core.presets import RecipeError
+from engine.core.recipe import Audio, Clip, load_recipe, override
+from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.clip_bank import ClipBank, bank_bytes
-from engine.data.ingest import ingest
+from engine.data.ingest.run import ingest
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_batch
-from engine.data.shards import ClipIndex
-from engine.extract import LabelledClips
+from engine.data.shards.index import ClipIndex
+from engine.features.extract import LabelledClips
 from engine.objective.terms import check_weights
-from engine.presets import RecipeError
-from engine.recipe import Audio, Clip, load_recipe, override
-from engine.runtime import choose_runtime, make_deterministic
-from engine.samplers import Proposal
-from engine.train import Trainer
-from engine.train_memory import CohortMemory
+from engine.search.cohort import evaluate_cohort
+from engine.search.samplers import Proposal
+from engine.train.memory import CohortMemory
+from engine.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 AUDIO = Audio()

@@ -10,7 +10,7 @@ import pytest
 from engine.objective.terms import TERM_NAMES
 from engine.report.importance import FEWEST, importance
 from engine.report.run import Run
-from engine.samplers import Trial
+from engine.search.samplers import Trial
 
 
 def made(members: int, *, slope: dict[str, float], noise: float) -> Run:

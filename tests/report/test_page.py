@@ -18,7 +18,7 @@ from engine.report import measures, write_report
 from engine.report import run as facts
 from engine.report.figures.theme import PALETTE, RAMP
 from engine.report.words import duration
-from engine.samplers import Trial
+from engine.search.samplers import Trial
 from tests.made_run import Page, make_run, store
 
 FIGURES = (

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from engine.evaluate.paper.cells import Cell, Store
+from engine.evaluate.paper.rows import Given, columns_of, rows_of
+from engine.evaluate.paper.scale import load_scale
 from engine.report.figures.theme import svg, write_png
 from engine.report.paper import Table, as_csv, as_json, as_markdown, as_text, build, figure
-from engine.reproduce.cells import Cell, Store
-from engine.reproduce.rows import Given, columns_of, rows_of
-from engine.reproduce.scale import load_scale
 
 SEEDS = (0, 1, 2)
 

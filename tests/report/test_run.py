@@ -7,8 +7,8 @@ from pathlib import Path
 
 from engine.objective.terms import TERM_NAMES
 from engine.report.run import read_run
-from engine.samplers import Trial
-from engine.study_storage import StudyStorage
+from engine.search.samplers import Trial
+from engine.search.storage import StudyStorage
 from tests.made_run import store
 
 MEMBER = Trial(3, dict.fromkeys(TERM_NAMES, 0.5), state="complete", fitness=0.5)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from engine.cli import main
-from engine.recipe import load_recipe
+from engine.cli.main import main
+from engine.core.recipe import load_recipe
+from engine.core.runfolder import RunError, RunFolder
+from engine.core.runlog import RunLog
 from engine.report.runs import list_runs
-from engine.runfolder import RunError, RunFolder
-from engine.runlog import RunLog
-from engine.search import read_trials
+from engine.search.study import read_trials
 from tests.made_run import make_run, store
 
 TINY = Path(__file__).parents[1] / "tiny.toml"

@@ -37,7 +37,7 @@ from engine.report.importance import Importance
 from engine.report.measures import fittest_means, lineage
 from engine.report.run import Array, Run, fitness_of
 from engine.report.words import DISTILLED, MODALITY_LABELS, TASK_LABELS
-from engine.samplers import Trial
+from engine.search.samplers import Trial
 
 TASK_SHORT = ("Shuffle", "Backw.", "Align", "Predict", "Recon.", "Color", "Cross", "Embed")
 LETTERS = {t.task: t.letter for t in TERMS}
