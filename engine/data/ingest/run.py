@@ -121,10 +121,10 @@ def ingest(
     rejected. ``workers`` counts processes (None: one a core; 1: this one); ``address`` names a Ray cluster to run on
     instead, ``pool`` one of ``worker_pool`` that the caller keeps.
 
-    What an earlier run with the same settings finished in ``out``, even one that was killed, is kept; until all is
-    finished, the data set that ``out`` held stays. Where another process is at work on it, it is waited for, unless the
-    shards are complete. Raises IngestError where no source gives a clip, ValueError for bad settings and an ``out`` that
-    holds other files, StorageError where writing fails, and OSError where the videos' folder goes away.
+    What an earlier run with the same settings finished in ``out``, even a killed one, is kept. Until all is finished,
+    the data set that ``out`` held stays. Another process at work on it is waited for, unless the shards are complete.
+    Raises IngestError where no source gives a clip, ValueError for bad settings and an ``out`` that holds other files,
+    StorageError where writing fails, OSError where the videos' folder goes away: what was finished is kept then, too.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
