@@ -186,7 +186,9 @@ def read_run(folder: Path) -> Run:
         summary,
         trials=tuple(trials),
         events=_events(folder / "events.jsonl", unread=unread),
-        seconds=finite_values(summary.get("seconds") or _read(folder / "timing.json", unread=unread)),
+        seconds=finite_values(
+            summary.get("seconds") or _read(folder / "timing.json", unread=unread)
+        ),
         unread=tuple(unread),
     )
 
