@@ -4,65 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engine.core.files import write_text_atomic
 from engine.report.figures.compare import color, curves, final
-from engine.report.measures import Stat, stat
+from engine.report.measures import Group, stat
 from engine.report.page import Kind, draw, render
-from engine.report.run import Array, Run, fitness_of, read_run
+from engine.report.run import Run, fitness_of, read_run
 from engine.report.words import duration, fitness_metric, plural, pm, spoken
 
 SIDES = ("best", "random", "untrained")
 """Keys of the summary whose fitness fresh seeds confirmed."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs of one recipe with different seeds."""
-
-    label: str
-    runs: tuple[Run, ...]
-
-    @cached_property
-    def curves(self) -> tuple[Array, ...]:
-        """Best fitness so far after each member, a run each; before the first with a fitness it is nan."""
-        return tuple(best_so_far(run) for run in self.runs)
-
-    @cached_property
-    def band(self) -> tuple[Array, Array]:
-        """Mean and sd over all runs, after each member that all of them have; sd 0 where there is one run.
-
-        Where the first members of a run have no fitness, nan.
-        """
-        members = min(len(curve) for curve in self.curves)
-        table = np.array([curve[:members] for curve in self.curves])
-        several = len(table) > 1
-        return table.mean(axis=0), table.std(axis=0, ddof=1) if several else np.zeros(members)
-
-    def side(self, key: str) -> Stat | None:
-        """Fitness with fresh seeds over the runs: mean and sd of the runs' means, n runs.
-
-        Of a single run, mean and sd over its fresh seeds.
-        """
-        known = [s for run in self.runs if (s := stat(run.summary.get(key))) is not None]
-        if len(known) < 2:
-            return known[0] if known else None
-        means = tuple(s.mean for s in known)
-        return Stat(float(np.mean(means)), float(np.std(means, ddof=1)), len(means), means)
-
-
-def best_so_far(run: Run) -> Array:
-    """Best fitness so far after each member, in the order of trials."""
-    values = [t.fitness if t.fitness is not None else -np.inf for t in run.trials]
-    best = np.maximum.accumulate(np.array(values, dtype=np.float64)) if values else np.empty(0)
-    found: Array = np.where(np.isfinite(best), best, np.nan)
-    return found
 
 
 def _key(run: Run) -> str:

@@ -45,7 +45,7 @@ def squares(browser: Browser, name: str) -> dict[str, list[str]]:
     script = f"""Object.fromEntries([...document.querySelectorAll(
         "#figure-loss svg.{name} [data-k^='b:']")].map((box) => {{
             const term = box.dataset.k.slice(2), svg = box.closest("svg");
-            const value = svg.querySelector('[data-k="v:' + term + '"]');
+            const value = svg.querySelector('[data-k="v:' + term + '"] text');
             return [term, [getComputedStyle(box.querySelector('path')).fill, value.textContent]]; }}))"""
     found: dict[str, list[str]] = browser.value(script)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ from engine.report.figures.theme import (
     tag,
     themed,
 )
-from engine.report.measures import Stat
+from engine.report.measures import Group
 from engine.report.run import Array
 from engine.report.words import pm
 
@@ -28,25 +28,6 @@ COLORS = ("task3", "task6", "task2", "task4", "task7", "task5", "task1", "task0"
 """Of groups and series, in turn."""
 KEY = 20
 """Height of a group's line in the key, and of a row of final fitness."""
-
-
-class Racers(Protocol):
-    """A group of runs, as these figures see it."""
-
-    @property
-    def label(self) -> str:
-        """What it is called."""
-
-    @property
-    def curves(self) -> tuple[Array, ...]:
-        """Best fitness so far after each member, a run each."""
-
-    @property
-    def band(self) -> tuple[Array, Array]:
-        """Mean and sd over its runs."""
-
-    def side(self, key: str) -> Stat | None:
-        """Fitness with fresh seeds."""
 
 
 def color(group: int) -> str:
@@ -61,7 +42,7 @@ def _short(label: str, *, wide: bool) -> str:
 
 
 @themed
-def curves(groups: Sequence[Racers], width: float) -> Figure:
+def curves(groups: Sequence[Group], width: float) -> Figure:
     """Best so far over members: every run faint, each group's mean with a band of one sd."""
     wide = is_wide(width)
     plot = 300 if wide else 230
@@ -107,7 +88,7 @@ def _climb(axes: Axes, curve: Array, **style: Any) -> None:
 
 
 @themed
-def final(groups: Sequence[Racers], width: float) -> Figure:
+def final(groups: Sequence[Group], width: float) -> Figure:
     """Fitness with fresh seeds: a row a group, the best losses beside random ones and the untrained network."""
     wide = is_wide(width)
     tall = KEY * 4.2 * len(groups)
