@@ -114,14 +114,11 @@ def _row(term: Term) -> str:
     return f"| `{term.name}` | {term.code} | {trained} | {', '.join(term.modalities)} | {loss} |"
 
 
-def _rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
-
-
 def decoder_table() -> str:
     """Clips a second, decoders by files."""
     rates: dict[str, dict[str, float]] = {}
-    for row in _rows("input_peers-cpu.jsonl"):
+    for line in (RESULTS / "input_peers-cpu.jsonl").read_text().splitlines():
+        row = json.loads(line)
         rates.setdefault(row["decoder"], {})[row["files"]] = row["clips_per_second"]
     files = list(dict.fromkeys(name for cells in rates.values() for name in cells))
     lines = [f"| clips/s | {' | '.join(files)} |", "| --- |" + " --- |" * len(files)]
