@@ -107,7 +107,7 @@ def open_run(
     Raises ValueError for a recipe that can't be used, and where there is no run to resume.
     """
     from engine.core.recipe import load_recipe, override
-    from engine.core.runfolder import RunFolder, latest_run, new_run_path
+    from engine.core.run import RunFolder, latest_run, new_run_path
 
     changed = [*assignments, *([] if seed is None else [f"seed={seed}"])]
     if resume:

@@ -208,8 +208,7 @@ def _evaluation_recipe(
     recipe_name: str | None, dataset: str, assignments: tuple[str, ...], shape: Any
 ) -> Recipe:
     """The recipe that is named, or the data set's own with clips as the network was trained on, and overrides."""
-    from engine.core.presets import preset_names
-    from engine.core.recipe import Recipe, load_recipe, override
+    from engine.core.recipe import Recipe, load_recipe, override, preset_names
 
     if recipe_name is not None:
         return override(load_recipe(recipe_name), list(assignments))
@@ -221,7 +220,7 @@ def _evaluation_recipe(
 
 def _recipe_named(name: str | None, *, resume: bool) -> str | None:
     """A recipe's file or name; of a data set's name, its fine-tuning recipe."""
-    from engine.core.presets import preset_names
+    from engine.core.recipe import preset_names
 
     if name is None:
         if resume:

@@ -21,7 +21,7 @@ from engine.cli.common import (
 if TYPE_CHECKING:
     from engine.core.display import Display
     from engine.core.recipe import Recipe
-    from engine.core.runfolder import RunFolder
+    from engine.core.run import RunFolder
     from engine.core.runtime import Runtime
     from engine.search.evolve import Data, Workers
 
@@ -211,7 +211,7 @@ def _evolve(
     display: Display,
 ) -> None:
     from engine.cli.tables import print_events, print_outcome
-    from engine.core.events import Events
+    from engine.core.run import Events
     from engine.report import write_report
     from engine.search.evolve import evolve as search
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from engine.core.ranks import Ranks
-    from engine.core.runfolder import RunFolder
+    from engine.core.run import RunFolder
     from engine.train.pretrain import PretrainJob
 
 COUNT = click.IntRange(min=1)
@@ -66,7 +66,7 @@ COUNT = click.IntRange(min=1)
 @errors_explained
 def pretrain(gpus: int | None, workers: int | None, restarts: int, **options: Any) -> None:
     """Train the representation with a given loss; ends with the RGB network as RUN/rgb.safetensors."""
-    from engine.core.ranks import ranks_of_environment
+    from engine.core.launch import ranks_of_environment
     from engine.core.runtime import check_kernels_package
 
     if options["loss_name"] is None and not options["resume"]:

@@ -12,7 +12,7 @@ from engine.cli.common import errors_explained
 @errors_explained
 def recipes(name: str | None) -> None:
     """List the recipes and losses that come along, or print the one called NAME, to change a copy of it."""
-    from engine.core.presets import preset_names, preset_text, recipe_named
+    from engine.core.recipe import preset_names, preset_text, recipe_named
 
     if name is not None:
         click.echo(recipe_named(name), nl=False)

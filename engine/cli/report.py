@@ -81,7 +81,7 @@ def _show(rows: list[Row]) -> None:
     from rich.text import Text
 
     from engine.core.display import table
-    from engine.core.runlog import plain
+    from engine.core.run import plain
 
     columns = ["run", "state", "recipe", "method", "seed", "members", "best", "fresh", "age"]
     cells = [[plain(cell) for cell in (*_cells(row), row.note)] for row in rows]

@@ -11,7 +11,7 @@ from engine.cli.common import PATH, errors_explained, say_rejects, say_substitut
 
 if TYPE_CHECKING:
     from engine.core.display import Display
-    from engine.core.runfolder import RunFolder
+    from engine.core.run import RunFolder
     from engine.evaluate.datasets import Dataset
     from engine.evaluate.paper.rows import Given
     from engine.report.paper import Table
@@ -164,7 +164,7 @@ def _check_apart(videos: tuple[Path, ...], roots: tuple[Path, ...]) -> None:
 
 def _run_folder(path: Path, recipe: Any) -> RunFolder:
     """A new run, or the one that the same command began."""
-    from engine.core.runfolder import RunFolder
+    from engine.core.run import RunFolder
 
     if (path / "recipe.toml").exists():
         return RunFolder.reopen(path, recipe)[0]

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from engine.core.runlog import ENDED, FAILED, FINISHED, INTERRUPTED, RunLog
+from engine.core.run import ENDED, FAILED, FINISHED, INTERRUPTED, RunLog
 
 
 class Display:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import engine
-from engine.core.runfolder import RunError, RunFolder
+from engine.core.run import RunError, RunFolder
 from engine.core.runtime import Runtime, num_cores
 
 LIBRARIES = (

@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 import engine
 import kernels
 from engine.cli.main import main
-from engine.core.presets import preset_names
-from engine.core.recipe import load_recipe
+from engine.core.recipe import load_recipe, preset_names
 from engine.model.network_file import load_network
 from engine.train import checkpoint
 

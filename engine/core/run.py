@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +20,7 @@ import msgspec
 from engine.core.files import take_lock, write_text_atomic
 from engine.core.recipe import Recipe, load_recipe, recipe_hash, to_toml
 
-STORAGE = "storage.json"
+STORAGE, LOG, EVENTS = "storage.json", "log.txt", "events.jsonl"
 
 
 def study_file(run: Path) -> Path:
@@ -173,3 +174,85 @@ def latest_run(command: str) -> Path:
     if not found:
         raise RunError(f"runs/: no {command} run to resume; name its folder with --run")
     return found[-1].parent
+
+
+ENDED = "ended: "
+"""How a log's last line begins once its process has ended by itself."""
+FINISHED, INTERRUPTED, FAILED = "finished", "interrupted", "failed"
+
+
+class RunLog:
+    """Appends to ``log.txt`` of a run's folder, once the folder holds a run; lines said before are kept until then.
+
+    A log that can't be written must not end a run: it stops, and ``trouble`` says why.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run, self._waiting = run, list[str]()
+        self.trouble = ""
+
+    def write(self, text: str) -> None:
+        """Add a line."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._waiting.append(f"{stamp} {plain(text)}\n")
+        if self.trouble or not (self._run / "recipe.toml").exists():
+            return
+        try:
+            with (self._run / LOG).open("a", encoding="utf-8") as file:
+                file.writelines(self._waiting)
+        except OSError as error:
+            self.trouble = str(error)
+        self._waiting.clear()
+
+
+def plain(text: str) -> str:
+    """One line without control characters: file names may hold them."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def how_ended(run: Path) -> tuple[str, str] | None:
+    """How the last process at work on a run ended, and why; None where the log doesn't say (killed, or at work)."""
+    try:
+        with (run / LOG).open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 8192))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    last = lines[-1][20:] if lines else ""
+    if not last.startswith(ENDED):
+        return None
+    state, _, reason = last.removeprefix(ENDED).partition(": ")
+    return state, reason
+
+
+class Events:
+    """Appends events to a run's file; ``counts`` has those of all processes that were at work on the run."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / EVENTS
+        self.counts: Counter[str] = Counter()
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    self.counts[str(json.loads(line)["kind"])] += 1
+                except (ValueError, KeyError, TypeError):
+                    continue  # a process that was killed left half a line
+
+    def add(self, kind: str, detail: str, *, trials: Sequence[int] = (), worker: str = "") -> None:
+        """Write an event; raises OSError where that can't be done."""
+        row = {
+            "kind": kind,
+            "trials": list(trials),
+            "time": round(time.time(), 3),
+            "worker": worker,
+            "detail": " ".join(detail.split()),
+        }
+        text = json.dumps(row) + "\n"
+        with self._path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":  # half a line, see above
+                    text = "\n" + text
+            file.write(text.encode())
+        self.counts[kind] += 1
