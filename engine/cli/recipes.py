@@ -26,7 +26,7 @@ def recipes(name: str | None) -> None:
 
 
 def _about(text: str) -> str:
-    """What a file says of itself first: its comment's first sentence, or its ``about``."""
+    """The first thing that a file says of itself: its comment's first sentence, or its ``about``."""
     first = text.splitlines()[0] if text else ""
     if first.startswith("#"):
         return first.lstrip("# ")

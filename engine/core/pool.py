@@ -24,14 +24,14 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 Tell = Callable[[Any], None]
-"""Called by an evaluator while it is at work, with how far it is."""
+"""Reports an evaluator's progress while it is at work."""
 Evaluator = Callable[[Any, Tell], Any]
 """Does a job's work: (work, tell) -> result."""
 Factory = Callable[[int], Evaluator]
 """Makes a worker's evaluator, in the worker's own process; given how many workers its machine has."""
 
 POLL_SECONDS = 1.0
-"""Between looks at time limits."""
+"""Between checks of time limits."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors that another worker would meet too."""
 FAILED_STARTS = 10
@@ -117,7 +117,7 @@ class LocalPool:
     def __init__(
         self, evaluator: Evaluator, *, on_news: Callable[[Job, Any], None] = lambda job, news: None
     ) -> None:
-        """``on_news``: told a job and how far it is."""
+        """``on_news`` is called with a job and its progress."""
         self._evaluator, self._on_news = evaluator, on_news
         self._job: Job | None = None
 
@@ -181,7 +181,7 @@ class ProcessPool:
         (chosen,) = (each for each in self._workers if each.name == worker)
         assert chosen.ready and chosen.job is None
         chosen.job, chosen.since = job, time.monotonic()
-        with suppress(OSError):  # it died: the end of its pipe will tell
+        with suppress(OSError):  # the worker died: ``wait`` reads the end of its pipe
             chosen.pipe.send(job.work)
 
     def pids(self) -> dict[str, int]:
@@ -190,17 +190,16 @@ class ProcessPool:
 
     def wait(self) -> Sequence[Done | Lost]:
         """As ``Pool``; raises ValueError where no worker process ever starts, and what a factory raises."""
-        found: list[Done | Lost] = []
-        spoke = connection.wait([worker.pipe for worker in self._workers], timeout=POLL_SECONDS)
+        reports: list[Done | Lost] = []
+        readable = connection.wait([worker.pipe for worker in self._workers], timeout=POLL_SECONDS)
         for worker in list(self._workers):
-            if worker.pipe in spoke:
-                found += self._read(worker)
-            elif (
-                worker.job is not None and 0 < worker.job.seconds < time.monotonic() - worker.since
-            ):
-                reason = f"not done in its time limit of {worker.job.seconds:g} s"
-                found.append(self._replace(worker, "time_limit", reason))
-        return found
+            limit = worker.job.seconds if worker.job else 0.0
+            if worker.pipe in readable:
+                reports += self._read(worker)
+            elif 0 < limit < time.monotonic() - worker.since:
+                reason = f"not done in its time limit of {limit:g} s"
+                reports.append(self._replace(worker, "time_limit", reason))
+        return reports
 
     def close(self) -> None:
         for worker in self._workers:
@@ -221,7 +220,7 @@ class ProcessPool:
 
     def _read(self, worker: _Worker) -> Iterator[Done | Lost]:
         try:
-            kind, told = worker.pipe.recv()
+            kind, value = worker.pipe.recv()
         except (EOFError, OSError):
             worker.process.join()
             if not self._started:
@@ -239,13 +238,13 @@ class ProcessPool:
             worker.ready = self._started = True
             self._failed_starts = 0
         elif kind == "failed":
-            raise told
+            raise value
         elif job is not None and kind == "news":
-            self._on_news(job, told)
+            self._on_news(job, value)
         elif job is not None:
             worker.job = None
             title = self._title(worker)
-            yield lost_by_error(job, told, title) if kind == "error" else Done(job, told, title)
+            yield lost_by_error(job, value, title) if kind == "error" else Done(job, value, title)
 
     def _replace(self, worker: _Worker, kind: str, reason: str) -> Lost:
         """Put a new process in a worker's place."""
@@ -261,7 +260,7 @@ class ProcessPool:
 
 
 def lost_by_error(job: Job | None, error: BaseException, worker: str) -> Lost:
-    """A job that an error ended; raises the error itself where it is of the disk, which ends a whole run."""
+    """The loss of a job that an error ended; raises errors of the disk, which end a whole run."""
     if isinstance(error, OSError) and error.errno in DISK:
         raise error from None
     text = str(error).strip() or type(error).__name__
@@ -284,10 +283,10 @@ def _how_it_ended(code: int | None) -> str:
 
 
 def _serve(pipe: Connection, factory: Factory, workers_here: int, parent: int) -> None:
-    """A worker process: does one work after another until the pool is closed, and leaves Ctrl-C to its parent."""
+    """Runs in a worker process: does job after job until the pool is closed, and leaves Ctrl-C to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
-    if os.getppid() != parent:  # it died before
+    if os.getppid() != parent:  # the parent died before
         os._exit(1)
     try:
         evaluate = factory(workers_here)
@@ -308,7 +307,7 @@ def _serve(pipe: Connection, factory: Factory, workers_here: int, parent: int) -
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or one of its words where it can't be pickled."""
+    """The error with its traceback as a note; where it can't be pickled, a RuntimeError with its message."""
     where = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
@@ -332,15 +331,14 @@ class Crew:
     limit: Callable[[Any], float] = field(default=lambda work: 0.0)
     """Seconds that work may take; 0: any."""
     on_lost: Callable[[Lost, bool], None] = field(default=lambda lost, again: None)
-    """Told what was lost, and whether it is done again."""
+    """Called with each loss, and whether the job is done again."""
     max_in_a_row: float | None = None
     """Most jobs lost with none done between them; None: ``max_retries`` + 2 for each worker, and for 4 at least."""
 
     def __post_init__(self) -> None:
         self._retries: list[Job] = []
-        self._out: dict[int, Job] = {}
-        self._made = 0
-        self._lost_in_a_row = 0
+        self._running: dict[int, Job] = {}
+        self._submitted = self._lost_in_a_row = 0
 
     def run(self, feed: Callable[[int], Sequence[Any]]) -> Iterator[tuple[Any, Done | Lost]]:
         """Each work with its outcome, as outcomes come; Lost means that it failed for good.
@@ -349,28 +347,28 @@ class Crew:
         is at work, the run is over. Raises RuntimeError where jobs are lost one after the other and none is done.
         """
         while True:
-            self._hand_out_retries()
+            self._submit_retries()
             idle = self.pool.idle()
             for worker, work in zip(idle, feed(len(idle)) if idle else (), strict=False):
                 self._submit(Job(work), worker)
-            if not self._out and not self._retries and idle:
+            if not self._running and not self._retries and idle:
                 return
             for report in self.pool.wait():
                 if isinstance(report, Done):
                     self._lost_in_a_row = 0
-                    del self._out[report.job.number]
+                    del self._running[report.job.number]
                     yield report.job.work, report
                 else:
                     yield from self._lost(report)
 
     def _submit(self, job: Job, worker: str) -> None:
-        self._made += 1
-        job = replace(job, number=self._made, seconds=self.limit(job.work))
-        self._out[job.number] = job
+        self._submitted += 1
+        job = replace(job, number=self._submitted, seconds=self.limit(job.work))
+        self._running[job.number] = job
         self.pool.submit(job, worker)
 
-    def _hand_out_retries(self) -> None:
-        """To another worker than the one that lost it: a broken one is idle soonest."""
+    def _submit_retries(self) -> None:
+        """Submits retries to other workers than those that lost them: a broken one is idle soonest."""
         for worker in self.pool.idle():
             for job in self._retries:
                 if job.lost_by != worker or self.pool.ready() == 1:
@@ -383,7 +381,7 @@ class Crew:
         if job is None:
             self.on_lost(lost, False)
             return
-        del self._out[job.number]
+        del self._running[job.number]
         self._lost_in_a_row += 1
         again = job.attempt <= self.max_retries
         self.on_lost(lost, again)

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +38,7 @@ START_TRIES = 3
 CONNECT_SECONDS = 10.0
 """For a cluster's address to answer."""
 GROW_SECONDS = 30.0
-"""Between looks at whether a cluster has more CPUs than before."""
+"""Between checks whether a cluster has more CPUs than before."""
 START_SECONDS = 900.0
 """How long a worker may take to get ready."""
 PLACE_SECONDS = 20.0
@@ -46,20 +48,20 @@ MISSING_SECONDS = 600.0
 STARTS = 3
 """Errors at its start, or losses while others get their work done, after which a worker is given up."""
 DEATHS = 10
-"""Deaths at its start after which it is: one may be an accident."""
+"""Deaths at its start after which a worker is given up: one may be an accident."""
 
 
 class _Actor:
-    """A worker's process: waits, answers how far it is, and evaluates in a thread of its own."""
+    """A worker's process: evaluates in one thread and answers how far it is in another."""
 
     def __init__(self) -> None:
         self._evaluator: Evaluator | None = None
-        self._news: Any = None
+        self._progress: Any = None
         # Ray's daemon; else it would hold its GPU for a while after its driver was killed
         die_with_parent()
 
     def place(self) -> tuple[str, str, int]:
-        """Host, node and process."""
+        """Host, node and process number."""
         import ray
 
         return socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid()
@@ -69,17 +71,13 @@ class _Actor:
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers_here))
         self._evaluator = factory(workers_here)
 
-    def news(self) -> Any:
-        return self._news
+    def progress(self) -> Any:
+        return self._progress
 
     def evaluate(self, work: Any) -> Any:
         assert self._evaluator is not None
-        self._news = None
-
-        def tell(news: Any) -> None:
-            self._news = news
-
-        return self._evaluator(work, tell)
+        self._progress = None
+        return self._evaluator(work, partial(setattr, self, "_progress"))
 
 
 @dataclass
@@ -90,12 +88,12 @@ class _Slot:
     actor: Any = None
     stage: Literal["placing", "placed", "preparing", "idle", "busy", "given up"] = "placing"
     reference: Any = None
-    """What the process was asked for and hasn't answered yet."""
+    """The process's answer that is waited for."""
     asked: Any = None
-    """How far it is: asked for, not answered yet."""
+    """The answer to how far it is, while that is waited for."""
     since: float = 0.0
     """When the stage began."""
-    looked: float = 0.0
+    checked: float = 0.0
     job: Job | None = None
     node: str = ""
     host: str = ""
@@ -124,7 +122,7 @@ class RayPool:
     ) -> None:
         """``size`` None: as many as the cluster has GPUs, or, for workers without, CPUs, also when it grows."""
         self._ray = _import_ray()
-        self._own = not self._ray.is_initialized()
+        self._own, self._slots = not self._ray.is_initialized(), list[_Slot]()
         if self._own:
             here = os.cpu_count() or 1 if size is None else size
             start(self._ray, address, cpus=here * cpus, gpus=here * gpus)
@@ -143,11 +141,9 @@ class RayPool:
             "scheduling_strategy": "SPREAD",
         }
         self._actor = self._ray.remote(_Actor).options(**options)
-        self._slots = [_Slot(f"worker {i}") for i in range(self.size)]
         self._began = self._seen = self._counted = time.monotonic()
         self._together, self._reason = False, ""
-        for slot in self._slots:
-            self._place(slot)
+        self._add(self.size)
 
     def idle(self) -> list[str]:
         return [slot.name for slot in self._slots if slot.stage == "idle"]
@@ -158,7 +154,7 @@ class RayPool:
     def submit(self, job: Job, worker: str) -> None:
         (slot,) = (slot for slot in self._slots if slot.name == worker)
         assert slot.stage == "idle"
-        slot.job, slot.looked = job, time.monotonic()
+        slot.job, slot.checked = job, time.monotonic()
         self._ask(slot, "busy", slot.actor.evaluate.remote(job.work))
 
     def pids(self) -> dict[str, int]:
@@ -168,28 +164,31 @@ class RayPool:
     def wait(self) -> Sequence[Done | Lost]:
         self._check_any_left()
         waiting = {s.reference: s for s in self._slots if s.reference is not None}
-        done: list[Any] = []
-        if references := list(waiting):
-            done, _ = self._ray.wait(references, num_returns=1, timeout=POLL_SECONDS)
-        if done:  # those that are there as well
-            done, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
         reports: list[Done | Lost] = []
-        for reference in done:
-            reports += self._answered(waiting[reference])
+        if references := list(waiting):
+            self._ray.wait(references, num_returns=1, timeout=POLL_SECONDS)
+            done, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
+            for reference in done:
+                reports += self._answered(waiting[reference])
         for slot in self._slots:
-            reports += self._look_at(slot)
+            reports += self._check(slot)
         self._grow()
         self._divide_cores()
         return reports
 
     def close(self) -> None:
-        for slot in getattr(self, "_slots", ()):
+        for slot in self._slots:
             self._kill(slot)
         if self._own:
             self._ray.shutdown()
 
     def _ask(self, slot: _Slot, stage: Any, reference: Any) -> None:
         slot.stage, slot.reference, slot.since = stage, reference, time.monotonic()
+
+    def _add(self, count: int) -> None:
+        for _ in range(count):
+            self._slots.append(_Slot(f"worker {len(self._slots)}"))
+            self._place(self._slots[-1])
 
     def _place(self, slot: _Slot) -> None:
         slot.actor, slot.pid, slot.node = self._actor.remote(), 0, ""
@@ -200,7 +199,7 @@ class RayPool:
         try:
             answer = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
-            yield from self._lost(slot, self._what(error, slot))
+            yield from self._lost(slot, self._explained(error, slot))
             return
         if slot.stage == "placing":
             slot.host, slot.node, slot.pid = answer
@@ -213,22 +212,18 @@ class RayPool:
             self._seen = time.monotonic()
             yield Done(job, answer, self._title(slot))
 
-    def _what(self, error: Any, slot: _Slot) -> Lost:
-        """What an error that Ray reports says of a worker and its job; raises one of the disk."""
-        known = self._ray.exceptions
+    def _explained(self, error: Any, slot: _Slot) -> Lost:
+        """The loss that an error of Ray's reports; raises an error of the disk."""
+        known, text = self._ray.exceptions, " ".join(str(error).split())
         if isinstance(error, known.RayTaskError):
             return lost_by_error(slot.job, error.cause, self._title(slot))
-        kind, reason = self._death(error)
-        return Lost(slot.job, kind, reason, self._title(slot))
-
-    def _death(self, error: Any) -> tuple[str, str]:
-        known = self._ray.exceptions
-        text = " ".join(str(error).split())
         if isinstance(error, known.OutOfMemoryError) or "OOM" in text.split("Some common")[0]:
-            return "out_of_memory", "its process was ended for want of memory"
-        if "node has died" in text or "node died" in text or "owner" in text:
-            return "node_lost", "its node was lost"
-        return "worker_died", "its process ended unexpectedly"
+            kind, reason = "out_of_memory", "its process was ended for want of memory"
+        elif "node has died" in text or "node died" in text or "owner" in text:
+            kind, reason = "node_lost", "its node was lost"
+        else:
+            kind, reason = "worker_died", "its process ended unexpectedly"
+        return Lost(slot.job, kind, reason, self._title(slot))
 
     def _lost(self, slot: _Slot, lost: Lost) -> Iterator[Lost]:
         """Report it and put a new process in the worker's place, or give the place up."""
@@ -258,17 +253,17 @@ class RayPool:
     def _title(self, slot: _Slot) -> str:
         return f"{slot.name} (process {slot.pid} on {slot.host})" if slot.pid else slot.name
 
-    def _look_at(self, slot: _Slot) -> Iterator[Lost]:
-        """How far a job is, and whether a job's or a start's time is up."""
+    def _check(self, slot: _Slot) -> Iterator[Lost]:
+        """Asks for a job's progress, and ends a job or a start whose time is up."""
         now = time.monotonic()
         if slot.job is not None and slot.asked is not None:
             done, _ = self._ray.wait([slot.asked], timeout=0)
             if done:
-                with suppress(self._ray.exceptions.RayError):  # the job's own answer will tell
+                with suppress(self._ray.exceptions.RayError):  # the job's own answer says it
                     self._on_news(slot.job, self._ray.get(slot.asked))
                 slot.asked = None
-        elif slot.stage == "busy" and now - slot.looked >= POLL_SECONDS:
-            slot.asked, slot.looked = slot.actor.news.remote(), now
+        elif slot.stage == "busy" and now - slot.checked >= POLL_SECONDS:
+            slot.asked, slot.checked = slot.actor.progress.remote(), now
         limit = START_SECONDS if slot.stage == "preparing" else slot.job.seconds if slot.job else 0
         if 0 < limit < now - slot.since:
             reason = f"not done in its time limit of {limit:g} s"
@@ -281,9 +276,7 @@ class RayPool:
             self._counted, size = now, self.size
             with suppress(ValueError):  # it may also have lost its nodes for a while
                 size = room(self._ray, None, cpus=self._cpus, gpus=0.0)
-            for number in range(self.size, size):
-                self._slots.append(_Slot(f"worker {number}"))
-                self._place(self._slots[-1])
+            self._add(size - self.size)
             self.size = len(self._slots)
 
     def _divide_cores(self) -> None:
@@ -326,14 +319,13 @@ def start(ray: Any, address: str | None, *, cpus: float, gpus: float) -> None:
     root = str(Path(engine.__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # We tell of each worker that dies, in a line; Ray would print a paragraph.
+    # The pool reports each worker that dies in a line; Ray would print a paragraph.
     if hasattr(ray._private.worker, "print_to_stdstream"):
         ray._private.worker.print_to_stdstream = lambda *data, **more: None
     if address in (None, "local"):
         os.environ["PYTHONPATH"] = path  # what Ray starts inherits it
         own = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
-        wanted = {"num_cpus": max(1, -int(-cpus // 1)), "num_gpus": -int(-gpus // 1)}
-        _start_here(ray, **quiet, **own, **wanted)
+        _start_here(ray, **quiet, **own, num_cpus=max(1, ceil(cpus)), num_gpus=ceil(gpus))
         return
     if ":" in address:
         _check_reachable(address)
@@ -368,8 +360,8 @@ def room(ray: Any, size: int | None, *, cpus: float, gpus: float) -> int:
     size = size or max(1, int(total.get("CPU", 0.0) / cpus))
     fits = min(total.get(kind, 0.0) / n for kind, n in (("CPU", cpus), ("GPU", gpus)) if n)
     if fits < 1:
-        wanted = f"{gpus:g} GPU and {cpus:g} CPU" if gpus else f"{cpus:g} CPU"
-        raise ValueError(f"the cluster has no room for a worker ({wanted})")
+        needs = f"{gpus:g} GPU and {cpus:g} CPU" if gpus else f"{cpus:g} CPU"
+        raise ValueError(f"the cluster has no room for a worker ({needs})")
     return size
 
 

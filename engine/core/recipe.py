@@ -7,6 +7,7 @@ errors that name the key; nothing is guessed. ``recipe_hash`` identifies a recip
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -141,12 +142,12 @@ class Fitness(Section, frozen=True):
                 f'fitness.metric "{self.metric}" needs labelled clips: give some with --labelled, '
                 "or judge without labels by --set fitness.metric=zipf"
             )
-        wanted = self.num_clusters or num_classes
-        if wanted < 2:
+        clusters = self.num_clusters or num_classes
+        if clusters < 2:
             raise ValueError(
                 "clips without labels have no number of classes: set fitness.num_clusters (2 or more)"
             )
-        return wanted
+        return clusters
 
 
 class Search(Section, frozen=True):
@@ -253,18 +254,17 @@ def preset_names(folder: str = "") -> list[str]:
 
     A recipe in a folder goes by both names, such as ``paper/evolve``.
     """
-    root = files("recipes").joinpath(folder) if folder else files("recipes")
-    found = [p.name for p in root.iterdir()]
+    root = files("recipes").joinpath(folder)
+    names = [p.name for p in root.iterdir()]
     if not folder:
         inside = (p for p in root.iterdir() if p.is_dir() and p.name not in ("losses", "reproduce"))
-        found += [f"{p.name}/{each.name}" for p in inside for each in p.iterdir()]
-    return sorted(name[:-5] for name in found if name.endswith(".toml"))
+        names += [f"{p.name}/{each.name}" for p in inside for each in p.iterdir()]
+    return sorted(name[:-5] for name in names if name.endswith(".toml"))
 
 
 def preset_text(name: str, folder: str = "") -> str:
     """The text of a recipe (or, with ``losses``, of a loss) that comes with the package."""
-    root = files("recipes").joinpath(folder) if folder else files("recipes")
-    return root.joinpath(*f"{name}.toml".split("/")).read_text(encoding="utf-8")
+    return files("recipes").joinpath(folder, f"{name}.toml").read_text(encoding="utf-8")
 
 
 def recipe_named(name: str) -> str:
@@ -318,15 +318,11 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 def recipe_from(values: dict[str, Any], *, where: str) -> Recipe:
     """Check a nested dict against the recipe's types; raises RecipeError as ``load_recipe`` does."""
-    _reject_unknown(values, Recipe, where, path="")
     try:
         recipe = msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
-        what, _, key = str(error).partition(" - at `$.")
-        key = key.rstrip("`")
-        if what.startswith("Invalid enum value"):
-            what += f"; there are {', '.join(map(str, _choices(key)))}"
-        raise RecipeError(f"{where}: {key or 'recipe'}: {what}") from None
+        reason, _, key = str(error).partition(" - at `$.")
+        raise RecipeError(f"{where}: {_explained(reason, key.rstrip('`'))}") from None
     if recipe.optim.warmup_steps >= recipe.optim.steps:
         raise RecipeError(f"{where}: optim.warmup_steps must be less than optim.steps")
     if recipe.optim.batch_size % recipe.optim.accumulate:
@@ -334,12 +330,19 @@ def recipe_from(values: dict[str, Any], *, where: str) -> Recipe:
     return recipe
 
 
-def _choices(key: str) -> tuple[Any, ...]:
-    """The values that a key whose type is a Literal may have."""
+def _explained(reason: str, key: str) -> str:
+    """msgspec's reason for refusing a key's value, with the keys or values that there are."""
     kind: Any = Recipe
-    for name in key.split("."):
-        kind = get_type_hints(kind)[name]
-    return get_args(kind)
+    for name in filter(None, key.split(".")):
+        kind = get_type_hints(kind).get(name)
+    if unknown := re.fullmatch(r"Object contains unknown field `(.+)`", reason):
+        path, known = f"{key}." if key else "", kind.__struct_fields__
+        near = get_close_matches(unknown[1], known, n=1)
+        hint = f"did you mean {path}{near[0]}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {path}{unknown[1]}; {hint}"
+    if reason.startswith("Invalid enum value"):
+        reason += f"; there are {', '.join(map(str, get_args(kind)))}"
+    return f"{key or 'recipe'}: {reason}"
 
 
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:
@@ -378,17 +381,3 @@ def recipe_hash(recipe: Recipe) -> str:
     values.pop("name")
     values["search"].pop("rounds")
     return hashlib.sha256(msgspec.json.encode(values, order="sorted")).hexdigest()[:12]
-
-
-def _reject_unknown(
-    values: dict[str, Any], section: type[Section], where: str, *, path: str
-) -> None:
-    fields = {field.name: field.type for field in msgspec.structs.fields(section)}
-    for key, value in values.items():
-        if key not in fields:
-            near = get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {path}{near[0]}?" if near else f"; known: {', '.join(fields)}"
-            raise RecipeError(f"{where}: unknown key {path}{key}{hint}")
-        kind = fields[key]
-        if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, dict):
-            _reject_unknown(value, kind, where, path=f"{path}{key}.")

@@ -1,4 +1,4 @@
-"""A run's folder: what is written when, so that a kill at any moment loses the members at work and no more.
+"""A run's folder, its log and its events; a kill at any moment loses the work since the last save and no more.
 
 runs/NAME/ recipe.toml  provenance.json  study.jsonl (or storage.json: where the study lies)  best.toml
            confirmations.json  checkpoints/  tensorboard/  events.jsonl  log.txt  timing.json  summary.json
@@ -7,6 +7,7 @@ runs/NAME/ recipe.toml  provenance.json  study.jsonl (or storage.json: where the
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import time
@@ -34,7 +35,7 @@ class RunError(ValueError):
 
 
 class RunFolder:
-    """Paths and records of one run; holds a lock while it is open, so that two processes can't mix."""
+    """Paths and records of one run; its lock, held while it is open, keeps a second process out."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,10 +88,10 @@ class RunFolder:
         of the address where the database's own ways (PGPASSWORD, ~/.pgpass) give it. Raises RunError for a run that
         began with its study elsewhere.
         """
-        noted = None if self._new is not None else self.read_json(STORAGE)
-        if noted is not None:
-            self.storage, self.study_name = url or noted["url"], noted["study"]
-            if url not in (None, noted["url"]):
+        before = None if self._new is not None else self.read_json(STORAGE)
+        if before is not None:
+            self.storage, self.study_name = url or before["url"], before["study"]
+            if url not in (None, before["url"]):
                 self._write_storage()
         elif url is not None and self._new is None:
             raise RunError(
@@ -158,31 +159,27 @@ class RunFolder:
 
 def new_run_path(command: str) -> Path:
     """A name that is not taken: runs/evolve-20260131-120000."""
-    base = Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, number = base, 1
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
+    base = f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (base if number == 1 else f"{base}-{number}" for number in itertools.count(1))
+    return next(path for name in names if not (path := Path("runs", name)).exists())
 
 
 def latest_run(command: str) -> Path:
     """The newest run of a command under runs/; raises RunError where there is none."""
-    found = sorted(
-        Path("runs").glob(f"{command}-*/recipe.toml"), key=lambda path: path.stat().st_mtime
-    )
-    if not found:
+    recipes = Path("runs").glob(f"{command}-*/recipe.toml")
+    newest = max(recipes, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
         raise RunError(f"runs/: no {command} run to resume; name its folder with --run")
-    return found[-1].parent
+    return newest.parent
 
 
 ENDED = "ended: "
-"""How a log's last line begins once its process has ended by itself."""
+"""Start of a log's last line once its process has ended by itself."""
 FINISHED, INTERRUPTED, FAILED = "finished", "interrupted", "failed"
 
 
 class RunLog:
-    """Appends to ``log.txt`` of a run's folder, once the folder holds a run; lines said before are kept until then.
+    """Appends to ``log.txt`` of a run's folder, once the folder holds a run; earlier lines are kept until then.
 
     A log that can't be written must not end a run: it stops, and ``trouble`` says why.
     """
@@ -227,7 +224,10 @@ def how_ended(run: Path) -> tuple[str, str] | None:
 
 
 class Events:
-    """Appends events to a run's file; ``counts`` has those of all processes that were at work on the run."""
+    """Appends events to a run's ``events.jsonl``: what went wrong and what was done about it, a line each.
+
+    ``counts``: events by kind, those of earlier processes included.
+    """
 
     def __init__(self, run: Path) -> None:
         self._path = run / EVENTS
@@ -240,7 +240,7 @@ class Events:
                     continue  # a process that was killed left half a line
 
     def add(self, kind: str, detail: str, *, trials: Sequence[int] = (), worker: str = "") -> None:
-        """Write an event; raises OSError where that can't be done."""
+        """Write an event; raises OSError."""
         row = {
             "kind": kind,
             "trials": list(trials),

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 import engine
 import kernels
 from engine.cli.main import main
+from engine.core import tensors
 from engine.core.recipe import load_recipe, preset_names
 from engine.model.network_file import load_network
-from engine.train import checkpoint
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 SHORT = ("--set", "optim.steps=2", "--set", "search.rounds=0", "--set", "search.confirm_seeds=0")
@@ -280,7 +280,7 @@ def test_a_disk_that_fills_up_while_a_network_is_saved(
 
     arguments = evolve_on(tiny_shards / "unlabelled", tiny_shards / "labelled")
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(tensors, "save_file", full)
         line = refused(*arguments, code=1)
     assert "No space left on device" in line and "run/checkpoints/" in line
     assert "make room, then use --resume" in line
