@@ -27,6 +27,7 @@ from engine.cli.common import (
 if TYPE_CHECKING:
     from engine.core.recipe import Recipe
 
+LABELLED = ("root", "splits", "folds", "group_pattern", "allow_missing")
 PROTOCOLS = ("frozen", "kmeans", "linear", "retrieval", "finetune", "all")
 DATASETS = "ucf101, hmdb51, kinetics or folders"
 
@@ -127,17 +128,13 @@ def evaluate(
 @errors_explained
 def finetune(
     recipe_argument: str | None,
+    recipe_name: str | None,
     checkpoint: Path | None,
     name: str | None,
     seeds: int,
     checkpoint_every: int,
-    recipe_name: str | None,
-    assignments: tuple[str, ...],
-    seed: int | None,
-    run_path: Path | None,
-    resume: bool,
     device: str,
-    **labelled: Any,
+    **options: Any,
 ) -> None:
     """Train a network with labels by a recipe, and test it: ``engine finetune ucf101 --root DIR --checkpoint C``."""
     from engine.cli.tables import print_evaluated
@@ -146,15 +143,9 @@ def finetune(
     from engine.evaluate.finetune_run import inputs_of, run_finetuning
 
     check_kernels_package()
-    run, recipe = open_run(
-        "finetune",
-        "",
-        recipe_name=_recipe_named(recipe_argument or recipe_name, resume=resume),
-        assignments=assignments,
-        seed=seed,
-        run_path=run_path,
-        resume=resume,
-    )
+    labelled = {key: options.pop(key) for key in LABELLED}
+    chosen = _recipe_named(recipe_argument or recipe_name, resume=options["resume"])
+    run, recipe = open_run("finetune", "", recipe_name=chosen, **options)
     name = name or recipe.finetune.dataset or _folders(labelled["root"])
     inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=labelled)
     runtime = choose_runtime(device, amp=recipe.optim.amp)

@@ -63,7 +63,9 @@ def launch(work: Callable[..., None], *arguments: Any, processes: int, restarts:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ[OWN_STORE] = "1"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said here instead
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # ``Ended`` reports it
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
         notes = Path(folder)
         with (notes / "work").open("wb") as file:
@@ -85,15 +87,15 @@ def launch(work: Callable[..., None], *arguments: Any, processes: int, restarts:
             raise KeyboardInterrupt from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            raise Ended(_how(rank, failure.exitcode, notes, restarts)) from None
+            raise Ended(_reason(rank, failure.exitcode, notes, restarts)) from None
         if (notes / "final").exists():
             raise ValueError((notes / "final").read_text(encoding="utf-8"))
 
 
-def _how(rank: int, code: int, notes: Path, restarts: int) -> str:
-    said = notes / f"rank-{rank}"
-    if said.exists():
-        reason = said.read_text(encoding="utf-8")
+def _reason(rank: int, code: int, notes: Path, restarts: int) -> str:
+    note = notes / f"rank-{rank}"
+    if note.exists():
+        reason = note.read_text(encoding="utf-8")
     elif code < 0:
         reason = f"killed by {signal.Signals(-code).name}"
     else:

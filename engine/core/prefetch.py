@@ -19,7 +19,7 @@ def prefetch(items: Iterator[Item], *, depth: int, name: str) -> Iterator[Item]:
     with ThreadPoolExecutor(1, thread_name_prefix=name) as thread:
 
         def submit() -> Any:
-            return thread.submit(next, items, end)  # type: ignore[call-overload]
+            return thread.submit(next, items, end)
 
         made = deque(submit() for _ in range(depth + 1))
         try:

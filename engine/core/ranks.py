@@ -1,6 +1,6 @@
-"""What the processes of one training exchange: batches' parts, sums of gradients, batch norm's statistics.
+"""Exchange among the processes of one training: gathered shares of a batch, sums, batch norm's statistics.
 
-torch's process groups carry it: gloo on CPUs, NCCL on GPUs. W ranks that hold a part of a batch each compute the
+torch's process groups carry it: gloo on CPUs, NCCL on GPUs. W ranks that hold a share of a batch each compute the
 gradient of the whole batch: each differentiates its share of the loss, and the shares' gradients are summed.
 """
 
@@ -39,7 +39,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the one that writes and speaks."""
+        """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
     def share_of(self, batch_size: int, *, pieces: int = 1) -> int:
@@ -65,7 +65,7 @@ class Ranks:
         return gathered(x, self) if self.world > 1 else x[None]
 
     def shared(self, make: Callable[[], Result]) -> Result:
-        """What ``make`` gives on rank 0, on every rank; where it raises, all do: the others RanksDiffer."""
+        """The result of ``make`` on rank 0, on every rank; where it raises, all do: the others RanksDiffer."""
         if self.world == 1:
             return make()
         box: list[Any] = [None, None]
@@ -87,10 +87,10 @@ class Ranks:
         """Raise RanksDiffer where some rank's facts are not rank 0's; the message names rank, machine and fact."""
         if self.world == 1:
             return
-        said: list[Any] = [None] * self.world
-        dist.all_gather_object(said, (socket.gethostname(), facts))
-        for rank, (host, own) in enumerate(said):
-            for key, value in said[0][1].items():
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, (socket.gethostname(), facts))
+        for rank, (host, own) in enumerate(every):
+            for key, value in every[0][1].items():
                 if own[key] != value:
                     raise RanksDiffer(
                         f"rank {rank} on {host} has another {key} ({own[key]}) than rank 0 ({value}): "
@@ -112,7 +112,7 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Take part in the group of processes, on this rank's own share of the machine's cores."""
+    """Join the group of processes, on this rank's own share of the machine's cores."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         each = len(cores) // ranks.local_world
@@ -134,7 +134,7 @@ _without_others = False
 
 @contextmanager
 def without_others() -> Iterator[None]:
-    """Exchange nothing within: what others would give is taken to equal one's own.
+    """Exchange nothing within the block: other ranks' tensors are assumed to equal this rank's.
 
     For a trial step that may fail on one rank alone, for want of memory, while others wait for it.
     """
@@ -190,7 +190,7 @@ def gathered(x: Tensor, ranks: Ranks, *, summed: bool = False) -> Tensor:
     """(world, ...): every rank's ``x``; one op, so that a compiled step keeps it whole.
 
     Its gradient is that of this rank's loss to its own ``x``: enough where every rank computes the same value from
-    all parts, and ranks' gradients are summed. With ``summed`` it is that of all ranks' losses together, for what
+    all shares, and ranks' gradients are summed. With ``summed`` it is that of all ranks' losses together, for what
     goes into each rank's own value, such as batch norm's statistics.
     """
     out: Tensor = _gather(x, ranks.rank, ranks.world, summed)
@@ -198,7 +198,7 @@ def gathered(x: Tensor, ranks: Ranks, *, summed: bool = False) -> Tensor:
 
 
 class SyncedBatchNorm(BatchNorm):
-    """Batch norm with the statistics of all ranks' parts of the batch, parts of equal size.
+    """Batch norm with the statistics of all ranks' shares of the batch, which are of equal size.
 
     On GPUs and CPUs alike, and within compiled code, which torch's own is not.
     """
@@ -206,7 +206,7 @@ class SyncedBatchNorm(BatchNorm):
     ranks: Ranks = ALONE
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C, ...); without running statistics or in evaluation, by this rank's part alone."""
+        """Normalise (N, C, ...); without running statistics or in evaluation, by this rank's share alone."""
         if not self.training or self.running_mean is None or self.running_var is None:
             mean, var = self.running_mean, self.running_var
             own = self.training or mean is None

@@ -26,11 +26,11 @@ PositiveFloat = Annotated[float, Meta(gt=0.0)]
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of a recipe; its fields' types and ranges are checked on reading."""
+    """A section of a recipe; its fields' types and ranges are checked on reading."""
 
 
 class Clip(Section, frozen=True):
-    """What one training clip is: T input frames, P future frames, and how they are cut."""
+    """Training clips: T input frames, P future frames, and how they are cut."""
 
     num_frames: Annotated[int, Meta(ge=2)] = 8
     num_future_frames: Annotated[int, Meta(ge=2)] = 4
@@ -43,7 +43,7 @@ class Clip(Section, frozen=True):
     shuffle_shards: Natural = 0
     """Shards that clips are drawn from at a time, for disks that are slow at random reads; 0: from all of them."""
     flow: Literal["fast", "fine", "best"] = "fine"
-    """How a CPU looks for optical flow; ``engine.data.flow`` has errors and costs. A GPU's engine ignores it."""
+    """Quality of a CPU's optical flow; ``engine.data.flow`` has errors and costs. A GPU's engine ignores it."""
 
 
 class Audio(Section, frozen=True):
@@ -68,7 +68,7 @@ class Model(Section, frozen=True):
 
 
 class Objective(Section, frozen=True):
-    """What Eq. 1's terms share."""
+    """Settings that the terms of Eq. 1 share."""
 
     stop_gradient: bool = True
     """Stop the gradient of the distillation target."""
@@ -92,14 +92,14 @@ class Optim(Section, frozen=True):
     steps: Positive = 150
     warmup_steps: Natural = 15
     batch_size: Annotated[int, Meta(ge=2)] = 16
-    """Clips of a step, whatever the number of processes and of pieces that share them."""
+    """Clips of a step, whatever the number of processes and of micro-batches that share them."""
     grad_clip: PositiveFloat = 1.0
     """Largest norm of the gradient."""
     accumulate: Positive = 1
-    """Pieces that each process takes its part of the batch in, one after another, for memory; negatives and batch
-    norm's statistics then come from a piece (of all processes)."""
+    """Micro-batches of a step, one after another, to save memory; negatives and batch norm's statistics then come
+    from one micro-batch (of all processes)."""
     batch_norm: Literal["local", "sync", "frozen"] = "local"
-    """Statistics of each process's part of the batch, of all processes' parts, or the running ones, unchanged."""
+    """Statistics of each process's share of the batch, of the whole batch, or the running ones, unchanged."""
     ema: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     """``engine pretrain``: decay of the RGB network's running average, which is then what is written; 0: none."""
     amp: Literal["auto", "off", "bf16"] = "auto"
@@ -117,7 +117,7 @@ class Fitness(Section, frozen=True):
     zipf_exponent: PositiveFloat = 1.0
     """Zipf's s: the i-th largest cluster is to weigh i^-s."""
     max_clips: Natural = 0
-    """Most clips that are judged, drawn with the recipe's seed; 0: all that have labels, 2000 where none has."""
+    """Most clips to judge by, drawn with the recipe's seed; 0: all that have labels, 2000 where none has."""
     views_per_clip: Positive = 2
     """Views in time, evenly spread over a clip, whose features are averaged."""
     kmeans_init: Positive = 10
@@ -151,7 +151,7 @@ class Fitness(Section, frozen=True):
 
 
 class Search(Section, frozen=True):
-    """How weights are proposed."""
+    """The search: how losses are proposed, and how members are trained."""
 
     method: Literal["evolution", "cmaes", "random", "grid"] = "evolution"
     """``engine.search.samplers`` describes them."""
@@ -183,7 +183,7 @@ class Search(Section, frozen=True):
     warm_start_steps: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.5
     """Share of the steps, the last ones, that a member with such a start is trained for."""
     collapse_rank: Annotated[float, Meta(ge=0.0)] = 0.0
-    """Drop a member whose features' effective rank is below this at 1/4 of the steps; 0: never. The look costs nothing
+    """Drop a member whose features' effective rank is below this at 1/4 of the steps; 0: never. Costs nothing
     that could be measured."""
     clip_bank: Natural | Annotated[str, Meta(pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")] = 0
     """Train on this many clips, or as many as fit a size such as "2GiB", kept decoded; 0: on all, decoded each time.
@@ -191,7 +191,7 @@ class Search(Section, frozen=True):
 
 
 class Evaluation(Section, frozen=True):
-    """How a frozen network's features are taken and judged; ``engine.evaluate.evaluate`` has the protocols."""
+    """Evaluation of frozen networks: how their features are extracted and judged."""
 
     views: Positive = 3
     """Views in time, evenly spread over a clip."""
