@@ -27,18 +27,13 @@ DEMO = ["demo"]
 """How a run notes the built-in videos."""
 
 
-class MembersPerGpu(click.ParamType):  # type: ignore[type-arg]
-    """A number of members, or auto, which becomes None."""
-
-    name = "members"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
-        """Raises click's usage error for anything else."""
-        if value in ("auto", None):
-            return None
-        if not str(value).isdecimal() or int(value) < 1:
-            self.fail(f"{value!r} is neither auto nor a number of members, 1 or more", param, ctx)
-        return int(value)
+def members(text: str) -> int | None:
+    """A number of members, or auto, which becomes None; raises click's usage error for anything else."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"{text!r} is neither auto nor a number of members, 1 or more")
+    return int(text)
 
 
 @click.command()
@@ -65,7 +60,7 @@ class MembersPerGpu(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--members-per-gpu",
     "members_at_once",
-    type=MembersPerGpu(),
+    type=members,
     default="auto",
     metavar="auto|N",
     help="Members of a generation that are trained at once; auto: as many as memory holds.",
