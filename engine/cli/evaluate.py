@@ -63,16 +63,12 @@ SEEDS = click.option("--seeds", type=COUNT, default=1, help="Seeds to repeat wit
 @errors_explained
 def evaluate(
     checkpoints: tuple[Path, ...],
-    name: str | None,
     protocol: str,
     seeds: int,
     json_path: Path | None,
     with_baselines: bool,
-    recipe_name: str | None,
-    assignments: tuple[str, ...],
-    seed: int | None,
     device: str,
-    **labelled: Any,
+    **options: Any,
 ) -> None:
     """Judge networks on labelled videos: k-means, a linear layer, retrieval, fine-tuning."""
     from engine.cli.tables import print_baselines, print_evaluated
@@ -87,13 +83,17 @@ def evaluate(
     networks = [load_network(path, device=runtime.device) for path in checkpoints]
     cards = [card for _, card in networks]
     protocols = {"frozen": FROZEN, "all": (*FROZEN, "finetune")}.get(protocol, (protocol,))
-    changed = [*assignments, *([] if seed is None else [f"seed={seed}"])]
-    name, recipe = _evaluation_recipe(recipe_name, name, labelled["root"], changed, cards[0].input)
+    labelled = {key: options.pop(key) for key in LABELLED}
+    name, recipe = _evaluation_recipe(labelled["root"], cards[0].input, **options)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     make_deterministic(runtime)
     with Display() as display:
         dataset = open_labelled(display, name, max(card.input.size for card in cards), **labelled)
-        how: dict[str, Any] = {"runtime": runtime, "seed": recipe.seed}
+        shared: dict[str, Any] = {
+            "runtime": runtime,
+            "seed": recipe.seed,
+            "on_progress": display.prepare,
+        }
         results = evaluate_many(
             networks,
             dataset,
@@ -101,12 +101,9 @@ def evaluate(
             settings=recipe.evaluation,
             seeds=seeds,
             training=recipe if "finetune" in protocols else None,
-            on_progress=display.prepare,
-            **how,
+            **shared,
         )
-        trivial = {}
-        if with_baselines:
-            trivial = baselines(dataset, on_progress=display.prepare, **how)
+        trivial = baselines(dataset, **shared) if with_baselines else {}
     for path, result in zip(checkpoints, results, strict=True):
         for evaluated in result.values():
             print_evaluated(evaluated, name=str(path))
@@ -171,11 +168,13 @@ def _folders(root: tuple[Path, ...]) -> str | None:
 
 
 def _evaluation_recipe(
-    recipe_name: str | None,
-    name: str | None,
     root: tuple[Path, ...],
-    assignments: list[str],
     shape: Any,
+    *,
+    name: str | None,
+    recipe_name: str | None,
+    assignments: tuple[str, ...],
+    seed: int | None,
 ) -> tuple[str, Recipe]:
     """The data set's name, and the recipe that is named, or the data set's own for clips as the network was trained on.
 
@@ -187,12 +186,13 @@ def _evaluation_recipe(
     name = name or (recipe and recipe.finetune.dataset) or _folders(root)
     if not name:
         raise ValueError(f"--dataset is missing: {DATASETS} (also for shards of class folders)")
+    changed = [*assignments, *([] if seed is None else [f"seed={seed}"])]
     if recipe is not None:
-        return name, override(recipe, assignments)
+        return name, override(recipe, changed)
     preset = f"{name}_finetune"
     recipe = load_recipe(preset) if preset in preset_names() else Recipe()
     as_trained = [f"clip.{key}={getattr(shape, key)}" for key in shape.__struct_fields__]
-    return name, override(recipe, [*as_trained, *assignments])
+    return name, override(recipe, [*as_trained, *changed])
 
 
 def _recipe_named(name: str | None, *, resume: bool) -> str | None:
