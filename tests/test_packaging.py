@@ -71,13 +71,13 @@ def test_installed_recipes_load_by_name(wheel: zipfile.Path, tmp_path: Path) -> 
     """From the wheel alone, in a process that does not see the source tree."""
     wheel.root.extractall(tmp_path / "site")
     program = (
-        "import engine.objective.lossfile as f, engine.core.presets as p, engine.core.recipe as r\n"
+        "import engine.objective.lossfile as f, engine.core.recipe as r\n"
         "print(r.__file__)\n"
         "print(sorted(n for n, w in f.load_loss('rgb_to_flow').items() if w))\n"
-        "print(len(p.preset_names('losses')))\n"
+        "print(len(r.preset_names('losses')))\n"
         "print(r.load_recipe('paper/pretrain_r3d50').model.arch)\n"
-        "print([n for n in p.preset_names() if p.preset_text(n) == ''])\n"
-        "print(' '.join(p.preset_names()))\n"
+        "print([n for n in r.preset_names() if r.preset_text(n) == ''])\n"
+        "print(' '.join(r.preset_names()))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

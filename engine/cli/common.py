@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, the options of a run, and opening its folder."""
+"""What the commands share: options, errors in one line, and the opening of runs, videos and labelled videos."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,48 +15,80 @@ import click
 if TYPE_CHECKING:
     from engine.core.display import Display
     from engine.core.recipe import Recipe
+    from engine.core.run import RunFolder
+    from engine.data.ingest.sources import Reject
     from engine.data.library import Library
+    from engine.evaluate.datasets import Dataset
+
+Command = Callable[..., None]
 
 FAILURE, USAGE = 1, 2
+SHOWN = 20
+"""Rejects that are shown; all are in a file."""
+
 PATH = click.Path(path_type=Path)
+COUNT, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
+SECONDS = click.FloatRange(min=0, min_open=True)
+
+RECIPE = click.option(
+    "--recipe", "recipe_name", metavar="FILE|NAME", help="Recipe file, or its name."
+)
+ASSIGNMENTS = click.option(
+    "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Override the recipe."
+)
+SEED = click.option("--seed", type=NATURAL, help="Override the recipe's seed.")
+RUN = click.option(
+    "--run", "run_path", type=PATH, help="Run folder [default: a new one under runs/]."
+)
+RESUME = click.option("--resume", is_flag=True, help="Go on with --run, or with the newest run.")
+DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+WORKERS = click.option("--workers", type=COUNT, help="Processes [default: one a core].")
+BASELINES = click.option(
+    "--baselines", "with_baselines", is_flag=True, help="Show trivial baselines on the same folds."
+)
+ROOT = click.option("--root", multiple=True, type=PATH, help="Folder of the videos, or shards.")
+SPLITS = click.option(
+    "--splits", type=PATH, help="Folder of the lists [default: in or beside --root]."
+)
+FOLDS = click.option(
+    "--folds", type=click.Choice(["official", "group"]), help="group: each group is left out once."
+)
+GROUP_PATTERN = click.option(
+    "--group-pattern", metavar="REGEX", help="Finds a clip's group in its file's name."
+)
+ALLOW_MISSING = click.option(
+    "--allow-missing", is_flag=True, help="Go on where listed videos are missing, and say so."
+)
 
 
-class MembersPerGpu(click.ParamType):  # type: ignore[type-arg]
-    """A number of members, or auto, which becomes None."""
-
-    name = "members"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
-        """Raises click's usage error for anything else."""
-        if value in ("auto", None):
-            return None
-        if not str(value).isdecimal() or int(value) < 1:
-            self.fail(f"{value!r} is neither auto nor a number of members, 1 or more", param, ctx)
-        return int(value)
+def options(*declared: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Adds options to a command, in the order of its help."""
+    return lambda command: functools.reduce(lambda c, option: option(c), declared[::-1], command)
 
 
-def errors_explained(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what can go wrong into one line and an exit code: 2 for a user's mistake, 1 for a failure."""
+run_options = options(RECIPE, ASSIGNMENTS, SEED, RUN, RESUME, DEVICE)
+"""Options of every command with a recipe and a run folder."""
+labelled_options = options(ROOT, SPLITS, FOLDS, GROUP_PATTERN, ALLOW_MISSING)
+"""Options that say which labelled videos are used, and how they are divided: ``open_labelled`` takes them."""
+
+
+def errors_explained(command: Command) -> Command:
+    """Turns what can go wrong into one line and an exit code: 2 for a user's mistake, 1 for a failure."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:
-            _end("interrupted; what was finished is kept, and --resume goes on from there", FAILURE)
         except click.ClickException:
             raise
+        except KeyboardInterrupt:
+            _end("interrupted; what was finished is kept, and --resume goes on from there", FAILURE)
         except ValueError as error:
             _end(str(error), USAGE)
-        except OSError as error:
-            full = (
-                " (the disk is full: make room, then use --resume)"
-                if error.errno == errno.ENOSPC
-                else ""
-            )
-            _end(f"{error}{full}", FAILURE)
-        except RuntimeError as error:
-            _end(str(error), FAILURE)
+        except (OSError, RuntimeError) as error:
+            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            hint = " (the disk is full: make room, then use --resume)" if full else ""
+            _end(f"{error}{hint}", FAILURE)
 
     return wrapped
 
@@ -66,96 +98,115 @@ def _end(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that every command with a recipe and a run folder takes."""
-    options = [
-        click.option(
-            "--recipe", "recipe_name", metavar="FILE|NAME", help="Recipe file, or a recipe's name."
-        ),
-        click.option(
-            "--set",
-            "assignments",
-            multiple=True,
-            metavar="SECTION.KEY=VALUE",
-            help="Override the recipe.",
-        ),
-        click.option("--seed", type=click.IntRange(min=0), help="Override the recipe's seed."),
-        click.option(
-            "--run", "run_path", type=PATH, help="Run folder [default: a new one under runs/]."
-        ),
-        click.option("--resume", is_flag=True, help="Go on with --run, or with the newest run."),
-        click.option(
-            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def open_run(
     command: str,
-    name: str | None,
+    default: str,
+    *,
+    recipe_name: str | None,
     assignments: tuple[str, ...],
     seed: int | None,
-    path: Path | None,
+    run_path: Path | None,
     resume: bool,
-    default: str,
-) -> tuple[Any, Recipe]:
+    **_: Any,
+) -> tuple[RunFolder, Recipe]:
     """The run folder and recipe of a command: a new run's, or with ``resume`` the one that it goes on with.
 
     Raises ValueError for a recipe that can't be used, and where there is no run to resume.
     """
     from engine.core.recipe import load_recipe, override
-    from engine.core.runfolder import RunFolder, latest_run, new_run_path
+    from engine.core.run import RunFolder, latest_run, new_run_path
 
     changed = [*assignments, *([] if seed is None else [f"seed={seed}"])]
-    if resume:
-        run_path = path or latest_run(command)
-        asked = None
-        if name is not None or changed:
-            base = (
-                run_path / "recipe.toml"
-                if name is None and (run_path / "recipe.toml").exists()
-                else name or default
-            )
-            asked = override(load_recipe(base), changed)
-        return RunFolder.reopen(run_path, asked)
-    recipe = override(load_recipe(name or default), changed)
-    return RunFolder.create(path or new_run_path(command), recipe), recipe
+    if not resume:
+        recipe = override(load_recipe(recipe_name or default), changed)
+        return RunFolder.create(run_path or new_run_path(command), recipe), recipe
+    path = run_path or latest_run(command)
+    if recipe_name is None and not changed:
+        return RunFolder.reopen(path, None)
+    own = path / "recipe.toml"
+    base = recipe_name or (own if own.exists() else default)
+    return RunFolder.reopen(path, override(load_recipe(base), changed))
 
 
-def named_before(
-    facts: dict[str, Any] | None, videos: tuple[Path, ...], labelled: tuple[Path, ...]
-) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The videos that a resumed run began with, unless they are given again (they may have moved)."""
-    if videos:
-        return videos, labelled
-    if facts is None:
-        raise ValueError(
-            "the run ended before it noted its videos: give --videos and --labelled again"
-        )
-    named = (facts["videos"], facts["labelled"])
-    if named == (["demo"], ["demo"]):
-        return (), ()
-    return tuple(map(Path, named[0])), tuple(map(Path, named[1]))
+def open_videos(display: Display, *folders: Iterable[Path]) -> list[Library]:
+    """Opens videos or shards, one data set for each of ``folders``, and shows what of them can't be read."""
+    from engine.data.library import default_shard_cache, open_library
+
+    cache = default_shard_cache()
+    libraries = [open_library(tuple(f), cache=cache, report=display.prepare) for f in folders]
+    for library in libraries:
+        say_library(display, library)
+    return libraries
 
 
-def say_rejects(display: Display, library: Library) -> None:
-    """Show the first files that could not be read, and why, and shards that were left out."""
+def open_labelled(
+    display: Display, name: str, size: int, *, root: Iterable[Path | str], **options: Any
+) -> Dataset:
+    """Opens a labelled data set for clips of ``size`` pixels, and shows what is missing of it.
+
+    ``options`` are those of ``labelled_options``. Raises ValueError without ``root``, and what ``open_dataset`` does.
+    """
+    from engine.data.ingest.splits import MISSING
+    from engine.data.library import default_shard_cache
+    from engine.evaluate.datasets import open_dataset
+
+    if not root:
+        raise ValueError(f"--root is missing: the folder of {name}'s videos")
+    dataset = open_dataset(
+        [Path(folder) for folder in root],
+        name=name,
+        cache=default_shard_cache(),
+        report=display.prepare,
+        short_side=128 if size <= 128 else 2 * round(size * 4 / 7),
+        **options,
+    )
+    for warning in dataset.warnings:
+        display.say(warning)
+    say_rejects(display, [r for r in dataset.rejects if not r.reason.startswith(MISSING)])
+    if dataset.incomplete:
+        display.say(f"{name}: {dataset.incomplete}; every number below says so")
+    return dataset
+
+
+def say_library(display: Display, library: Library) -> None:
+    """Shows shards that were left out, and the first files that could not be read."""
     for warning in library.warnings:
         display.say(warning)
-    for reject in library.rejects[:10]:
-        display.say(f"rejected {reject.path}: {reject.reason}")
-    if len(library.rejects) > 10:
-        display.say(f"... and {len(library.rejects) - 10} more, in rejects.jsonl beside the shards")
+    say_rejects(display, library.rejects, file="rejects.jsonl beside the shards")
+
+
+def say_rejects(display: Display, rejects: Iterable[Reject], *, file: str = "") -> None:
+    """Shows the first sources that gave no clips, and why; ``file`` holds all of them."""
+    lines = []
+    for reject in rejects:
+        where = "".join(f" ({note})" for note in (reject.where, reject.listed) if note)
+        lines.append(f"rejected {reject.path}{where}: {reject.reason}")
+    for line in lines[:SHOWN]:
+        display.say(line)
+    if len(lines) > SHOWN:
+        display.say(f"... and {len(lines) - SHOWN} more" + (f", in {file}" if file else ""))
 
 
 def say_substitutes(display: Display, *libraries: Library) -> None:
-    """Show how many clips were found damaged in a run, if any."""
+    """Shows how many clips were found damaged in a run, if any."""
     clips = sum((library.index.substituted for library in libraries), Counter[int]())
     if clips:
         display.say(
             f"{len(clips)} clips were found damaged, and others took their place {clips.total()} times:"
             " `engine ingest --verify SHARDS` names the shards"
         )
+
+
+def holds_class_folders(root: Iterable[Path]) -> bool:
+    """Whether all of ``root`` are folders of folders with videos, which name their classes."""
+    from engine.data.ingest.sources import OTHER_SUFFIXES
+    from engine.data.shards.index import is_shards
+
+    return all(
+        not is_shards(path)
+        and any(
+            file.is_file() and file.suffix.lower() not in OTHER_SUFFIXES
+            for file in path.glob("[!.]*/[!.]*")
+        )
+        for path in root
+    )

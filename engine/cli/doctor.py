@@ -6,59 +6,42 @@ import ctypes
 import os
 import shutil
 from collections.abc import Sequence
-from importlib import metadata
 from importlib.util import find_spec
 
 import torch
 
+from engine.core.provenance import installed_version
 from engine.core.runtime import check_kernels_package, cpu_has_bf16, num_cores
 from engine.train.precision_check import OLDEST_CUDNN
 
 Row = tuple[str, str, str]
-"""Part, what was found, the path taken or what to do."""
+"""Part, what there is, the path taken or what to do."""
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+NVIMGCODEC = ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12")
 
 
 def diagnose() -> Sequence[Row]:
     """One row a part: device, networks, decoding, flow, k-means, kernels, step."""
     gpu = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if gpu else f"CPU, {num_cores()} cores"
+    on_cpu = "float32, bf16 where asked for" if cpu_has_bf16() else "float32 (no AMX: no bf16)"
+    fused = "fused kernels" if gpu else "not used on a CPU: plain PyTorch"
     return [
-        (
-            "device",
-            name,
-            "bf16 autocast"
-            if gpu
-            else "float32, bf16 where asked for"
-            if cpu_has_bf16()
-            else "float32 (no AMX: no bf16)",
-        ),
+        ("device", name, "bf16 autocast" if gpu else on_cpu),
         ("torch", torch.__version__, _cudnn(gpu)),
-        ("DALI", _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), _decoding(gpu)),
-        (
-            "nvImageCodec",
-            _version("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"),
-            "JPEG decoding needs it",
-        ),
+        ("DALI", _version(*DALI), _decoding(gpu)),
+        ("nvImageCodec", _version(*NVIMGCODEC), "JPEG decoding needs it"),
         ("video decoder", _library("libnvcuvid.so.1"), "only for shards of video streams"),
         ("flow", _library("libnvidia-opticalflow.so.1"), _flow(gpu)),
         ("k-means", _version("cuml-cu13", "cuml-cu12"), _kmeans(gpu)),
-        (
-            "Triton",
-            _version("triton"),
-            "fused kernels" if gpu else "not used on a CPU: plain PyTorch",
-        ),
+        ("Triton", _version("triton"), fused),
         ("kernels", *_kernels()),
         ("step", *_step(gpu)),
     ]
 
 
 def _version(*packages: str) -> str:
-    for package in packages:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return "absent"
+    return installed_version(*packages) or "absent"
 
 
 def _library(name: str) -> str:
@@ -79,7 +62,7 @@ def _cudnn(gpu: bool) -> str:
 
 
 def _decoding(gpu: bool) -> str:
-    if _version("nvidia-dali-cuda130", "nvidia-dali-cuda120") == "absent":
+    if _version(*DALI) == "absent":
         return "install the extra cpu, cuda12 or cuda13: nothing can be decoded without DALI"
     return "JPEG engines" if gpu else "libjpeg-turbo on the CPU"
 
@@ -117,11 +100,7 @@ def _kernels() -> tuple[str, str]:
 def _step(gpu: bool) -> tuple[str, str]:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        todo = (
-            "install gcc: torch.compile needs it" if gpu else "eager; torch.compile would need gcc"
-        )
-        return "no C compiler", todo
-    return (
-        compiler,
-        "torch.compile" if gpu else "eager, a member a core (optim.compile=default compiles)",
-    )
+        needed = "install gcc: torch.compile needs it"
+        return "no C compiler", needed if gpu else "eager; torch.compile would need gcc"
+    eager = "eager, a member a core (optim.compile=default compiles)"
+    return compiler, "torch.compile" if gpu else eager

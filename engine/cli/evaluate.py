@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.common import PATH, errors_explained, run_options
+from engine.cli.common import (
+    ASSIGNMENTS,
+    BASELINES,
+    COUNT,
+    DEVICE,
+    PATH,
+    RECIPE,
+    SEED,
+    errors_explained,
+    holds_class_folders,
+    labelled_options,
+    open_labelled,
+    open_run,
+    options,
+    run_options,
+)
 
 if TYPE_CHECKING:
-    from engine.core.display import Display
     from engine.core.recipe import Recipe
-    from engine.evaluate.datasets import Dataset
 
+LABELLED = ("root", "splits", "folds", "group_pattern", "allow_missing")
 PROTOCOLS = ("frozen", "kmeans", "linear", "retrieval", "finetune", "all")
+DATASETS = "ucf101, hmdb51, kinetics or folders"
 
-
-def data_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that say which labelled videos are used, and how they are divided."""
-    options = [
-        click.option(
-            "--root", multiple=True, type=PATH, help="Folder of the videos, or their shards."
-        ),
-        click.option(
-            "--splits",
-            type=PATH,
-            help="Folder of the lists [default: looked for in and beside --root].",
-        ),
-        click.option(
-            "--folds",
-            type=click.Choice(["official", "group"]),
-            help="group: each group is left out once.",
-        ),
-        click.option(
-            "--group-pattern", metavar="REGEX", help="Finds a clip's group in its file's name."
-        ),
-        click.option(
-            "--allow-missing",
-            is_flag=True,
-            help="Go on where listed videos are missing, and say so.",
-        ),
-        click.option(
-            "--seeds",
-            type=click.IntRange(min=1),
-            default=1,
-            show_default=True,
-            help="Seeds to repeat with.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+DATASET = click.option(
+    "--dataset", "name", help=f"{DATASETS} [default: the recipe's, or folders for class folders]"
+)
+SEEDS = click.option("--seeds", type=COUNT, default=1, help="Seeds to repeat with.")
 
 
 @click.command()
@@ -64,48 +46,29 @@ def data_options(command: Callable[..., None]) -> Callable[..., None]:
     required=True,
     help="A network's file, or a run; may be given again.",
 )
-@click.option("--dataset", "name", required=True, help="ucf101, hmdb51, kinetics or folders.")
 @click.option(
     "--protocol",
     type=click.Choice(PROTOCOLS),
     default="frozen",
-    show_default=True,
     help="frozen: all three that train no network.",
 )
-@data_options
+@options(DATASET, labelled_options, SEEDS, BASELINES)
 @click.option(
     "--json",
     "json_path",
     type=PATH,
     help="Append a row a protocol to this JSON Lines file, with confusion matrices as CSV beside it.",
 )
-@click.option(
-    "--baselines", "with_baselines", is_flag=True, help="Show trivial baselines on the same folds."
-)
-@click.option(
-    "--recipe",
-    "recipe_name",
-    metavar="FILE|NAME",
-    help="Recipe with sections evaluation and finetune.",
-)
-@click.option(
-    "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Override the recipe."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@options(RECIPE, ASSIGNMENTS, SEED, DEVICE)
 @errors_explained
 def evaluate(
     checkpoints: tuple[Path, ...],
-    name: str,
     protocol: str,
     seeds: int,
     json_path: Path | None,
     with_baselines: bool,
-    recipe_name: str | None,
-    assignments: tuple[str, ...],
-    seed: int,
     device: str,
-    **data: Any,
+    **options: Any,
 ) -> None:
     """Judge networks on labelled videos: k-means, a linear layer, retrieval, fine-tuning."""
     from engine.cli.tables import print_baselines, print_evaluated
@@ -120,12 +83,17 @@ def evaluate(
     networks = [load_network(path, device=runtime.device) for path in checkpoints]
     cards = [card for _, card in networks]
     protocols = {"frozen": FROZEN, "all": (*FROZEN, "finetune")}.get(protocol, (protocol,))
-    recipe = _evaluation_recipe(recipe_name, name, assignments, cards[0].input)
+    labelled = {key: options.pop(key) for key in LABELLED}
+    name, recipe = _evaluation_recipe(labelled["root"], cards[0].input, **options)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     make_deterministic(runtime)
     with Display() as display:
-        dataset = _open(display, name, max(card.input.size for card in cards), data)
-        shared: dict[str, Any] = {"runtime": runtime, "seed": seed, "on_progress": display.prepare}
+        dataset = open_labelled(display, name, max(card.input.size for card in cards), **labelled)
+        shared: dict[str, Any] = {
+            "runtime": runtime,
+            "seed": recipe.seed,
+            "on_progress": display.prepare,
+        }
         results = evaluate_many(
             networks,
             dataset,
@@ -136,12 +104,12 @@ def evaluate(
             **shared,
         )
         trivial = baselines(dataset, **shared) if with_baselines else {}
-    for path, found in zip(checkpoints, results, strict=True):
-        for each in found.values():
-            print_evaluated(each, name=str(path))
+    for path, result in zip(checkpoints, results, strict=True):
+        for evaluated in result.values():
+            print_evaluated(evaluated, name=str(path))
     print_baselines(trivial)
     if json_path is not None:
-        append_rows(json_path, [each for found in results for each in found.values()], trivial)
+        append_rows(json_path, [row for result in results for row in result.values()], trivial)
 
 
 @click.command()
@@ -151,46 +119,36 @@ def evaluate(
     type=PATH,
     help="The network's file, or a run; none for --set finetune.init=scratch.",
 )
-@click.option("--dataset", "name", help="The data set, where the recipe names none.")
-@data_options
-@click.option(
-    "--checkpoint-every",
-    type=click.IntRange(min=1),
-    default=200,
-    show_default=True,
-    help="In steps.",
-)
+@options(DATASET, labelled_options, SEEDS)
+@click.option("--checkpoint-every", type=COUNT, default=200, help="Steps between saves.")
 @run_options
 @errors_explained
 def finetune(
     recipe_argument: str | None,
+    recipe_name: str | None,
     checkpoint: Path | None,
     name: str | None,
     seeds: int,
     checkpoint_every: int,
-    recipe_name: str | None,
-    assignments: tuple[str, ...],
-    seed: int | None,
-    run_path: Path | None,
-    resume: bool,
     device: str,
-    **data: Any,
+    **options: Any,
 ) -> None:
     """Train a network with labels by a recipe, and test it: ``engine finetune ucf101 --root DIR --checkpoint C``."""
-    from engine.cli.common import open_run
     from engine.cli.tables import print_evaluated
     from engine.core.display import Display
     from engine.core.runtime import check_kernels_package, choose_runtime
     from engine.evaluate.finetune_run import inputs_of, run_finetuning
 
-    chosen = _recipe_named(recipe_argument or recipe_name, resume=resume)
     check_kernels_package()
-    run, recipe = open_run("finetune", chosen, assignments, seed, run_path, resume, "")
-    inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=data)
+    labelled = {key: options.pop(key) for key in LABELLED}
+    chosen = _recipe_named(recipe_argument or recipe_name, resume=options["resume"])
+    run, recipe = open_run("finetune", "", recipe_name=chosen, **options)
+    name = name or recipe.finetune.dataset or _folders(labelled["root"])
+    inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=labelled)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display(log=run.path) as display:
-        dataset = _open(display, inputs["name"], recipe.clip.size, inputs["data"])
-        found = run_finetuning(
+        dataset = open_labelled(display, inputs["name"], recipe.clip.size, **inputs["data"])
+        result = run_finetuning(
             run,
             recipe,
             dataset,
@@ -200,28 +158,46 @@ def finetune(
             on_progress=display.prepare,
             say=display.say,
         )
-    print_evaluated(found, name=inputs["checkpoint"] or "from scratch")
+    print_evaluated(result, name=inputs["checkpoint"] or "from scratch")
     click.echo(f"results: {run.path / 'results.json'}")
 
 
-def _evaluation_recipe(
-    recipe_name: str | None, dataset: str, assignments: tuple[str, ...], shape: Any
-) -> Recipe:
-    """The recipe that is named, or the data set's own with clips as the network was trained on, and overrides."""
-    from engine.core.presets import preset_names
-    from engine.core.recipe import Recipe, load_recipe, override
+def _folders(root: tuple[Path, ...]) -> str | None:
+    """The data set's name where none is named and ``root`` holds class folders."""
+    return "folders" if root and holds_class_folders(root) else None
 
-    if recipe_name is not None:
-        return override(load_recipe(recipe_name), list(assignments))
-    own = f"{dataset}_finetune"
-    recipe = load_recipe(own) if own in preset_names() else Recipe()
-    as_trained = [f"clip.{name}={getattr(shape, name)}" for name in shape.__struct_fields__]
-    return override(recipe, [*as_trained, *assignments])
+
+def _evaluation_recipe(
+    root: tuple[Path, ...],
+    shape: Any,
+    *,
+    name: str | None,
+    recipe_name: str | None,
+    assignments: tuple[str, ...],
+    seed: int | None,
+) -> tuple[str, Recipe]:
+    """The data set's name, and the recipe that is named, or the data set's own for clips as the network was trained on.
+
+    Raises ValueError where nothing says what the data set is.
+    """
+    from engine.core.recipe import Recipe, load_recipe, override, preset_names
+
+    recipe = None if recipe_name is None else load_recipe(recipe_name)
+    name = name or (recipe and recipe.finetune.dataset) or _folders(root)
+    if not name:
+        raise ValueError(f"--dataset is missing: {DATASETS} (also for shards of class folders)")
+    changed = [*assignments, *([] if seed is None else [f"seed={seed}"])]
+    if recipe is not None:
+        return name, override(recipe, changed)
+    preset = f"{name}_finetune"
+    recipe = load_recipe(preset) if preset in preset_names() else Recipe()
+    as_trained = [f"clip.{key}={getattr(shape, key)}" for key in shape.__struct_fields__]
+    return name, override(recipe, [*as_trained, *changed])
 
 
 def _recipe_named(name: str | None, *, resume: bool) -> str | None:
     """A recipe's file or name; of a data set's name, its fine-tuning recipe."""
-    from engine.core.presets import preset_names
+    from engine.core.recipe import preset_names
 
     if name is None:
         if resume:
@@ -231,30 +207,3 @@ def _recipe_named(name: str | None, *, resume: bool) -> str | None:
             f"no recipe: name a file or one of {', '.join(known)} (ucf101 is short for ucf101_finetune)"
         )
     return f"{name}_finetune" if f"{name}_finetune" in preset_names() else name
-
-
-def _open(display: Display, name: str, size: int, data: dict[str, Any]) -> Dataset:
-    """Open the labelled videos, and say what is missing of them."""
-    from engine.data.ingest.splits import MISSING
-    from engine.data.library import default_shard_cache
-    from engine.evaluate.datasets import open_dataset
-
-    root = data["root"]
-    if not root:
-        raise ValueError(f"--root is missing: the folder of {name}'s videos")
-    dataset = open_dataset(
-        [Path(path) for path in root],
-        name=name,
-        cache=default_shard_cache(),
-        report=display.prepare,
-        short_side=128 if size <= 128 else 2 * round(size * 4 / 7),
-        **{key: value for key, value in data.items() if key != "root"},
-    )
-    for warning in dataset.warnings:
-        display.say(warning)
-    rejects = [r for r in dataset.rejects if not r.reason.startswith(MISSING)]
-    for reject in rejects[:10]:
-        display.say(f"rejected {reject.path}: {reject.reason}")
-    if dataset.incomplete:
-        display.say(f"{name}: {dataset.incomplete}; every number below says so")
-    return dataset

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from engine.cli.common import (
+    COUNT,
+    NATURAL,
     PATH,
-    MembersPerGpu,
     errors_explained,
-    named_before,
     open_run,
+    open_videos,
     run_options,
-    say_rejects,
     say_substitutes,
 )
 
 if TYPE_CHECKING:
     from engine.core.display import Display
-    from engine.core.recipe import Recipe
-    from engine.core.runfolder import RunFolder
-    from engine.core.runtime import Runtime
+    from engine.core.run import RunFolder
     from engine.search.evolve import Data, Workers
+
+DEMO = ["demo"]
+"""How a run notes the built-in videos."""
+
+
+def members(text: str) -> int | None:
+    """A number of members, or auto, which becomes None; raises click's usage error for anything else."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"{text!r} is neither auto nor a number of members, 1 or more")
+    return int(text)
 
 
 @click.command()
@@ -39,21 +49,19 @@ if TYPE_CHECKING:
 @click.option("--method", help="How losses are proposed: search.method of the recipe.")
 @click.option(
     "--rounds",
-    type=click.IntRange(min=0),
+    type=NATURAL,
     help="Members after the initial population; may be raised with --resume.",
 )
-@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Workers, with a GPU each.")
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Workers on CPUs.")
+@click.option("--gpus", type=COUNT, metavar="N", help="Workers, with a GPU each.")
+@click.option("--workers", type=COUNT, metavar="N", help="Workers on CPUs.")
 @click.option(
-    "--address",
-    metavar="auto|HOST:PORT",
-    help="Ray cluster to join [default: Ray is started here].",
+    "--address", metavar="auto|HOST:PORT", help="Ray cluster to join [default: one here]."
 )
 @click.option(
     "--members-per-gpu",
-    type=MembersPerGpu(),
+    "members_at_once",
+    type=members,
     default="auto",
-    show_default=True,
     metavar="auto|N",
     help="Members of a generation that are trained at once; auto: as many as memory holds.",
 )
@@ -61,14 +69,14 @@ if TYPE_CHECKING:
     "--time-limit",
     type=click.FloatRange(min=0),
     default=0.0,
+    show_default=False,
     metavar="SECONDS",
     help="Longest training of a member on a worker [default: any].",
 )
 @click.option(
     "--max-retries",
-    type=click.IntRange(min=0),
+    type=NATURAL,
     default=2,
-    show_default=True,
     help="How often a member is tried again whose worker was lost.",
 )
 @click.option(
@@ -85,69 +93,49 @@ if TYPE_CHECKING:
 def evolve(
     videos: tuple[Path, ...],
     labelled: tuple[Path, ...],
-    method: str | None,
-    rounds: int | None,
     gpus: int | None,
     workers: int | None,
-    address: str | None,
-    members_per_gpu: int | None,
-    time_limit: float,
-    max_retries: int,
-    clip_bank: str | None,
+    device: str,
     storage: str | None,
     dry_run: bool,
-    recipe_name: str | None,
     assignments: tuple[str, ...],
-    seed: int | None,
-    run_path: Path | None,
-    resume: bool,
-    device: str,
+    **options: Any,
 ) -> None:
     """Find a loss: the main job. Without arguments it runs on a small data set that it makes itself."""
     from engine.core.display import Display
     from engine.core.runtime import check_kernels_package, choose_runtime
+    from engine.search.estimate import dry_run as estimate
 
     if labelled and not videos:
         raise ValueError("--videos is missing: videos to train on, beside those that judge")
     check_kernels_package()
-    given = {"search.method": method, "search.rounds": rounds, "search.clip_bank": clip_bank}
-    assignments += tuple(f"{key}={value}" for key, value in given.items() if value is not None)
+    settings = {key: options.pop(key) for key in ("method", "rounds", "clip_bank")}
+    assignments += tuple(f"search.{k}={v}" for k, v in settings.items() if v is not None)
+    limits = {key: options.pop(key) for key in ("members_at_once", "time_limit", "max_retries")}
+    crew = _workers(gpus, workers, options.pop("address"), device, **limits)
     default = "cpu/evolve" if videos else "demo"
-    run, recipe = open_run("evolve", recipe_name, assignments, seed, run_path, resume, default)
-    labelled = labelled or _judged(videos, recipe)
-    crew = _workers(gpus, workers, address, members_per_gpu, time_limit, max_retries, device)
+    run, recipe = open_run("evolve", default, assignments=assignments, **options)
+    if videos and not labelled:
+        if recipe.fitness.uses_labels:
+            raise ValueError(
+                "--labelled is missing: class folders to judge losses by; or judge without labels, by --set"
+                " fitness.metric=zipf and --set fitness.num_clusters=N"
+            )
+        labelled = videos
     if crew.count != 0:
         device = "auto" if crew.gpus else "cpu"
-    runtime = choose_runtime(device, amp=recipe.optim.amp)
+    how: dict[str, Any] = {"runtime": choose_runtime(device, amp=recipe.optim.amp), "workers": crew}
     run.use_storage(storage)
     with Display(log=None if dry_run else run.path) as display:
-        data = _data(run, videos, labelled, resume=resume, display=display)
+        data = _data(run, videos, labelled, resume=options["resume"], display=display)
         if dry_run:
-            from engine.search.estimate import dry_run as look
-
-            look(recipe, data, runtime=runtime, workers=crew, display=display)
-            return
-        _evolve(recipe, data, run=run, runtime=runtime, workers=crew, display=display)
-
-
-def _judged(videos: tuple[Path, ...], recipe: Recipe) -> tuple[Path, ...]:
-    """What judges where no labelled clips are given: the videos themselves, if that takes no labels."""
-    if videos and recipe.fitness.uses_labels:
-        raise ValueError(
-            "--labelled is missing: class folders to judge losses by; or judge without labels, by --set"
-            " fitness.metric=zipf and --set fitness.num_clusters=N"
-        )
-    return videos
+            estimate(recipe, data, display=display, **how)
+        else:
+            _evolve(recipe, data, run=run, display=display, **how)
 
 
 def _workers(
-    gpus: int | None,
-    workers: int | None,
-    address: str | None,
-    members_at_once: int | None,
-    time_limit: float,
-    max_retries: int,
-    device: str,
+    gpus: int | None, workers: int | None, address: str | None, device: str, **limits: Any
 ) -> Workers:
     """Who does the work; raises ValueError for options that contradict each other or the machine."""
     import torch
@@ -164,16 +152,8 @@ def _workers(
     here = torch.cuda.device_count()
     if gpus and address is None and gpus > here:
         raise ValueError(f"--gpus {gpus}: this machine has {here}; use --workers N for its CPUs")
-    in_process = gpus is None and workers is None and address is None
-    count = 0 if in_process else gpus or workers
-    return Workers(
-        count,
-        gpus=on_gpus,
-        address=address,
-        members_at_once=members_at_once,
-        time_limit=time_limit,
-        max_retries=max_retries,
-    )
+    count = gpus or workers or (None if address else 0)
+    return Workers(count, gpus=on_gpus, address=address, **limits)
 
 
 def _data(
@@ -184,38 +164,32 @@ def _data(
     resume: bool,
     display: Display,
 ) -> Data:
-    """Open what was named, or what a resumed run began with."""
-    from engine.data.library import default_shard_cache, demo_folders, open_library
+    """Opens the videos that are named; for a resumed run, else those that it began with (they may have moved)."""
+    from engine.data.library import demo_folders
     from engine.search.evolve import Data
 
-    if resume:
-        videos, labelled = named_before(run.read_json("provenance.json"), videos, labelled)
-    named = ([str(p) for p in videos] or ["demo"], [str(p) for p in labelled] or ["demo"])
-    if named == (["demo"], ["demo"]):
-        videos, labelled = (tuple(folders) for folders in demo_folders(display.prepare))
-    cache = default_shard_cache()
-    unlabelled = open_library(videos, cache=cache, report=display.prepare)
-    judged_by = open_library(labelled, cache=cache, report=display.prepare)
-    for library in (unlabelled, judged_by):
-        say_rejects(display, library)
-    return Data(unlabelled, judged_by, named)
+    names = ([str(p) for p in videos] or DEMO, [str(p) for p in labelled] or DEMO)
+    if resume and not videos:
+        facts = run.read_json("provenance.json")
+        if facts is None:
+            raise ValueError(
+                "the run ended before it noted its videos: give --videos and --labelled again"
+            )
+        names = (facts["videos"], facts["labelled"])
+    folders = [[Path(name) for name in each] for each in names]
+    if names == (DEMO, DEMO):
+        folders = list(demo_folders(display.prepare))
+    unlabelled, judged_by = open_videos(display, *folders)
+    return Data(unlabelled, judged_by, names)
 
 
-def _evolve(
-    recipe: Recipe,
-    data: Data,
-    *,
-    run: RunFolder,
-    runtime: Runtime,
-    workers: Workers,
-    display: Display,
-) -> None:
+def _evolve(recipe: Any, data: Data, *, run: RunFolder, display: Display, **how: Any) -> None:
     from engine.cli.tables import print_events, print_outcome
-    from engine.core.events import Events
+    from engine.core.run import Events
     from engine.report import write_report
     from engine.search.evolve import evolve as search
 
-    summary = search(recipe, data, run=run, runtime=runtime, display=display, workers=workers)
+    summary = search(recipe, data, run=run, display=display, **how)
     say_substitutes(display, data.videos, data.labelled)
     page = write_report(run.path)
     print_outcome(summary)

@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.common import FAILURE, PATH, errors_explained
+from engine.cli.common import COUNT, FAILURE, NATURAL, PATH, WORKERS, errors_explained, say_rejects
 
 if TYPE_CHECKING:
     from engine.core.display import Display
     from engine.data.ingest.run import IngestReport, Progress
     from engine.data.ingest.sources import Found
-
-SHOWN = 20
-"""Rejects that are shown; all are in the file."""
 
 
 @click.command()
@@ -46,37 +43,22 @@ SHOWN = 20
     metavar="VIDEOS CSV",
     help="Kinetics and a list (label,youtube_id,time_start,time_end,split); may be given again.",
 )
-@click.option("--fps", type=click.FloatRange(min=1), default=25.0, show_default=True)
+@click.option("--fps", type=click.FloatRange(min=1), default=25.0)
+@click.option("--short-side", type=click.IntRange(min=16), default=128, help="In pixels.")
+@click.option("--clip-seconds", type=click.FloatRange(min=0.5), default=10.0)
+@click.option("--clips-per-video", type=COUNT, help="[default: one per started minute]")
 @click.option(
-    "--short-side", type=click.IntRange(min=16), default=128, show_default=True, help="In pixels."
+    "--min-seconds", type=click.FloatRange(min=0), default=1.0, help="Shorter clips are rejected."
 )
-@click.option("--clip-seconds", type=click.FloatRange(min=0.5), default=10.0, show_default=True)
-@click.option(
-    "--clips-per-video", type=click.IntRange(min=1), help="[default: one per started minute]"
-)
-@click.option(
-    "--min-seconds",
-    type=click.FloatRange(min=0),
-    default=1.0,
-    show_default=True,
-    help="Shorter clips are rejected.",
-)
-@click.option(
-    "--quality",
-    type=click.IntRange(1, 100),
-    default=85,
-    show_default=True,
-    help="Of the JPEG frames.",
-)
+@click.option("--quality", type=click.IntRange(1, 100), default=85, help="Of the JPEG frames.")
 @click.option(
     "--codec",
     type=click.Choice(["jpeg", "vp9", "h264", "copy"]),
     default="jpeg",
-    show_default=True,
     help="jpeg: any frame at once; vp9: a fifth of the room; h264: for GPUs; copy: the source's own stream, for GPUs.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes [default: one a core].")
+@click.option("--seed", type=NATURAL, default=0)
+@WORKERS
 @click.option(
     "--address",
     metavar="auto|HOST:PORT",
@@ -119,10 +101,16 @@ def ingest(
     if verify is not None:
         _verify(verify)
     elif describe is not None:
-        _describe(describe)
+        from engine.cli.tables import print_shards
+        from engine.data.shards.inspect import describe as described
+
+        print_shards(described(describe), title=str(describe))
     elif contact_sheet is not None:
+        from engine.report.contact_sheet import contact_sheet as draw
+
         png = out or Path(f"{contact_sheet.resolve().name}.png")
-        _draw(contact_sheet, png, seed=options["seed"])
+        draw(contact_sheet, png, seed=options["seed"])
+        click.echo(f"contact sheet: {png}")
     elif out is None:
         raise ValueError("--out is missing: the folder for the shards")
     else:
@@ -140,32 +128,30 @@ def _ingest(
 ) -> None:
     from engine.core.display import Display
     from engine.core.files import StorageError
+    from engine.data.ingest import splits
     from engine.data.ingest.run import ingest as run
     from engine.data.ingest.sources import Found, find_sources
-    from engine.data.ingest.splits import hmdb51 as read_hmdb51
-    from engine.data.ingest.splits import kinetics as read_kinetics
-    from engine.data.ingest.splits import ucf101 as read_ucf101
 
     if not (videos or hmdb51 or ucf101 or kinetics):
         raise ValueError("no videos given: name files, folders or lists, or --hmdb51, --ucf101 ...")
-    parts = [find_sources(videos)] if videos else []
-    parts += [read_hmdb51(*hmdb51)] if hmdb51 else []
-    parts += [read_ucf101(*ucf101)] if ucf101 else []
+    every = [find_sources(videos)] if videos else []
+    every += [splits.hmdb51(*hmdb51)] if hmdb51 else []
+    every += [splits.ucf101(*ucf101)] if ucf101 else []
     for folder in dict.fromkeys(folder for folder, _ in kinetics):
-        parts.append(read_kinetics(folder, [path for f, path in kinetics if f == folder]))
-    found = Found.of(parts)
-    if not found.sources and not found.rejects:
+        every.append(splits.kinetics(folder, [path for f, path in kinetics if f == folder]))
+    sources = Found.of(every)
+    if not sources.sources and not sources.rejects:
         raise ValueError(f"no videos found in {', '.join(map(str, videos))}")
     with Display() as display:
         try:
-            report = run(found, out, progress=_shown(display), **options)
+            report = run(sources, out, progress=_shown(display), **options)
         except StorageError as error:
             raise RuntimeError(
                 f"{error}; what was finished is kept for the same command"
             ) from error
         except KeyboardInterrupt:
             raise RuntimeError("interrupted; the same command goes on from here") from None
-        _say(display, report, found, out)
+        _say(display, report, sources, out)
 
 
 def _shown(display: Display) -> Callable[[Progress], None]:
@@ -195,34 +181,31 @@ def _shown(display: Display) -> Callable[[Progress], None]:
     return show
 
 
-def _say(display: Display, report: IngestReport, found: Found, out: Path) -> None:
+def _say(display: Display, report: IngestReport, sources: Found, out: Path) -> None:
+    """Shows the rejects, a table of counts, and where the shards are."""
     from engine.core.display import table
     from engine.data.ingest.splits import MISSING
 
-    told = sorted(report.rejects, key=lambda r: r.reason.startswith(MISSING))  # known gaps last
-    for r in told[:SHOWN]:
-        where = "".join(f" ({note})" for note in (r.where, r.listed) if note)
-        display.say(f"rejected {r.path}{where}: {r.reason}")
-    if len(told) > SHOWN:
-        display.say(f"... and {len(told) - SHOWN} more")
-    before = sum(reject.reason.startswith(MISSING) for reject in found.rejects)
-    rows = {
+    rejects = sorted(report.rejects, key=lambda r: r.reason.startswith(MISSING))  # known gaps last
+    say_rejects(display, rejects)
+    hours = f"{report.seconds / 3600:.2f}"
+    missing = sum(reject.reason.startswith(MISSING) for reject in sources.rejects)
+    counts = {
         "sources": report.sources,
         "gave clips": report.sources - report.rejected,
         "rejected": report.rejected,
-        "of these listed, but not on the disk": before,
-        "stretches rejected of sources that gave clips": len(report.rejects) - report.rejected,
+        "of these listed, but not on the disk": missing,
+        "stretches rejected of sources that gave clips": len(rejects) - report.rejected,
         "sources of an earlier run, kept": report.reused,
         "files in no list, passed over": report.unlisted,
+        "clips": report.clips,
     }
-    always = ("sources", "gave clips", "rejected")
-    shown = [[name, str(count)] for name, count in rows.items() if count or name in always]
-    shown += [["clips", str(report.clips)], ["hours of video", f"{report.seconds / 3600:.2f}"]]
-    display.console.print(table("", ["", "number"], shown))
-    where = f" (all rejects: {out / 'rejects.jsonl'})" if told else ""
+    always = ("sources", "gave clips", "rejected", "clips")
+    rows = [[name, str(count)] for name, count in counts.items() if count or name in always]
+    display.console.print(table("", ["", "number"], [*rows, ["hours of video", hours]]))
+    where = f" (all rejects: {out / 'rejects.jsonl'})" if rejects else ""
     display.say(
-        f"{report.sources} files: {report.clips} clips, {report.seconds / 3600:.2f} hours, "
-        f"{report.rejected} rejected{where} -> {out}"
+        f"{report.sources} files: {report.clips} clips, {hours} hours, {report.rejected} rejected{where} -> {out}"
     )
 
 
@@ -246,38 +229,3 @@ def _verify(shards: Path) -> None:
         )
         sys.exit(FAILURE)
     click.echo(f"{shards} is sound")
-
-
-def _describe(shards: Path) -> None:
-    from engine.core.display import Display, table
-    from engine.data.shards.inspect import describe
-
-    found = describe(shards)
-    facts = found.facts
-    share = found.with_sound / found.clips if found.clips else 0.0
-    rows = [
-        ["clips", str(found.clips)],
-        ["hours", f"{found.seconds / 3600:.2f}"],
-        ["shards", f"{found.num_shards}, {found.bytes / 1e9:.3f} GB"],
-        ["codec", f"{facts['codec']}, {facts['fps']:g} frames/s, short side {facts['short_side']}"],
-        ["pictures", ", ".join(f"{n} {size}" for size, n in list(found.sizes.items())[:6])],
-        ["with sound", f"{found.with_sound} ({share:.0%})"],
-        ["cut short", str(found.partial)],
-        ["without a class", str(found.unlabelled)],
-        *([name, str(count)] for name, count in found.splits.items()),
-        ["settings", ", ".join(f"{k} {v}" for k, v in facts.get("settings", {}).items())],
-        ["made by", f"engine {facts['engine']}"],
-        *(["left out", problem] for problem in found.damaged),
-    ]
-    console = Display().console
-    console.print(table(str(shards), ["", "what it holds"], rows))
-    if found.classes:
-        counts = [[name, str(count)] for name, count in found.classes.items()]
-        console.print(table(f"{len(counts)} classes", ["class", "clips"], counts))
-
-
-def _draw(shards: Path, png: Path, *, seed: int) -> None:
-    from engine.report.contact_sheet import contact_sheet
-
-    contact_sheet(shards, png, seed=seed)
-    click.echo(f"contact sheet: {png}")

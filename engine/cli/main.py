@@ -9,7 +9,15 @@ from typing import Any
 import click
 
 import engine
-from engine.cli.common import PATH, errors_explained, say_rejects
+from engine.cli.common import (
+    ASSIGNMENTS,
+    DEVICE,
+    PATH,
+    RECIPE,
+    errors_explained,
+    open_videos,
+    options,
+)
 from engine.cli.evaluate import evaluate, finetune
 from engine.cli.evolve import evolve
 from engine.cli.ingest import ingest
@@ -20,7 +28,7 @@ from engine.cli.reproduce import reproduce
 from engine.cli.use import embed, export
 
 
-@click.group()
+@click.group(context_settings={"show_default": True})
 @click.version_option(engine.__version__)
 def main() -> None:
     """Learn video representations from unlabelled video, and evolve the loss that learns them."""
@@ -46,9 +54,7 @@ def doctor() -> None:
 @main.command()
 @click.argument("part", default="all")
 @click.option("--videos", multiple=True, type=PATH, help="Videos or shards [default: the demo's].")
-@click.option("--recipe", "recipe_name", metavar="FILE|NAME", help="Recipe that chooses the sizes.")
-@click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@options(RECIPE, ASSIGNMENTS, DEVICE)
 @click.option("--quick", is_flag=True, help="Fewer repeats and smaller cohorts.")
 @click.option("--json", type=PATH, help="Append a row a measurement to this JSON Lines file.")
 @click.option("--plot", type=PATH, help="Draw the stages' roofline: a .png or .svg file.")
@@ -76,7 +82,7 @@ def bench(
     )
     from engine.core.display import Display
     from engine.core.runtime import check_kernels_package, choose_runtime
-    from engine.data.library import default_shard_cache, demo_folders, open_library
+    from engine.data.library import demo_folders
 
     if compare is not None:
         show_comparison(*compare)
@@ -89,8 +95,6 @@ def bench(
     runtime, index = choose_runtime(device, amp=recipe.optim.amp), None
     if WITH_VIDEOS & set(parts):
         with Display() as display:
-            folders = videos or demo_folders(display.prepare)[0]
-            library = open_library(folders, cache=default_shard_cache(), report=display.prepare)
-            say_rejects(display, library)
+            (library,) = open_videos(display, videos or demo_folders(display.prepare)[0])
         index = library.index
     run_bench(parts, recipe, runtime=runtime, index=index, **output)

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.cli.common import (
+    COUNT,
+    NATURAL,
     PATH,
     errors_explained,
     open_run,
+    open_videos,
     run_options,
-    say_rejects,
+    say_library,
     say_substitutes,
 )
 
@@ -22,10 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from engine.core.ranks import Ranks
-    from engine.core.runfolder import RunFolder
+    from engine.core.run import RunFolder
     from engine.train.pretrain import PretrainJob
-
-COUNT = click.IntRange(min=1)
 
 
 @click.command()
@@ -36,22 +37,17 @@ COUNT = click.IntRange(min=1)
     help="The loss, such as RUN/best.toml.",
 )
 @click.option(
-    "--videos",
-    multiple=True,
-    type=PATH,
-    required=True,
-    help="Videos or shards; may be given again.",
+    "--videos", multiple=True, type=PATH, required=True, help="Videos or shards; several times."
 )
 @click.option("--gpus", type=COUNT, help="One process a GPU, on so many GPUs of this machine.")
 @click.option("--workers", type=COUNT, help="So many processes on this machine's CPU.")
 @click.option(
     "--restarts",
-    type=click.IntRange(min=0),
+    type=NATURAL,
     default=3,
-    show_default=True,
     help="How often all processes may start again, from the last checkpoint, after one died.",
 )
-@click.option("--checkpoint-every", type=COUNT, default=500, show_default=True, help="In steps.")
+@click.option("--checkpoint-every", type=COUNT, default=500, help="In steps.")
 @click.option("--keep-every", type=COUNT, help="Steps between checkpoints that are kept.")
 @click.option(
     "--labelled",
@@ -66,7 +62,7 @@ COUNT = click.IntRange(min=1)
 @errors_explained
 def pretrain(gpus: int | None, workers: int | None, restarts: int, **options: Any) -> None:
     """Train the representation with a given loss; ends with the RGB network as RUN/rgb.safetensors."""
-    from engine.core.ranks import ranks_of_environment
+    from engine.core.launch import ranks_of_environment
     from engine.core.runtime import check_kernels_package
 
     if options["loss_name"] is None and not options["resume"]:
@@ -85,7 +81,12 @@ def pretrain(gpus: int | None, workers: int | None, restarts: int, **options: An
         raise ValueError("give --gpus or --workers, not both")
     else:
         if gpus or workers:
-            options["device"] = _device(options["device"], gpus)
+            kind, option = ("cuda", "--gpus") if gpus else ("cpu", "--workers")
+            if options["device"] not in ("auto", kind):
+                raise ValueError(
+                    f"--device {options['device']} does not go with {option}, which means {kind}"
+                )
+            options["device"] = kind
         processes = gpus or workers or 1
         out = _in_processes(options, processes, restarts) if processes > 1 else _here(options)
     if out is not None:
@@ -99,7 +100,7 @@ def _here(options: dict[str, Any]) -> Path | None:
 
     run, job = _new_job(options)
     with Display(log=run.path) as display:
-        say = partial(say_rejects, display)
+        say = partial(say_library, display)
         out, library = pretrain(job, display, run=run, device=job.device, opened=say)
         say_substitutes(display, library)
     return out
@@ -108,22 +109,16 @@ def _here(options: dict[str, Any]) -> Path | None:
 def _in_processes(options: dict[str, Any], processes: int, restarts: int) -> Path:
     """Start processes on this machine; raw videos are made shards first, by this one."""
     from engine.core.display import Display
-    from engine.data.library import default_shard_cache, open_library
     from engine.train.pretrain_job import check_gpus, in_processes
 
     if options["device"] == "cuda":
         check_gpus(processes)
     run, job = _new_job(options)
     run.close()
+    folders = [job.videos, job.labelled] if job.labelled else [job.videos]
     with Display() as display:
-
-        def shards(videos: tuple[Path, ...]) -> tuple[Path, ...]:
-            library = open_library(videos, cache=default_shard_cache(), report=display.prepare)
-            say_rejects(display, library)
-            return tuple(library.shards)
-
-        videos, labelled = shards(job.videos), shards(job.labelled) if job.labelled else ()
-    job = replace(job, videos=videos, labelled=labelled)
+        videos, *labelled = [library.shards for library in open_videos(display, *folders)]
+    job = replace(job, videos=videos, labelled=labelled[0] if labelled else ())
     return in_processes(job, processes=processes, restarts=restarts)
 
 
@@ -154,14 +149,6 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
         sys.exit(1)
 
 
-def _device(device: str, gpus: int | None) -> str:
-    kind = "cuda" if gpus else "cpu"
-    if device not in ("auto", kind):
-        option = "--gpus" if gpus else "--workers"
-        raise ValueError(f"--device {device} does not go with {option}, which means {kind}")
-    return kind
-
-
 def _new_job(options: dict[str, Any]) -> tuple[RunFolder, PretrainJob]:
     """The run's folder, and the job that the options describe."""
     from engine.objective.lossfile import load_loss, loss_used_labels
@@ -170,9 +157,7 @@ def _new_job(options: dict[str, Any]) -> tuple[RunFolder, PretrainJob]:
 
     loss = options["loss_name"]
     weights = load_loss(loss) if loss else None
-    keys = ("recipe_name", "assignments", "seed", "run_path", "resume")
-    name, assignments, seed, path, resume = (options[key] for key in keys)
-    run, recipe = open_run("pretrain", name, assignments, seed, path, resume, "cpu/pretrain")
+    run, recipe = open_run("pretrain", "cpu/pretrain", **options)
     job = PretrainJob(
         recipe,
         run.path,

@@ -12,7 +12,7 @@ from engine.cli.common import errors_explained
 @errors_explained
 def recipes(name: str | None) -> None:
     """List the recipes and losses that come along, or print the one called NAME, to change a copy of it."""
-    from engine.core.presets import preset_names, preset_text, recipe_named
+    from engine.core.recipe import preset_names, preset_text, recipe_named
 
     if name is not None:
         click.echo(recipe_named(name), nl=False)
@@ -26,7 +26,7 @@ def recipes(name: str | None) -> None:
 
 
 def _about(text: str) -> str:
-    """What a file says of itself first: its comment's first sentence, or its ``about``."""
+    """The first thing that a file says of itself: its comment's first sentence, or its ``about``."""
     first = text.splitlines()[0] if text else ""
     if first.startswith("#"):
         return first.lstrip("# ")

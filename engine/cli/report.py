@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from engine.cli.common import PATH, errors_explained
-
-if TYPE_CHECKING:
-    from engine.report.runs import Row
-
-STYLES = {
-    "running": "bold green",
-    "finished": "",
-    "interrupted": "yellow",
-    "failed": "red",
-    "broken": "bold red",
-}
 
 
 @click.command()
@@ -63,6 +51,7 @@ def runs(folder: Path, as_lines: bool) -> None:
 
     interrupted: stopped or killed before its end, --resume goes on; broken: its folder can't be read.
     """
+    from engine.cli.tables import print_runs
     from engine.report.runs import as_json, list_runs
 
     rows = list_runs(folder)
@@ -72,57 +61,4 @@ def runs(folder: Path, as_lines: bool) -> None:
     elif not rows:
         click.echo(f"{folder}: no runs")
     else:
-        _show(rows)
-
-
-def _show(rows: list[Row]) -> None:
-    """A table on a terminal; elsewhere plain columns that tools can cut."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from engine.core.display import table
-    from engine.core.runlog import plain
-
-    columns = ["run", "state", "recipe", "method", "seed", "members", "best", "fresh", "age"]
-    cells = [[plain(cell) for cell in (*_cells(row), row.note)] for row in rows]
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        lines = [[*columns, "note"], *cells]
-        wide = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-        for line in lines:
-            padded = [cell.ljust(width) for cell, width in zip(line, wide, strict=False)]
-            click.echo("  ".join([*padded, line[-1]]).rstrip())
-        return
-    shown = table("", columns, [])
-    for column in shown.columns[:4]:
-        column.justify, column.no_wrap = "left", True
-    for row, line in zip(rows, cells, strict=True):
-        style = STYLES[row.state]
-        shown.add_row(*(Text(c, style=style if i == 1 else "") for i, c in enumerate(line[:-1])))
-    console.print(shown)
-    for line in cells:
-        if line[-1]:
-            console.print(Text(f"{line[0]}: {line[-1]}"), soft_wrap=True)
-
-
-def _cells(row: Row) -> list[str]:
-    from engine.core.display import duration
-
-    def short(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    age = "-"
-    if row.age_s is not None:
-        age = duration(row.age_s) if row.age_s < 48 * 3600 else f"{row.age_s / 86400:.0f} days"
-    members = "-" if row.done is None else f"{row.done}/{row.total}"
-    return [
-        row.path.name or str(row.path),
-        row.state,
-        row.recipe or "-",
-        row.method or "-",
-        "-" if row.seed is None else str(row.seed),
-        f"{members}, {row.failed} failed" if row.failed else members,
-        short(row.best),
-        short(row.confirmed),
-        age,
-    ]
+        print_runs(rows)

@@ -3,55 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from engine.cli.common import PATH, errors_explained
-
-if TYPE_CHECKING:
-    from engine.core.display import Display
-    from engine.features.embed import EmbedReport
+from engine.cli.common import (
+    COUNT,
+    DEVICE,
+    PATH,
+    SECONDS,
+    WORKERS,
+    errors_explained,
+    options,
+    say_rejects,
+)
 
 CHECKPOINT = click.option(
     "--checkpoint", type=PATH, help="The network: RUN, RUN/rgb.safetensors, or published weights."
 )
-SHOWN = 20
-"""Rejects that are shown; all are in the file."""
 
 
 @click.command()
 @click.argument("videos", nargs=-1, type=PATH)
 @CHECKPOINT
 @click.option("--out", type=PATH, help="The file of features, such as features.parquet.")
-@click.option("--per", type=click.Choice(["clip", "video"]), default="clip", show_default=True)
+@click.option("--per", type=click.Choice(["clip", "video"]), default="clip")
 @click.option(
     "--views",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=1,
-    show_default=True,
     help="Views in time, spread over each clip, whose features are averaged.",
 )
 @click.option(
     "--clip-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=SECONDS,
     help="Length of a raw video's clips [default: what the network sees at once].",
 )
 @click.option(
     "--every",
-    type=click.FloatRange(min=0, min_open=True),
+    type=SECONDS,
     metavar="SECONDS",
     help="From one clip's start to the next one's [default: --clip-seconds, end to end].",
 )
-@click.option("--fps", type=click.FloatRange(min=1), default=25.0, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes [default: one a core].")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--fps", type=click.FloatRange(min=1), default=25.0)
+@click.option("--batch-size", type=COUNT, default=32)
+@options(WORKERS, DEVICE)
 @click.option(
     "--amp",
     type=click.Choice(["auto", "off", "bf16"]),
     default="auto",
-    show_default=True,
     help="Number format of the network; auto: bf16 on a GPU, float32 on a CPU.",
 )
 @errors_explained
@@ -75,13 +75,14 @@ def embed(
     """
     from engine.core.display import Display
     from engine.core.runtime import check_kernels_package, choose_runtime
+    from engine.data.ingest.sources import Reject
     from engine.features.embed import embed as run
     from engine.features.segments import EmbedSettings
     from engine.model.network_file import load_network
 
     if not videos:
         raise ValueError("no videos given: name files, folders, lists or shards")
-    checkpoint, out = _given(checkpoint, out, "the file of features, such as features.parquet")
+    checkpoint, out = _required(checkpoint, out, "the file of features, such as features.parquet")
     check_kernels_package()
     runtime = choose_runtime(device, amp=amp)
     network, card = load_network(checkpoint, device=runtime.device)
@@ -100,20 +101,13 @@ def embed(
             )
         except KeyboardInterrupt:
             raise RuntimeError("interrupted; the same command goes on from here") from None
-        _say(display, report, out)
+        rejects = [Reject(**facts) for facts in report.rejects]
+        say_rejects(display, rejects, file=f"{out}.rejects.jsonl")
+        display.say(report.protocol)
+        display.say(f"{report.rows} rows, {len(rejects)} rejected -> {out}")
 
 
-def _say(display: Display, report: EmbedReport, out: Path) -> None:
-    for reject in report.rejects[:SHOWN]:
-        where = f" ({reject['where']})" if "where" in reject else ""
-        display.say(f"rejected {reject['path']}{where}: {reject['reason']}")
-    if len(report.rejects) > SHOWN:
-        display.say(f"... and {len(report.rejects) - SHOWN} more, in {out}.rejects.jsonl")
-    display.say(report.protocol)
-    display.say(f"{report.rows} rows, {len(report.rejects)} rejected -> {out}")
-
-
-def _given(checkpoint: Path | None, out: Path | None, what: str) -> tuple[Path, Path]:
+def _required(checkpoint: Path | None, out: Path | None, what: str) -> tuple[Path, Path]:
     if checkpoint is None:
         raise ValueError("--checkpoint is missing: a run's folder, or a network's file")
     if out is None:
@@ -138,7 +132,7 @@ def export(checkpoint: Path | None, out: Path | None, format_: str | None) -> No
     from engine.features.export import format_of
     from engine.model.network_file import load_network
 
-    checkpoint, out = _given(checkpoint, out, "the file, such as network.onnx or network.pt2")
+    checkpoint, out = _required(checkpoint, out, "the file, such as network.onnx or network.pt2")
     format_of(out, format_)
     network, card = load_network(checkpoint)
     report = run(network, card, out=out, format=format_)

@@ -1,1 +1,1 @@
-"""What every part stands on, and nothing that knows of video."""
+"""Settings, run folders, files, processes and workers; knows nothing of video."""

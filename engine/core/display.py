@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -19,11 +18,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from engine.core.runlog import ENDED, FAILED, FINISHED, INTERRUPTED, RunLog
+from engine.core.run import ENDED, FAILED, FINISHED, INTERRUPTED, RunLog
 
 
 class Display:
-    """Shows what is being done, how far it is, the best so far, clips/s and time left.
+    """Shows the stage at work, its progress, a note such as clips/s, and the time left.
 
     Used as a context; on anything but a terminal the bars become a plain line every ``every`` seconds, and so
     they do in the run's log, wherever they are shown.
@@ -32,10 +31,7 @@ class Display:
     def __init__(
         self, *, every: float = 10.0, log: Path | None = None, quiet: bool = False
     ) -> None:
-        """``log``: a run's folder, whose log.txt keeps what is said from when the folder holds a run.
-
-        ``quiet``: show nothing, for the processes of a run that another one speaks for.
-        """
+        """``log``: a run's folder, whose log.txt takes every line; ``quiet``: show nothing (another process does)."""
         self.console = Console(highlight=False, quiet=quiet)
         self._plain = not self.console.is_terminal
         self._every, self._last, self._began = every, 0.0, time.monotonic()
@@ -58,12 +54,7 @@ class Display:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._progress.stop()
         if error is None:
             self.note(ENDED + FINISHED)
@@ -73,12 +64,12 @@ class Display:
             self.note(f"{ENDED}{FAILED}: {error or type(error).__name__}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
         self.note(text)
 
     def note(self, text: str) -> None:
-        """A line of the run's log alone."""
+        """Write a line to the run's log alone."""
         if self._log is None or self._log.trouble:
             return
         self._log.write(text)
@@ -86,14 +77,14 @@ class Display:
             self.console.print(f"log.txt ends here: {self._log.trouble}", markup=False)
 
     def start(self, what: str, total: int, *, done: int = 0) -> None:
-        """Begin a stage of ``total`` units, of which ``done`` were done before."""
+        """Begin a stage of ``total`` units, of which ``done`` are done already."""
         self._progress.reset(self._task, description=what, total=total, completed=done, note="")
         self._began = self._last = time.monotonic()
         self._before = done
         (self.say if self._plain else self.note)(what)
 
     def update(self, what: str, done: float, total: int, *, note: str = "") -> None:
-        """Where a stage stands."""
+        """Show how far a stage is."""
         now = time.monotonic()
         self._progress.update(self._task, description=what, completed=done, total=total, note=note)
         if total > 0 and now - self._last >= self._every:
@@ -105,7 +96,7 @@ class Display:
             (self.say if self._plain else self.note)("  ".join(p for p in parts if p))
 
     def prepare(self, what: str, done: int, total: int) -> None:
-        """Progress of making or reading data; without a total, what is waited for."""
+        """Show how far data are made or read; ``total`` 0: ``what`` is waited for."""
         if not total and self._progress.tasks[0].description != what:
             self.say(what)
         if done <= 1 or self._progress.tasks[0].description != what:

@@ -7,6 +7,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -71,16 +72,7 @@ def take_lock(path: Path, *, on_wait: Callable[[], object] | None = None) -> IO[
     Where another process holds it, raises BlockingIOError, or calls ``on_wait`` once and waits. On a file system
     without locks every process gets it. The holder may remove the file: others then lock a new one.
     """
-    said = False
-
-    def wait() -> None:
-        nonlocal said
-        if on_wait is None:
-            raise BlockingIOError(errno.EWOULDBLOCK, "another process holds it", str(path))
-        if not said:
-            on_wait()
-        said = True
-
+    wait = None if on_wait is None else cache(on_wait)  # called once
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -98,10 +90,12 @@ def take_lock(path: Path, *, on_wait: Callable[[], object] | None = None) -> IO[
         file.close()
 
 
-def _lock(file: IO[str], wait: Callable[[], None]) -> None:
+def _lock(file: IO[str], wait: Callable[[], object] | None) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        if wait is None:
+            raise
         wait()
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:  # a file system without locks

@@ -20,18 +20,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Any
 
 Tell = Callable[[Any], None]
-"""Called by an evaluator while it is at work, with how far it is."""
+"""Reports an evaluator's progress while it is at work."""
 Evaluator = Callable[[Any, Tell], Any]
 """Does a job's work: (work, tell) -> result."""
 Factory = Callable[[int], Evaluator]
-"""Makes a worker's evaluator, in the worker's own process; given how many workers its machine has."""
+"""Makes a worker's evaluator, in the worker's own process: (workers on its machine) -> evaluator."""
 
 POLL_SECONDS = 1.0
-"""Between looks at time limits."""
+"""Between checks of time limits."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors that another worker would meet too."""
 FAILED_STARTS = 10
@@ -65,6 +64,10 @@ class Job:
     """Rises from job to job."""
 
 
+OnNews = Callable[[Job, Any], None]
+"""Called with a job and its progress."""
+
+
 @dataclass(frozen=True)
 class Done:
     """A job that a worker has done."""
@@ -87,141 +90,142 @@ class Lost:
     """What the job raised, where it was an error that ended it."""
 
 
-class Pool(Protocol):
+@dataclass
+class Worker:
+    """A worker's place in a pool, which one process after another may take."""
+
+    name: str
+    stage: str = "starting"
+    """Until it is ``idle`` or ``busy``."""
+    job: Job | None = None
+    since: float = 0.0
+    """When the stage began."""
+    pid: int = 0
+
+
+class Pool:
     """Workers, each with one job at a time."""
 
     size: int
     """Workers when all are there."""
+    workers: Sequence[Any]
+    """Each a ``Worker``."""
 
     def idle(self) -> list[str]:
         """The workers that wait for a job."""
+        return [worker.name for worker in self.workers if worker.stage == "idle"]
 
     def ready(self) -> int:
         """Workers that are there, idle or at work."""
+        return sum(worker.stage in ("idle", "busy") for worker in self.workers)
 
-    def submit(self, job: Job, worker: str) -> None:
+    def pids(self) -> dict[str, int]:
+        """Process by worker, as far as they are there."""
+        return {worker.name: worker.pid for worker in self.workers if worker.pid}
+
+    def submit(self, job: Job, name: str) -> None:
         """Give an idle worker a job."""
+        (worker,) = (each for each in self.workers if each.name == name)
+        assert worker.stage == "idle"
+        worker.stage, worker.job, worker.since = "busy", job, time.monotonic()
+        self._begin(worker, job)
+
+    def _begin(self, worker: Any, job: Job) -> None:
+        """Let a worker begin its job."""
 
     def wait(self) -> Sequence[Done | Lost]:
         """Wait for news; none after a while. Raises RuntimeError where no worker is left, OSError for a full disk."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """End all workers, whatever they are at."""
+        raise NotImplementedError
 
 
-class LocalPool:
+class LocalPool(Pool):
     """One worker: this process, which does a job while it waits for it and raises what the job raises."""
 
     size = 1
 
-    def __init__(
-        self, evaluator: Evaluator, *, on_news: Callable[[Job, Any], None] = lambda job, news: None
-    ) -> None:
-        """``on_news``: told a job and how far it is."""
+    def __init__(self, evaluator: Evaluator, *, on_news: OnNews = lambda job, news: None) -> None:
         self._evaluator, self._on_news = evaluator, on_news
-        self._job: Job | None = None
-
-    def idle(self) -> list[str]:
-        return [] if self._job else ["this process"]
-
-    def ready(self) -> int:
-        return 1
-
-    def submit(self, job: Job, worker: str) -> None:
-        assert self._job is None
-        self._job = job
+        self.workers = [Worker("this process", "idle")]
 
     def wait(self) -> Sequence[Done | Lost]:
-        job, self._job = self._job, None
+        (worker,) = self.workers
+        job, worker.job, worker.stage = worker.job, None, "idle"
         assert job is not None, "nothing to wait for"
         result = self._evaluator(job.work, lambda news: self._on_news(job, news))
-        return [Done(job, result, "this process")]
+        return [Done(job, result, worker.name)]
 
     def close(self) -> None:
-        self._job = None
+        self.workers = [Worker("this process", "idle")]
 
 
 @dataclass
-class _Worker:
+class _Process(Worker):
     """A worker process, or the one that took its place."""
 
-    name: str
-    process: BaseProcess
-    pipe: Connection
-    ready: bool = False
-    job: Job | None = None
-    since: float = 0.0
-    """When its job began."""
+    process: Any = None
+    pipe: Any = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} (process {self.pid})"
 
 
-class ProcessPool:
+class ProcessPool(Pool):
     """``size`` processes of this machine. One that dies loses its own job alone, and another takes its place.
 
     Each has a pipe of its own: its end names the job, and no death can leave a lock behind that others wait for.
     """
 
+    workers: list[_Process]
+
     def __init__(
-        self,
-        factory: Factory,
-        *,
-        size: int,
-        on_news: Callable[[Job, Any], None] = lambda job, news: None,
+        self, factory: Factory, *, size: int, on_news: OnNews = lambda job, news: None
     ) -> None:
         self.size, self._factory, self._on_news = size, factory, on_news
         self._started, self._failed_starts = False, 0
-        self._workers = [self._start(f"worker {number}") for number in range(size)]
+        self.workers = [self._start(f"worker {number}") for number in range(size)]
 
-    def idle(self) -> list[str]:
-        return [worker.name for worker in self._workers if worker.ready and worker.job is None]
-
-    def ready(self) -> int:
-        return sum(worker.ready for worker in self._workers)
-
-    def submit(self, job: Job, worker: str) -> None:
-        (chosen,) = (each for each in self._workers if each.name == worker)
-        assert chosen.ready and chosen.job is None
-        chosen.job, chosen.since = job, time.monotonic()
-        with suppress(OSError):  # it died: the end of its pipe will tell
-            chosen.pipe.send(job.work)
-
-    def pids(self) -> dict[str, int]:
-        """Process by worker."""
-        return {worker.name: worker.process.pid or 0 for worker in self._workers}
+    def _begin(self, worker: _Process, job: Job) -> None:
+        with suppress(OSError):  # the worker died: ``wait`` reads the end of its pipe
+            worker.pipe.send(job.work)
 
     def wait(self) -> Sequence[Done | Lost]:
         """As ``Pool``; raises ValueError where no worker process ever starts, and what a factory raises."""
-        found: list[Done | Lost] = []
-        spoke = connection.wait([worker.pipe for worker in self._workers], timeout=POLL_SECONDS)
-        for worker in list(self._workers):
-            if worker.pipe in spoke:
-                found += self._read(worker)
-            elif (
-                worker.job is not None and 0 < worker.job.seconds < time.monotonic() - worker.since
-            ):
-                reason = f"not done in its time limit of {worker.job.seconds:g} s"
-                found.append(self._replace(worker, "time_limit", reason))
-        return found
+        reports: list[Done | Lost] = []
+        readable = connection.wait([worker.pipe for worker in self.workers], timeout=POLL_SECONDS)
+        for worker in list(self.workers):
+            limit = worker.job.seconds if worker.job else 0.0
+            if worker.pipe in readable:
+                reports += self._read(worker)
+            elif 0 < limit < time.monotonic() - worker.since:
+                reason = f"not done in its time limit of {limit:g} s"
+                reports.append(self._replace(worker, "time_limit", reason))
+        return reports
 
     def close(self) -> None:
-        for worker in self._workers:
+        for worker in self.workers:
             worker.process.kill()
-        for worker in self._workers:
+        for worker in self.workers:
             worker.process.join()
             worker.pipe.close()
-        self._workers = []
+        self.workers = []
 
-    def _start(self, name: str) -> _Worker:
+    def _start(self, name: str) -> _Process:
         context = multiprocessing.get_context("spawn")
         pipe, other = context.Pipe()
         arguments = (other, self._factory, self.size, os.getpid())
         process = context.Process(target=_serve, args=arguments, name=name, daemon=True)
         process.start()
         other.close()  # so that the worker alone holds it, and its end is seen
-        return _Worker(name, process, pipe)
+        return _Process(name, pid=process.pid or 0, process=process, pipe=pipe)
 
-    def _read(self, worker: _Worker) -> Iterator[Done | Lost]:
+    def _read(self, worker: _Process) -> Iterator[Done | Lost]:
         try:
-            kind, told = worker.pipe.recv()
+            kind, value = worker.pipe.recv()
         except (EOFError, OSError):
             worker.process.join()
             if not self._started:
@@ -229,39 +233,36 @@ class ProcessPool:
                     "worker processes can't start: start them below `if __name__ == '__main__':`, or use workers=1"
                 ) from None
             reason = _how_it_ended(worker.process.exitcode)
-            self._failed_starts += not worker.ready
+            self._failed_starts += worker.stage == "starting"
             if self._failed_starts > FAILED_STARTS:
                 raise RuntimeError(f"no worker process can be started any more: {reason}") from None
             yield self._replace(worker, "worker_died", reason)
             return
         job = worker.job
         if kind == "ready":
-            worker.ready = self._started = True
-            self._failed_starts = 0
+            worker.stage, self._started, self._failed_starts = "idle", True, 0
         elif kind == "failed":
-            raise told
+            raise value
         elif job is not None and kind == "news":
-            self._on_news(job, told)
+            self._on_news(job, value)
         elif job is not None:
-            worker.job = None
-            title = self._title(worker)
-            yield lost_by_error(job, told, title) if kind == "error" else Done(job, told, title)
+            worker.stage, worker.job = "idle", None
+            error = kind == "error"
+            yield (
+                lost_by_error(job, value, worker.title) if error else Done(job, value, worker.title)
+            )
 
-    def _replace(self, worker: _Worker, kind: str, reason: str) -> Lost:
+    def _replace(self, worker: _Process, kind: str, reason: str) -> Lost:
         """Put a new process in a worker's place."""
-        lost = Lost(worker.job, kind, reason, self._title(worker))
         worker.process.kill()
         worker.process.join()
         worker.pipe.close()
-        self._workers[self._workers.index(worker)] = self._start(worker.name)
-        return lost
-
-    def _title(self, worker: _Worker) -> str:
-        return f"{worker.name} (process {worker.process.pid})"
+        self.workers[self.workers.index(worker)] = self._start(worker.name)
+        return Lost(worker.job, kind, reason, worker.title)
 
 
 def lost_by_error(job: Job | None, error: BaseException, worker: str) -> Lost:
-    """A job that an error ended; raises the error itself where it is of the disk, which ends a whole run."""
+    """The loss of a job that an error ended; raises errors of the disk, which end a whole run."""
     if isinstance(error, OSError) and error.errno in DISK:
         raise error from None
     text = str(error).strip() or type(error).__name__
@@ -284,10 +285,10 @@ def _how_it_ended(code: int | None) -> str:
 
 
 def _serve(pipe: Connection, factory: Factory, workers_here: int, parent: int) -> None:
-    """A worker process: does one work after another until the pool is closed, and leaves Ctrl-C to its parent."""
+    """Runs in a worker process: does job after job until the pool is closed, and leaves Ctrl-C to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
-    if os.getppid() != parent:  # it died before
+    if os.getppid() != parent:  # the parent died before
         os._exit(1)
     try:
         evaluate = factory(workers_here)
@@ -308,7 +309,7 @@ def _serve(pipe: Connection, factory: Factory, workers_here: int, parent: int) -
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or one of its words where it can't be pickled."""
+    """The error with its traceback as a note; where it can't be pickled, a RuntimeError with its message."""
     where = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
@@ -320,10 +321,10 @@ def _sendable(error: Exception) -> Exception:
 
 @dataclass
 class Crew:
-    """Keeps a pool's workers busy until all work is done or has failed for good.
+    """The queue of jobs: keeps a pool's workers busy until all work is done or has failed for good.
 
-    Lost work is done again, in the smaller works that ``split`` makes of it (so that one bad member can't take others
-    down again), by another worker where there is one, at most ``max_retries`` times.
+    Lost work is done again, divided by ``split`` into smaller jobs (so that one bad member can't take others down
+    again), by another worker where there is one, at most ``max_retries`` times.
     """
 
     pool: Pool
@@ -332,15 +333,14 @@ class Crew:
     limit: Callable[[Any], float] = field(default=lambda work: 0.0)
     """Seconds that work may take; 0: any."""
     on_lost: Callable[[Lost, bool], None] = field(default=lambda lost, again: None)
-    """Told what was lost, and whether it is done again."""
+    """Called with each loss, and whether the job is done again."""
     max_in_a_row: float | None = None
     """Most jobs lost with none done between them; None: ``max_retries`` + 2 for each worker, and for 4 at least."""
 
     def __post_init__(self) -> None:
         self._retries: list[Job] = []
-        self._out: dict[int, Job] = {}
-        self._made = 0
-        self._lost_in_a_row = 0
+        self._running: dict[int, Job] = {}
+        self._submitted = self._lost_in_a_row = 0
 
     def run(self, feed: Callable[[int], Sequence[Any]]) -> Iterator[tuple[Any, Done | Lost]]:
         """Each work with its outcome, as outcomes come; Lost means that it failed for good.
@@ -349,28 +349,28 @@ class Crew:
         is at work, the run is over. Raises RuntimeError where jobs are lost one after the other and none is done.
         """
         while True:
-            self._hand_out_retries()
+            self._submit_retries()
             idle = self.pool.idle()
             for worker, work in zip(idle, feed(len(idle)) if idle else (), strict=False):
                 self._submit(Job(work), worker)
-            if not self._out and not self._retries and idle:
+            if not self._running and not self._retries and idle:
                 return
             for report in self.pool.wait():
                 if isinstance(report, Done):
                     self._lost_in_a_row = 0
-                    del self._out[report.job.number]
+                    del self._running[report.job.number]
                     yield report.job.work, report
                 else:
                     yield from self._lost(report)
 
     def _submit(self, job: Job, worker: str) -> None:
-        self._made += 1
-        job = replace(job, number=self._made, seconds=self.limit(job.work))
-        self._out[job.number] = job
+        self._submitted += 1
+        job = replace(job, number=self._submitted, seconds=self.limit(job.work))
+        self._running[job.number] = job
         self.pool.submit(job, worker)
 
-    def _hand_out_retries(self) -> None:
-        """To another worker than the one that lost it: a broken one is idle soonest."""
+    def _submit_retries(self) -> None:
+        """Submits retries to other workers than those that lost them: a broken one is idle soonest."""
         for worker in self.pool.idle():
             for job in self._retries:
                 if job.lost_by != worker or self.pool.ready() == 1:
@@ -383,7 +383,7 @@ class Crew:
         if job is None:
             self.on_lost(lost, False)
             return
-        del self._out[job.number]
+        del self._running[job.number]
         self._lost_in_a_row += 1
         again = job.attempt <= self.max_retries
         self.on_lost(lost, again)

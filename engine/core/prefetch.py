@@ -1,62 +1,33 @@
-"""Doing work ahead of whoever needs it, in a thread of its own."""
+"""Prefetching: items are made in a thread of their own before their reader needs them."""
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
-WAIT = 0.1
-"""Seconds between two looks at whether the reader is gone."""
 
+def prefetch(items: Iterator[Item], *, depth: int, name: str) -> Iterator[Item]:
+    """Yields the same items, of which one thread makes up to ``depth`` + 1 before the reader asks for them.
 
-def ahead(items: Iterator[Item], *, depth: int, name: str) -> Iterator[Item]:
-    """The same items, made up to ``depth`` ahead of the reader in a thread called ``name``.
-
-    An error reaches the reader in its turn. A reader that stops early ends the thread, and closes ``items``.
+    An error reaches the reader in its turn. A reader that stops early closes ``items``, in their thread.
     """
-    ready: queue.Queue[Item | _End] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix=name) as thread:
 
-    def put(item: Item | _End) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=WAIT)
-                return True
-            except queue.Full:
-                continue
-        return False
+        def submit() -> Any:
+            return thread.submit(next, items, end)
 
-    def work() -> None:
-        end = _End(None)
+        made = deque(submit() for _ in range(depth + 1))
         try:
-            for item in items:
-                if not put(item):
-                    return
-        except BaseException as error:
-            end = _End(error)
+            while (item := made.popleft().result()) is not end:
+                made.append(submit())
+                yield item
         finally:
+            for future in made:
+                future.cancel()
             if hasattr(items, "close"):
-                items.close()
-        put(end)
-
-    thread = threading.Thread(target=work, name=name, daemon=True)
-    thread.start()
-    try:
-        while not isinstance(item := ready.get(), _End):
-            yield item
-        if item.error is not None:
-            raise item.error
-    finally:
-        stop.set()
-        thread.join()
-
-
-class _End:
-    """Comes after the last item, with the error that there was."""
-
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
+                thread.submit(items.close).result()

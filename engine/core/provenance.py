@@ -1,4 +1,4 @@
-"""What every number is written with: the code, the machine and the videos that it came of."""
+"""Provenance of numbers: the code, the machine and the videos that they came of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 import engine
-from engine.core.runfolder import RunError, RunFolder
+from engine.core.run import RunError, RunFolder
 from engine.core.runtime import Runtime, num_cores
 
 LIBRARIES = (
@@ -29,8 +30,9 @@ def without_password(text: str) -> str:
 
 
 def provenance(runtime: Runtime) -> dict[str, Any]:
-    """What every number is written with: code, device and library versions, start time."""
+    """Code, device and library versions and start time, which every number is written with."""
     gpu = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
+    versions = {name: version for name in LIBRARIES if (version := installed_version(name))}
     return {
         "command": without_password(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "engine_version": engine.__version__,
@@ -39,19 +41,17 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
         "cpu_count": num_cores(),
         "amp": runtime.amp,
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def installed_version(*packages: str) -> str | None:
+    """The version of the first of ``packages`` that is installed; None where none is."""
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+    return None
 
 
 def _cpu_name() -> str:
@@ -64,7 +64,7 @@ def _cpu_name() -> str:
 
 def _git_sha() -> str | None:
     """The commit of the source tree, with ``+`` where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(engine.__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]

@@ -1,23 +1,16 @@
-"""Several processes as one: who takes part, what they exchange, and how they are started and started again.
+"""Exchange among the processes of one training: gathered shares of a batch, sums, batch norm's statistics.
 
-torch's process groups carry the exchange (gloo on CPUs, NCCL on GPUs) and torch's elastic launcher, the library form of
-``torchrun``, starts the processes. W ranks that hold a part of a batch each compute the gradient of the whole batch:
-each differentiates its share of the loss, and the shares' gradients are summed.
+torch's process groups carry it: gloo on CPUs, NCCL on GPUs. W ranks that hold a share of a batch each compute the
+gradient of the whole batch: each differentiates its share of the loss, and the shares' gradients are summed.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import pickle
-import signal
 import socket
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -46,7 +39,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the one that writes and speaks."""
+        """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
     def share_of(self, batch_size: int, *, pieces: int = 1) -> int:
@@ -72,7 +65,7 @@ class Ranks:
         return gathered(x, self) if self.world > 1 else x[None]
 
     def shared(self, make: Callable[[], Result]) -> Result:
-        """What ``make`` gives on rank 0, on every rank; where it raises, all do: the others RanksDiffer."""
+        """The result of ``make`` on rank 0, on every rank; where it raises, all do: the others RanksDiffer."""
         if self.world == 1:
             return make()
         box: list[Any] = [None, None]
@@ -94,10 +87,10 @@ class Ranks:
         """Raise RanksDiffer where some rank's facts are not rank 0's; the message names rank, machine and fact."""
         if self.world == 1:
             return
-        said: list[Any] = [None] * self.world
-        dist.all_gather_object(said, (socket.gethostname(), facts))
-        for rank, (host, own) in enumerate(said):
-            for key, value in said[0][1].items():
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, (socket.gethostname(), facts))
+        for rank, (host, own) in enumerate(every):
+            for key, value in every[0][1].items():
                 if own[key] != value:
                     raise RanksDiffer(
                         f"rank {rank} on {host} has another {key} ({own[key]}) than rank 0 ({value}): "
@@ -117,32 +110,9 @@ class Ranks:
 ALONE = Ranks()
 
 
-def ranks_of_environment() -> Ranks | None:
-    """The place that torchrun gave this process; None where it did not start it."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return Ranks(*(int(os.environ.get(n, d)) for n, d in zip(names, "0101", strict=True)))
-
-
-OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""Set to 1, the launcher gives processes that start again a new place to meet, without the old ones' addresses."""
-
-
-def may_miss_each_other() -> bool:
-    """Whether processes that torchrun starts again may find the addresses of those before them, and fail."""
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    return restarts > 0 and os.environ.get(OWN_STORE) != "1"
-
-
-def restarts_so_far() -> int:
-    """How often this machine's launcher started its processes again after one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 @contextmanager
 def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Take part in the group of processes, on this rank's own share of the machine's cores."""
+    """Join the group of processes, on this rank's own share of the machine's cores."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         each = len(cores) // ranks.local_world
@@ -164,7 +134,7 @@ _without_others = False
 
 @contextmanager
 def without_others() -> Iterator[None]:
-    """Exchange nothing within: what others would give is taken to equal one's own.
+    """Exchange nothing within the block: other ranks' tensors are assumed to equal this rank's.
 
     For a trial step that may fail on one rank alone, for want of memory, while others wait for it.
     """
@@ -220,7 +190,7 @@ def gathered(x: Tensor, ranks: Ranks, *, summed: bool = False) -> Tensor:
     """(world, ...): every rank's ``x``; one op, so that a compiled step keeps it whole.
 
     Its gradient is that of this rank's loss to its own ``x``: enough where every rank computes the same value from
-    all parts, and ranks' gradients are summed. With ``summed`` it is that of all ranks' losses together, for what
+    all shares, and ranks' gradients are summed. With ``summed`` it is that of all ranks' losses together, for what
     goes into each rank's own value, such as batch norm's statistics.
     """
     out: Tensor = _gather(x, ranks.rank, ranks.world, summed)
@@ -228,7 +198,7 @@ def gathered(x: Tensor, ranks: Ranks, *, summed: bool = False) -> Tensor:
 
 
 class SyncedBatchNorm(BatchNorm):
-    """Batch norm with the statistics of all ranks' parts of the batch, parts of equal size.
+    """Batch norm with the statistics of all ranks' shares of the batch, which are of equal size.
 
     On GPUs and CPUs alike, and within compiled code, which torch's own is not.
     """
@@ -236,7 +206,7 @@ class SyncedBatchNorm(BatchNorm):
     ranks: Ranks = ALONE
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C, ...); without running statistics or in evaluation, by this rank's part alone."""
+        """Normalise (N, C, ...); without running statistics or in evaluation, by this rank's share alone."""
         if not self.training or self.running_mean is None or self.running_var is None:
             mean, var = self.running_mean, self.running_var
             own = self.training or mean is None
@@ -268,67 +238,3 @@ def sync_batch_norm(module: nn.Module, ranks: Ranks) -> None:
         if isinstance(child, BatchNorm):
             child.__class__ = SyncedBatchNorm
             child.ranks = ranks  # type: ignore[assignment]
-
-
-class Ended(RuntimeError):
-    """Processes ended, again after every restart; the message says which and how."""
-
-
-_START = """
-import pickle, sys
-with open(sys.argv[1], "rb") as file:
-    sys.path[:] = pickle.load(file)
-    work, arguments = pickle.load(file)
-work(*arguments)
-"""
-"""What each process runs: it needs nothing of the program that started it, such as a guard of its main module."""
-
-
-def launch(work: Callable[..., None], *arguments: Any, processes: int, restarts: int) -> None:
-    """Run ``work(*arguments, notes)`` in so many processes of this machine, and all again when one of them dies.
-
-    ``notes`` is a folder for the reasons of a failure: one in ``final`` ends the job, and is raised as ValueError.
-    Raises Ended once restarts are used up, and KeyboardInterrupt. ``work`` and its arguments are pickled.
-    """
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ[OWN_STORE] = "1"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said here instead
-    with tempfile.TemporaryDirectory(prefix="engine-") as folder:
-        notes = Path(folder)
-        with (notes / "work").open("wb") as file:
-            pickle.dump(sys.path, file)
-            pickle.dump((work, (*arguments, notes)), file)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=notes.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=restarts,
-            logs_specs=DefaultLogsSpecs(log_dir=str(notes / "logs")),
-        )
-        try:
-            elastic_launch(config, sys.executable)("-c", _START, str(notes / "work"))
-        except SignalException:
-            raise KeyboardInterrupt from None
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            raise Ended(_how(rank, failure.exitcode, notes, restarts)) from None
-        if (notes / "final").exists():
-            raise ValueError((notes / "final").read_text(encoding="utf-8"))
-
-
-def _how(rank: int, code: int, notes: Path, restarts: int) -> str:
-    said = notes / f"rank-{rank}"
-    if said.exists():
-        reason = said.read_text(encoding="utf-8")
-    elif code < 0:
-        reason = f"killed by {signal.Signals(-code).name}"
-    else:
-        reason = f"exit code {code}"
-    times = f", again after {restarts} restarts" if restarts else ""
-    return f"process {rank} ended{times}: {reason}; what was saved is kept, and --resume goes on from there"

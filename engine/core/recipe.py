@@ -7,17 +7,17 @@ errors that name the key; nothing is guessed. ``recipe_hash`` identifies a recip
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 import tomli_w
 from msgspec import Meta, Struct
-
-from engine.core.presets import RecipeError, read_toml
 
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
@@ -26,11 +26,11 @@ PositiveFloat = Annotated[float, Meta(gt=0.0)]
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of a recipe; its fields' types and ranges are checked on reading."""
+    """A section of a recipe; its fields' types and ranges are checked on reading."""
 
 
 class Clip(Section, frozen=True):
-    """What one training clip is: T input frames, P future frames, and how they are cut."""
+    """Training clips: T input frames, P future frames, and how they are cut."""
 
     num_frames: Annotated[int, Meta(ge=2)] = 8
     num_future_frames: Annotated[int, Meta(ge=2)] = 4
@@ -43,7 +43,7 @@ class Clip(Section, frozen=True):
     shuffle_shards: Natural = 0
     """Shards that clips are drawn from at a time, for disks that are slow at random reads; 0: from all of them."""
     flow: Literal["fast", "fine", "best"] = "fine"
-    """How a CPU looks for optical flow; ``engine.data.flow`` has errors and costs. A GPU's engine ignores it."""
+    """Quality of a CPU's optical flow; ``engine.data.flow`` has errors and costs. A GPU's engine ignores it."""
 
 
 class Audio(Section, frozen=True):
@@ -68,7 +68,7 @@ class Model(Section, frozen=True):
 
 
 class Objective(Section, frozen=True):
-    """What Eq. 1's terms share."""
+    """Settings that the terms of Eq. 1 share."""
 
     stop_gradient: bool = True
     """Stop the gradient of the distillation target."""
@@ -92,14 +92,14 @@ class Optim(Section, frozen=True):
     steps: Positive = 150
     warmup_steps: Natural = 15
     batch_size: Annotated[int, Meta(ge=2)] = 16
-    """Clips of a step, whatever the number of processes and of pieces that share them."""
+    """Clips of a step, whatever the number of processes and of micro-batches that share them."""
     grad_clip: PositiveFloat = 1.0
     """Largest norm of the gradient."""
     accumulate: Positive = 1
-    """Pieces that each process takes its part of the batch in, one after another, for memory; negatives and batch
-    norm's statistics then come from a piece (of all processes)."""
+    """Micro-batches of a step, one after another, to save memory; negatives and batch norm's statistics then come
+    from one micro-batch (of all processes)."""
     batch_norm: Literal["local", "sync", "frozen"] = "local"
-    """Statistics of each process's part of the batch, of all processes' parts, or the running ones, unchanged."""
+    """Statistics of each process's share of the batch, of the whole batch, or the running ones, unchanged."""
     ema: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     """``engine pretrain``: decay of the RGB network's running average, which is then what is written; 0: none."""
     amp: Literal["auto", "off", "bf16"] = "auto"
@@ -117,7 +117,7 @@ class Fitness(Section, frozen=True):
     zipf_exponent: PositiveFloat = 1.0
     """Zipf's s: the i-th largest cluster is to weigh i^-s."""
     max_clips: Natural = 0
-    """Most clips that are judged, drawn with the recipe's seed; 0: all that have labels, 2000 where none has."""
+    """Most clips to judge by, drawn with the recipe's seed; 0: all that have labels, 2000 where none has."""
     views_per_clip: Positive = 2
     """Views in time, evenly spread over a clip, whose features are averaged."""
     kmeans_init: Positive = 10
@@ -142,16 +142,16 @@ class Fitness(Section, frozen=True):
                 f'fitness.metric "{self.metric}" needs labelled clips: give some with --labelled, '
                 "or judge without labels by --set fitness.metric=zipf"
             )
-        wanted = self.num_clusters or num_classes
-        if wanted < 2:
+        clusters = self.num_clusters or num_classes
+        if clusters < 2:
             raise ValueError(
                 "clips without labels have no number of classes: set fitness.num_clusters (2 or more)"
             )
-        return wanted
+        return clusters
 
 
 class Search(Section, frozen=True):
-    """How weights are proposed."""
+    """The search: how losses are proposed, and how members are trained."""
 
     method: Literal["evolution", "cmaes", "random", "grid"] = "evolution"
     """``engine.search.samplers`` describes them."""
@@ -183,7 +183,7 @@ class Search(Section, frozen=True):
     warm_start_steps: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.5
     """Share of the steps, the last ones, that a member with such a start is trained for."""
     collapse_rank: Annotated[float, Meta(ge=0.0)] = 0.0
-    """Drop a member whose features' effective rank is below this at 1/4 of the steps; 0: never. The look costs nothing
+    """Drop a member whose features' effective rank is below this at 1/4 of the steps; 0: never. Costs nothing
     that could be measured."""
     clip_bank: Natural | Annotated[str, Meta(pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")] = 0
     """Train on this many clips, or as many as fit a size such as "2GiB", kept decoded; 0: on all, decoded each time.
@@ -191,7 +191,7 @@ class Search(Section, frozen=True):
 
 
 class Evaluation(Section, frozen=True):
-    """How a frozen network's features are taken and judged; ``engine.evaluate.evaluate`` has the protocols."""
+    """Evaluation of frozen networks: how their features are extracted and judged."""
 
     views: Positive = 3
     """Views in time, evenly spread over a clip."""
@@ -245,6 +245,67 @@ class Recipe(Section, frozen=True):
     finetune: Finetune = Finetune()
 
 
+class RecipeError(ValueError):
+    """A recipe that can't be used: the message names the file and the key."""
+
+
+def preset_names(folder: str = "") -> list[str]:
+    """Names of the recipes (or, with ``losses``, of the losses) that come with the package.
+
+    A recipe in a folder goes by both names, such as ``paper/evolve``.
+    """
+    root = files("recipes").joinpath(folder)
+    names = [p.name for p in root.iterdir()]
+    if not folder:
+        inside = (p for p in root.iterdir() if p.is_dir() and p.name not in ("losses", "reproduce"))
+        names += [f"{p.name}/{each.name}" for p in inside for each in p.iterdir()]
+    return sorted(name[:-5] for name in names if name.endswith(".toml"))
+
+
+def preset_text(name: str, folder: str = "") -> str:
+    """The text of a recipe (or, with ``losses``, of a loss) that comes with the package."""
+    return files("recipes").joinpath(folder, f"{name}.toml").read_text(encoding="utf-8")
+
+
+def recipe_named(name: str) -> str:
+    """The text of a recipe or loss that comes along, or of a file; raises RecipeError with the nearest known name."""
+    loss = name.removeprefix("losses/")
+    if loss in preset_names("losses"):
+        return preset_text(loss, "losses")
+    return _text_of(name, "")[0]
+
+
+def read_toml(name_or_path: str | Path, *, folder: str) -> tuple[dict[str, Any], str]:
+    """The values of a TOML file, or of one of ``recipes/folder`` by its name; and what to call it in messages.
+
+    Raises RecipeError for a name or file that is not there, and for text that does not parse.
+    """
+    text, where = _text_of(name_or_path, folder)
+    try:
+        return tomllib.loads(text), where
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+
+
+def _text_of(name_or_path: str | Path, folder: str) -> tuple[str, str]:
+    path = Path(name_or_path)
+    name = str(name_or_path)
+    kind = {"": "recipe", "losses": "loss"}.get(folder, "scale")
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), name
+        except UnicodeDecodeError:
+            raise RecipeError(f"{kind} {name}: not a text file in UTF-8") from None
+    known = preset_names(folder)
+    if name in known:
+        return preset_text(name, folder), f"{kind} {name!r}"
+    if path.suffix == ".toml" or path.is_absolute():
+        raise RecipeError(f"{kind} {name}: no such file")
+    near = [n for n in known if n.startswith(f"{name}/")] or get_close_matches(name, known, n=1)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+    raise RecipeError(f"{kind} {name!r} is neither a file nor a preset; {hint}")
+
+
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """Read a recipe from a TOML file, or by the name of one that comes with the package (``demo``, ``cpu/evolve``).
 
@@ -257,15 +318,11 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 def recipe_from(values: dict[str, Any], *, where: str) -> Recipe:
     """Check a nested dict against the recipe's types; raises RecipeError as ``load_recipe`` does."""
-    _reject_unknown(values, Recipe, where, path="")
     try:
         recipe = msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
-        what, _, key = str(error).partition(" - at `$.")
-        key = key.rstrip("`")
-        if what.startswith("Invalid enum value"):
-            what += f"; there are {', '.join(map(str, _choices(key)))}"
-        raise RecipeError(f"{where}: {key or 'recipe'}: {what}") from None
+        reason, _, key = str(error).partition(" - at `$.")
+        raise RecipeError(f"{where}: {_explained(reason, key.rstrip('`'))}") from None
     if recipe.optim.warmup_steps >= recipe.optim.steps:
         raise RecipeError(f"{where}: optim.warmup_steps must be less than optim.steps")
     if recipe.optim.batch_size % recipe.optim.accumulate:
@@ -273,12 +330,19 @@ def recipe_from(values: dict[str, Any], *, where: str) -> Recipe:
     return recipe
 
 
-def _choices(key: str) -> tuple[Any, ...]:
-    """The values that a key whose type is a Literal may have."""
+def _explained(reason: str, key: str) -> str:
+    """msgspec's reason for refusing a key's value, with the keys or values that there are."""
     kind: Any = Recipe
-    for name in key.split("."):
-        kind = get_type_hints(kind)[name]
-    return get_args(kind)
+    for name in filter(None, key.split(".")):
+        kind = get_type_hints(kind).get(name)
+    if unknown := re.fullmatch(r"Object contains unknown field `(.+)`", reason):
+        path, known = f"{key}." if key else "", kind.__struct_fields__
+        near = get_close_matches(unknown[1], known, n=1)
+        hint = f"did you mean {path}{near[0]}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {path}{unknown[1]}; {hint}"
+    if reason.startswith("Invalid enum value"):
+        reason += f"; there are {', '.join(map(str, get_args(kind)))}"
+    return f"{key or 'recipe'}: {reason}"
 
 
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:
@@ -317,17 +381,3 @@ def recipe_hash(recipe: Recipe) -> str:
     values.pop("name")
     values["search"].pop("rounds")
     return hashlib.sha256(msgspec.json.encode(values, order="sorted")).hexdigest()[:12]
-
-
-def _reject_unknown(
-    values: dict[str, Any], section: type[Section], where: str, *, path: str
-) -> None:
-    fields = {field.name: field.type for field in msgspec.structs.fields(section)}
-    for key, value in values.items():
-        if key not in fields:
-            near = get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {path}{near[0]}?" if near else f"; known: {', '.join(fields)}"
-            raise RecipeError(f"{where}: unknown key {path}{key}{hint}")
-        kind = fields[key]
-        if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, dict):
-            _reject_unknown(value, kind, where, path=f"{path}{key}.")

@@ -1,4 +1,4 @@
-"""Device, number format and seeds: the only global state that the engine has."""
+"""Device, number format, seeds and threads: the only global state of the engine."""
 
 from __future__ import annotations
 
@@ -104,9 +104,8 @@ class Clock:
 
 def num_cores() -> int:
     """Cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    )
+    allowed = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
 
 
 def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
@@ -164,9 +163,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_device_error(error: BaseException) -> bool:
     """Whether an error came from the GPU itself: most of them leave this process unable to use it again."""
     kind = getattr(torch, "AcceleratorError", ())  # torch has it since 2.8
+    signs = ("CUDA error:", "Triton Error [CUDA]")
     return isinstance(error, kind) or (
-        isinstance(error, RuntimeError)
-        and str(error).startswith(("CUDA error:", "Triton Error [CUDA]"))
+        isinstance(error, RuntimeError) and str(error).startswith(signs)
     )
 
 

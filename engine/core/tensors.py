@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.core.files import replacing
+
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be read or does not fit: the message names the file and what differs."""
@@ -29,18 +31,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, facts: Mapping[st
 
     Raises OSError where the file can't be written, and leaves no part of it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = {"facts": json.dumps(dict(facts)), "crc32": _checksum(whole)}
     try:
-        metadata = {"facts": json.dumps(dict(facts)), "crc32": _checksum(whole)}
-        save_file(whole, temporary, metadata=metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(whole, temporary, metadata=metadata)
     except SafetensorError as error:
-        raise _os_error(error, path) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        number = re.search(
+            r"os error (\d+)", str(error)
+        )  # the system's, which it gives as text alone
+        if number is None:
+            raise OSError(f"can't write {path}: {error}") from None
+        text = f"can't write the checkpoint: {os.strerror(int(number[1]))}"
+        raise OSError(int(number[1]), text, str(path)) from None
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -50,15 +53,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         data: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
         crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
-
-
-def _os_error(error: SafetensorError, path: Path) -> OSError:
-    """The system's error, which safetensors gives as text alone: "... (os error 28)"."""
-    number = re.search(r"os error (\d+)", str(error))
-    if number is None:
-        return OSError(f"can't write {path}: {error}")
-    code = int(number[1])
-    return OSError(code, f"can't write the checkpoint: {os.strerror(code)}", str(path))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -81,17 +75,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def with_prefix(
-    tensors: Mapping[str, Tensor], prefix: str, wanted: Mapping[str, Tensor], path: Path
+    tensors: Mapping[str, Tensor], prefix: str, like: Mapping[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, without it.
 
-    Raises CheckpointError where they are not those wanted in name and shape; ``path`` is named in it.
+    Raises CheckpointError, which names ``path``, where their names and shapes are not those of ``like``.
     """
     saved = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    for name in sorted(saved.keys() ^ wanted.keys()):
-        what = "has no" if name in wanted else "has an unknown"
+    for name in sorted(saved.keys() ^ like.keys()):
+        what = "has no" if name in like else "has an unknown"
         raise CheckpointError(f"{path}: {what} tensor {name}")
-    for name, tensor in wanted.items():
+    for name, tensor in like.items():
         if saved[name].shape != tensor.shape:
             shapes = f"{tuple(saved[name].shape)}, not {tuple(tensor.shape)}"
             raise CheckpointError(f"{path}: {name} has shape {shapes}")

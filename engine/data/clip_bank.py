@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.core.prefetch import ahead
+from engine.core.prefetch import prefetch
 from engine.core.recipe import Audio, Clip
 from engine.core.runtime import free_memory
 from engine.data.pipeline import ClipBatch, InputPipeline
@@ -109,7 +109,7 @@ class ClipBank:
             for plan in plans:
                 yield self.load(plan, flow=flow, sound=sound)
 
-        return ahead(cut(), depth=1, name="bank-cut")
+        return prefetch(cut(), depth=1, name="bank-cut")
 
     @torch.no_grad()
     def load(self, plan: ClipPlan, *, flow: bool, sound: bool) -> ClipBatch:

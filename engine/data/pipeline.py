@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.core.prefetch import ahead
+from engine.core.prefetch import prefetch
 from engine.core.recipe import Audio, Clip
 from engine.data.dali import films_graph, flow_graph, frames_graph, sound_graph, to_torch
 from engine.data.flow import dis_flow
@@ -197,10 +197,10 @@ class InputPipeline:
 
         While one batch's flow is computed, the next one's pictures are decoded, and the one's after it read.
         """
-        read = ahead(((plan, self._read(plan)) for plan in plans), depth=1, name="input-read")
-        decoded = ahead((self._decoded(*each) for each in read), depth=1, name="input-decode")
+        read = prefetch(((plan, self._read(plan)) for plan in plans), depth=1, name="input-read")
+        decoded = prefetch((self._decoded(*each) for each in read), depth=1, name="input-decode")
         whole = (self._with_flow(batch) for batch in decoded)
-        return ahead(whole, depth=depth, name="input-flow")
+        return prefetch(whole, depth=depth, name="input-flow")
 
     def _start_frames(self, plan: ClipPlan, encoded: list[EncodedClip]) -> Callable[[], Tensor]:
         """Begin to decode; the call that is returned waits for the frames, uint8 (N, F, H, W, 3)."""

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.core.files import write_text_atomic
-from engine.core.presets import RecipeError
 from engine.core.provenance import provenance
-from engine.core.recipe import Recipe, recipe_hash
+from engine.core.recipe import Recipe, RecipeError, recipe_hash
 from engine.core.runtime import Runtime, set_seed
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_batch

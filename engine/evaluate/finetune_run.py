@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.core.provenance import provenance, write_provenance
 from engine.core.recipe import Recipe
-from engine.core.runfolder import RunError, RunFolder
+from engine.core.run import RunError, RunFolder
 from engine.core.runtime import Runtime, make_deterministic
 from engine.data.shards.index import data_digest
 from engine.evaluate.datasets import Dataset

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import engine
 from engine.core.files import take_lock
-from engine.core.prefetch import ahead
+from engine.core.prefetch import prefetch
 from engine.core.runtime import Runtime, choose_runtime, num_cores
 from engine.data.ingest.sources import Found, find_sources
 from engine.data.plan import ClipPlan
@@ -207,8 +207,8 @@ class Embedder:
         self, pieces: Sequence[Piece]
     ) -> Generator[tuple[Opened, FeatureRows], None, None]:
         """Each piece's rows, in order; the pieces after it are cut and decoded meanwhile."""
-        opened = ahead((piece.open() for piece in pieces), depth=1, name="embed-cut")
-        batches = ahead(self.decoded(opened), depth=2, name="embed-decode")
+        opened = prefetch((piece.open() for piece in pieces), depth=1, name="embed-cut")
+        batches = prefetch(self.decoded(opened), depth=2, name="embed-decode")
         kept: list[Tensor] = []
         try:
             for piece, frames in batches:

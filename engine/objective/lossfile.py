@@ -8,7 +8,7 @@ import numpy as np
 import tomli_w
 
 from engine.core.files import write_text_atomic
-from engine.core.presets import RecipeError, read_toml
+from engine.core.recipe import RecipeError, read_toml
 from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
 
 RANDOM_LOSS_STREAM = 0x10553

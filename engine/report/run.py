@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.core.runfolder import study_file
+from engine.core.run import study_file
 from engine.objective.terms import TERM_NAMES
 from engine.search.samplers import Trial, finite, finite_values
 from engine.search.study import read_trials

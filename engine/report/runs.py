@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.core.runlog import FAILED, how_ended
+from engine.core.run import FAILED, how_ended
 from engine.report.measures import stat
 from engine.report.run import Run, fitness_of, number, read_run, whole
 

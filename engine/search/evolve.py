@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from engine.core.display import Display
-from engine.core.events import Events
 from engine.core.pool import Crew, Done, Job, LocalPool, Lost, Pool
 from engine.core.provenance import provenance, write_provenance
 from engine.core.ray_pool import RayPool
 from engine.core.recipe import Recipe, recipe_hash
-from engine.core.runfolder import RunError, RunFolder
+from engine.core.run import Events, RunError, RunFolder
 from engine.core.runtime import Clock, Runtime
 from engine.data.library import Library, fingerprint
 from engine.features.extract import LabelledClips

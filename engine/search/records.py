@@ -15,10 +15,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.core.display import Display, spread_cells
-from engine.core.events import Events
 from engine.core.pool import Done, Lost
 from engine.core.recipe import Recipe, recipe_hash
-from engine.core.runfolder import RunFolder
+from engine.core.run import Events, RunFolder
 from engine.core.runtime import Clock
 from engine.objective.lossfile import save_loss
 from engine.search.cohort import MemberResult

@@ -12,7 +12,7 @@ from engine.core.display import Display
 from engine.core.provenance import provenance, write_provenance
 from engine.core.ranks import ALONE, Ranks
 from engine.core.recipe import Recipe, recipe_hash
-from engine.core.runfolder import RunError, RunFolder
+from engine.core.run import RunError, RunFolder
 from engine.core.runtime import Runtime, choose_runtime, make_deterministic
 from engine.data.library import Library, default_shard_cache, fingerprint, open_library
 from engine.features.extract import LabelledClips

@@ -14,16 +14,15 @@ from pathlib import Path
 import torch
 
 from engine.core.display import Display
-from engine.core.ranks import (
+from engine.core.launch import (
     OWN_STORE,
-    Ranks,
-    joined,
     launch,
     may_miss_each_other,
     ranks_of_environment,
     restarts_so_far,
 )
-from engine.core.runfolder import RunFolder
+from engine.core.ranks import Ranks, joined
+from engine.core.run import RunFolder
 from engine.data.library import Library
 from engine.data.shards.index import is_shards
 from engine.train.pretrain import PretrainJob, pretrain

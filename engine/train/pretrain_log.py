@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from engine.core.display import Display, duration
 from engine.core.files import write_text_atomic
 from engine.core.recipe import recipe_hash
-from engine.core.runfolder import RunFolder
+from engine.core.run import RunFolder
 from engine.core.tensors import CheckpointError, load_tensors
 from engine.data.views import Views
 from engine.features.extract import LabelledClips

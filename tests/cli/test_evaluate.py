@@ -16,7 +16,7 @@ from engine.cli.main import main
 from engine.core.tensors import load_tensors, save_tensors
 from tests.labelled import make_lists, save
 
-TINY = Path(__file__).with_name("finetune_tiny.toml")
+TINY = Path(__file__).parents[1] / "evaluate" / "finetune_tiny.toml"
 FEW = (
     "--set",
     "evaluation.views=1",
@@ -92,6 +92,20 @@ def test_evaluate_several_networks_with_folders(colours: Path, net: Path, user: 
     assert (code, err) == (0, "")
     assert out.count("leave one group out, 6 folds") == 2
     assert f"checkpoint: {net}" in out and f"checkpoint: {other}" in out
+
+
+def test_class_folders_need_no_name(colours: Path, net: Path) -> None:
+    args = ("--checkpoint", net, "--group-pattern", r"_g(\d+)", "--device", "cpu")
+    classes = ("--root", colours / "UCF-101")
+    code, out, err = call("evaluate", *args, *classes, *FEW, "--protocol", "linear", "--seed", 3)
+    assert (code, err) == (0, "") and "folders: leave one group out, 6 folds" in out
+    assert "--dataset is missing" in refused("evaluate", *args, "--root", colours)
+    assert "--dataset is missing" in refused("evaluate", *args)
+    line = refused("finetune", "ucf101", *args, *classes, "--dataset", "folders")
+    assert "is for ucf101, not for folders" in line
+    assert "folders has 5" in refused(
+        "finetune", TINY, *args, *classes, "--set", "finetune.num_classes=9"
+    )
 
 
 def test_finetune_and_resume(colours: Path, net: Path, user: Path) -> None:

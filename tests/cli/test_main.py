@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 import engine
 import kernels
 from engine.cli.main import main
-from engine.core.presets import preset_names
-from engine.core.recipe import load_recipe
+from engine.core import tensors
+from engine.core.recipe import load_recipe, preset_names
 from engine.model.network_file import load_network
-from engine.train import checkpoint
+from engine.report.run import read_run
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 SHORT = ("--set", "optim.steps=2", "--set", "search.rounds=0", "--set", "search.confirm_seeds=0")
@@ -155,8 +155,9 @@ def test_a_search_without_labels(user: Path, tiny_shards: Path) -> None:
     assert call(*videos, *zipf, *small)[0] == 0
     run = user / "run"
     assert json.loads((run / "provenance.json").read_text())["labels_used"] is False
-    member = json.loads((run / "members" / "00000.json").read_text())
-    assert member["labels_used"] is False and member["fitness"] == member["metrics"]["zipf"]
+    member = read_run(run).trials[0]
+    assert member.attributes["labels_used"] is False
+    assert member.fitness == member.metrics["zipf"]
     assert load_network(run)[1].labels_used is False
     assert load_recipe(run / "recipe.toml").search.clip_bank == 4
 
@@ -281,7 +282,7 @@ def test_a_disk_that_fills_up_while_a_network_is_saved(
 
     arguments = evolve_on(tiny_shards / "unlabelled", tiny_shards / "labelled")
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(tensors, "save_file", full)
         line = refused(*arguments, code=1)
     assert "No space left on device" in line and "run/checkpoints/" in line
     assert "make room, then use --resume" in line

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from engine.core import display
 from engine.core.display import Display
-from engine.core.runlog import RunLog, how_ended
+from engine.core.run import RunLog, how_ended
 
 
 @pytest.fixture

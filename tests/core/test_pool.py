@@ -268,7 +268,7 @@ def test_a_main_module_without_a_guard_is_told_in_a_line(tmp_path: Path) -> None
         "from engine.core.pool import Plain, ProcessPool\n"
         "pool = ProcessPool(Plain(print), size=1)\n"
         "try:\n"
-        "    pool.wait()\n"
+        "    while not pool.wait(): pass\n"
         "except ValueError as error:\n"
         "    print(error)\n"
         "pool.close()\n"

@@ -10,7 +10,7 @@ import pytest
 
 from engine.core.provenance import provenance, without_password, write_provenance
 from engine.core.recipe import load_recipe
-from engine.core.runfolder import RunError, RunFolder
+from engine.core.run import RunError, RunFolder
 from engine.core.runtime import choose_runtime
 from engine.data.shards.index import data_digest
 

@@ -15,18 +15,14 @@ import pytest
 import torch
 from torch import nn
 
+from engine.core.launch import OWN_STORE, Ended, launch, may_miss_each_other, ranks_of_environment
 from engine.core.ranks import (
     ALONE,
-    OWN_STORE,
-    Ended,
     Ranks,
     RanksDiffer,
     SyncedBatchNorm,
     gathered,
     joined,
-    launch,
-    may_miss_each_other,
-    ranks_of_environment,
     sync_batch_norm,
     without_others,
 )

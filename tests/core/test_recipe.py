@@ -4,8 +4,17 @@ import pytest
 from click.testing import CliRunner
 
 from engine.cli.main import main
-from engine.core.presets import RecipeError, preset_names, preset_text
-from engine.core.recipe import Recipe, load_recipe, override, recipe_from, recipe_hash, to_toml
+from engine.core.recipe import (
+    Recipe,
+    RecipeError,
+    load_recipe,
+    override,
+    preset_names,
+    preset_text,
+    recipe_from,
+    recipe_hash,
+    to_toml,
+)
 from engine.objective.lossfile import load_loss, random_weights, save_loss
 from engine.objective.terms import BY_NAME, TERM_NAMES, check_weights
 

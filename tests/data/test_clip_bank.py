@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.core.presets import RecipeError
-from engine.core.recipe import Audio, Clip, load_recipe, override
+from engine.core.recipe import Audio, Clip, RecipeError, load_recipe, override
 from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.clip_bank import ClipBank, bank_bytes
 from engine.data.ingest.run import ingest

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.core.presets import RecipeError
-from engine.core.recipe import Optim, Recipe, load_recipe, override
+from engine.core.recipe import Optim, Recipe, RecipeError, load_recipe, override
 from engine.core.runtime import choose_runtime, make_deterministic
 from engine.core.tensors import CheckpointError, load_tensors, save_tensors
 from engine.evaluate.datasets import Dataset, Fold

@@ -14,8 +14,7 @@ import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from engine.core.presets import RecipeError
-from engine.core.recipe import Fitness, recipe_from
+from engine.core.recipe import Fitness, RecipeError, recipe_from
 from engine.features import fitness as fitness_module
 from engine.features import kmeans
 from engine.features.agreement import agreement

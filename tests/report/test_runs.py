@@ -14,8 +14,7 @@ from click.testing import CliRunner
 
 from engine.cli.main import main
 from engine.core.recipe import load_recipe
-from engine.core.runfolder import RunError, RunFolder
-from engine.core.runlog import RunLog
+from engine.core.run import RunError, RunFolder, RunLog
 from engine.report.runs import list_runs
 from engine.search.study import read_trials
 from tests.made_run import make_run, store

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engine.core.recipe import load_recipe, recipe_hash
-from engine.core.runfolder import RunFolder
+from engine.core.run import RunFolder
 from engine.core.tensors import load_tensors
 from engine.objective.lossfile import load_loss
 from engine.objective.terms import TERM_NAMES

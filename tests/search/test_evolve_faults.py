@@ -13,9 +13,8 @@ import pytest
 import torch
 from optuna.storages.journal import JournalFileBackend
 
-from engine.core.events import Events
 from engine.core.recipe import recipe_hash
-from engine.core.runfolder import RunFolder
+from engine.core.run import Events, RunFolder
 from engine.search import evolve
 from tests.runs import RECIPE, begin, ended_as, history, one_line, outcome, read, resume
 

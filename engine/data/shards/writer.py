@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import engine
+from engine.core.files import StorageError, storing, write_atomic
 from engine.data.media.codecs import JPEG, Pictures
+from engine.data.shards.index import FORMAT
 from engine.data.shards.record import (
     CODEC_SHIFT,
     HAS_AUDIO,
@@ -31,8 +33,6 @@ from engine.data.shards.record import (
     split_bits,
     told_splits,
 )
-from engine.data.shards.index import FORMAT
-from engine.core.files import StorageError, storing, write_atomic
 
 BLOCK = 512
 """Bytes that a tar's parts are multiples of."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.core.files import write_text_atomic
-from engine.core.runfolder import RunError
+from engine.core.run import RunError
 from engine.core.tensors import load_tensors
 from engine.evaluate.paper.rows import Column, Network, Row
 from engine.model.network_file import Card, load_network, save_network

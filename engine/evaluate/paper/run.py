@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.core.display import Display, duration
 from engine.core.provenance import check_same_videos, provenance
-from engine.core.runfolder import RunError, RunFolder
+from engine.core.run import RunError, RunFolder
 from engine.core.runtime import Runtime, make_deterministic
 from engine.data.library import Library, fingerprint
 from engine.data.shards.index import ClipIndex, data_digest

@@ -11,8 +11,15 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from engine.core.presets import RecipeError, read_toml
-from engine.core.recipe import Natural, Recipe, assigned, load_recipe, recipe_from
+from engine.core.recipe import (
+    Natural,
+    Recipe,
+    RecipeError,
+    assigned,
+    load_recipe,
+    read_toml,
+    recipe_from,
+)
 
 Share = Annotated[float, Meta(gt=0.0, le=1.0)]
 Names = Annotated[tuple[str, ...], Meta(min_length=1)]

@@ -17,9 +17,8 @@ import msgspec
 from torch import Tensor
 
 from engine.core.display import Display
-from engine.core.presets import RecipeError, preset_names
 from engine.core.provenance import provenance
-from engine.core.recipe import Recipe, load_recipe, recipe_hash
+from engine.core.recipe import Recipe, RecipeError, load_recipe, preset_names, recipe_hash
 from engine.core.runtime import Runtime, num_cores
 from engine.data.shards.index import ClipIndex
 from engine.data.views import Views

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data.shards.damage import substitutes
+from engine.core.recipe import Audio, Clip
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import ClipPlan, plan_views
+from engine.data.shards.damage import substitutes
 from engine.data.shards.index import ClipIndex
-from engine.core.recipe import Audio, Clip
 
 CLIP = Clip(num_frames=4, num_future_frames=2, size=32)
 

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.data.shards import writer as shard_writer
-from engine.data.shards import index as shards
+from engine.core.files import StorageError
 from engine.data.media.codecs import JPEG, Pictures
+from engine.data.shards import index as shards
+from engine.data.shards import writer as shard_writer
 from engine.data.shards.damage import DamagedClip
+from engine.data.shards.index import ClipIndex, is_shards, read_dataset
 from engine.data.shards.inspect import verify
 from engine.data.shards.record import RECORD
 from engine.data.shards.writer import NewClip, ShardWriter
-from engine.data.shards.index import ClipIndex, is_shards, read_dataset
-from engine.core.files import StorageError
 
 
 def clip(

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from engine.cli.main import main
 from engine.core.display import Display
-from engine.core.runfolder import RunFolder
+from engine.core.run import RunFolder
 from engine.core.runtime import choose_runtime
 from engine.core.tensors import load_tensors
 from engine.data.library import open_library

@@ -1,4 +1,4 @@
-"""A run's folder: what is written when, so that a kill at any moment loses the members at work and no more.
+"""A run's folder, its log and its events; a kill at any moment loses the work since the last save and no more.
 
 runs/NAME/ recipe.toml  provenance.json  study.jsonl (or storage.json: where the study lies)  best.toml
            confirmations.json  checkpoints/  tensorboard/  events.jsonl  log.txt  timing.json  summary.json
@@ -7,10 +7,12 @@ runs/NAME/ recipe.toml  provenance.json  study.jsonl (or storage.json: where the
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +21,7 @@ import msgspec
 from engine.core.files import take_lock, write_text_atomic
 from engine.core.recipe import Recipe, load_recipe, recipe_hash, to_toml
 
-STORAGE = "storage.json"
+STORAGE, LOG, EVENTS = "storage.json", "log.txt", "events.jsonl"
 
 
 def study_file(run: Path) -> Path:
@@ -33,7 +35,7 @@ class RunError(ValueError):
 
 
 class RunFolder:
-    """Paths and records of one run; holds a lock while it is open, so that two processes can't mix."""
+    """Paths and records of one run; its lock, held while it is open, keeps a second process out."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -86,10 +88,10 @@ class RunFolder:
         of the address where the database's own ways (PGPASSWORD, ~/.pgpass) give it. Raises RunError for a run that
         began with its study elsewhere.
         """
-        noted = None if self._new is not None else self.read_json(STORAGE)
-        if noted is not None:
-            self.storage, self.study_name = url or noted["url"], noted["study"]
-            if url not in (None, noted["url"]):
+        before = None if self._new is not None else self.read_json(STORAGE)
+        if before is not None:
+            self.storage, self.study_name = url or before["url"], before["study"]
+            if url not in (None, before["url"]):
                 self._write_storage()
         elif url is not None and self._new is None:
             raise RunError(
@@ -157,19 +159,100 @@ class RunFolder:
 
 def new_run_path(command: str) -> Path:
     """A name that is not taken: runs/evolve-20260131-120000."""
-    base = Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, number = base, 1
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
+    base = f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (base if number == 1 else f"{base}-{number}" for number in itertools.count(1))
+    return next(path for name in names if not (path := Path("runs", name)).exists())
 
 
 def latest_run(command: str) -> Path:
     """The newest run of a command under runs/; raises RunError where there is none."""
-    found = sorted(
-        Path("runs").glob(f"{command}-*/recipe.toml"), key=lambda path: path.stat().st_mtime
-    )
-    if not found:
+    recipes = Path("runs").glob(f"{command}-*/recipe.toml")
+    newest = max(recipes, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
         raise RunError(f"runs/: no {command} run to resume; name its folder with --run")
-    return found[-1].parent
+    return newest.parent
+
+
+ENDED = "ended: "
+"""Start of a log's last line once its process has ended by itself."""
+FINISHED, INTERRUPTED, FAILED = "finished", "interrupted", "failed"
+
+
+class RunLog:
+    """Appends to ``log.txt`` of a run's folder, once the folder holds a run; earlier lines are kept until then.
+
+    A log that can't be written must not end a run: it stops, and ``trouble`` says why.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run, self._waiting = run, list[str]()
+        self.trouble = ""
+
+    def write(self, text: str) -> None:
+        """Add a line."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._waiting.append(f"{stamp} {plain(text)}\n")
+        if self.trouble or not (self._run / "recipe.toml").exists():
+            return
+        try:
+            with (self._run / LOG).open("a", encoding="utf-8") as file:
+                file.writelines(self._waiting)
+        except OSError as error:
+            self.trouble = str(error)
+        self._waiting.clear()
+
+
+def plain(text: str) -> str:
+    """One line without control characters: file names may hold them."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def how_ended(run: Path) -> tuple[str, str] | None:
+    """How the last process at work on a run ended, and why; None where the log doesn't say (killed, or at work)."""
+    try:
+        with (run / LOG).open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 8192))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    last = lines[-1][20:] if lines else ""
+    if not last.startswith(ENDED):
+        return None
+    state, _, reason = last.removeprefix(ENDED).partition(": ")
+    return state, reason
+
+
+class Events:
+    """Appends events to a run's ``events.jsonl``: what went wrong and what was done about it, a line each.
+
+    ``counts``: events by kind, those of earlier processes included.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / EVENTS
+        self.counts: Counter[str] = Counter()
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    self.counts[str(json.loads(line)["kind"])] += 1
+                except (ValueError, KeyError, TypeError):
+                    continue  # a process that was killed left half a line
+
+    def add(self, kind: str, detail: str, *, trials: Sequence[int] = (), worker: str = "") -> None:
+        """Write an event; raises OSError."""
+        row = {
+            "kind": kind,
+            "trials": list(trials),
+            "time": round(time.time(), 3),
+            "worker": worker,
+            "detail": " ".join(detail.split()),
+        }
+        text = json.dumps(row) + "\n"
+        with self._path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":  # half a line, see above
+                    text = "\n" + text
+            file.write(text.encode())
+        self.counts[kind] += 1

@@ -1,0 +1,1 @@
+"""Shards: encoded frames, sound and facts of clips, ready for training."""
