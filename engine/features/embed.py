@@ -175,7 +175,7 @@ def _pieces(
     raw = [path for path in given if path not in shards]
     found = find_sources(raw) if raw else Found()
     pieces = list(raw_pieces(found, card.input, settings, folder=folder, workers=pool))
-    rejects = [reject.told() for reject in found.rejects]
+    rejects = [reject.as_dict() for reject in found.rejects]
     for path in shards:
         index = ClipIndex([path], warn=lambda text: None)
         pieces += shard_pieces(index)

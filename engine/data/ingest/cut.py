@@ -17,9 +17,9 @@ import numpy as np
 from engine.core.files import StorageError
 from engine.data.ingest.sources import Reject, Source
 from engine.data.media.codecs import JPEG, Pictures
-from engine.data.media.decode import MediaError, MediaFacts, decode_window, probe
+from engine.data.media.decode import MediaError, MediaFacts, Window, decode_window, probe
 from engine.data.media.encode import encode_flac, encode_jpeg
-from engine.data.media.film import copy_clip, encode_h264, encode_vp9
+from engine.data.media.film import CopiedClip, copy_clip, encode_h264, encode_vp9
 from engine.data.media.frames import Frames
 from engine.data.shards.writer import NewClip
 
@@ -62,8 +62,8 @@ class Settings:
         if self.codec not in CODEC_NAMES:
             raise ValueError(f"codec must be one of {', '.join(CODEC_NAMES)}, not {self.codec}")
 
-    def told(self) -> dict[str, Any]:
-        """What identifies them; settings that were not thought of when a data set was made are left out."""
+    def identity(self) -> dict[str, Any]:
+        """Their values, which name a data set; ``every``, which came later, is left out where it is not used."""
         return {k: v for k, v in asdict(self).items() if (k, v) != ("every", None)}
 
 
@@ -75,19 +75,24 @@ def cut_source(
     trying: Callable[[int], None],
     skip: Collection[int] = (),
 ) -> list[Reject]:
-    """Cut a source's clips and hand each to ``keep``; gives what could not be used, with reasons.
+    """Cut a source's clips and hand each to ``keep``; returns what could not be used, with reasons.
 
-    ``trying`` is told a clip's number before it is cut, where there are several; clips numbered in ``skip`` are
-    rejected unread, as ones that kill their process. Whatever is wrong with the file becomes a reject. Raises
+    ``trying`` is called with a clip's number before it is cut, where there are several; clips numbered in ``skip``
+    are rejected unread, since they kill their process. Whatever is wrong with the file becomes a reject. Raises
     StorageError as ``keep`` does, and OSError where the folder of the videos itself is gone.
     """
     lost: list[Reject] = []
-    taken = 0
+    kept = 0
 
-    def count(clip: NewClip) -> None:
-        nonlocal taken
-        keep(replace(clip, splits=source.splits))
-        taken += 1
+    def cut(start: float, settings: Settings) -> None:
+        nonlocal kept
+        try:
+            clip = _cut(source, facts, start, settings)
+        except MediaError as error:
+            lost.append(_reject(source, str(error), start))
+        else:
+            keep(clip)
+            kept += 1
 
     try:
         facts = probe(source.path)
@@ -101,11 +106,10 @@ def cut_source(
             if len(starts) > 1:
                 trying(number)
             left = max(begin + longest - start, settings.min_seconds)
-            clip = replace(inner, clip_seconds=min(inner.clip_seconds, left))
-            _try_cut(source, facts, start, clip, count, lost)
+            cut(start, replace(inner, clip_seconds=min(inner.clip_seconds, left)))
         # the head of a broken film is its likeliest intact part
-        if not taken and starts[0] > begin:
-            _try_cut(source, facts, begin, inner, count, lost)
+        if not kept and starts[0] > begin:
+            cut(begin, inner)
     except MediaError as error:
         lost.append(_reject(source, str(error)))
     except StorageError:
@@ -115,11 +119,11 @@ def cut_source(
     if lost and not os.path.isdir(source.folder):
         gone = f"{source.folder} can't be reached any more"
         raise OSError(f"{gone}: run the same command again later")
-    return lost if taken or not lost else [_reject(source, lost[0].reason)]
+    return lost if kept or not lost else [_reject(source, lost[0].reason)]
 
 
 def stretch_of(source: Source, facts: MediaFacts, *, least: float) -> tuple[float, float, float]:
-    """Seconds at which the stretch wanted begins, its length in the file, and the longest that a clip may be.
+    """Seconds at which the source's stretch begins, its length in the file, and the longest that a clip may be.
 
     All of the file where no stretch is named. Raises MediaError for a stretch beyond the file's end, and for one
     shorter than ``least`` seconds.
@@ -165,57 +169,36 @@ def plan_starts(
     return [begin + float(ms) / 1000 for ms in np.unique(np.floor(drawn * 1000))]
 
 
-def _try_cut(
-    source: Source,
-    facts: MediaFacts,
-    start: float,
-    settings: Settings,
-    keep: Callable[[NewClip], None],
-    lost: list[Reject],
-) -> None:
-    try:
-        clip = _cut(source, facts, start, settings)
-    except MediaError as error:
-        lost.append(_reject(source, str(error), start))
-    else:
-        keep(clip)
-
-
 def _cut(source: Source, facts: MediaFacts, start: float, settings: Settings) -> NewClip:
     stretch: dict[str, Any] = {
         "start": start,
         "seconds": settings.clip_seconds,
         "fps": settings.fps,
     }
+    cut: CopiedClip | Window
     if settings.codec == COPY:
-        copied = copy_clip(source.path, facts, **stretch)
-        _check_length(copied.pictures.num_frames, settings, copied.note)
-        pictures, width, height = copied.pictures, facts.width, facts.height
-        sound, note = copied.sound, copied.note
+        cut = copy_clip(source.path, facts, **stretch)
+        num_frames, width, height = cut.pictures.num_frames, facts.width, facts.height
     else:
-        window = decode_window(source.path, facts, short_side=settings.short_side, **stretch)
-        _check_length(len(window.frames), settings, window.note)
-        pictures = _encoded(window.frames, settings)
-        width, height = window.frames.shape[2], window.frames.shape[1] * 2 // 3
-        sound, note = window.sound, window.note
+        cut = decode_window(source.path, facts, short_side=settings.short_side, **stretch)
+        num_frames, height, width = cut.frames.shape
+        height = height * 2 // 3
+    if num_frames < round(settings.min_seconds * settings.fps):
+        seconds, why = num_frames / settings.fps, f" ({cut.note})" if cut.note else ""
+        raise MediaError(
+            f"only {seconds:.2f} s of video, less than {settings.min_seconds:g} s{why}"
+        )
     return NewClip(
-        pictures=pictures,
+        pictures=_encoded(cut.frames, settings) if isinstance(cut, Window) else cut.pictures,
         width=width,
         height=height,
         source=source.relative,
         start=start,
-        sound=None if sound is None else encode_flac(sound),
+        sound=None if cut.sound is None else encode_flac(cut.sound),
         label=source.label,
-        note=note,
+        note=cut.note,
+        splits=source.splits,
     )
-
-
-def _check_length(num_frames: int, settings: Settings, note: str | None) -> None:
-    if num_frames < round(settings.min_seconds * settings.fps):
-        why = f" ({note})" if note else ""
-        raise MediaError(
-            f"only {num_frames / settings.fps:.2f} s of video, less than {settings.min_seconds:g} s{why}"
-        )
 
 
 def _encoded(frames: Frames, settings: Settings) -> Pictures:

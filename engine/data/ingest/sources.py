@@ -77,8 +77,8 @@ class Reject:
     partial: bool = False
     """Whether the rest of the source gave clips."""
 
-    def told(self) -> dict[str, Any]:
-        """What ``rejects.jsonl`` says of it."""
+    def as_dict(self) -> dict[str, Any]:
+        """Its line in ``rejects.jsonl``."""
         return {key: value for key, value in asdict(self).items() if value}
 
 

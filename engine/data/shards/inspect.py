@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.shards.damage import index_name, size_problem
 from engine.data.shards.record import MAX_SPLITS, PARTIAL, PARTS, RECORD
-from engine.data.shards.index import ClipIndex, read_dataset
+from engine.data.shards.index import ClipIndex, index_name, read_dataset, size_problem
 
 BLOCK = 1 << 20
 

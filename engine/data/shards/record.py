@@ -56,6 +56,6 @@ def split_bits(splits: Sequence[str]) -> int:
     return sum(PARTS.index(part) << (SPLIT_SHIFT + 2 * i) for i, part in enumerate(splits))
 
 
-def told_splits(splits: Sequence[str]) -> dict[str, str]:
-    """A clip's parts by the number of the split, as its facts tell them: ``{"1": "train", "3": "test"}``."""
+def split_names(splits: Sequence[str]) -> dict[str, str]:
+    """A clip's parts by the number of the split, as its facts have them: ``{"1": "train", "3": "test"}``."""
     return {str(i): part for i, part in enumerate(splits, start=1) if part}

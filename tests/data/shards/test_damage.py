@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data.shards.damage import substitutes
+from engine.data.shards.index import substitutes
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import ClipPlan, plan_views
 from engine.data.shards.index import ClipIndex
