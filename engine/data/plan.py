@@ -110,15 +110,6 @@ def central_plan(
     )
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_clips: int) -> NDArray[np.int64]:
-    return _order_rng(seed, epoch).permutation(num_clips)
-
-
-def _order_rng(seed: int, epoch: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, ORDER_STREAM], counter=[0, 0, 0, epoch]))
-
-
 class _ById:
     """An array as a key of a cache: the very array, not its contents, which it keeps alive."""
 
@@ -132,10 +123,15 @@ class _ById:
         return isinstance(other, _ById) and self.array is other.array
 
 
-@lru_cache(maxsize=4)
-def _epoch_order_by_shards(seed: int, epoch: int, shard: _ById, at_once: int) -> NDArray[np.int64]:
-    """An epoch's clips, ``at_once`` shards at a time; ``shard`` is each clip's, rising."""
-    rng = _order_rng(seed, epoch)
+@lru_cache(maxsize=8)
+def _epoch_order(
+    seed: int, epoch: int, num_clips: int, shard: _ById | None, at_once: int
+) -> NDArray[np.int64]:
+    """An epoch's clips, or, where ``shard`` says each clip's (rising), those of ``at_once`` shards at a time."""
+    key = [seed, ORDER_STREAM]
+    rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch]))
+    if shard is None:
+        return rng.permutation(num_clips)
     first = np.flatnonzero(np.diff(shard.array, prepend=-1, append=np.iinfo(np.int32).max))
     shards = rng.permutation(len(first) - 1)
     windows = [shards[i : i + at_once] for i in range(0, len(shards), at_once)]
@@ -146,11 +142,10 @@ def _epoch_order_by_shards(seed: int, epoch: int, shard: _ById, at_once: int) ->
 def _plan_clip(
     facts: Facts, clip: Clip, audio: Audio, *, seed: int, position: int
 ) -> tuple[NDArray[Any], ...]:
+    """A clip's values for the fields of ``ClipPlan``, in their order."""
     epoch, place = divmod(position, len(facts.num_frames))
-    if clip.shuffle_shards:
-        order = _epoch_order_by_shards(seed, epoch, _ById(facts.shard), clip.shuffle_shards)
-    else:
-        order = _epoch_order(seed, epoch, len(facts.num_frames))
+    shard = _ById(facts.shard) if clip.shuffle_shards else None
+    order = _epoch_order(seed, epoch, len(facts.num_frames), shard, clip.shuffle_shards)
     which = int(order[place])
     rng = np.random.Generator(np.random.Philox(key=[seed, CUT_STREAM], counter=[0, 0, 0, position]))
     stored = int(facts.num_frames[which])
@@ -158,25 +153,15 @@ def _plan_clip(
     span = (num_frames - 1) * clip.frame_stride + 1
     start = int(rng.integers(0, max(stored - span, 0) + 1))
     frames = np.minimum(start + np.arange(num_frames) * clip.frame_stride, stored - 1)
-    area = rng.uniform(clip.min_area, 1.0)
+    side = np.sqrt(rng.uniform(clip.min_area, 1.0))
     left, top = rng.random(2)
-    side = np.sqrt(area)
-    box = np.array(
-        [left, top, side, side], np.float32
-    )  # in shares of the largest square: see square_boxes
+    box = np.array([left, top, side, side], np.float32)  # see square_boxes
     flip = clip.flip and bool(rng.random() < 0.5)
     window = num_frames * clip.frame_stride / facts.fps
     shift = _draw_shift(rng, start / facts.fps, window, stored / facts.fps, audio.min_shift)
     shuffled = _draw_order(rng, clip.num_frames)
-    return (
-        np.array(which, np.int64),
-        frames.astype(np.int64),
-        box,
-        np.array(flip),
-        np.array(start / facts.fps),
-        np.array(shift),
-        shuffled,
-    )
+    scalars = (np.array(value) for value in (flip, start / facts.fps, shift))
+    return (np.array(which, np.int64), frames.astype(np.int64), box, *scalars, shuffled)
 
 
 def _draw_shift(

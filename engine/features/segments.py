@@ -29,7 +29,7 @@ from engine.data.ingest.run import IngestError, Progress, ingest, worker_pool
 from engine.data.ingest.sources import Found, Source
 from engine.data.plan import ClipPlan, central_plan
 from engine.data.shards.index import ClipIndex, read_dataset
-from engine.data.shards.record import PARTIAL
+from engine.data.shards.index import PARTIAL
 from engine.model.network_file import ClipInput
 
 STORED_SECONDS = 30.0

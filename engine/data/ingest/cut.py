@@ -35,13 +35,17 @@ TRIM_SLACK = 1.5
 class Settings:
     """What decides the bytes of a clip."""
 
-    fps: float
-    short_side: int
-    clip_seconds: float
-    clips_per_video: int | None
-    min_seconds: float
-    quality: int
-    seed: int
+    fps: float = 25.0
+    short_side: int = 128
+    """Pixels."""
+    clip_seconds: float = 10.0
+    clips_per_video: int | None = None
+    """Of a source that is longer than a clip, at random starts; None: one a started minute."""
+    min_seconds: float = 1.0
+    """Shorter clips are rejected."""
+    quality: int = 85
+    """Of JPEG pictures, 1 to 100."""
+    seed: int = 0
     codec: str = "jpeg"
     """One of CODEC_NAMES."""
     every: float | None = None

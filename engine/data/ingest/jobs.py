@@ -91,6 +91,13 @@ class FinishedGroup:
     """None where no source gave a clip."""
     rejects: list[Reject]
 
+    @property
+    def counts(self) -> Counts:
+        """What came of all of its sources."""
+        if self.shard is None:
+            return Counts(rejects=len(self.rejects))
+        return Counts(len(self.shard.labels), self.shard.num_frames, len(self.rejects))
+
 
 def do_work(work: Work) -> Counts:
     """Cut a source or write a shard; raises StorageError for files that can't be written, OSError for absent videos."""
@@ -175,9 +182,7 @@ def _assemble(work: ShardWork) -> Counts:
     with suppress(OSError):
         for path in paths:
             path.unlink(missing_ok=True)
-    if shard is None:
-        return Counts(rejects=len(rejects))
-    return Counts(len(shard.labels), shard.num_frames, len(rejects))
+    return finished.counts
 
 
 def _join(

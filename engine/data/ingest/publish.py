@@ -22,8 +22,7 @@ from engine.data.ingest.cut import Settings
 from engine.data.ingest.jobs import FinishedGroup
 from engine.data.ingest.sources import Reject
 from engine.data.media.decode import SAMPLE_RATE
-from engine.data.shards.index import index_name, is_shards, read_dataset, size_problem
-from engine.data.shards.record import RECORD
+from engine.data.shards.index import RECORD, index_name, is_shards, read_dataset, size_problem
 from engine.data.shards.writer import Shard, write_dataset
 
 OURS = re.compile(
@@ -74,7 +73,7 @@ def commit(
         short_side=settings.short_side,
         sample_rate=SAMPLE_RATE,
         sources=sum(group.sources for group in groups) + len(listed),
-        seconds=sum(shard.num_frames for shard in shards) / settings.fps,
+        seconds=sum(group.counts.frames for group in groups) / settings.fps,
         settings=settings.identity(),
         fingerprint=fingerprint_of([group.fingerprint for group in groups], listed),
         groups=name,

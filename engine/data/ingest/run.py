@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from engine.core.files import storing, take_lock
 from engine.core.pool import Crew, Done, LocalPool, Lost, Plain, Pool, ProcessPool
@@ -100,27 +101,18 @@ def ingest(
     videos: Sequence[Path] | Found,
     out: Path,
     *,
-    fps: float = 25.0,
-    short_side: int = 128,
-    clip_seconds: float = 10.0,
-    clips_per_video: int | None = None,
-    min_seconds: float = 1.0,
-    quality: int = 85,
-    codec: str = "jpeg",
-    seed: int = 0,
-    every: float | None = None,
     workers: int | None = None,
     address: str | None = None,
     pool: Pool | None = None,
     progress: Callable[[Progress], None] | None = None,
+    **settings: Any,
 ) -> IngestReport:
-    """Cut clips from videos and write them as the shards ``out``.
+    """Cut clips from videos and write them as the shards ``out``; ``settings`` are the fields of ``Settings``.
 
-    ``videos`` are files, folders and lists (see ``find_sources``), or what the functions of ``splits`` found. A source
-    no longer than ``clip_seconds`` is one clip; a longer one gives ``clips_per_video`` at random starts (None: one a
-    started minute), or with ``every`` clips that start that many seconds apart; those shorter than ``min_seconds`` are
-    rejected. ``workers`` counts processes (None: one a core; 1: this one); ``address`` names a Ray cluster to run on
-    instead, ``pool`` one of ``worker_pool`` that the caller keeps.
+    ``videos`` are files, folders and lists (see ``find_sources``), or the result of one of ``splits``' functions. A
+    source no longer than ``clip_seconds`` is one clip; a longer one gives several. ``workers`` counts processes
+    (None: one a core; 1: this one); ``address`` names a Ray cluster to run on instead, ``pool`` one of ``worker_pool``
+    that the caller keeps.
 
     What an earlier run with the same settings finished in ``out``, even a killed one, is kept. Until all is finished,
     the data set that ``out`` held stays. Another process at work on it is waited for, unless the shards are complete.
@@ -129,17 +121,7 @@ def ingest(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    settings = Settings(
-        fps=fps,
-        short_side=short_side,
-        clip_seconds=clip_seconds,
-        clips_per_video=clips_per_video,
-        min_seconds=min_seconds,
-        quality=quality,
-        codec=codec,
-        seed=seed,
-        every=every,
-    )
+    chosen = Settings(**settings)
     check_out(out)
     named = "the lists" if isinstance(videos, Found) else ", ".join(map(str, videos))
     found = videos if isinstance(videos, Found) else find_sources(videos)
@@ -152,7 +134,7 @@ def ingest(
             return nullcontext(pool)
         return closing(worker_pool(min(workers or cores, most), address))
 
-    return _Ingest(out, found, settings, progress or (lambda _: None), open_pool).run()
+    return _Ingest(out, found, chosen, progress or (lambda _: None), open_pool).run()
 
 
 def worker_pool(workers: int, address: str | None = None) -> Pool:
@@ -196,11 +178,10 @@ class _Ingest:
             with suppress(OSError), take_lock(self.scratch / "lock"):
                 self._clean()
         groups = self._in_order()
-        shards = [g.shard for g in groups if g.shard is not None]
         return IngestReport(
             sources=len(self.sources) + len(self.listed),
-            clips=sum(len(shard.labels) for shard in shards),
-            seconds=sum(shard.num_frames for shard in shards) / self.settings.fps,
+            clips=sum(g.counts.clips for g in groups),
+            seconds=sum(g.counts.frames for g in groups) / self.settings.fps,
             rejects=all_rejects(groups, self.listed),
             unlisted=self.unlisted,
             reused=self.reused,
@@ -227,7 +208,7 @@ class _Ingest:
         if len(self.finished) < len(self.groups):
             self._cut()
         groups = self._in_order()
-        if not any(g.shard is not None and g.shard.labels for g in groups):
+        if not any(g.counts.clips for g in groups):
             raise self._nothing(all_rejects(groups, self.listed))
         commit(self.out, groups, self.settings, self.listed)
 
@@ -251,14 +232,15 @@ class _Ingest:
             for g, record in zip(self.groups, records, strict=True)
         ]
         self.finished = {g.fingerprint: g for g in groups if g is not None}
-        shards = [g.shard for g in self.finished.values() if g.shard is not None]
         self.done = self.reused = sum(g.sources for g in self.finished.values())
-        self.clips = sum(len(shard.labels) for shard in shards)
-        self.frames = sum(shard.num_frames for shard in shards)
-        self.rejects = sum(len(g.rejects) for g in self.finished.values())
-        self._report()
+        self.clips = self.frames = self.rejects = 0
+        self._count(*(g.counts for g in self.finished.values()))
 
-    def _report(self) -> None:
+    def _count(self, *results: Counts) -> None:
+        """Add results to those so far, and report how far the ingest is."""
+        self.clips += sum(counts.clips for counts in results)
+        self.frames += sum(counts.frames for counts in results)
+        self.rejects += sum(counts.rejects for counts in results)
         seconds, total = self.frames / self.settings.fps, len(self.sources)
         self.progress(Progress(self.done, total, self.reused, self.clips, seconds, self.rejects))
 
@@ -289,9 +271,7 @@ class _Ingest:
         queue.finish(work, counts)
         if isinstance(work, CutWork):
             self.done += 1
-            self.clips, self.frames = self.clips + counts.clips, self.frames + counts.frames
-            self.rejects += counts.rejects
-            self._report()
+            self._count(counts)
         elif counts.missing:
             self.done -= len(counts.missing)
         else:

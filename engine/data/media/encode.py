@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,37 +17,29 @@ import numpy as np
 from av.codec.context import Flags
 from numpy.typing import NDArray
 
+from engine.core.files import replacing
 from engine.data.media.decode import SAMPLE_RATE, full_range
 from engine.data.media.frames import Frames
 
 
 def encode_jpeg(frames: Frames, *, quality: int) -> list[bytes]:
-    """Encode frames as baseline 4:2:0 JPEG, one complete file each; equal input, equal bytes.
+    """Encode I420 frames, uint8 (T, 3H/2, W) of even size, as baseline JPEG files; equal input, equal bytes.
 
-    ``frames`` are RGB uint8 (T, H, W, 3) or I420 uint8 (T, 3H/2, W), of even size. ``quality`` is 1 to 100 on
-    the scale that libjpeg made usual. Raises ValueError for a quality outside it.
+    ``quality`` is 1 to 100 on the scale that libjpeg made usual. Raises ValueError for a quality outside it.
     """
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must be 1 to 100, not {quality}")
     share = (100 - quality) / 50 if quality >= 50 else 50 / quality
     # libjpeg's scaling onto FFmpeg's, by the mean step
     scale = str(min(31, max(2, round(10 * share))))
-    rgb = frames.ndim == 4
     encoder: Any = av.CodecContext.create("mjpeg", "w")
-    encoder.width = frames.shape[2]
-    encoder.height = frames.shape[1] if rgb else frames.shape[1] * 2 // 3
+    encoder.width, encoder.height = frames.shape[2], frames.shape[1] * 2 // 3
     encoder.pix_fmt, encoder.time_base, encoder.thread_count = "yuvj420p", Fraction(1, 25), 1
     encoder.flags |= Flags.bitexact
     encoder.options = {"qmin": scale, "qmax": scale}
     out = []
-    for i, array in enumerate(frames):
-        if rgb:
-            frame: Any = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-            frame = frame.reformat(
-                format="yuvj420p", dst_colorspace=5, dst_color_range=2, threads=1
-            )
-        else:
-            frame = full_range(array)
+    for i, planes in enumerate(frames):
+        frame = full_range(planes)
         frame.pts, frame.time_base = i, encoder.time_base
         out += [bytes(packet) for packet in encoder.encode(frame)]
     out += [bytes(packet) for packet in encoder.encode(None)]
@@ -93,17 +84,12 @@ def write_video(
     in [-1, 1] that starts with the first frame. The file appears whole or not at all. Raises ValueError for
     frames of another shape and for no frames.
     """
-    path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with av.open(
-            os.path.abspath(temp), "w", format="mp4", container_options={"fflags": "+bitexact"}
-        ) as out:
-            _mux(out, frames, fps=fps, sound=sound, sample_rate=sample_rate)
-        os.replace(temp, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temp.unlink()
+    options = {"fflags": "+bitexact"}
+    with (
+        replacing(Path(path)) as file,
+        av.open(os.path.abspath(file), "w", format="mp4", container_options=options) as out,
+    ):
+        _mux(out, frames, fps=fps, sound=sound, sample_rate=sample_rate)
 
 
 def _mux(

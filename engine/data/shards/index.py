@@ -15,6 +15,7 @@ import json
 import os
 import threading
 import warnings
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,18 +25,34 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.media.codecs import Codec, DamagedPictures, assemble, locate, table_length
-from engine.data.shards.record import (
-    HAS_AUDIO,
-    MAX_SPLITS,
-    PARTS,
-    RECORD,
-    SPLIT_SHIFT,
-    codec_of,
-    crc_of,
-)
+from engine.data.media.codecs import CODECS, Codec, DamagedPictures, assemble, locate, table_length
 
 FORMAT = 1
+RECORD = np.dtype(
+    [
+        ("at", "<u8"),  # of the json in its shard; what follows lies at the distances below
+        ("shard", "<u4"),
+        ("json_size", "<u4"),
+        ("table", "<u4"),  # from "at" to the first offset
+        ("frames", "<u4"),  # from "at" to the first frame
+        ("frames_size", "<u4"),
+        ("sound", "<u4"),  # from "at" to the sound
+        ("sound_size", "<u4"),
+        ("num_frames", "<u4"),
+        ("label", "<i4"),  # -1: none
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("crc32", "<u4"),  # of json, table, frames and sound, in this order
+        ("flags", "<u4"),
+        ("spare", "<u8"),
+    ]
+)
+HAS_AUDIO, PARTIAL = 1, 2
+"""Bits of ``flags``; from CODEC_SHIFT on, three bits say how its pictures are stored, and from SPLIT_SHIFT on, two
+bits each its part in each split of its data set."""
+CODEC_SHIFT = 2
+SPLIT_SHIFT, MAX_SPLITS = 8, 12
+PARTS = ("", "train", "test", "validation")
 OPEN_SHARDS = 256
 """Shards that one process keeps open."""
 TRIES = 64
@@ -44,27 +61,55 @@ STREAM = 0xDA4A
 """Keeps the draws of substitutes apart from every other use of a clip's number."""
 
 
+def codec_of(flags: Any) -> Codec:
+    """How a clip's pictures are stored, by its ``flags``."""
+    return CODECS[(int(flags) >> CODEC_SHIFT) & 7]
+
+
+def crc_of(*parts: bytes) -> int:
+    """The checksum of bytes that follow one another."""
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def split_bits(splits: Sequence[str]) -> int:
+    """A clip's parts in splits 1, 2 ... as bits of ``flags``."""
+    assert len(splits) <= MAX_SPLITS
+    return sum(PARTS.index(part) << (SPLIT_SHIFT + 2 * i) for i, part in enumerate(splits))
+
+
+def split_names(splits: Sequence[str]) -> dict[str, str]:
+    """A clip's parts by the number of the split, as its facts have them: ``{"1": "train", "3": "test"}``."""
+    return {str(i): part for i, part in enumerate(splits, start=1) if part}
+
+
 def is_shards(folder: Path) -> bool:
     """Whether a folder holds a finished data set of any format version."""
-    try:
-        facts = json.loads((folder / "dataset.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(facts, dict) and "format" in facts and "shards" in facts
+    return _facts_of(folder) is not None
 
 
 def read_dataset(folder: Path) -> dict[str, Any]:
     """The contents of ``dataset.json``; raises ValueError for no shards and for another format version."""
-    if not is_shards(folder):
+    facts = _facts_of(folder)
+    if facts is None:
         raise ValueError(
             f"{folder} holds no shards (dataset.json): make them from videos with `engine ingest`"
         )
-    facts: dict[str, Any] = json.loads((folder / "dataset.json").read_bytes())
     if facts["format"] != FORMAT:
         raise ValueError(
             f"{folder} is in shard format {facts['format']}, and this version reads {FORMAT}: ingest the videos again"
         )
     return facts
+
+
+def _facts_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        facts = json.loads((folder / "dataset.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and {"format", "shards"} <= facts.keys() else None
 
 
 def data_digest(folders: Iterable[Path]) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.shards.record import MAX_SPLITS, PARTIAL, PARTS, RECORD
-from engine.data.shards.index import ClipIndex, index_name, read_dataset, size_problem
+from engine.data.shards.index import (MAX_SPLITS, PARTIAL, PARTS, RECORD, ClipIndex, index_name, read_dataset, size_problem)
 
 BLOCK = 1 << 20
 

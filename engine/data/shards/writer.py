@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 import engine
 from engine.data.media.codecs import JPEG, Pictures
-from engine.data.shards.record import (
+from engine.data.shards.index import (
     CODEC_SHIFT,
+    FORMAT,
     HAS_AUDIO,
     PARTIAL,
     RECORD,
@@ -31,7 +32,6 @@ from engine.data.shards.record import (
     split_bits,
     split_names,
 )
-from engine.data.shards.index import FORMAT
 from engine.core.files import StorageError, storing, write_atomic
 
 BLOCK = 512

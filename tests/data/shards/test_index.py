@@ -21,7 +21,7 @@ from engine.data.shards import index as shards
 from engine.data.media.codecs import JPEG, Pictures
 from engine.data.shards.index import DamagedClip
 from engine.data.shards.inspect import verify
-from engine.data.shards.record import RECORD
+from engine.data.shards.index import RECORD
 from engine.data.shards.writer import END, ClipTar, NewClip, Shard, write_dataset
 from engine.data.shards.index import ClipIndex, is_shards, read_dataset
 from engine.core.files import StorageError
