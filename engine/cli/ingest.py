@@ -15,7 +15,7 @@ from engine.cli.common import FAILURE, PATH, errors_explained
 if TYPE_CHECKING:
     from engine.core.display import Display
     from engine.data.ingest.run import IngestReport, Progress
-    from engine.data.ingest.sources import Found
+    from engine.data.ingest.sources import SourceList
 
 SHOWN = 20
 """Rejects that are shown; all are in the file."""
@@ -141,7 +141,7 @@ def _ingest(
     from engine.core.display import Display
     from engine.core.files import StorageError
     from engine.data.ingest.run import ingest as run
-    from engine.data.ingest.sources import Found, find_sources
+    from engine.data.ingest.sources import SourceList, find_sources
     from engine.data.ingest.splits import hmdb51 as read_hmdb51
     from engine.data.ingest.splits import kinetics as read_kinetics
     from engine.data.ingest.splits import ucf101 as read_ucf101
@@ -153,7 +153,7 @@ def _ingest(
     parts += [read_ucf101(*ucf101)] if ucf101 else []
     for folder in dict.fromkeys(folder for folder, _ in kinetics):
         parts.append(read_kinetics(folder, [path for f, path in kinetics if f == folder]))
-    found = Found.of(parts)
+    found = SourceList.of(parts)
     if not found.sources and not found.rejects:
         raise ValueError(f"no videos found in {', '.join(map(str, videos))}")
     with Display() as display:
@@ -195,7 +195,7 @@ def _shown(display: Display) -> Callable[[Progress], None]:
     return show
 
 
-def _say(display: Display, report: IngestReport, found: Found, out: Path) -> None:
+def _say(display: Display, report: IngestReport, found: SourceList, out: Path) -> None:
     from engine.core.display import table
     from engine.data.ingest.splits import MISSING
 

@@ -47,7 +47,7 @@ UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class ClipBank:
-    """Decodes its clips when it is made, and then gives batches of them; what planning needs to know is here too.
+    """Decodes its clips when it is constructed, then cuts batches from them; plans read its facts like an index's.
 
     A plan's clips are places in the bank; a batch's ``clip`` is the data set's own.
     """
@@ -147,7 +147,7 @@ class ClipBank:
         )
 
     def _cuts(self, plan: ClipPlan) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
-        """What brings a kept row, and a kept column, to a crop's: (N, D, S) each; and crops' sides in shares of S."""
+        """Weights (N, D, S) that bring kept rows, and columns, to a crop's, and the crops' sides in shares of S."""
         left, top, share, _ = np.nan_to_num(plan.box.astype(np.float64), nan=-1.0).T
         whole = share < 0
         share = np.where(whole, 1.0, share)
@@ -272,7 +272,7 @@ def bank_bytes(size: str) -> float:
 
 
 def _chosen(size: int | str, sizes: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
-    """The clips, rising: of all, of ``sizes`` bytes, in an order drawn, the first so many, or those that fit."""
+    """Draws clips, of ``sizes`` bytes each, in a random order until there are enough or no more fit; rising."""
     order = _rng(seed).permutation(len(sizes))
     if isinstance(size, int):
         return np.sort(order[:size])
@@ -285,7 +285,7 @@ def _chosen(size: int | str, sizes: NDArray[np.int64], *, seed: int) -> NDArray[
 
 
 def _places(index: ClipIndex, *, seed: int) -> NDArray[np.float64]:
-    """(clips, 2) where squares are drawn to be, at whole pixels: else keeping them would soften frames."""
+    """Draws squares' places, (clips, 2), at whole pixels: else keeping them would soften frames."""
     drawn = _rng(seed).random((len(index), 2))
     frames = np.stack([index.width, index.height], axis=1)
     room = (frames - frames.min(1, keepdims=True)).astype(np.float64)

@@ -1,7 +1,7 @@
 """Encoded bytes to ClipBatch: DALI's graphs (``dali``) for pictures, sound and flow, on a CPU or a GPU.
 
 Pictures that are stored one by one enter one by one: N x F of them are decoded, cropped, resized and flipped side
-by side, then regrouped to N clips. Films enter whole, with the places of the frames wanted. Sound is decoded
+by side, then regrouped to N clips. Films enter whole, with the places of their frames to decode. Sound is decoded
 once, and the aligned and the misaligned window are cut out of it. Flow is computed after crop, resize and
 flip, so it follows them exactly: on a GPU by its flow engine, on a CPU by ``engine.data.flow``.
 """
@@ -101,7 +101,7 @@ class InputPipeline:
             self._pool = ThreadPoolExecutor(threads, "flow")
 
     def _choose_host(self) -> bool:
-        """Whether films are decoded by the CPU from the start; raises ValueError where nothing decodes them."""
+        """Decide whether the CPU decodes films from the start; raises ValueError where nothing decodes them."""
         if self.device.type == "cuda":
             small = np.minimum(self.index.width, self.index.height) < GPU_LEAST
             return bool(small.any()) and self.index.codecs <= {JPEG, VP9, VP9_MP4}
@@ -114,7 +114,7 @@ class InputPipeline:
         return True
 
     def _build_decoders(self) -> None:
-        """Graphs of pictures and sound, anew: an error ends a graph."""
+        """Build the graphs of pictures and sound, also anew: an error ends a graph."""
         n, size = self._batch_size, self.clip.size
         where: dict[str, Any] = {"device": self.device, "threads": self._threads}
         self._frames = self._films = self._sound = None
@@ -134,7 +134,7 @@ class InputPipeline:
         return replace(batch, flow=self._compute_flow(batch.rgb))
 
     def _decoded(self, plan: ClipPlan, encoded: list[EncodedClip]) -> ClipBatch:
-        """The batch without its flow."""
+        """Decode a batch without its flow."""
         try:
             rgb, waves = self._decode(plan, encoded)
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a batch holds, decided before anything is read: a pure function of (seed, step, rank, world).
+"""Plans of batches, drawn before anything is read: a pure function of (seed, step, rank, world).
 
 No process state enters, so a resumed run sees the batches that it would have seen, every member of a search
 sees the same ones, and a batch split over ranks is the batch of one process: rank r of W takes its clips r, r + W,
@@ -21,7 +21,7 @@ ORDER_STREAM, CUT_STREAM = 0x0DE5, 0x0C07
 
 
 class Facts(Protocol):
-    """What planning needs to know of a data set's clips; a ``ClipIndex`` knows it."""
+    """Facts of a data set's clips that planning needs; a ``ClipIndex`` has them."""
 
     num_frames: NDArray[np.int32]
     """(clips,) frames stored."""
@@ -32,18 +32,18 @@ class Facts(Protocol):
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """Which clips, frames, crops and orders make up a batch of N clips."""
+    """Clips, frames, crops and orders that make up a batch of N clips."""
 
     clip: NDArray[np.int64]
     """(N,) indices into the data set."""
     frames: NDArray[np.int64]
-    """(N, F) stored frames wanted, in time's order; the last one repeats where a clip is too short."""
+    """(N, F) stored frames to read, in time's order; the last one repeats where a clip is too short."""
     box: NDArray[np.float32]
     """(N, 4) place across, place down and side of the crop, see ``square_boxes``; nan for the central square."""
     flip: NDArray[np.bool_]
     """(N,) mirror left and right."""
     sound_start: NDArray[np.float64]
-    """(N,) seconds from the clip's start to the first frame wanted."""
+    """(N,) seconds from the clip's start to the first frame."""
     shift: NDArray[np.float64]
     """(N,) seconds by which the misaligned sound is off; 0 where a clip has no room for it."""
     order: NDArray[np.int64]
@@ -79,7 +79,7 @@ def plan_batch(
 def plan_views(
     facts: Facts, clip: Clip, *, clips: NDArray[np.int64], view: int, num_views: int
 ) -> ClipPlan:
-    """Plan evaluation: T frames at the given view's place in time, the largest central square, no flip.
+    """Plan evaluation: T frames at a view's place in time, the largest central square, no flip.
 
     Views are spread evenly over each clip; a single view is the middle one.
     """
@@ -97,7 +97,7 @@ def central_plan(
     *,
     sound_start: NDArray[np.float64] | None = None,
 ) -> ClipPlan:
-    """Plan given frames (N, F) of clips (N,): the largest central square, no flip, shuffled order in reverse."""
+    """Plan the frames (N, F) of clips (N,): the largest central square, no flip, shuffled order in reverse."""
     n, length = frames.shape
     return ClipPlan(
         clip=np.asarray(clips, np.int64),
@@ -185,7 +185,7 @@ def _draw_order(rng: np.random.Generator, num_frames: int) -> NDArray[np.int64]:
 def square_boxes(
     plan: ClipPlan, width: NDArray[np.int32], height: NDArray[np.int32]
 ) -> NDArray[np.float32]:
-    """Turn a plan's crops into (N, 4) left, top, right, bottom in shares of frames of the given sizes.
+    """Turn a plan's crops into (N, 4) left, top, right, bottom in shares of frames of these sizes.
 
     A plan's box holds (place across, place down, side, side), places and side in shares of what the frame
     allows, so that crops are square in pixels whatever the frame's shape; nan asks for the central square.

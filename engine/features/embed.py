@@ -27,7 +27,7 @@ import engine
 from engine.core.files import take_lock
 from engine.core.prefetch import ahead
 from engine.core.runtime import Runtime, choose_runtime, num_cores
-from engine.data.ingest.sources import Found, find_sources
+from engine.data.ingest.sources import SourceList, find_sources
 from engine.data.plan import ClipPlan
 from engine.data.shards.index import ClipIndex, is_shards
 from engine.features.extract import clip_of, decoded, forward
@@ -173,7 +173,7 @@ def _pieces(
     given = list(dict.fromkeys(videos))
     shards = [path for path in given if is_shards(path)]
     raw = [path for path in given if path not in shards]
-    found = find_sources(raw) if raw else Found()
+    found = find_sources(raw) if raw else SourceList()
     pieces = list(raw_pieces(found, card.input, settings, folder=folder, workers=pool))
     rejects = [reject.as_dict() for reject in found.rejects]
     for path in shards:

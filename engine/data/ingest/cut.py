@@ -1,4 +1,4 @@
-"""One source into clips: where clips start, and what becomes of each.
+"""Cuts one source into clips: where they start, and what becomes of each.
 
 Where clips are cut depends on the seed and a file's relative path alone.
 """
@@ -33,7 +33,7 @@ TRIM_SLACK = 1.5
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of a clip."""
+    """Settings that decide the bytes of a clip."""
 
     fps: float = 25.0
     short_side: int = 128
@@ -67,7 +67,7 @@ class Settings:
             raise ValueError(f"codec must be one of {', '.join(CODEC_NAMES)}, not {self.codec}")
 
     def identity(self) -> dict[str, Any]:
-        """Their values, which name a data set; ``every``, which came later, is left out where it is not used."""
+        """The values that identify a data set; ``every`` is left out where it is not used, as older sets lack it."""
         return {k: v for k, v in asdict(self).items() if (k, v) != ("every", None)}
 
 
@@ -76,7 +76,7 @@ def cut_source(
     settings: Settings,
     keep: Callable[[NewClip], None],
     *,
-    trying: Callable[[int], None],
+    trying: Callable[[int], object],
     skip: Collection[int] = (),
 ) -> list[Reject]:
     """Cut a source's clips and hand each to ``keep``; returns what could not be used, with reasons.
@@ -154,7 +154,7 @@ def _reject(source: Source, reason: str, start: float | None = None) -> Reject:
 def plan_starts(
     duration: float, settings: Settings, relative: str, *, begin: float = 0.0
 ) -> list[float]:
-    """Where clips of a file start, in seconds: rising, distinct, spread at random over ``duration`` from ``begin`` on.
+    """Starts of a file's clips, in seconds: rising, distinct, spread at random over ``duration`` from ``begin`` on.
 
     With ``settings.every`` they are that far apart, up to the last one that is ``min_seconds`` long. A pure function
     of the settings (``seed`` among them), the file's relative path, ``begin`` and ``duration``.

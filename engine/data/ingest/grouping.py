@@ -1,4 +1,4 @@
-"""Which sources share a shard: groups whose borders depend on the sources' names near them, not on their number.
+"""Groups of sources that share a shard; their borders depend on the sources' names near them, not on their number.
 
 A new or changed file therefore changes the shard that it falls into (or splits it in two), and all others are
 kept: a group's fingerprint says whether its shard is already there.

@@ -24,7 +24,7 @@ from engine.data.ingest.cut import CRASHED, Settings, cut_source
 from engine.data.ingest.grouping import Group, clip_key
 from engine.data.ingest.sources import Reject, Source
 from engine.data.shards.index import size_problem
-from engine.data.shards.writer import END, ClipTar, NewClip, Shard
+from engine.data.shards.writer import END, ClipTar, Shard
 
 BLOCK = 1 << 20
 """Bytes copied at a time."""
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CutWork:
-    """Cutting a source into the file at ``path``."""
+    """A source to be cut into the file at ``path``."""
 
     source: Source
     settings: Settings
@@ -50,7 +50,7 @@ class CutWork:
 
 @dataclass(frozen=True)
 class ShardWork:
-    """Putting a group's cuts together as its shard in ``out``; ``folder`` holds the cuts and gets the record."""
+    """A group whose cuts become its shard in ``out``; ``folder`` holds the cuts and gets the record."""
 
     group: Group
     settings: Settings
@@ -63,7 +63,7 @@ Work = CutWork | ShardWork
 
 @dataclass(frozen=True)
 class Counts:
-    """What came of a work."""
+    """The result of a work, in numbers."""
 
     clips: int = 0
     frames: int = 0
@@ -74,7 +74,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class CutFacts:
-    """What the end of a cut says of the clips before it."""
+    """Facts at the end of a cut about the clips before it."""
 
     clips: Shard
     """As if they were a shard."""
@@ -93,7 +93,7 @@ class FinishedGroup:
 
     @property
     def counts(self) -> Counts:
-        """What came of all of its sources."""
+        """The result of all of its sources, in numbers."""
         if self.shard is None:
             return Counts(rejects=len(self.rejects))
         return Counts(len(self.shard.labels), self.shard.num_frames, len(self.rejects))
@@ -110,22 +110,20 @@ def cut_name(fingerprint: bytes) -> str:
 
 
 def record_path(folder: Path, fingerprint: str) -> Path:
-    """Where the record of a group's shard is, in an ingest's working folder."""
+    """The path of the record of a group's shard, in an ingest's working folder."""
     return folder / f"{fingerprint}.made"
 
 
 def _cut(work: CutWork) -> Counts:
-    tar = ClipTar(work.path, fps=work.settings.fps)
-
-    def keep(clip: NewClip) -> None:
-        tar.add(clip, key=clip_key(work.source, len(tar.labels)))
-
-    def note_attempt(number: int) -> None:
-        marker.write_text(str(number))
-
-    marker = _marker(work)
+    tar, marker = ClipTar(work.path, fps=work.settings.fps), _marker(work)
     try:
-        rejects = cut_source(work.source, work.settings, keep, trying=note_attempt, skip=work.skip)
+        rejects = cut_source(
+            work.source,
+            work.settings,
+            lambda clip: tar.add(clip, key=clip_key(work.source, len(tar.labels))),
+            trying=lambda number: marker.write_text(str(number)),
+            skip=work.skip,
+        )
         marker.unlink(missing_ok=True)
         return _end_cut(tar, rejects)
     except BaseException:
@@ -134,7 +132,7 @@ def _cut(work: CutWork) -> Counts:
 
 
 def _marker(work: CutWork) -> Path:
-    """Where a process notes which clip it is at."""
+    """The file in which a process notes which clip it is at."""
     return work.path.with_suffix(".at")
 
 
@@ -209,7 +207,7 @@ def _join(
 
 
 def _copy(path: Path, cut: Shard, tar: ClipTar) -> bool:
-    """Append a cut's clips; says whether they are what was written."""
+    """Append a cut's clips; returns whether they are what was written."""
     left, crc = cut.size, 0
     with storing(path), open(path, "rb") as file:
         while left and (block := file.read(min(BLOCK, left))):
@@ -220,7 +218,7 @@ def _copy(path: Path, cut: Shard, tar: ClipTar) -> bool:
 
 
 def _read_facts(path: Path) -> CutFacts | None:
-    """What a cut says of its clips; None where it is absent or damaged."""
+    """Read a cut's facts; None where it is absent or damaged."""
     with suppress(OSError), open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - TAIL))
@@ -247,7 +245,7 @@ def _from_json(text: bytes, kind: type[T]) -> T | None:
 
 
 def read_record(path: Path, out: Path) -> FinishedGroup | None:
-    """The record of a group's shard; None where it is absent or damaged, or its shard in ``out`` is."""
+    """Read the record of a group's shard; None where it is absent or damaged, or its shard in ``out`` is."""
     try:
         finished = _from_json(path.read_bytes(), FinishedGroup)
     except OSError:
@@ -258,7 +256,7 @@ def read_record(path: Path, out: Path) -> FinishedGroup | None:
 
 
 def cuts_in(folder: Path) -> Iterator[str]:
-    """File names of the cuts in a working folder; leftovers of a kill are removed."""
+    """List the file names of the cuts in a working folder, and remove leftovers of a kill."""
     for entry in os.scandir(folder):
         if entry.name.endswith(".cut"):
             yield entry.name

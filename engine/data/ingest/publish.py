@@ -115,7 +115,7 @@ def fingerprint_of(groups: Sequence[str], listed: Sequence[Reject]) -> str:
 
 
 def committed(out: Path) -> tuple[str, dict[str, FinishedGroup]]:
-    """A data set's fingerprint, and its groups, by theirs, whose shards are there; none for no data set."""
+    """Read a data set's fingerprint, and its groups, by theirs, whose shards are there; none for no data set."""
     # a data set that can't be relied on is made anew
     with suppress(ValueError, OSError, KeyError, TypeError):
         if is_shards(out):

@@ -47,7 +47,7 @@ from engine.data.ingest.publish import (
     sweep,
     write_rejects,
 )
-from engine.data.ingest.sources import Found, Reject, find_sources
+from engine.data.ingest.sources import Reject, SourceList, find_sources
 
 SCRATCH = ".ingest"
 """Folder, in that of the shards, of what is finished before all is."""
@@ -56,12 +56,12 @@ RETRIES = 1
 
 
 class IngestError(ValueError):
-    """Nothing could be ingested; one line says why."""
+    """Ends an ingest of which nothing came; the message says why in one line."""
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What became of the sources: files, or stretches of files that a list names."""
+    """Counts of an ingest's sources: files, or stretches of files that a list names."""
 
     sources: int
     clips: int
@@ -81,7 +81,7 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an ingest is."""
+    """Counts of an ingest so far."""
 
     done: int = 0
     """Sources that are clips or rejects by now."""
@@ -98,7 +98,7 @@ class Progress:
 
 
 def ingest(
-    videos: Sequence[Path] | Found,
+    videos: Sequence[Path] | SourceList,
     out: Path,
     *,
     workers: int | None = None,
@@ -123,10 +123,10 @@ def ingest(
         raise ValueError(f"workers must be at least 1, not {workers}")
     chosen = Settings(**settings)
     check_out(out)
-    named = "the lists" if isinstance(videos, Found) else ", ".join(map(str, videos))
-    found = videos if isinstance(videos, Found) else find_sources(videos)
-    if not found.sources and not found.rejects:
-        raise IngestError(f"no videos found in {named}")
+    listed = videos if isinstance(videos, SourceList) else find_sources(videos)
+    if not listed.sources and not listed.rejects:
+        where = "the lists" if listed is videos else ", ".join(map(str, videos))
+        raise IngestError(f"no videos found in {where}")
     cores = len(os.sched_getaffinity(0))
 
     def open_pool(most: int) -> AbstractContextManager[Pool]:
@@ -134,7 +134,7 @@ def ingest(
             return nullcontext(pool)
         return closing(worker_pool(min(workers or cores, most), address))
 
-    return _Ingest(out, found, chosen, progress or (lambda _: None), open_pool).run()
+    return _Ingest(out, listed, chosen, progress or (lambda _: None), open_pool).run()
 
 
 def worker_pool(workers: int, address: str | None = None) -> Pool:
@@ -146,18 +146,18 @@ def worker_pool(workers: int, address: str | None = None) -> Pool:
 
 
 class _Ingest:
-    """One ingest: what is finished already, what is left to do, and how far it is."""
+    """Does one ingest: finds what is finished already, and does what is left."""
 
     def __init__(
         self,
         out: Path,
-        found: Found,
+        videos: SourceList,
         settings: Settings,
         progress: Callable[[Progress], None],
         open_pool: Callable[[int], AbstractContextManager[Pool]],
     ) -> None:
         self.out, self.scratch, self.settings = out, out / SCRATCH, settings
-        self.sources, self.listed, self.unlisted = found.sources, found.rejects, found.unlisted
+        self.sources, self.listed, self.unlisted = videos.sources, videos.rejects, videos.unlisted
         self.progress, self.open_pool = progress, open_pool
         self.groups: list[Group] = []
         self.finished: dict[str, FinishedGroup] = {}
@@ -213,7 +213,7 @@ class _Ingest:
         commit(self.out, groups, self.settings, self.listed)
 
     def _nothing(self, rejects: Sequence[Reject]) -> IngestError:
-        """Every source was rejected: leave the reasons beside ``out``, and nothing else that was not there."""
+        """Leave the reasons beside ``out``, where every source was rejected, and nothing else that was not there."""
         path = self.out.with_name(f"{self.out.name}.rejects.jsonl")
         write_rejects(path, rejects)
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -256,7 +256,7 @@ class _Ingest:
                 self._take(queue, work, report)
 
     def _take(self, queue: _Queue, work: Work, report: Done | Lost) -> None:
-        """Note what became of a work; a source whose workers died is cut without the clip they died at, or rejected."""
+        """Note the result of a work; a source whose workers died is cut without the clip they died at, or rejected."""
         if isinstance(report, Done):
             counts: Counts = report.result
         elif isinstance(work, ShardWork):
@@ -283,7 +283,7 @@ class _Ingest:
 
 
 def _stop_on_error(lost: Lost, again: bool) -> None:
-    """Raise what a work raised: the disk is full or the videos are gone, and any other is a bug."""
+    """Raise a work's own error: the disk is full, the videos are gone, or it is a bug."""
     if lost.error is not None:
         raise lost.error
 

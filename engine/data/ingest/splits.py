@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.data.ingest.sources import (
-    Found,
     Reject,
     Source,
+    SourceList,
     files_below,
     in_order,
     read_text,
@@ -33,7 +33,7 @@ KINETICS_PARTS |= {"validation": "validation", "": ""}
 
 @dataclass
 class _Video:
-    """What the lists say of one video."""
+    """A video as the lists have it."""
 
     label: str
     name: str
@@ -92,7 +92,7 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
             yield f"{path.name}:{number}", line.rsplit(maxsplit=1)
 
 
-def ucf101(videos: Path, splits: Path) -> Found:
+def ucf101(videos: Path, splits: Path) -> SourceList:
     """UCF101 by ``classInd.txt``, ``trainlist01.txt`` to ``03`` and ``testlist01.txt`` to ``03``.
 
     Classes are those of ``classInd.txt``; files are looked for by name, wherever they lie below ``videos``. Raises
@@ -118,7 +118,7 @@ def ucf101(videos: Path, splits: Path) -> Found:
     return _look_up(entries.values(), _Files(videos))
 
 
-def hmdb51(videos: Path, splits: Path) -> Found:
+def hmdb51(videos: Path, splits: Path) -> SourceList:
     """HMDB51 by its ``CLASS_test_split1.txt`` ... files; a 0 there means in no part of that split.
 
     Files are looked for by name, wherever they lie below ``videos``. Raises ValueError where there are no lists,
@@ -139,7 +139,7 @@ def hmdb51(videos: Path, splits: Path) -> Found:
     return _look_up(entries.values(), _Files(videos))
 
 
-def _look_up(videos: Iterable[_Video], files: _Files) -> Found:
+def _look_up(videos: Iterable[_Video], files: _Files) -> SourceList:
     sources, rejects = [], []
     for video in videos:
         relative = files.find(video.name, video.label)
@@ -149,15 +149,15 @@ def _look_up(videos: Iterable[_Video], files: _Files) -> Found:
             continue
         facts = {"splits": tuple(video.splits), "listed": video.listed}
         sources.append(Source(str(files.folder), relative, video.label, **facts))
-    return _found(files, sources, rejects)
+    return _with_count(files, sources, rejects)
 
 
-def _found(files: _Files, sources: list[Source], rejects: list[Reject]) -> Found:
+def _with_count(files: _Files, sources: list[Source], rejects: list[Reject]) -> SourceList:
     unlisted = files.count - len({source.relative for source in sources})
-    return Found(in_order(sources), rejects, unlisted)
+    return SourceList(in_order(sources), rejects, unlisted)
 
 
-def kinetics(videos: Path, lists: Sequence[Path]) -> Found:
+def kinetics(videos: Path, lists: Sequence[Path]) -> SourceList:
     """Kinetics by CSV files with the columns label (if known), youtube_id, time_start, time_end and split.
 
     Files are ``ID.mp4``, ``ID_000010_000020.mp4`` or such with another suffix, wherever they lie below ``videos``. Of
@@ -173,7 +173,7 @@ def kinetics(videos: Path, lists: Sequence[Path]) -> Found:
                 sources.append(_kinetics_source(files, row, where))
             except ValueError as error:
                 rejects.append(Reject(row["youtube_id"].strip(), str(error), listed=where))
-    return _found(files, sources, rejects)
+    return _with_count(files, sources, rejects)
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

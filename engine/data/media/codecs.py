@@ -1,4 +1,4 @@
-"""How a clip's pictures are stored: its codecs, the bytes of each, and which of them some frames need.
+"""Storage of a clip's pictures: its codecs, the bytes of each, and which of them some frames need.
 
 JPEG pictures are stored one after the other, and each can be taken alone. VP9 is an IVF file with a key frame every
 KEY_EVERY frames: read is the stretch from the key frame before the first frame needed to the last one. Streams that
@@ -42,7 +42,7 @@ MPEG4 = Codec(5, "mpeg4", "mp4", on_cpu=False)
 CODECS = (JPEG, VP9, H264, HEVC, VP9_MP4, MPEG4)
 """By number; at most eight."""
 COPIED = {"h264": H264, "hevc": HEVC, "vp9": VP9_MP4, "libvpx-vp9": VP9_MP4, "mpeg4": MPEG4}
-"""What a source's stream is stored as where it is copied, by FFmpeg's name of its decoder."""
+"""Codecs of streams that are copied from their source, by FFmpeg's name of the decoder."""
 
 
 class DamagedPictures(ValueError):
@@ -90,7 +90,7 @@ def table_length(codec: Codec, num_frames: int) -> int:
 
 @dataclass(frozen=True)
 class FrameBytes:
-    """Which of a clip's stored bytes some of its frames need; ``assemble`` makes of these what decoders read."""
+    """Ranges of a clip's stored bytes that some of its frames need; ``assemble`` makes them readable for decoders."""
 
     codec: Codec
     ranges: tuple[tuple[int, int], ...]

@@ -1,7 +1,7 @@
-"""What lies between a media file and its frames: opening, packets within limits, frames in the order of time.
+"""From a media file to its frames: opening, packets within limits, frames in the order of time.
 
 Nothing here trusts a file. Every loop over packets ends: by time, by the number of faults, and by how much is
-decoded before the first frame that is wanted. The limits count in film seconds and packets, so that they fall
+decoded before the first frame that is needed. The limits count in film seconds and packets, so that they fall
 alike on every machine; the clock's is far beyond what an honest file needs.
 """
 
@@ -48,7 +48,7 @@ class MediaError(Exception):
 
 
 class Clock:
-    """How long one call may still take.
+    """Limits how long one call may take.
 
     As a context it also ends a worker process that is stuck inside a decoder, where no exception reaches, GRACE
     seconds after the time is up; whoever runs the workers sees one that died of this file.
@@ -128,7 +128,7 @@ def stream_of(container: Any, kind: str) -> Any:
 
 
 def held_bytes(context: Any) -> int:
-    """About how much a decoder's pictures take."""
+    """Estimate the bytes that a decoder's pictures take."""
     bits = context.format.padded_bits_per_pixel if context.format else 12
     picture = context.width * context.height * bits // 8
     return int(picture * HELD.get(context.name, HELD_ELSE))
@@ -156,7 +156,7 @@ def stamp_of(packet: Any) -> float | None:
 
 
 def seek(container: Any, stream: Any, moment: float) -> bool:
-    """Go to the key frame at or before ``moment``, in seconds; says whether that worked."""
+    """Go to the key frame at or before ``moment``, in seconds; returns whether that worked."""
     try:
         container.seek(int(moment / stream.time_base), stream=stream)
     except av.FFmpegError:
@@ -268,7 +268,7 @@ def frames_from(
 
 
 def _packets_before(path: Path | str, moment: float, clock: Clock) -> int:
-    """How many packets come before the last key frame at or before ``moment``."""
+    """Count the packets before the last key frame at or before ``moment``."""
     last = 0
     with open_media(path) as container, suppress(av.FFmpegError):
         for i, packet in enumerate(packets(container, stream_of(container, "video"), clock)):

@@ -42,7 +42,7 @@ MAX_BYTES = 340 * 2**20
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """What a file says of itself, and what its first frame shows."""
+    """Facts of a file, from its head and its first frame."""
 
     duration: float
     """Seconds of video."""
@@ -167,7 +167,7 @@ def decode_window(
 def notes_of(
     facts: MediaFacts, problems: list[str], *, start: float, end: float, until: float
 ) -> list[str]:
-    """What is missing of [start, until) where the pictures end at ``end``; raises MediaError where there are none."""
+    """Say what is missing of [start, until) where pictures end at ``end``; raises MediaError where there are none."""
     if end <= start:
         why = f": {problems[0]}" if problems else ""
         raise MediaError(f"no frame can be decoded at {start:.2f} s{why}")
@@ -188,7 +188,7 @@ def _pictures(
     fps: float,
     short_side: int,
 ) -> Frames:
-    """The pictures shown at ``times``, as far as they go."""
+    """Decode the pictures shown at ``times``, as far as they go."""
     scale = short_side / min(facts.width, facts.height)
     size = (even(facts.width * scale), even(facts.height * scale))
     shape = (len(times), size[1] * 3 // 2, size[0])

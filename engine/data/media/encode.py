@@ -1,4 +1,4 @@
-"""Writing what ``media`` reads: JPEG pictures and FLAC sound for shards, and whole mp4 files.
+"""Writing what ``decode`` reads: JPEG pictures and FLAC sound for shards, and whole mp4 files.
 
 Equal input gives equal bytes. Shape letters: T frames, H height, W width.
 """

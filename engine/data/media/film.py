@@ -206,7 +206,7 @@ def _stretch(
 def _from_key_frame(
     container: Any, stream: Any, begin: float, end: float, clock: Clock
 ) -> list[Any]:
-    """Packets from here on up to ``end``, without those before the last key frame at or before ``begin``."""
+    """Read packets up to ``end``, and drop those before the last key frame at or before ``begin``."""
     base = float(stream.time_base)
     kept: list[Any] = []
     size = 0

@@ -25,13 +25,13 @@ SAMPLE_RATE = 16000
 GAP = 0.02
 """Seconds by which sound may stray from its time stamps before it is placed anew."""
 WARM_UP = 0.5
-"""Seconds of sound decoded before those that are wanted: codecs need some to settle."""
+"""Seconds of sound decoded before those that are kept: codecs need some to settle."""
 
 
 def read_sound(
     path: Path | str, start: float, seconds: float, clock: Clock, problems: list[str]
 ) -> NDArray[np.float32] | None:
-    """Mono float32 (samples,) in [-1, 1] at SAMPLE_RATE from ``start``, in seconds by the file's clock.
+    """Read mono float32 (samples,) in [-1, 1] at SAMPLE_RATE from ``start``, in seconds by the file's clock.
 
     Sound is put where its time stamps say; where there is none, it is silent. None where nothing louder than
     16 bits can hold is heard. What is damaged is added to ``problems``. Where seeking finds nothing, sound is looked

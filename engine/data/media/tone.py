@@ -18,7 +18,7 @@ PQ, HLG = 16, 18
 BT2020 = 9
 """FFmpeg's code (AVCOL_PRI) of BT.2020's primaries."""
 PEAK, WHITE = 1000.0, 203.0
-"""cd/m2: the brightest light that is told apart, and the white that it is brought to."""
+"""cd/m2: the brightest light that is kept apart, and the white that it is brought to."""
 GAMMA = 2.4
 TO_BT709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32

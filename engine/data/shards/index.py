@@ -16,9 +16,10 @@ import os
 import threading
 import warnings
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,16 +63,8 @@ STREAM = 0xDA4A
 
 
 def codec_of(flags: Any) -> Codec:
-    """How a clip's pictures are stored, by its ``flags``."""
+    """The codec of a clip's pictures, by its ``flags``."""
     return CODECS[(int(flags) >> CODEC_SHIFT) & 7]
-
-
-def crc_of(*parts: bytes) -> int:
-    """The checksum of bytes that follow one another."""
-    crc = 0
-    for part in parts:
-        crc = zlib.crc32(part, crc)
-    return crc
 
 
 def split_bits(splits: Sequence[str]) -> int:
@@ -80,18 +73,13 @@ def split_bits(splits: Sequence[str]) -> int:
     return sum(PARTS.index(part) << (SPLIT_SHIFT + 2 * i) for i, part in enumerate(splits))
 
 
-def split_names(splits: Sequence[str]) -> dict[str, str]:
-    """A clip's parts by the number of the split, as its facts have them: ``{"1": "train", "3": "test"}``."""
-    return {str(i): part for i, part in enumerate(splits, start=1) if part}
-
-
 def is_shards(folder: Path) -> bool:
     """Whether a folder holds a finished data set of any format version."""
     return _facts_of(folder) is not None
 
 
 def read_dataset(folder: Path) -> dict[str, Any]:
-    """The contents of ``dataset.json``; raises ValueError for no shards and for another format version."""
+    """Read ``dataset.json``; raises ValueError for no shards and for another format version."""
     facts = _facts_of(folder)
     if facts is None:
         raise ValueError(
@@ -144,7 +132,7 @@ def index_name(facts: Mapping[str, Any]) -> str:
 
 
 def size_problem(path: Path, size: int) -> str | None:
-    """What is wrong with a file that should have this size, in words; None for nothing."""
+    """Say what is wrong with a file that should have this size; None for nothing."""
     try:
         actual = path.stat().st_size
     except FileNotFoundError:
@@ -189,7 +177,7 @@ COLUMNS = {
     "width": np.int32,
     "height": np.int32,
 }
-"""What is kept in memory of an index's rows."""
+"""Columns of an index that are kept in memory, and their types there."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +239,7 @@ class ClipIndex:
         self, folders: Sequence[Path], *, warn: Callable[[str], None] | None = None
     ) -> None:
         if not folders:
-            raise ValueError("no folder of shards given")
+            raise ValueError("no folder of shards: name one at least")
         self.folders = tuple(Path(folder) for folder in folders)
         facts = [read_dataset(folder) for folder in self.folders]
         self.fps, self.sample_rate = float(facts[0]["fps"]), int(facts[0]["sample_rate"])
@@ -269,7 +257,8 @@ class ClipIndex:
         self._warn_of_damage()
 
     def _init_process(self, warn: Callable[[str], None] | None) -> None:
-        self._files: OrderedDict[Path, IO[bytes]] = OrderedDict()
+        # a file that falls out of the cache closes when its last reader lets go of it
+        self._opened = lru_cache(OPEN_SHARDS)(_open_shard)
         self._lock = threading.Lock()
         self._maps = [_map_index(path) for path in self._indices]
         self._warn = warn or _warn
@@ -287,7 +276,9 @@ class ClipIndex:
             bad = damaged_shards(self.folders[folder], fact)
             damaged += bad.values()
             kept = np.flatnonzero(~np.isin(rows["shard"], list(bad)))
-            table = {key: rows[key][kept].astype(kind) for key, kind in COLUMNS.items()}
+            table: dict[str, NDArray[Any]] = {
+                key: rows[key][kept].astype(kind) for key, kind in COLUMNS.items()
+            }
             number = [self.classes.index(name) for name in fact["classes"]] + [-1]
             table["label"] = np.array(number, np.int32)[table["label"]]
             table["shard"] += len(self._paths)
@@ -313,7 +304,7 @@ class ClipIndex:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_files", "_lock", "_maps", "_warn", "_warned")
+        own = ("_opened", "_lock", "_maps", "_warn", "_warned")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -339,7 +330,7 @@ class ClipIndex:
         return chosen
 
     def in_split(self, number: int, part: str) -> NDArray[np.bool_]:
-        """Which clips are in a part ("train", "test", "validation") of split 1, 2 ...: bool (clips,).
+        """Masks the clips in a part ("train", "test", "validation") of split 1, 2 ...: bool (clips,).
 
         Raises ValueError for another part or number.
         """
@@ -407,8 +398,8 @@ class ClipIndex:
             (record["sound"], record["sound_size"]),
         )
         at = int(record["at"])
-        blobs = [self._pread(path, at + int(away), int(size)).tobytes() for away, size in members]
-        return crc_of(*blobs) == int(record["crc32"])
+        blobs = [self._pread(path, at + int(away), int(size)) for away, size in members]
+        return zlib.crc32(np.concatenate(blobs)) == int(record["crc32"])
 
     def _note_substitute(self, clip: int, error: DamagedClip) -> None:
         path, _ = self._find(clip)
@@ -420,7 +411,7 @@ class ClipIndex:
             self._warn(f"{error}; another clip takes its place, as for any other damaged one there")
 
     def facts(self, clip: int) -> dict[str, Any]:
-        """Reads what the shard says of a clip: source, start, class, fps, num_frames, duration, width, height, note."""
+        """Reads a clip's facts from its shard: source, start, class, fps, num_frames, duration, width, height, note."""
         path, record = self._find(clip)
         text = self._pread(path, int(record["at"]), int(record["json_size"])).tobytes()
         facts: dict[str, Any] = json.loads(text)
@@ -434,17 +425,7 @@ class ClipIndex:
         return self._paths[self.shard[clip]], self._maps[self._folder[clip]][self._row[clip]]
 
     def _pread(self, path: Path, at: int, size: int) -> NDArray[np.uint8]:
-        with self._lock:  # an evicted file closes when its last reader lets go of it
-            file = self._files.get(path)
-            if file is None:
-                try:
-                    file = open(path, "rb", buffering=0)
-                except OSError as error:
-                    raise DamagedClip(f"can't open {path}: {error.strerror}") from error
-                self._files[path] = file
-                if len(self._files) > OPEN_SHARDS:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(path)
+        file = self._opened(path)
         try:
             data = os.pread(file.fileno(), size, at)
         except OSError as error:
@@ -452,6 +433,13 @@ class ClipIndex:
         if len(data) != size:
             raise DamagedClip(f"{path} is truncated: ingest the videos again")
         return np.frombuffer(data, np.uint8)
+
+
+def _open_shard(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise DamagedClip(f"can't open {path}: {error.strerror}") from error
 
 
 def _warn(text: str) -> None:

@@ -28,9 +28,7 @@ from engine.data.shards.index import (
     PARTIAL,
     RECORD,
     codec_of,
-    crc_of,
     split_bits,
-    split_names,
 )
 from engine.core.files import StorageError, storing, write_atomic
 
@@ -42,14 +40,14 @@ END = bytes(2 * BLOCK)
 
 @dataclass(frozen=True)
 class NewClip:
-    """A clip on its way into a shard."""
+    """A clip to be stored in a shard."""
 
     pictures: Pictures
     width: int
     height: int
     """Pixels of a picture as it is to be seen: its sides' ratio counts, where a decoded one differs."""
     source: str
-    """Path of the video it was cut from, relative to the folder that was given."""
+    """Path of the video it was cut from, relative to the folder of the videos."""
     start: float
     """Seconds from the video's first frame."""
     sound: bytes | None = None
@@ -85,7 +83,7 @@ class Shard:
 
 
 class ClipTar:
-    """One tar of clips on its way: their members, rows of the index and labels; ``finish`` or ``discard`` it.
+    """Writes one tar of clips, and collects their rows of the index and labels; ``finish`` or ``discard`` it.
 
     ``path`` appears whole, by ``finish``, or not at all. Raises StorageError, and then the tar is discarded.
     """
@@ -107,7 +105,7 @@ class ClipTar:
         return Shard(self.path.name, self.size, self.crc32, rows, list(self.labels))
 
     def append(self, data: bytes) -> None:
-        """Add bytes that follow the members: clips that another tar's writer made, or what is no clip."""
+        """Append bytes: another tar's members, or what is no clip."""
         with self._writing() as file:
             file.write(data)
         self.size += len(data)
@@ -168,7 +166,7 @@ class ClipTar:
             "num_frames": num_frames,
             "width": clip.width,
             "height": clip.height,
-            "crc32": crc_of(facts, table.tobytes(), blob, sound),
+            "crc32": zlib.crc32(facts + table.tobytes() + blob + sound),
             "flags": (HAS_AUDIO if sound else 0)
             | (PARTIAL if clip.note else 0)
             | split_bits(clip.splits)
@@ -179,17 +177,18 @@ class ClipTar:
         self.labels.append(clip.label)
 
     def _facts(self, clip: NewClip) -> dict[str, Any]:
-        """What the shard says of a clip, in words."""
+        """A clip's facts, for KEY.json."""
         num_frames, codec = clip.pictures.num_frames, clip.pictures.codec
         facts: dict[str, Any] = {"source": clip.source, "start": clip.start, "class": clip.label}
         facts |= {"fps": self._fps, "num_frames": num_frames, "duration": num_frames / self._fps}
         facts |= {"width": clip.width, "height": clip.height}
         facts |= {"note": clip.note} if clip.note else {}
-        facts |= {"splits": split_names(clip.splits)} if any(clip.splits) else {}
+        splits = {str(i): part for i, part in enumerate(clip.splits, start=1) if part}
+        facts |= {"splits": splits} if splits else {}
         return facts if codec is JPEG else {**facts, "codec": codec.name}
 
     def _member(self, name: str, data: bytes) -> int:
-        """Append one file to the tar; gives the offset of its data."""
+        """Append one file to the tar; returns the offset of its data."""
         info = tarfile.TarInfo(name)
         info.size = len(data)
         self.append(info.tobuf(tarfile.USTAR_FORMAT))

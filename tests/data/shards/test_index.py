@@ -179,7 +179,7 @@ def test_few_shards_stay_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     index = ClipIndex([folder])
     for number in (0, 4, 2, 0, 3):
         assert index.read(number, [0]).frames[0].tobytes() == CLIPS[number].pictures.packets[0]
-    assert len(index._files) == 1
+    assert index._opened.cache_info().currsize == 1
 
 
 def test_what_is_not_there_is_told(folder: Path) -> None:
