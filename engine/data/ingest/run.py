@@ -125,8 +125,9 @@ def ingest(
     check_out(out)
     listed = videos if isinstance(videos, SourceList) else find_sources(videos)
     if not listed.sources and not listed.rejects:
-        where = "the lists" if listed is videos else ", ".join(map(str, videos))
-        raise IngestError(f"no videos found in {where}")
+        where = ["the lists"] if isinstance(videos, SourceList) else videos
+        text = ", ".join(map(str, where))
+        raise IngestError(f"no videos found in {text}")
     cores = len(os.sched_getaffinity(0))
 
     def open_pool(most: int) -> AbstractContextManager[Pool]:

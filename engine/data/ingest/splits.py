@@ -147,8 +147,9 @@ def _look_up(videos: Iterable[_Video], files: _Files) -> SourceList:
             missing = f"{MISSING}there is no such file below {files.folder}"
             rejects.append(Reject(f"{video.label}/{video.name}", missing, listed=video.listed))
             continue
-        facts = {"splits": tuple(video.splits), "listed": video.listed}
-        sources.append(Source(str(files.folder), relative, video.label, **facts))
+        splits, where = tuple(video.splits), video.listed
+        folder, label = str(files.folder), video.label
+        sources.append(Source(folder, relative, label, splits=splits, listed=where))
     return _with_count(files, sources, rejects)
 
 

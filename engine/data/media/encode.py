@@ -152,7 +152,7 @@ def _send_sound(
     out: Any, stream: Any, sound: NDArray[np.float32] | None, begin: int, end: int
 ) -> int:
     """Encode the sound from sample ``begin`` to ``end``, as far as there is any; returns how many samples."""
-    chunk = () if sound is None else sound[begin:end].astype(np.float32)
+    chunk = np.zeros(0, np.float32) if sound is None else sound[begin:end].astype(np.float32)
     if len(chunk):
         out.mux(stream.encode(_sound_frame(chunk, "fltp", at=begin, sample_rate=stream.rate)))
     return len(chunk)
