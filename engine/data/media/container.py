@@ -8,6 +8,7 @@ alike on every machine; the clock's is far beyond what an honest file needs.
 from __future__ import annotations
 
 import faulthandler
+import math
 import multiprocessing
 import os
 import time
@@ -240,11 +241,11 @@ def frames_from(
     packets before the last key frame are read and left undecoded. Raises MediaError where more than MAX_LEAD
     seconds of film lie between that key frame and ``moment``.
     """
-    for preroll in (0.0, 2.0, 15.0, None):
+    for preroll in (0.0, 2.0, 15.0, math.inf):  # seconds; the last one means from the file's start
         with open_media(path) as container:
             stream = stream_of(container, "video")
             skip = 0
-            sought = preroll is not None and moment - preroll > start
+            sought = moment - preroll > start
             if sought:
                 if not seek(container, stream, moment - preroll):
                     continue

@@ -399,7 +399,7 @@ class ClipIndex:
         )
         at = int(record["at"])
         blobs = [self._pread(path, at + int(away), int(size)) for away, size in members]
-        return zlib.crc32(np.concatenate(blobs)) == int(record["crc32"])
+        return zlib.crc32(np.concatenate(blobs).tobytes()) == int(record["crc32"])
 
     def _note_substitute(self, clip: int, error: DamagedClip) -> None:
         path, _ = self._find(clip)
