@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -87,33 +87,10 @@ def cut_source(
     """
     lost: list[Reject] = []
     kept = 0
-
-    def cut(start: float, settings: Settings) -> None:
-        nonlocal kept
-        try:
-            clip = _cut(source, facts, start, settings)
-        except MediaError as error:
-            lost.append(_reject(source, str(error), start))
-        else:
+    try:
+        for clip in _clips(source, settings, lost, trying=trying, skip=skip):
             keep(clip)
             kept += 1
-
-    try:
-        facts = probe(source.path)
-        begin, duration, longest = stretch_of(source, facts, least=settings.min_seconds)
-        inner = replace(settings, clip_seconds=min(settings.clip_seconds, longest))
-        starts = plan_starts(duration, inner, source.relative, begin=begin)
-        for number, start in enumerate(starts):
-            if number in skip:
-                lost.append(_reject(source, CRASHED, start))
-                continue
-            if len(starts) > 1:
-                trying(number)
-            left = max(begin + longest - start, settings.min_seconds)
-            cut(start, replace(inner, clip_seconds=min(inner.clip_seconds, left)))
-        # the head of a broken film is its likeliest intact part
-        if not kept and starts[0] > begin:
-            cut(begin, inner)
     except MediaError as error:
         lost.append(_reject(source, str(error)))
     except StorageError:
@@ -124,6 +101,40 @@ def cut_source(
         gone = f"{source.folder} can't be reached any more"
         raise OSError(f"{gone}: run the same command again later")
     return lost if kept or not lost else [_reject(source, lost[0].reason)]
+
+
+def _clips(
+    source: Source,
+    settings: Settings,
+    lost: list[Reject],
+    *,
+    trying: Callable[[int], object],
+    skip: Collection[int],
+) -> Iterator[NewClip]:
+    """Cut a source's clips one after the other, and add to ``lost`` what can't be cut."""
+    facts = probe(source.path)
+    begin, duration, longest = stretch_of(source, facts, least=settings.min_seconds)
+    inner = replace(settings, clip_seconds=min(settings.clip_seconds, longest))
+    starts = plan_starts(duration, inner, source.relative, begin=begin)
+    head = [begin] if starts[0] > begin else []  # of a broken film the likeliest intact part
+    kept = False
+    for number, start in enumerate([*starts, *head]):
+        if number == len(starts) and kept:
+            return
+        if number in skip:
+            lost.append(_reject(source, CRASHED, start))
+            continue
+        if 1 < len(starts) > number:
+            trying(number)
+        left = max(begin + longest - start, settings.min_seconds)
+        clip = replace(inner, clip_seconds=min(inner.clip_seconds, left))
+        try:
+            cut = _cut(source, facts, start, clip)
+        except MediaError as error:
+            lost.append(_reject(source, str(error), start))
+        else:
+            kept = True
+            yield cut
 
 
 def stretch_of(source: Source, facts: MediaFacts, *, least: float) -> tuple[float, float, float]:
