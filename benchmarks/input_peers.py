@@ -51,7 +51,7 @@ from engine.data.media.decode import (
 from engine.data.media.encode import encode_jpeg
 from engine.data.media.film import encode_vp9
 from engine.data.shards.index import ClipIndex
-from engine.data.shards.writer import NewClip, ShardWriter
+from engine.data.shards.writer import END, ClipTar, NewClip, write_dataset
 
 THREADS, FPS, SHORT, SECONDS = 2, 25.0, 128, 10.0
 FRAMES, STRIDE, BATCHES = 16, 2, 4
@@ -121,28 +121,33 @@ def remux(film: Pictures, path: Path, *, width: int, height: int) -> None:
 def write_all(clips: list[Window], folder: Path) -> dict[str, int]:
     """Files and shards of the clips; gives bytes a frame by kind."""
     sizes = dict.fromkeys(("jpeg shards", "vp9 shards", *KINDS), 0)
-    shared: dict[str, Any] = {"fps": FPS, "short_side": SHORT, "sample_rate": SAMPLE_RATE}
-    with (
-        ShardWriter(folder / "jpeg", **shared) as jpeg,
-        ShardWriter(folder / "vp9", **shared) as vp9,
-    ):
-        for i, clip in enumerate(clips):
-            pixels = clip.frames
-            width, height = pixels.shape[2], pixels.shape[1] * 2 // 3
-            facts: dict[str, Any] = {"width": width, "height": height, "source": "", "start": 0.0}
-            pictures = Pictures(JPEG, tuple(encode_jpeg(pixels, quality=85)))
-            jpeg.add(NewClip(pictures=pictures, **facts))
-            film = encode_vp9(pixels, fps=FPS)
-            vp9.add(NewClip(pictures=film, **facts))
-            sizes["jpeg shards"] += sum(map(len, pictures.pieces))
-            sizes["vp9 shards"] += sum(map(len, film.pieces))
-            remux(film, folder / f"{i}.same.webm", width=width, height=height)
-            x264, vpx = {"crf": "22"}, {"crf": "30", "cpu-used": "4", "deadline": "good"}
-            write_file(folder / f"{i}.mp4", pixels, "libx264", x264, 250)
-            write_file(folder / f"{i}.16.mp4", pixels, "libx264", x264, 16)
-            write_file(folder / f"{i}.webm", pixels, "libvpx-vp9", vpx, 128)
-            for kind, suffix in KINDS.items():
-                sizes[kind] += (folder / f"{i}{suffix}").stat().st_size
+    tars: dict[str, ClipTar] = {}
+    for codec in ("jpeg", "vp9"):
+        (folder / codec).mkdir(parents=True, exist_ok=True)
+        tars[codec] = ClipTar(folder / codec / "shard-00000.tar", fps=FPS)
+    for i, clip in enumerate(clips):
+        pixels = clip.frames
+        width, height = pixels.shape[2], pixels.shape[1] * 2 // 3
+        facts: dict[str, Any] = {"width": width, "height": height, "source": "", "start": 0.0}
+        pictures = Pictures(JPEG, tuple(encode_jpeg(pixels, quality=85)))
+        tars["jpeg"].add(NewClip(pictures=pictures, **facts), key=f"{i:09d}")
+        film = encode_vp9(pixels, fps=FPS)
+        tars["vp9"].add(NewClip(pictures=film, **facts), key=f"{i:09d}")
+        sizes["jpeg shards"] += sum(map(len, pictures.packets))
+        sizes["vp9 shards"] += sum(map(len, film.packets))
+        remux(film, folder / f"{i}.same.webm", width=width, height=height)
+        x264, vpx = {"crf": "22"}, {"crf": "30", "cpu-used": "4", "deadline": "good"}
+        write_file(folder / f"{i}.mp4", pixels, "libx264", x264, 250)
+        write_file(folder / f"{i}.16.mp4", pixels, "libx264", x264, 16)
+        write_file(folder / f"{i}.webm", pixels, "libvpx-vp9", vpx, 128)
+        for kind, suffix in KINDS.items():
+            sizes[kind] += (folder / f"{i}{suffix}").stat().st_size
+    for tar in tars.values():
+        tar.append(END)
+        tar.finish()
+        write_dataset(
+            tar.path.parent, [tar.shard()], fps=FPS, short_side=SHORT, sample_rate=SAMPLE_RATE
+        )
     frames = sum(len(clip.frames) for clip in clips)
     return {name: round(size / frames) for name, size in sizes.items()}
 

@@ -15,7 +15,7 @@ from engine.cli.common import COUNT, FAILURE, NATURAL, PATH, WORKERS, errors_exp
 if TYPE_CHECKING:
     from engine.core.display import Display
     from engine.data.ingest.run import IngestReport, Progress
-    from engine.data.ingest.sources import Found
+    from engine.data.ingest.sources import SourceList
 
 
 @click.command()
@@ -130,7 +130,7 @@ def _ingest(
     from engine.core.files import StorageError
     from engine.data.ingest import splits
     from engine.data.ingest.run import ingest as run
-    from engine.data.ingest.sources import Found, find_sources
+    from engine.data.ingest.sources import SourceList, find_sources
 
     if not (videos or hmdb51 or ucf101 or kinetics):
         raise ValueError("no videos given: name files, folders or lists, or --hmdb51, --ucf101 ...")
@@ -139,7 +139,7 @@ def _ingest(
     every += [splits.ucf101(*ucf101)] if ucf101 else []
     for folder in dict.fromkeys(folder for folder, _ in kinetics):
         every.append(splits.kinetics(folder, [path for f, path in kinetics if f == folder]))
-    sources = Found.of(every)
+    sources = SourceList.of(every)
     if not sources.sources and not sources.rejects:
         raise ValueError(f"no videos found in {', '.join(map(str, videos))}")
     with Display() as display:
@@ -181,7 +181,7 @@ def _shown(display: Display) -> Callable[[Progress], None]:
     return show
 
 
-def _say(display: Display, report: IngestReport, sources: Found, out: Path) -> None:
+def _say(display: Display, report: IngestReport, sources: SourceList, out: Path) -> None:
     """Shows the rejects, a table of counts, and where the shards are."""
     from engine.core.display import table
     from engine.data.ingest.splits import MISSING

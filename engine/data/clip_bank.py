@@ -47,7 +47,7 @@ UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class ClipBank:
-    """Decodes its clips when it is made, and then gives batches of them; what planning needs to know is here too.
+    """Decodes its clips when it is constructed, then cuts batches from them; plans read its facts like an index's.
 
     A plan's clips are places in the bank; a batch's ``clip`` is the data set's own.
     """
@@ -69,20 +69,19 @@ class ClipBank:
         are kept. Raises ValueError where not one clip fits.
         """
         self.clip, self.audio, self.device = clip, audio, device
-        self.side = _side(index, clip)
+        self.side, self.fps, self.flow, self.sound = _side(index, clip), index.fps, flow, sound
         rate = audio.sample_rate if sound else 0
-        self.clips, cost = _chosen(
-            index, size, seed=seed, each=_bytes(index, self.side, rate, flow)
-        )
-        self.num_frames, self.fps = index.num_frames[self.clips], index.fps
-        self.shard, self.flow, self.sound = index.shard[self.clips], flow, sound
-        self.samples = round(_frames(clip) * clip.frame_stride / index.fps * audio.sample_rate)
-        on_gpu = device.type == "cuda" and cost <= GPU_SHARE * free_memory(device)
-        home = device if on_gpu else torch.device("cpu")
+        sizes = _bytes(index, self.side, rate, flow)
+        self.clips = _chosen(size, sizes, seed=seed)
+        self.num_frames, self.shard = index.num_frames[self.clips], index.shard[self.clips]
+        num_frames = clip.num_frames + clip.num_future_frames
+        self.samples = round(num_frames * clip.frame_stride / index.fps * audio.sample_rate)
+        room = GPU_SHARE * free_memory(device) if device.type == "cuda" else 0
+        home = device if sizes[self.clips].sum() <= room else torch.device("cpu")
         self._first = np.cumsum([0, *self.num_frames])
-        total = int(self._first[-1])
-        self._rgb = torch.zeros(total, 3, self.side, self.side, dtype=torch.uint8, device=home)
-        shape = (total if flow else 0, 2, self.side, self.side)
+        total, side = int(self._first[-1]), self.side
+        self._rgb = torch.zeros(total, 3, side, side, dtype=torch.uint8, device=home)
+        shape = (total if flow else 0, 2, side, side)
         self._flow = torch.zeros(shape, dtype=torch.float16, device=home)
         # a window may end a stride after the last frame
         heard = np.ceil((self.num_frames + clip.frame_stride) / index.fps * rate).astype(np.int64)
@@ -124,36 +123,42 @@ class ClipBank:
         flows = None
         if flow:
             size = torch.from_numpy(self.clip.size / (share * self.side)).float()
-            scale = torch.stack(
-                [torch.where(torch.from_numpy(plan.flip), -size, size), size], dim=1
+            mirrored = torch.where(torch.from_numpy(plan.flip), -size, size)
+            scale = torch.stack([mirrored, size], dim=1)[:, None, :, None, None]
+            flows = self._cropped(self._flow, rows[:, :-1], across, down).mul_(
+                scale.to(self.device)
             )
-            moved = self._cropped(self._flow, rows[:, :-1], across, down)
-            flows = moved.mul_(scale[:, None, :, None, None].to(self.device))
             flows = flows.permute(0, 1, 3, 4, 2).contiguous()
-        waves = self._waves(plan) if sound else (None, None)
+        wave, wave_shifted = self._waves(plan) if sound else (None, None)
         heard = self.has_audio[plan.clip] & sound
+        has_audio, has_shift, order = (
+            torch.from_numpy(array).to(self.device)
+            for array in (heard, heard & (plan.shift != 0.0), plan.order)
+        )
         return ClipBatch(
             rgb=rgb.to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous(),
             flow=flows,
-            wave=waves[0],
-            wave_shifted=waves[1],
-            has_audio=torch.from_numpy(heard).to(self.device),
-            has_shift=torch.from_numpy(heard & (plan.shift != 0.0)).to(self.device),
-            order=torch.from_numpy(plan.order).to(self.device),
+            wave=wave,
+            wave_shifted=wave_shifted,
+            has_audio=has_audio,
+            has_shift=has_shift,
+            order=order,
             clip=self.clips[plan.clip],
         )
 
     def _cuts(self, plan: ClipPlan) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
-        """What brings a kept row, and a kept column, to a crop's: (N, D, S) each; and crops' sides in shares of S."""
+        """Weights (N, D, S) that bring kept rows, and columns, to a crop's, and the crops' sides in shares of S."""
         left, top, share, _ = np.nan_to_num(plan.box.astype(np.float64), nan=-1.0).T
         whole = share < 0
         share = np.where(whole, 1.0, share)
-        left, top = (np.where(whole, 0.0, x * (1.0 - share)) for x in (left, top))
-        size, side = self.clip.size, self.side
-        across = triangles(left * side, share * side, size=size, side=side)
-        down = triangles(top * side, share * side, size=size, side=side)
+        length = share * self.side
+        across, down = (
+            triangles(start * self.side, length, size=self.clip.size, side=self.side)
+            for start in (np.where(whole, 0.0, place * (1.0 - share)) for place in (left, top))
+        )
         across[plan.flip] = across[plan.flip, ::-1]
-        return _float(across, self.device), _float(down, self.device), share
+        x, y = (torch.from_numpy(w.astype(np.float32)).to(self.device) for w in (across, down))
+        return x, y, share
 
     def _cropped(self, kept: Tensor, rows: Tensor, across: Tensor, down: Tensor) -> Tensor:
         """float32 (N, F, channels, D, D) of the kept rows (N, F)."""
@@ -167,17 +172,14 @@ class ClipBank:
 
     def _waves(self, plan: ClipPlan) -> tuple[Tensor, Tensor]:
         """float32 (N, samples) of the sound that goes with each clip, and of its shifted window."""
-        found = torch.zeros(2, len(plan), self.samples)
-        rate = self.audio.sample_rate
-        for row, begin in zip(
-            found, (plan.sound_start, plan.sound_start + plan.shift), strict=True
-        ):
-            starts = np.round(begin * rate).astype(np.int64)
-            for out, clip, start in zip(row, plan.clip, starts, strict=True):
+        waves = torch.zeros(2, len(plan), self.samples)
+        for row, begin in enumerate((plan.sound_start, plan.sound_start + plan.shift)):
+            starts = np.round(begin * self.audio.sample_rate).astype(np.int64)
+            for out, clip, start in zip(waves[row], plan.clip, starts, strict=True):
                 wave = self._wave[clip][max(start, 0) : start + self.samples]
                 out[max(-start, 0) :][: len(wave)] = wave.float() / FULL_SCALE
-        waves = found.to(self.device)
-        return waves[0], waves[1]
+        wave, shifted = waves.to(self.device)
+        return wave, shifted
 
     def _fill(self, index: ClipIndex, threads: int) -> None:
         """Decode all clips, in rows of frames a stride apart, so that the pipeline computes the flow between them."""
@@ -198,10 +200,10 @@ class ClipBank:
             for phase in range(min(self.clip.frame_stride, n))
             for start in range(phase, n, (ROW_FRAMES - 1) * self.clip.frame_stride)
         ]
-        parts = [rows[i : i + ROWS] for i in range(0, len(rows), ROWS)]
-        plans = (self._row_plan(part) for part in parts)
-        for part, batch in zip(parts, pipeline.batches(plans), strict=True):
-            for i, (bank, start) in enumerate(part):
+        chunks = [rows[i : i + ROWS] for i in range(0, len(rows), ROWS)]
+        batches = pipeline.batches(map(self._row_plan, chunks))
+        for chunk, batch in zip(chunks, batches, strict=True):
+            for i, (bank, start) in enumerate(chunk):
                 self._keep(batch, i, bank, start)
 
     def _row_plan(self, rows: list[tuple[int, int]]) -> ClipPlan:
@@ -249,58 +251,51 @@ def triangles(
     pixels = np.arange(-beyond, side + beyond)
     centres = start[:, None] + (np.arange(size) + 0.5) * step[:, None]
     away = np.abs(pixels + 0.5 - centres[:, :, None])
-    weights = np.maximum(1.0 - away / np.maximum(step, 1.0)[:, None, None], 0.0)
-    found: NDArray[np.float64] = weights[:, :, beyond:-beyond].copy()
-    found[:, :, 0] += weights[:, :, :beyond].sum(
-        2
-    )  # beyond its edges a picture's last pixel repeats
-    found[:, :, -1] += weights[:, :, -beyond:].sum(2)
-    found /= found.sum(2, keepdims=True)
-    return found
+    wide = np.maximum(1.0 - away / np.maximum(step, 1.0)[:, None, None], 0.0)
+    weights: NDArray[np.float64] = wide[:, :, beyond:-beyond].copy()
+    # beyond its edges a picture's last pixel repeats
+    weights[:, :, 0] += wide[:, :, :beyond].sum(2)
+    weights[:, :, -1] += wide[:, :, -beyond:].sum(2)
+    weights /= weights.sum(2, keepdims=True)
+    return weights
 
 
 def bank_bytes(size: str) -> float:
     """Bytes of "500MB" or "2 GiB"; MB counts in thousands, MiB in 1024s. Raises ValueError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", size)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", size)
+    if match is None:
         raise ValueError(
             f"search.clip_bank {size!r}: write a number of clips, or a size such as 2GiB"
         )
-    number, unit, binary = found.groups()
+    number, unit, binary = match.groups()
     return float(number) * float(1024 if binary else 1000) ** UNITS[unit]
 
 
-def _chosen(
-    index: ClipIndex, size: int | str, *, seed: int, each: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], int]:
-    """The clips, rising, and their bytes: of all in an order drawn, the first so many, or those that fit."""
-    order = _rng(seed).permutation(len(index))
+def _chosen(size: int | str, sizes: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
+    """Draws clips, of ``sizes`` bytes each, in a random order until there are enough or no more fit; rising."""
+    order = _rng(seed).permutation(len(sizes))
     if isinstance(size, int):
-        count = min(size, len(order))
-    else:
-        count = int(np.searchsorted(np.cumsum(each[order]), bank_bytes(size), side="right"))
-        if count == 0:
-            raise ValueError(
-                f"search.clip_bank {size!r} holds no clip: the first needs {each[order[0]]:,} bytes"
-            )
-    clips = np.sort(order[:count])
-    return clips, int(each[clips].sum())
+        return np.sort(order[:size])
+    count = int(np.searchsorted(np.cumsum(sizes[order]), bank_bytes(size), side="right"))
+    if count == 0:
+        raise ValueError(
+            f"search.clip_bank {size!r} holds no clip: the first needs {sizes[order[0]]:,} bytes"
+        )
+    return np.sort(order[:count])
 
 
 def _places(index: ClipIndex, *, seed: int) -> NDArray[np.float64]:
-    """(clips, 2) where squares are drawn to be, at whole pixels: else keeping them would soften frames."""
+    """Draws squares' places, (clips, 2), at whole pixels: else keeping them would soften frames."""
     drawn = _rng(seed).random((len(index), 2))
     frames = np.stack([index.width, index.height], axis=1)
     room = (frames - frames.min(1, keepdims=True)).astype(np.float64)
-    found: NDArray[np.float64] = np.round(drawn * room) / np.maximum(room, 1.0)
-    return found
+    return np.asarray(np.round(drawn * room) / np.maximum(room, 1.0))
 
 
 def _bytes(index: ClipIndex, side: int, rate: int, flow: bool) -> NDArray[np.int64]:
     """Bytes that each clip of the data set would take."""
     pictures = index.num_frames.astype(np.int64) * side * side * (3 + 4 * flow)
-    found: NDArray[np.int64] = pictures + (2 * rate * index.duration).astype(np.int64)
-    return found
+    return np.asarray(pictures + (2 * rate * index.duration).astype(np.int64))
 
 
 def _side(index: ClipIndex, clip: Clip) -> int:
@@ -309,13 +304,5 @@ def _side(index: ClipIndex, clip: Clip) -> int:
     return min(math.ceil(clip.size / math.sqrt(clip.min_area)), largest)
 
 
-def _frames(clip: Clip) -> int:
-    return clip.num_frames + clip.num_future_frames
-
-
 def _rng(seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, BANK_STREAM]))
-
-
-def _float(array: NDArray[np.float64], device: torch.device) -> Tensor:
-    return torch.from_numpy(array.astype(np.float32)).to(device)

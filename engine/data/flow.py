@@ -30,7 +30,7 @@ FlowPreset = Literal["fast", "fine", "best"]
 
 
 class Search(NamedTuple):
-    """How DIS looks for a frame's flow."""
+    """Settings of DIS, the search for a frame's flow."""
 
     finest_scale: int
     """Halvings of the frame down to which it searches."""

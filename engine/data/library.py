@@ -1,4 +1,4 @@
-"""What a command is given, shards or folders of raw videos, as one data set of clips."""
+"""A command's data, shards or folders of raw videos, opened as one data set of clips."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Library:
-    """Opened data and how it came about."""
+    """Opened data, its folders, and what is missing of it."""
 
     index: ClipIndex
     shards: tuple[Path, ...]
@@ -63,7 +63,7 @@ def open_library(
 
 
 def reported(name: str, report: Report) -> Callable[[Progress], None]:
-    """Report an ingest's progress: it reads ``name``."""
+    """A callback for ``ingest`` that reports its progress as reading ``name``."""
 
     def show(now: Progress) -> None:
         if now.waiting:
@@ -80,5 +80,5 @@ def fingerprint(*libraries: Library) -> str:
 
 
 def default_shard_cache() -> Path:
-    """Where shards of raw folders are kept between runs: beside the demo's set in the user's cache."""
+    """The folder that keeps shards of raw folders between commands: beside the demo's set in the user's cache."""
     return default_cache().parent / "shards"

@@ -1,7 +1,7 @@
-"""Encoded bytes to ClipBatch: DALI's graphs (``graphs``) for pictures, sound and flow, on a CPU or a GPU.
+"""Encoded bytes to ClipBatch: DALI's graphs (``dali``) for pictures, sound and flow, on a CPU or a GPU.
 
 Pictures that are stored one by one enter one by one: N x F of them are decoded, cropped, resized and flipped side
-by side, then regrouped to N clips. Films enter whole, with the places of the frames wanted. Sound is decoded
+by side, then regrouped to N clips. Films enter whole, with the places of their frames to decode. Sound is decoded
 once, and the aligned and the misaligned window are cut out of it. Flow is computed after crop, resize and
 flip, so it follows them exactly: on a GPU by its flow engine, on a CPU by ``engine.data.flow``.
 """
@@ -68,7 +68,7 @@ class InputPipeline:
 
     ``flow`` and ``sound`` say whether batches carry them. One instance serves one thread at a time. A clip that a
     decoder refuses, and whose bytes are not those that were written, is replaced as ``ClipIndex.read`` does it.
-    Films that a GPU can't decode are decoded by the CPU where that can, and ``warn`` is told once. Raises ValueError
+    Films that a GPU can't decode are decoded by the CPU where that can, and ``warn`` is called once. Raises ValueError
     for clips that nothing here decodes.
     """
 
@@ -93,14 +93,15 @@ class InputPipeline:
         self._warn = warn
         self._films_on_host = self._choose_host()
         self._build_decoders()
-        gpu_flow = flow and device.type == "cuda"
-        self._flow = (
-            flow_graph(batch_size=batch_size, device=device, threads=threads) if gpu_flow else None
-        )
-        self._pool = ThreadPoolExecutor(threads, "flow") if flow and not gpu_flow else None
+        self._flow: Any = None
+        self._pool: ThreadPoolExecutor | None = None
+        if flow and device.type == "cuda":
+            self._flow = flow_graph(batch_size=batch_size, device=device, threads=threads)
+        elif flow:
+            self._pool = ThreadPoolExecutor(threads, "flow")
 
     def _choose_host(self) -> bool:
-        """Whether films are decoded by the CPU from the start; raises ValueError where nothing decodes them."""
+        """Decide whether the CPU decodes films from the start; raises ValueError where nothing decodes them."""
         if self.device.type == "cuda":
             small = np.minimum(self.index.width, self.index.height) < GPU_LEAST
             return bool(small.any()) and self.index.codecs <= {JPEG, VP9, VP9_MP4}
@@ -113,24 +114,17 @@ class InputPipeline:
         return True
 
     def _build_decoders(self) -> None:
-        """Graphs of pictures and sound, anew: an error ends a graph."""
-        size, device, threads = self.clip.size, self.device, self._threads
-        n = self._batch_size
-        self._frames: Any = None
-        self._films: Any = None
-        self._sound: Any = None
+        """Build the graphs of pictures and sound, also anew: an error ends a graph."""
+        n, size = self._batch_size, self.clip.size
+        where: dict[str, Any] = {"device": self.device, "threads": self._threads}
+        self._frames = self._films = self._sound = None
         if JPEG in self.index.codecs:
-            self._frames = frames_graph(
-                size=size, batch_size=n * self.num_frames, device=device, threads=threads
-            )
+            self._frames = frames_graph(size=size, batch_size=n * self.num_frames, **where)
         if self.index.codecs - {JPEG}:
-            self._films = films_graph(
-                size=size, batch_size=n, device=device, threads=threads, on_host=self._films_on_host
-            )
+            on_host = self._films_on_host
+            self._films = films_graph(size=size, batch_size=n, on_host=on_host, **where)
         if self._wants_sound:
-            self._sound = sound_graph(
-                samples=self.samples, batch_size=n, device=device, threads=threads
-            )
+            self._sound = sound_graph(samples=self.samples, batch_size=n, **where)
 
     def load(self, plan: ClipPlan) -> ClipBatch:
         """Decode one planned batch; blocks until it is there."""
@@ -140,7 +134,7 @@ class InputPipeline:
         return replace(batch, flow=self._compute_flow(batch.rgb))
 
     def _decoded(self, plan: ClipPlan, encoded: list[EncodedClip]) -> ClipBatch:
-        """The batch without its flow."""
+        """Decode a batch without its flow."""
         try:
             rgb, waves = self._decode(plan, encoded)
         except RuntimeError as error:
@@ -177,18 +171,17 @@ class InputPipeline:
     def _after_error(
         self, plan: ClipPlan, encoded: list[EncodedClip], error: RuntimeError
     ) -> list[EncodedClip]:
-        """What to decode instead, by new graphs; raises ``error`` where neither data nor decoder is to blame.
+        """Reads what to decode instead, by new graphs; raises ``error`` where neither data nor decoder is to blame.
 
         It depends on this batch alone, so that a resumed run takes the same clips.
         """
         checked = self._read(plan, check=True)
         if [clip.clip for clip in checked] == [clip.clip for clip in encoded]:
-            if self._films_on_host or not self.index.codecs & {VP9, VP9_MP4}:
-                raise error
-            if not self.index.codecs <= {JPEG, VP9, VP9_MP4}:
+            codecs, on_cpu = self.index.codecs, {JPEG, VP9, VP9_MP4}
+            if self._films_on_host or codecs == {JPEG} or not codecs <= on_cpu:
                 raise error
             self._films_on_host = True
-            self._warn(f"the GPU can't decode VP9 ({_last_line(error)}): the CPU does")
+            self._warn(f"the GPU can't decode VP9 ({_first_line(error)}): the CPU does")
         self._build_decoders()
         return checked
 
@@ -207,42 +200,30 @@ class InputPipeline:
         read = [clip.clip for clip in encoded]  # not always plan.clip: one may stand in for another
         boxes = square_boxes(plan, self.index.width[read], self.index.height[read])
         flip = plan.flip.astype(np.int32)
-        films = np.array([clip.film is not None for clip in encoded])
-        at_work: list[tuple[NDArray[np.int64], Any]] = []
-        for which, feed in (
-            (np.flatnonzero(~films), self._feed_pictures),
-            (np.flatnonzero(films), self._feed_films),
-        ):
-            if len(which):
-                graph = feed([encoded[i] for i in which], boxes[which], flip[which])
-                graph.schedule_run()
-                at_work.append((which, graph))
+        is_film = np.array([clip.film is not None for clip in encoded])
+        running: list[tuple[NDArray[np.int64], Any]] = []
+        if len(which := np.flatnonzero(~is_film)):
+            jpeg = [frame for i in which for frame in encoded[i].frames]
+            each = np.repeat(which, self.num_frames)
+            inputs = {"jpeg": jpeg, **_crop_inputs(boxes[each], flip[each])}
+            running.append((which, _start(self._frames, inputs)))
+        if len(which := np.flatnonzero(is_film)):
+            films, places = zip(*((encoded[i].film, encoded[i].places) for i in which), strict=True)
+            inputs = {"film": list(films), "places": list(places)}
+            inputs |= _crop_inputs(boxes[which], flip[which])
+            running.append((which, _start(self._films, inputs)))
 
         def collect() -> Tensor:
             shape = (self.num_frames, self.clip.size, self.clip.size, 3)
-            found = [(which, _outputs(graph)[0].reshape(-1, *shape)) for which, graph in at_work]
-            if len(found) == 1:
-                return found[0][1]
+            parts = [(which, _outputs(graph)[0].reshape(-1, *shape)) for which, graph in running]
+            if len(parts) == 1:
+                return parts[0][1]
             rgb = torch.empty((len(encoded), *shape), dtype=torch.uint8, device=self.device)
-            for which, pictures in found:
+            for which, pictures in parts:
                 rgb[torch.from_numpy(which).to(self.device)] = pictures
             return rgb
 
         return collect
-
-    def _feed_pictures(
-        self, clips: list[EncodedClip], boxes: NDArray[np.float32], flip: NDArray[np.int32]
-    ) -> Any:
-        per_frame = np.repeat(np.arange(len(clips)), self.num_frames)
-        self._frames.feed_input("jpeg", [frame for clip in clips for frame in clip.frames])
-        return _feed_boxes(self._frames, boxes[per_frame], flip[per_frame])
-
-    def _feed_films(
-        self, clips: list[EncodedClip], boxes: NDArray[np.float32], flip: NDArray[np.int32]
-    ) -> Any:
-        self._films.feed_input("film", [clip.film for clip in clips])
-        self._films.feed_input("places", [clip.places for clip in clips])
-        return _feed_boxes(self._films, boxes, flip)
 
     def _compute_flow(self, rgb: Tensor) -> Tensor | None:
         if self._flow is not None:
@@ -257,16 +238,14 @@ class InputPipeline:
         self, plan: ClipPlan, encoded: list[EncodedClip], has_audio: NDArray[np.bool_]
     ) -> Callable[[], tuple[Tensor, Tensor]]:
         """Begin to decode; the call that is returned waits for ``wave`` and ``wave_shifted``."""
-        assert self._sound is not None
         which = np.flatnonzero(has_audio)
         if len(which):
-            rate = self.audio.sample_rate
-            starts = np.round(plan.sound_start[which] * rate).astype(np.int32)
-            shifted = np.round((plan.sound_start + plan.shift)[which] * rate).astype(np.int32)
-            self._sound.feed_input("flac", [encoded[i].sound for i in which])
-            self._sound.feed_input("start", starts[:, None])
-            self._sound.feed_input("shifted", shifted[:, None])
-            self._sound.schedule_run()
+            times = {"start": plan.sound_start, "shifted": plan.sound_start + plan.shift}
+            inputs: dict[str, Any] = {
+                name: np.round(seconds[which] * self.audio.sample_rate).astype(np.int32)[:, None]
+                for name, seconds in times.items()
+            }
+            _start(self._sound, inputs | {"flac": [encoded[i].sound for i in which]})
 
         def collect() -> tuple[Tensor, Tensor]:
             waves = torch.zeros(2, len(plan), self.samples, device=self.device)
@@ -282,22 +261,28 @@ class InputPipeline:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
 
-def _feed_boxes(graph: Any, boxes: NDArray[np.float32], flip: NDArray[np.int32]) -> Any:
-    """Feed the boxes, (n, 4) as left, top, right and bottom, and flips of n pictures or films; gives the graph."""
-    graph.feed_input("start", np.ascontiguousarray(boxes[:, [1, 0]]))
-    graph.feed_input("end", np.ascontiguousarray(boxes[:, [3, 2]]))
-    graph.feed_input("flip", flip)
+def _crop_inputs(boxes: NDArray[np.float32], flip: NDArray[np.int32]) -> dict[str, Any]:
+    """A graph's inputs for boxes, (n, 4) as left, top, right and bottom, and flips of n pictures or films."""
+    start, end = (np.ascontiguousarray(boxes[:, corner]) for corner in ([1, 0], [3, 2]))
+    return {"start": start, "end": end, "flip": flip}
+
+
+def _start(graph: Any, inputs: dict[str, Any]) -> Any:
+    """Feed a graph and let it run; ``_outputs`` waits for it."""
+    for name, data in inputs.items():
+        graph.feed_input(name, data)
+    graph.schedule_run()
     return graph
 
 
 def _outputs(graph: Any) -> list[Tensor]:
-    """What a graph that was scheduled gives, once it is done."""
+    """Wait for a graph that runs, and take over its outputs."""
     try:
         return [to_torch(output) for output in graph.share_outputs()]
     finally:
         graph.release_outputs()
 
 
-def _last_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0]

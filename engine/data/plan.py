@@ -1,4 +1,4 @@
-"""What a batch holds, decided before anything is read: a pure function of (seed, step, rank, world).
+"""Plans of batches, drawn before anything is read: a pure function of (seed, step, rank, world).
 
 No process state enters, so a resumed run sees the batches that it would have seen, every member of a search
 sees the same ones, and a batch split over ranks is the batch of one process: rank r of W takes its clips r, r + W,
@@ -21,7 +21,7 @@ ORDER_STREAM, CUT_STREAM = 0x0DE5, 0x0C07
 
 
 class Facts(Protocol):
-    """What planning needs to know of a data set's clips; a ``ClipIndex`` knows it."""
+    """Facts of a data set's clips that planning needs; a ``ClipIndex`` has them."""
 
     num_frames: NDArray[np.int32]
     """(clips,) frames stored."""
@@ -32,18 +32,18 @@ class Facts(Protocol):
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """Which clips, frames, crops and orders make up a batch of N clips."""
+    """Clips, frames, crops and orders that make up a batch of N clips."""
 
     clip: NDArray[np.int64]
     """(N,) indices into the data set."""
     frames: NDArray[np.int64]
-    """(N, F) stored frames wanted, in time's order; the last one repeats where a clip is too short."""
+    """(N, F) stored frames to read, in time's order; the last one repeats where a clip is too short."""
     box: NDArray[np.float32]
     """(N, 4) place across, place down and side of the crop, see ``square_boxes``; nan for the central square."""
     flip: NDArray[np.bool_]
     """(N,) mirror left and right."""
     sound_start: NDArray[np.float64]
-    """(N,) seconds from the clip's start to the first frame wanted."""
+    """(N,) seconds from the clip's start to the first frame."""
     shift: NDArray[np.float64]
     """(N,) seconds by which the misaligned sound is off; 0 where a clip has no room for it."""
     order: NDArray[np.int64]
@@ -79,7 +79,7 @@ def plan_batch(
 def plan_views(
     facts: Facts, clip: Clip, *, clips: NDArray[np.int64], view: int, num_views: int
 ) -> ClipPlan:
-    """Plan evaluation: T frames at the given view's place in time, the largest central square, no flip.
+    """Plan evaluation: T frames at a view's place in time, the largest central square, no flip.
 
     Views are spread evenly over each clip; a single view is the middle one.
     """
@@ -97,7 +97,7 @@ def central_plan(
     *,
     sound_start: NDArray[np.float64] | None = None,
 ) -> ClipPlan:
-    """Plan given frames (N, F) of clips (N,): the largest central square, no flip, shuffled order in reverse."""
+    """Plan the frames (N, F) of clips (N,): the largest central square, no flip, shuffled order in reverse."""
     n, length = frames.shape
     return ClipPlan(
         clip=np.asarray(clips, np.int64),
@@ -108,15 +108,6 @@ def central_plan(
         shift=np.zeros(n),
         order=np.tile(np.arange(length)[::-1], (n, 1)),
     )
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_clips: int) -> NDArray[np.int64]:
-    return _order_rng(seed, epoch).permutation(num_clips)
-
-
-def _order_rng(seed: int, epoch: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, ORDER_STREAM], counter=[0, 0, 0, epoch]))
 
 
 class _ById:
@@ -132,10 +123,15 @@ class _ById:
         return isinstance(other, _ById) and self.array is other.array
 
 
-@lru_cache(maxsize=4)
-def _epoch_order_by_shards(seed: int, epoch: int, shard: _ById, at_once: int) -> NDArray[np.int64]:
-    """An epoch's clips, ``at_once`` shards at a time; ``shard`` is each clip's, rising."""
-    rng = _order_rng(seed, epoch)
+@lru_cache(maxsize=8)
+def _epoch_order(
+    seed: int, epoch: int, num_clips: int, shard: _ById | None, at_once: int
+) -> NDArray[np.int64]:
+    """An epoch's clips, or, where ``shard`` says each clip's (rising), those of ``at_once`` shards at a time."""
+    key = [seed, ORDER_STREAM]
+    rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch]))
+    if shard is None:
+        return rng.permutation(num_clips)
     first = np.flatnonzero(np.diff(shard.array, prepend=-1, append=np.iinfo(np.int32).max))
     shards = rng.permutation(len(first) - 1)
     windows = [shards[i : i + at_once] for i in range(0, len(shards), at_once)]
@@ -146,11 +142,10 @@ def _epoch_order_by_shards(seed: int, epoch: int, shard: _ById, at_once: int) ->
 def _plan_clip(
     facts: Facts, clip: Clip, audio: Audio, *, seed: int, position: int
 ) -> tuple[NDArray[Any], ...]:
+    """A clip's values for the fields of ``ClipPlan``, in their order."""
     epoch, place = divmod(position, len(facts.num_frames))
-    if clip.shuffle_shards:
-        order = _epoch_order_by_shards(seed, epoch, _ById(facts.shard), clip.shuffle_shards)
-    else:
-        order = _epoch_order(seed, epoch, len(facts.num_frames))
+    shard = _ById(facts.shard) if clip.shuffle_shards else None
+    order = _epoch_order(seed, epoch, len(facts.num_frames), shard, clip.shuffle_shards)
     which = int(order[place])
     rng = np.random.Generator(np.random.Philox(key=[seed, CUT_STREAM], counter=[0, 0, 0, position]))
     stored = int(facts.num_frames[which])
@@ -158,25 +153,15 @@ def _plan_clip(
     span = (num_frames - 1) * clip.frame_stride + 1
     start = int(rng.integers(0, max(stored - span, 0) + 1))
     frames = np.minimum(start + np.arange(num_frames) * clip.frame_stride, stored - 1)
-    area = rng.uniform(clip.min_area, 1.0)
+    side = np.sqrt(rng.uniform(clip.min_area, 1.0))
     left, top = rng.random(2)
-    side = np.sqrt(area)
-    box = np.array(
-        [left, top, side, side], np.float32
-    )  # in shares of the largest square: see square_boxes
+    box = np.array([left, top, side, side], np.float32)  # see square_boxes
     flip = clip.flip and bool(rng.random() < 0.5)
     window = num_frames * clip.frame_stride / facts.fps
     shift = _draw_shift(rng, start / facts.fps, window, stored / facts.fps, audio.min_shift)
     shuffled = _draw_order(rng, clip.num_frames)
-    return (
-        np.array(which, np.int64),
-        frames.astype(np.int64),
-        box,
-        np.array(flip),
-        np.array(start / facts.fps),
-        np.array(shift),
-        shuffled,
-    )
+    scalars = (np.array(value) for value in (flip, start / facts.fps, shift))
+    return (np.array(which, np.int64), frames.astype(np.int64), box, *scalars, shuffled)
 
 
 def _draw_shift(
@@ -200,7 +185,7 @@ def _draw_order(rng: np.random.Generator, num_frames: int) -> NDArray[np.int64]:
 def square_boxes(
     plan: ClipPlan, width: NDArray[np.int32], height: NDArray[np.int32]
 ) -> NDArray[np.float32]:
-    """Turn a plan's crops into (N, 4) left, top, right, bottom in shares of frames of the given sizes.
+    """Turn a plan's crops into (N, 4) left, top, right, bottom in shares of frames of these sizes.
 
     A plan's box holds (place across, place down, side, side), places and side in shares of what the frame
     allows, so that crops are square in pixels whatever the frame's shape; nan asks for the central square.

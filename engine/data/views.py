@@ -110,11 +110,6 @@ class ViewMaker(nn.Module):
             shifted = self.log_mel(batch.wave_shifted)[:, :, :heard]
         return Views(clip, future, shifted, batch.has_audio, batch.has_shift, batch.order)
 
-    @torch.no_grad()
-    def rgb_only(self, frames: Tensor) -> Tensor:
-        """Normalise uint8 (N, T, H, W, 3) to (N, 3, T, H, W), channels-last."""
-        return kernels.clip_views(frames, self.mean, self.std)[0]
-
     def audio_frames(self, samples: int, hop: int) -> tuple[int, int]:
         """Log-mel frames of the clip and of its future, for a window of ``samples``."""
         total = samples // hop + 1

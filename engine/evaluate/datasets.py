@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data.ingest.run import ingest
-from engine.data.ingest.sources import Found, Reject, find_sources
+from engine.data.ingest.sources import Reject, SourceList, find_sources
 from engine.data.ingest.splits import MISSING, NUM_SPLITS, hmdb51, kinetics, ucf101
 from engine.data.library import reported
 from engine.data.shards.index import ClipIndex, is_shards
@@ -134,7 +134,7 @@ def open_dataset(
         index, listed = ClipIndex([out], warn=warnings.append), len(found.sources)
     missing = [r for r in rejects if r.reason.startswith(MISSING)]
     if listed is None and missing and not allow_missing:
-        _check_whole(Found(rejects=rejects), name, roots)
+        _check_whole(SourceList(rejects=rejects), name, roots)
     return _described(
         index, name, folds, pattern, rejects, tuple(warnings), listed and listed + len(missing)
     )
@@ -148,7 +148,7 @@ def _existing(paths: Sequence[Path]) -> list[Path]:
     return roots
 
 
-def find(roots: Sequence[Path], *, name: str, splits: Path | None = None) -> Found:
+def find(roots: Sequence[Path], *, name: str, splits: Path | None = None) -> SourceList:
     """The videos of a data set below ``roots``, by its lists; what is missing is among the rejects.
 
     Raises ValueError where the lists are not found.
@@ -163,7 +163,7 @@ def find(roots: Sequence[Path], *, name: str, splits: Path | None = None) -> Fou
             parts.append(kinetics(root, files))
         else:
             parts.append({"ucf101": ucf101, "hmdb51": hmdb51}[name](root, lists))
-    return parts[0] if len(parts) == 1 else Found.of(parts)
+    return parts[0] if len(parts) == 1 else SourceList.of(parts)
 
 
 def _find_lists(root: Path, name: str) -> Path:
@@ -186,7 +186,7 @@ def _find_lists(root: Path, name: str) -> Path:
     )
 
 
-def _check_whole(found: Found, name: str, roots: Sequence[Path]) -> None:
+def _check_whole(found: SourceList, name: str, roots: Sequence[Path]) -> None:
     missing = sorted(r.path for r in found.rejects if r.reason.startswith(MISSING))
     if not missing:
         return
@@ -210,7 +210,7 @@ def _shard_folder(
 
 
 def _ingested(
-    found: Found, out: Path, short_side: int, workers: int | None, report: Report
+    found: SourceList, out: Path, short_side: int, workers: int | None, report: Report
 ) -> list[Reject]:
     result = ingest(
         found,

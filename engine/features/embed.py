@@ -27,7 +27,7 @@ import engine
 from engine.core.files import take_lock
 from engine.core.prefetch import prefetch
 from engine.core.runtime import Runtime, choose_runtime, num_cores
-from engine.data.ingest.sources import Found, find_sources
+from engine.data.ingest.sources import SourceList, find_sources
 from engine.data.plan import ClipPlan
 from engine.data.shards.index import ClipIndex, is_shards
 from engine.features.extract import clip_of, decoded, forward
@@ -173,9 +173,9 @@ def _pieces(
     given = list(dict.fromkeys(videos))
     shards = [path for path in given if is_shards(path)]
     raw = [path for path in given if path not in shards]
-    found = find_sources(raw) if raw else Found()
+    found = find_sources(raw) if raw else SourceList()
     pieces = list(raw_pieces(found, card.input, settings, folder=folder, workers=pool))
-    rejects = [reject.told() for reject in found.rejects]
+    rejects = [reject.as_dict() for reject in found.rejects]
     for path in shards:
         index = ClipIndex([path], warn=lambda text: None)
         pieces += shard_pieces(index)

@@ -26,10 +26,9 @@ from numpy.typing import NDArray
 from engine.core.pool import Pool
 from engine.core.recipe import Clip
 from engine.data.ingest.run import IngestError, Progress, ingest, worker_pool
-from engine.data.ingest.sources import Found, Source
+from engine.data.ingest.sources import Source, SourceList
 from engine.data.plan import ClipPlan, central_plan
-from engine.data.shards.index import ClipIndex, read_dataset
-from engine.data.shards.record import PARTIAL
+from engine.data.shards.index import PARTIAL, ClipIndex, read_dataset
 from engine.model.network_file import ClipInput
 
 STORED_SECONDS = 30.0
@@ -167,7 +166,7 @@ class Piece:
 
 
 def raw_pieces(
-    found: Found,
+    found: SourceList,
     clip: ClipInput,
     settings: EmbedSettings,
     *,
@@ -215,7 +214,7 @@ class _Cutter:
         index = None
         try:
             ingest(
-                Found(list(sources)),
+                SourceList(list(sources)),
                 shards,
                 fps=self.fps,
                 short_side=self.short_side,

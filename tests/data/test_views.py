@@ -169,13 +169,6 @@ def test_only_what_is_asked_for_is_there(make, asked) -> None:
         assert torch.equal(views.future[m], every.future[m])
 
 
-def test_rgb_only_is_the_rgb_of_the_views(make) -> None:
-    b = batch()
-    rgb = make.rgb_only(b.rgb[:, :T])
-    assert torch.equal(rgb, make(b, ["rgb"]).clip["rgb"])
-    assert rgb.is_contiguous(memory_format=torch.channels_last_3d)
-
-
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_shuffled_follows_the_order_of_each_clip(channels) -> None:
     clip = torch.randn(N, channels, T, 5, 3)

@@ -23,7 +23,7 @@ MARKER = "demo.json"
 
 @dataclass(frozen=True)
 class Demo:
-    """Where a finished set lies: folders of CLASS/NNN.mp4, all with sound, and of NNN.mp4."""
+    """Folders of a finished set: of CLASS/NNN.mp4, all with sound, and of NNN.mp4."""
 
     labelled: Path
     unlabelled: Path
@@ -79,23 +79,23 @@ def make_demo(
 
 def _finished(folder: Path, facts: dict[str, int], names: Iterable[str]) -> bool:
     try:
-        found = json.loads((folder / MARKER).read_text())
+        marker = json.loads((folder / MARKER).read_text())
     except (OSError, ValueError):
         return False
-    return bool(found == facts) and all((folder / name).is_file() for name in names)
+    return bool(marker == facts) and all((folder / name).is_file() for name in names)
 
 
 def _check_ours(folder: Path) -> None:
-    """A set is replaced as a whole: never let that reach a folder of somebody's own files."""
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    foreign = found - {MARKER, "labelled", UNLABELLED} or (found and MARKER not in found)
+    """Raise ValueError for a folder of somebody's own files, since a set is replaced as a whole."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = names - {MARKER, "labelled", UNLABELLED} or (names and MARKER not in names)
     if foreign or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"{folder} is not a demo set of ours: name a new or empty folder")
 
 
 @contextmanager
 def _absent(*folders: Path) -> Iterator[None]:
-    """See to it that the folders are absent before and after."""
+    """Remove the folders before and after the block."""
     try:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

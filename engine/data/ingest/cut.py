@@ -1,4 +1,4 @@
-"""One source into clips: where clips start, and what becomes of each.
+"""Cuts one source into clips: where they start, and what becomes of each.
 
 Where clips are cut depends on the seed and a file's relative path alone.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 from engine.core.files import StorageError
 from engine.data.ingest.sources import Reject, Source
 from engine.data.media.codecs import JPEG, Pictures
-from engine.data.media.decode import MediaError, MediaFacts, decode_window, probe
+from engine.data.media.decode import MediaError, MediaFacts, Window, decode_window, probe
 from engine.data.media.encode import encode_flac, encode_jpeg
-from engine.data.media.film import copy_clip, encode_h264, encode_vp9
+from engine.data.media.film import CopiedClip, copy_clip, encode_h264, encode_vp9
 from engine.data.media.frames import Frames
 from engine.data.shards.writer import NewClip
 
@@ -33,15 +33,19 @@ TRIM_SLACK = 1.5
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of a clip."""
+    """Settings that decide the bytes of a clip."""
 
-    fps: float
-    short_side: int
-    clip_seconds: float
-    clips_per_video: int | None
-    min_seconds: float
-    quality: int
-    seed: int
+    fps: float = 25.0
+    short_side: int = 128
+    """Pixels."""
+    clip_seconds: float = 10.0
+    clips_per_video: int | None = None
+    """Of a source that is longer than a clip, at random starts; None: one a started minute."""
+    min_seconds: float = 1.0
+    """Shorter clips are rejected."""
+    quality: int = 85
+    """Of JPEG pictures, 1 to 100."""
+    seed: int = 0
     codec: str = "jpeg"
     """One of CODEC_NAMES."""
     every: float | None = None
@@ -62,8 +66,8 @@ class Settings:
         if self.codec not in CODEC_NAMES:
             raise ValueError(f"codec must be one of {', '.join(CODEC_NAMES)}, not {self.codec}")
 
-    def told(self) -> dict[str, Any]:
-        """What identifies them; settings that were not thought of when a data set was made are left out."""
+    def identity(self) -> dict[str, Any]:
+        """The values that identify a data set; ``every`` is left out where it is not used, as older sets lack it."""
         return {k: v for k, v in asdict(self).items() if (k, v) != ("every", None)}
 
 
@@ -72,40 +76,21 @@ def cut_source(
     settings: Settings,
     keep: Callable[[NewClip], None],
     *,
-    trying: Callable[[int], None],
+    trying: Callable[[int], object],
     skip: Collection[int] = (),
 ) -> list[Reject]:
-    """Cut a source's clips and hand each to ``keep``; gives what could not be used, with reasons.
+    """Cut a source's clips and hand each to ``keep``; returns what could not be used, with reasons.
 
-    ``trying`` is told a clip's number before it is cut, where there are several; clips numbered in ``skip`` are
-    rejected unread, as ones that kill their process. Whatever is wrong with the file becomes a reject. Raises
+    ``trying`` is called with a clip's number before it is cut, where there are several; clips numbered in ``skip``
+    are rejected unread, since they kill their process. Whatever is wrong with the file becomes a reject. Raises
     StorageError as ``keep`` does, and OSError where the folder of the videos itself is gone.
     """
     lost: list[Reject] = []
-    taken = 0
-
-    def count(clip: NewClip) -> None:
-        nonlocal taken
-        keep(replace(clip, splits=source.splits))
-        taken += 1
-
+    kept = 0
     try:
-        facts = probe(source.path)
-        begin, duration, longest = stretch_of(source, facts, least=settings.min_seconds)
-        inner = replace(settings, clip_seconds=min(settings.clip_seconds, longest))
-        starts = plan_starts(duration, inner, source.relative, begin=begin)
-        for number, start in enumerate(starts):
-            if number in skip:
-                lost.append(_reject(source, CRASHED, start))
-                continue
-            if len(starts) > 1:
-                trying(number)
-            left = max(begin + longest - start, settings.min_seconds)
-            clip = replace(inner, clip_seconds=min(inner.clip_seconds, left))
-            _try_cut(source, facts, start, clip, count, lost)
-        # the head of a broken film is its likeliest intact part
-        if not taken and starts[0] > begin:
-            _try_cut(source, facts, begin, inner, count, lost)
+        for clip in _clips(source, settings, lost, trying=trying, skip=skip):
+            keep(clip)
+            kept += 1
     except MediaError as error:
         lost.append(_reject(source, str(error)))
     except StorageError:
@@ -115,11 +100,45 @@ def cut_source(
     if lost and not os.path.isdir(source.folder):
         gone = f"{source.folder} can't be reached any more"
         raise OSError(f"{gone}: run the same command again later")
-    return lost if taken or not lost else [_reject(source, lost[0].reason)]
+    return lost if kept or not lost else [_reject(source, lost[0].reason)]
+
+
+def _clips(
+    source: Source,
+    settings: Settings,
+    lost: list[Reject],
+    *,
+    trying: Callable[[int], object],
+    skip: Collection[int],
+) -> Iterator[NewClip]:
+    """Cut a source's clips one after the other, and add to ``lost`` what can't be cut."""
+    facts = probe(source.path)
+    begin, duration, longest = stretch_of(source, facts, least=settings.min_seconds)
+    inner = replace(settings, clip_seconds=min(settings.clip_seconds, longest))
+    starts = plan_starts(duration, inner, source.relative, begin=begin)
+    head = [begin] if starts[0] > begin else []  # of a broken film the likeliest intact part
+    kept = False
+    for number, start in enumerate([*starts, *head]):
+        if number == len(starts) and kept:
+            return
+        if number in skip:
+            lost.append(_reject(source, CRASHED, start))
+            continue
+        if 1 < len(starts) > number:
+            trying(number)
+        left = max(begin + longest - start, settings.min_seconds)
+        clip = replace(inner, clip_seconds=min(inner.clip_seconds, left))
+        try:
+            cut = _cut(source, facts, start, clip)
+        except MediaError as error:
+            lost.append(_reject(source, str(error), start))
+        else:
+            kept = True
+            yield cut
 
 
 def stretch_of(source: Source, facts: MediaFacts, *, least: float) -> tuple[float, float, float]:
-    """Seconds at which the stretch wanted begins, its length in the file, and the longest that a clip may be.
+    """Seconds at which the source's stretch begins, its length in the file, and the longest that a clip may be.
 
     All of the file where no stretch is named. Raises MediaError for a stretch beyond the file's end, and for one
     shorter than ``least`` seconds.
@@ -146,7 +165,7 @@ def _reject(source: Source, reason: str, start: float | None = None) -> Reject:
 def plan_starts(
     duration: float, settings: Settings, relative: str, *, begin: float = 0.0
 ) -> list[float]:
-    """Where clips of a file start, in seconds: rising, distinct, spread at random over ``duration`` from ``begin`` on.
+    """Starts of a file's clips, in seconds: rising, distinct, spread at random over ``duration`` from ``begin`` on.
 
     With ``settings.every`` they are that far apart, up to the last one that is ``min_seconds`` long. A pure function
     of the settings (``seed`` among them), the file's relative path, ``begin`` and ``duration``.
@@ -165,57 +184,36 @@ def plan_starts(
     return [begin + float(ms) / 1000 for ms in np.unique(np.floor(drawn * 1000))]
 
 
-def _try_cut(
-    source: Source,
-    facts: MediaFacts,
-    start: float,
-    settings: Settings,
-    keep: Callable[[NewClip], None],
-    lost: list[Reject],
-) -> None:
-    try:
-        clip = _cut(source, facts, start, settings)
-    except MediaError as error:
-        lost.append(_reject(source, str(error), start))
-    else:
-        keep(clip)
-
-
 def _cut(source: Source, facts: MediaFacts, start: float, settings: Settings) -> NewClip:
     stretch: dict[str, Any] = {
         "start": start,
         "seconds": settings.clip_seconds,
         "fps": settings.fps,
     }
+    cut: CopiedClip | Window
     if settings.codec == COPY:
-        copied = copy_clip(source.path, facts, **stretch)
-        _check_length(copied.pictures.num_frames, settings, copied.note)
-        pictures, width, height = copied.pictures, facts.width, facts.height
-        sound, note = copied.sound, copied.note
+        cut = copy_clip(source.path, facts, **stretch)
+        num_frames, width, height = cut.pictures.num_frames, facts.width, facts.height
     else:
-        window = decode_window(source.path, facts, short_side=settings.short_side, **stretch)
-        _check_length(len(window.frames), settings, window.note)
-        pictures = _encoded(window.frames, settings)
-        width, height = window.frames.shape[2], window.frames.shape[1] * 2 // 3
-        sound, note = window.sound, window.note
+        cut = decode_window(source.path, facts, short_side=settings.short_side, **stretch)
+        num_frames, height, width = cut.frames.shape
+        height = height * 2 // 3
+    if num_frames < round(settings.min_seconds * settings.fps):
+        seconds, why = num_frames / settings.fps, f" ({cut.note})" if cut.note else ""
+        raise MediaError(
+            f"only {seconds:.2f} s of video, less than {settings.min_seconds:g} s{why}"
+        )
     return NewClip(
-        pictures=pictures,
+        pictures=_encoded(cut.frames, settings) if isinstance(cut, Window) else cut.pictures,
         width=width,
         height=height,
         source=source.relative,
         start=start,
-        sound=None if sound is None else encode_flac(sound),
+        sound=None if cut.sound is None else encode_flac(cut.sound),
         label=source.label,
-        note=note,
+        note=cut.note,
+        splits=source.splits,
     )
-
-
-def _check_length(num_frames: int, settings: Settings, note: str | None) -> None:
-    if num_frames < round(settings.min_seconds * settings.fps):
-        why = f" ({note})" if note else ""
-        raise MediaError(
-            f"only {num_frames / settings.fps:.2f} s of video, less than {settings.min_seconds:g} s{why}"
-        )
 
 
 def _encoded(frames: Frames, settings: Settings) -> Pictures:

@@ -1,4 +1,4 @@
-"""Which sources share a shard: groups whose borders depend on the sources' names near them, not on their number.
+"""Groups of sources that share a shard; their borders depend on the sources' names near them, not on their number.
 
 A new or changed file therefore changes the shard that it falls into (or splits it in two), and all others are
 kept: a group's fingerprint says whether its shard is already there.
@@ -22,7 +22,7 @@ WEIGHED_BYTES = 1 << 24
 ONE_IN = 128
 """Sources of which one, by its name, ends a group that is heavy enough."""
 EVERY = 10_000
-"""Sources between two calls that tell how far grouping is."""
+"""Sources between two calls of ``progress``."""
 
 
 @dataclass(frozen=True)
@@ -51,32 +51,42 @@ def group(
 
     ``progress`` is called with the number of sources looked up.
     """
-    base = json.dumps([settings.told(), SAMPLE_RATE]).encode()
+    base = json.dumps([settings.identity(), SAMPLE_RATE]).encode()
     groups: list[Group] = []
     inside: list[Source] = []
     prints: list[bytes] = []
     weight = 0
+
+    def close() -> None:
+        nonlocal weight
+        whole = hashlib.sha256(b"".join(prints)).hexdigest()[:32]
+        groups.append(Group(whole, tuple(inside), tuple(prints)))
+        inside.clear()
+        prints.clear()
+        weight = 0
+
     for number, source in enumerate(sources):
         if progress is not None and number % EVERY == 0:
             progress(number)
         size, changed = _state(source)
+        facts = [source.relative, source.label, source.start, source.end, source.splits]
+        facts += [source.may_be_trimmed, source.twin, size, changed]
         inside.append(source)
-        prints.append(_print(base, source, size, changed))
+        prints.append(hashlib.sha256(base + json.dumps(facts).encode()).digest()[:16])
         weight += 1 + size // WEIGHED_BYTES
         name = hashlib.sha256(source.relative.encode(errors="surrogateescape")).digest()
         ends = int.from_bytes(name[:4], "little") % ONE_IN == 0
         if weight >= MOST or (ends and weight >= LEAST):
-            groups.append(_closed(inside, prints))
-            inside, prints, weight = [], [], 0
+            close()
     if inside:
-        groups.append(_closed(inside, prints))
+        close()
     return groups
 
 
 def clip_key(source: Source, number: int) -> str:
     """The name of a source's clip in its shard: 16 hex digits of the source's name, and the clip's number in it."""
-    told = json.dumps([source.relative, source.start, source.end, source.twin])
-    return f"{hashlib.sha256(told.encode()).hexdigest()[:16]}-{number:04d}"
+    name = json.dumps([source.relative, source.start, source.end, source.twin])
+    return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{number:04d}"
 
 
 def _state(source: Source) -> tuple[int, int]:
@@ -85,13 +95,3 @@ def _state(source: Source) -> tuple[int, int]:
     except OSError:  # a link to nowhere: reading it will tell
         return 0, 0
     return stat.st_size, stat.st_mtime_ns
-
-
-def _print(base: bytes, source: Source, size: int, changed: int) -> bytes:
-    told = [source.relative, source.label, source.start, source.end, source.splits]
-    told += [source.may_be_trimmed, source.twin, size, changed]
-    return hashlib.sha256(base + json.dumps(told).encode()).digest()[:16]
-
-
-def _closed(sources: Sequence[Source], prints: Sequence[bytes]) -> Group:
-    return Group(hashlib.sha256(b"".join(prints)).hexdigest()[:32], tuple(sources), tuple(prints))

@@ -7,37 +7,39 @@ Cuts, shards and records appear whole or not at all, so whatever is there needs 
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from engine.core.files import storing, write_atomic
 from engine.data.ingest.cut import CRASHED, Settings, cut_source
 from engine.data.ingest.grouping import Group, clip_key
 from engine.data.ingest.sources import Reject, Source
-from engine.data.shards.record import RECORD
-from engine.data.shards.writer import END, ClipTar, NewClip, Shard
+from engine.data.shards.index import size_problem
+from engine.data.shards.writer import END, ClipTar, Shard
 
-COPY = 1 << 20
+BLOCK = 1 << 20
 """Bytes copied at a time."""
 CRASHES = 3
 """Clips of a source that may kill their process before the source is given up."""
 TAIL = 16
 """Bytes at a cut's end: the length of what precedes them, its checksum, MAGIC."""
-MAGIC = b"CUTS0001"
+MAGIC = b"CUTS0002"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CutWork:
-    """Cutting a source into the file at ``path``."""
+    """A source to be cut into the file at ``path``."""
 
     source: Source
     settings: Settings
@@ -48,7 +50,7 @@ class CutWork:
 
 @dataclass(frozen=True)
 class ShardWork:
-    """Putting a group's cuts together as its shard in ``out``; ``folder`` holds the cuts and gets the record."""
+    """A group whose cuts become its shard in ``out``; ``folder`` holds the cuts and gets the record."""
 
     group: Group
     settings: Settings
@@ -61,7 +63,7 @@ Work = CutWork | ShardWork
 
 @dataclass(frozen=True)
 class Counts:
-    """What a work gave."""
+    """The result of a work, in numbers."""
 
     clips: int = 0
     frames: int = 0
@@ -71,7 +73,16 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Made:
+class CutFacts:
+    """Facts at the end of a cut about the clips before it."""
+
+    clips: Shard
+    """As if they were a shard."""
+    rejects: list[Reject]
+
+
+@dataclass(frozen=True)
+class FinishedGroup:
     """A group's shard and rejects."""
 
     fingerprint: str
@@ -79,6 +90,13 @@ class Made:
     shard: Shard | None
     """None where no source gave a clip."""
     rejects: list[Reject]
+
+    @property
+    def counts(self) -> Counts:
+        """The result of all of its sources, in numbers."""
+        if self.shard is None:
+            return Counts(rejects=len(self.rejects))
+        return Counts(len(self.shard.labels), self.shard.num_frames, len(self.rejects))
 
 
 def do_work(work: Work) -> Counts:
@@ -91,23 +109,21 @@ def cut_name(fingerprint: bytes) -> str:
     return f"{fingerprint.hex()}.cut"
 
 
-def made_path(folder: Path, fingerprint: str) -> Path:
-    """Where the record of a group's shard is, in an ingest's working folder."""
+def record_path(folder: Path, fingerprint: str) -> Path:
+    """The path of the record of a group's shard, in an ingest's working folder."""
     return folder / f"{fingerprint}.made"
 
 
 def _cut(work: CutWork) -> Counts:
-    tar = ClipTar(work.path, fps=work.settings.fps)
-
-    def keep(clip: NewClip) -> None:
-        tar.add(clip, key=clip_key(work.source, len(tar.labels)))
-
-    def trying(number: int) -> None:
-        marker.write_text(str(number))
-
-    marker = _marker(work)
+    tar, marker = ClipTar(work.path, fps=work.settings.fps), _marker(work)
     try:
-        rejects = cut_source(work.source, work.settings, keep, trying=trying, skip=work.skip)
+        rejects = cut_source(
+            work.source,
+            work.settings,
+            lambda clip: tar.add(clip, key=clip_key(work.source, len(tar.labels))),
+            trying=lambda number: marker.write_text(str(number)),
+            skip=work.skip,
+        )
         marker.unlink(missing_ok=True)
         return _end_cut(tar, rejects)
     except BaseException:
@@ -116,7 +132,7 @@ def _cut(work: CutWork) -> Counts:
 
 
 def _marker(work: CutWork) -> Path:
-    """Where a process notes which clip it is at."""
+    """The file in which a process notes which clip it is at."""
     return work.path.with_suffix(".at")
 
 
@@ -139,56 +155,71 @@ def reject_source(work: CutWork) -> Counts:
 
 
 def _end_cut(tar: ClipTar, rejects: list[Reject]) -> Counts:
-    facts = {"size": tar.size, "crc32": tar.crc32, "labels": tar.labels}
-    facts |= {"records": _packed(tar.records), "rejects": [r.told() for r in rejects]}
-    frames = int(tar.records["num_frames"].sum())
-    text = json.dumps(facts).encode()
+    clips = tar.shard()
+    text = _to_json(CutFacts(clips, rejects))
     tail = len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little") + MAGIC
     tar.append(text + tail)
     tar.finish(durable=False)  # its checksums tell whether all of it got to the disk
-    return Counts(len(tar.labels), frames, len(rejects))
+    return Counts(len(clips.labels), clips.num_frames, len(rejects))
 
 
 def _assemble(work: ShardWork) -> Counts:
     group, paths = work.group, [work.folder / cut_name(p) for p in work.group.prints]
     cuts = [_read_facts(path) for path in paths]
-    missing = [i for i, facts in enumerate(cuts) if facts is None]
-    shard = None
-    if not missing and any(facts["labels"] for facts in cuts if facts):
-        tar = ClipTar(work.out / group.shard, fps=work.settings.fps)
-        try:
-            records = []
-            for place, (path, facts) in enumerate(zip(paths, cuts, strict=True)):
-                assert facts is not None
-                records.append(_unpacked(facts["records"]))
-                records[-1]["at"] += tar.size
-                if not _copy(path, facts, tar):
-                    missing.append(place)
-            if not missing:
-                tar.append(END)
-                tar.finish()
-                labels = [name for facts in cuts if facts for name in facts["labels"]]
-                size, crc = tar.size, tar.crc32
-                shard = Shard(group.shard, size, crc, np.concatenate(records), labels)
-        finally:
-            tar.discard()
+    shard, missing = None, [i for i, cut in enumerate(cuts) if cut is None]
+    whole = [cut for cut in cuts if cut is not None]
+    if not missing and any(cut.clips.labels for cut in whole):
+        shard, missing = _join(work, paths, [cut.clips for cut in whole])
     if missing:
         for place in missing:
             paths[place].unlink(missing_ok=True)
         return Counts(missing=tuple(missing))
-    rejects = [Reject(**reject) for facts in cuts if facts for reject in facts["rejects"]]
-    made = Made(group.fingerprint, len(group.sources), shard, rejects)
-    write_atomic(made_path(work.folder, group.fingerprint), json.dumps(_as_json(made)).encode())
+    rejects = [reject for cut in whole for reject in cut.rejects]
+    finished = FinishedGroup(group.fingerprint, len(group.sources), shard, rejects)
+    write_atomic(record_path(work.folder, group.fingerprint), _to_json(finished))
     with suppress(OSError):
         for path in paths:
             path.unlink(missing_ok=True)
-    frames = 0 if shard is None else int(shard.records["num_frames"].sum())
-    return Counts(0 if shard is None else len(shard.labels), frames, len(rejects))
+    return finished.counts
 
 
-def _read_facts(path: Path) -> dict[str, Any] | None:
-    """What a cut says of its clips; None where it is absent or damaged."""
-    with suppress(OSError, ValueError), open(path, "rb") as file:
+def _join(
+    work: ShardWork, paths: Sequence[Path], cuts: Sequence[Shard]
+) -> tuple[Shard | None, list[int]]:
+    """Write the cuts' clips as one shard; where some are not what was written, give their places instead."""
+    tar = ClipTar(work.out / work.group.shard, fps=work.settings.fps)
+    damaged: list[int] = []
+    records = []
+    try:
+        for place, (path, cut) in enumerate(zip(paths, cuts, strict=True)):
+            records.append(cut.records.copy())
+            records[-1]["at"] += tar.size
+            if not _copy(path, cut, tar):
+                damaged.append(place)
+        if damaged:
+            return None, damaged
+        tar.append(END)
+        tar.finish()
+    finally:
+        tar.discard()
+    labels = [name for cut in cuts for name in cut.labels]
+    return replace(tar.shard(), rows=np.concatenate(records).tobytes(), labels=labels), []
+
+
+def _copy(path: Path, cut: Shard, tar: ClipTar) -> bool:
+    """Append a cut's clips; returns whether they are what was written."""
+    left, crc = cut.size, 0
+    with storing(path), open(path, "rb") as file:
+        while left and (block := file.read(min(BLOCK, left))):
+            crc = zlib.crc32(block, crc)
+            tar.append(block)
+            left -= len(block)
+    return not left and crc == cut.crc32
+
+
+def _read_facts(path: Path) -> CutFacts | None:
+    """Read a cut's facts; None where it is absent or damaged."""
+    with suppress(OSError), open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - TAIL))
         tail = file.read()
@@ -196,67 +227,36 @@ def _read_facts(path: Path) -> dict[str, Any] | None:
         if tail[8:] == MAGIC and end >= TAIL + length:
             file.seek(end - TAIL - length)
             text = file.read(length)
-            if zlib.crc32(text) == crc:
-                facts: dict[str, Any] = json.loads(text)
-                return facts if facts["size"] == end - TAIL - length else None
+            facts = _from_json(text, CutFacts) if zlib.crc32(text) == crc else None
+            return facts if facts and facts.clips.size == end - TAIL - length else None
     return None
 
 
-def _copy(path: Path, facts: dict[str, Any], tar: ClipTar) -> bool:
-    """Append a cut's clips; says whether they are what was written."""
-    left, crc = facts["size"], 0
-    with storing(path), open(path, "rb") as file:
-        while left and (block := file.read(min(COPY, left))):
-            crc = zlib.crc32(block, crc)
-            tar.append(block)
-            left -= len(block)
-    return not left and crc == facts["crc32"]
+def _to_json(value: CutFacts | FinishedGroup) -> bytes:
+    # json's, since names that are no UTF-8 hold surrogates, which msgspec doesn't write
+    return json.dumps(msgspec.to_builtins(value)).encode()
 
 
-def _packed(records: np.ndarray[Any, Any]) -> str:
-    return base64.b64encode(records.tobytes()).decode()
-
-
-def _unpacked(text: str) -> np.ndarray[Any, Any]:
-    return np.frombuffer(base64.b64decode(text), RECORD).copy()
-
-
-def _as_json(made: Made) -> dict[str, Any]:
-    shard = made.shard
-    facts: dict[str, Any] = {"fingerprint": made.fingerprint, "sources": made.sources}
-    facts["rejects"] = [reject.told() for reject in made.rejects]
-    if shard is not None:
-        facts |= {"file": shard.file, "bytes": shard.size, "crc32": shard.crc32}
-        facts |= {"labels": shard.labels, "records": _packed(shard.records)}
-    return facts
-
-
-def read_made(path: Path, out: Path) -> Made | None:
-    """The record of a group's shard; None where it is absent or damaged, or its shard in ``out`` is."""
+def _from_json(text: bytes, kind: type[T]) -> T | None:
     try:
-        return _made_of(json.loads(path.read_bytes()), out)
-    except (OSError, ValueError, KeyError, TypeError):
+        return msgspec.convert(json.loads(text), kind)
+    except ValueError:
         return None
 
 
-def _made_of(facts: dict[str, Any], out: Path) -> Made | None:
-    """A group's shard from JSON's values; None where the shard in ``out`` is missing or of another size."""
-    shard = None
-    if "file" in facts:
-        records = _unpacked(facts["records"])
-        file, size = facts["file"], facts["bytes"]
-        shard = Shard(file, size, facts["crc32"], records, facts["labels"])
-        with suppress(OSError):
-            if (out / file).stat().st_size == size:
-                size = None
-        if size is not None:
-            return None
-    rejects = [Reject(**reject) for reject in facts["rejects"]]
-    return Made(facts["fingerprint"], facts["sources"], shard, rejects)
+def read_record(path: Path, out: Path) -> FinishedGroup | None:
+    """Read the record of a group's shard; None where it is absent or damaged, or its shard in ``out`` is."""
+    try:
+        finished = _from_json(path.read_bytes(), FinishedGroup)
+    except OSError:
+        return None
+    shard = None if finished is None else finished.shard
+    damaged = shard is not None and size_problem(out / shard.file, shard.size) is not None
+    return None if damaged else finished
 
 
 def cuts_in(folder: Path) -> Iterator[str]:
-    """File names of the cuts in a working folder; leftovers of a kill are removed."""
+    """List the file names of the cuts in a working folder, and remove leftovers of a kill."""
     for entry in os.scandir(folder):
         if entry.name.endswith(".cut"):
             yield entry.name

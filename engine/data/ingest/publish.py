@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,10 @@ import numpy as np
 
 from engine.core.files import write_atomic
 from engine.data.ingest.cut import Settings
-from engine.data.ingest.jobs import Made
+from engine.data.ingest.jobs import FinishedGroup
 from engine.data.ingest.sources import Reject
 from engine.data.media.decode import SAMPLE_RATE
-from engine.data.shards.damage import index_name, size_problem
-from engine.data.shards.index import is_shards, read_dataset
-from engine.data.shards.record import RECORD
+from engine.data.shards.index import RECORD, index_name, is_shards, read_dataset, size_problem
 from engine.data.shards.writer import Shard, write_dataset
 
 OURS = re.compile(
@@ -47,56 +45,57 @@ def check_out(out: Path) -> None:
             )
 
 
-def commit(out: Path, made: Sequence[Made], settings: Settings, listed: Sequence[Reject]) -> None:
+def commit(
+    out: Path, groups: Sequence[FinishedGroup], settings: Settings, listed: Sequence[Reject]
+) -> None:
     """Make the groups' shards, all in ``out`` already, its data set; ``listed`` are rejects of no group.
 
     A kill at any moment leaves the old data set or the new one. Raises StorageError.
     """
-    lines: list[dict[str, Any]] = [{"rejects": _told(listed)}]
-    for group in made:
-        shard = None if group.shard is None else group.shard.file
-        lines.append(
-            {
-                "fingerprint": group.fingerprint,
-                "sources": group.sources,
-                "file": shard,
-                "rejects": _told(group.rejects),
-            }
-        )
+    lines: list[dict[str, Any]] = [{"rejects": [reject.as_dict() for reject in listed]}]
+    lines += [
+        {
+            "fingerprint": group.fingerprint,
+            "sources": group.sources,
+            "file": None if group.shard is None else group.shard.file,
+            "rejects": [reject.as_dict() for reject in group.rejects],
+        }
+        for group in groups
+    ]
     text = _lines(lines)
     name = f"groups-{zlib.crc32(text):08x}.jsonl"
     write_atomic(out / name, text)
-    shards = [group.shard for group in made if group.shard is not None]
+    shards = [group.shard for group in groups if group.shard is not None]
     write_dataset(
         out,
         shards,
         fps=settings.fps,
         short_side=settings.short_side,
         sample_rate=SAMPLE_RATE,
-        sources=sum(group.sources for group in made) + len(listed),
-        seconds=sum(int(s.records["num_frames"].sum()) for s in shards) / settings.fps,
-        settings=settings.told(),
-        fingerprint=fingerprint_of([group.fingerprint for group in made], listed),
+        sources=sum(group.sources for group in groups) + len(listed),
+        seconds=sum(group.counts.frames for group in groups) / settings.fps,
+        settings=settings.identity(),
+        fingerprint=fingerprint_of([group.fingerprint for group in groups], listed),
         groups=name,
     )
-    write_rejects(out, made, listed)
+    write_rejects(out / "rejects.jsonl", all_rejects(groups, listed))
 
 
-def write_rejects(out: Path, made: Sequence[Made], listed: Sequence[Reject]) -> None:
+def all_rejects(groups: Sequence[FinishedGroup], listed: Sequence[Reject]) -> list[Reject]:
+    """The rejects of a data set, in the order of ``rejects.jsonl``."""
+    return [*listed, *(reject for group in groups for reject in group.rejects)]
+
+
+def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
     """Write ``rejects.jsonl``."""
-    write_atomic(out / "rejects.jsonl", _rejects_text(made, listed))
+    write_atomic(path, _lines([reject.as_dict() for reject in rejects]))
 
 
-def has_rejects(out: Path, made: Sequence[Made], listed: Sequence[Reject]) -> bool:
-    """Whether ``rejects.jsonl`` is as it should be."""
-    try:
-        return (out / "rejects.jsonl").read_bytes() == _rejects_text(made, listed)
-    except OSError:
-        return False
-
-
-def _rejects_text(made: Sequence[Made], listed: Sequence[Reject]) -> bytes:
-    return _lines(_told([*listed, *(reject for group in made for reject in group.rejects)]))
+def has_rejects(path: Path, rejects: Sequence[Reject]) -> bool:
+    """Whether ``rejects.jsonl`` holds these."""
+    with suppress(OSError):
+        return path.read_bytes() == _lines([reject.as_dict() for reject in rejects])
+    return False
 
 
 def sweep(out: Path) -> None:
@@ -111,50 +110,43 @@ def sweep(out: Path) -> None:
 
 def fingerprint_of(groups: Sequence[str], listed: Sequence[Reject]) -> str:
     """Identifies a data set before it is made: by its groups, and by what was rejected before."""
-    return hashlib.sha256(json.dumps([list(groups), _told(listed)]).encode()).hexdigest()
+    text = json.dumps([list(groups), [reject.as_dict() for reject in listed]])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def committed(out: Path) -> tuple[str, dict[str, Made]]:
-    """A data set's fingerprint, and its groups, by theirs, whose shards are there; none for no data set."""
-    try:
-        if not is_shards(out):
-            return "", {}
-        facts = read_dataset(out)
-        groups = [json.loads(line) for line in (out / facts["groups"]).read_bytes().splitlines()]
-        return facts["fingerprint"], {m.fingerprint: m for m in _made(out, facts, groups[1:])}
-    except (
-        ValueError,
-        OSError,
-        KeyError,
-        TypeError,
-    ):  # what it says can't be relied on: make it anew
-        return "", {}
+def committed(out: Path) -> tuple[str, dict[str, FinishedGroup]]:
+    """Read a data set's fingerprint, and its groups, by theirs, whose shards are there; none for no data set."""
+    # a data set that can't be relied on is made anew
+    with suppress(ValueError, OSError, KeyError, TypeError):
+        if is_shards(out):
+            facts = read_dataset(out)
+            lines = (out / facts["groups"]).read_bytes().splitlines()[1:]
+            groups = _finished(out, facts, [json.loads(line) for line in lines])
+            return facts["fingerprint"], {group.fingerprint: group for group in groups}
+    return "", {}
 
 
-def _made(out: Path, facts: dict[str, Any], groups: list[dict[str, Any]]) -> list[Made]:
+def _finished(
+    out: Path, facts: dict[str, Any], lines: list[dict[str, Any]]
+) -> Iterator[FinishedGroup]:
     index = np.fromfile(out / index_name(facts), RECORD)
     if zlib.crc32(index.tobytes()) != facts["index_crc32"]:
-        return []
-    labels = [*facts["classes"], None]
-    found, first = [], 0
-    listed = {shard["file"]: shard for shard in facts["shards"]}
-    for group in groups:
-        rejects = [Reject(**reject) for reject in group["rejects"]]
+        return
+    classes = [*facts["classes"], None]
+    shards = {shard["file"]: shard for shard in facts["shards"]}
+    first = 0
+    for line in lines:
         shard = None
-        if group["file"] is not None:
-            entry = listed[group["file"]]
-            records = index[first : first + entry["clips"]]
+        if line["file"] is not None:
+            entry = shards[line["file"]]
+            rows = index[first : first + entry["clips"]]
             first += entry["clips"]
             if size_problem(out / entry["file"], entry["bytes"]) is not None:
                 continue
-            names = [labels[i] for i in records["label"]]
-            shard = Shard(entry["file"], entry["bytes"], entry["crc32"], records, names)
-        found.append(Made(group["fingerprint"], group["sources"], shard, rejects))
-    return found
-
-
-def _told(rejects: Sequence[Reject]) -> list[dict[str, Any]]:
-    return [reject.told() for reject in rejects]
+            labels = [classes[i] for i in rows["label"]]
+            shard = Shard(entry["file"], entry["bytes"], entry["crc32"], rows.tobytes(), labels)
+        rejects = [Reject(**reject) for reject in line["rejects"]]
+        yield FinishedGroup(line["fingerprint"], line["sources"], shard, rejects)
 
 
 def _lines(values: Sequence[Any]) -> bytes:

@@ -12,10 +12,11 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from engine.core.files import storing, take_lock
 from engine.core.pool import Crew, Done, LocalPool, Lost, Plain, Pool, ProcessPool
@@ -25,18 +26,19 @@ from engine.data.ingest.grouping import Group, group
 from engine.data.ingest.jobs import (
     Counts,
     CutWork,
-    Made,
+    FinishedGroup,
     ShardWork,
     Work,
     after_crash,
     cut_name,
     cuts_in,
     do_work,
-    made_path,
-    read_made,
+    read_record,
+    record_path,
     reject_source,
 )
 from engine.data.ingest.publish import (
+    all_rejects,
     check_out,
     commit,
     committed,
@@ -45,7 +47,7 @@ from engine.data.ingest.publish import (
     sweep,
     write_rejects,
 )
-from engine.data.ingest.sources import Found, Reject, find_sources
+from engine.data.ingest.sources import Reject, SourceList, find_sources
 
 SCRATCH = ".ingest"
 """Folder, in that of the shards, of what is finished before all is."""
@@ -54,12 +56,12 @@ RETRIES = 1
 
 
 class IngestError(ValueError):
-    """Nothing could be ingested; one line says why."""
+    """Ends an ingest of which nothing came; the message says why in one line."""
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What became of the sources: files, or stretches of files that a list names."""
+    """Counts of an ingest's sources: files, or stretches of files that a list names."""
 
     sources: int
     clips: int
@@ -79,47 +81,38 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an ingest is."""
+    """Counts of an ingest so far."""
 
-    done: int
+    done: int = 0
     """Sources that are clips or rejects by now."""
-    total: int
+    total: int = 0
     """0 while files are still being looked up, ``done`` of them so far."""
-    reused: int
+    reused: int = 0
     """Of those done, sources that an earlier run did."""
-    clips: int
-    seconds: float
+    clips: int = 0
+    seconds: float = 0.0
     """Length of the clips."""
-    rejects: int
+    rejects: int = 0
     waiting: bool = False
-    """For another process that is making the same shards; told once."""
+    """For another process that is making the same shards; reported once."""
 
 
 def ingest(
-    videos: Sequence[Path] | Found,
+    videos: Sequence[Path] | SourceList,
     out: Path,
     *,
-    fps: float = 25.0,
-    short_side: int = 128,
-    clip_seconds: float = 10.0,
-    clips_per_video: int | None = None,
-    min_seconds: float = 1.0,
-    quality: int = 85,
-    codec: str = "jpeg",
-    seed: int = 0,
-    every: float | None = None,
     workers: int | None = None,
     address: str | None = None,
     pool: Pool | None = None,
     progress: Callable[[Progress], None] | None = None,
+    **settings: Any,
 ) -> IngestReport:
-    """Cut clips from videos and write them as the shards ``out``.
+    """Cut clips from videos and write them as the shards ``out``; ``settings`` are the fields of ``Settings``.
 
-    ``videos`` are files, folders and lists (see ``find_sources``), or what the functions of ``splits`` found. A source
-    no longer than ``clip_seconds`` is one clip; a longer one gives ``clips_per_video`` at random starts (None: one a
-    started minute), or with ``every`` clips that start that many seconds apart; those shorter than ``min_seconds`` are
-    rejected. ``workers`` counts processes (None: one a core; 1: this one); ``address`` names a Ray cluster to run on
-    instead, ``pool`` one of ``worker_pool`` that the caller keeps.
+    ``videos`` are files, folders and lists (see ``find_sources``), or the result of one of ``splits``' functions. A
+    source no longer than ``clip_seconds`` is one clip; a longer one gives several. ``workers`` counts processes
+    (None: one a core; 1: this one); ``address`` names a Ray cluster to run on instead, ``pool`` one of ``worker_pool``
+    that the caller keeps.
 
     What an earlier run with the same settings finished in ``out``, even a killed one, is kept. Until all is finished,
     the data set that ``out`` held stays. Another process at work on it is waited for, unless the shards are complete.
@@ -128,23 +121,21 @@ def ingest(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    settings = Settings(
-        fps=fps,
-        short_side=short_side,
-        clip_seconds=clip_seconds,
-        clips_per_video=clips_per_video,
-        min_seconds=min_seconds,
-        quality=quality,
-        codec=codec,
-        seed=seed,
-        every=every,
-    )
+    chosen = Settings(**settings)
     check_out(out)
-    named = "the lists" if isinstance(videos, Found) else ", ".join(map(str, videos))
-    found = videos if isinstance(videos, Found) else find_sources(videos)
-    if not found.sources and not found.rejects:
-        raise IngestError(f"no videos found in {named}")
-    return _Ingest(out, found, settings, progress).run(workers, address, pool)
+    listed = videos if isinstance(videos, SourceList) else find_sources(videos)
+    if not listed.sources and not listed.rejects:
+        where = ["the lists"] if isinstance(videos, SourceList) else videos
+        text = ", ".join(map(str, where))
+        raise IngestError(f"no videos found in {text}")
+    cores = len(os.sched_getaffinity(0))
+
+    def open_pool(most: int) -> AbstractContextManager[Pool]:
+        if pool is not None:
+            return nullcontext(pool)
+        return closing(worker_pool(min(workers or cores, most), address))
+
+    return _Ingest(out, listed, chosen, progress or (lambda _: None), open_pool).run()
 
 
 def worker_pool(workers: int, address: str | None = None) -> Pool:
@@ -156,81 +147,76 @@ def worker_pool(workers: int, address: str | None = None) -> Pool:
 
 
 class _Ingest:
-    """One run: what is finished already, what is left to do, and how far it is."""
+    """Does one ingest: finds what is finished already, and does what is left."""
 
     def __init__(
         self,
         out: Path,
-        found: Found,
+        videos: SourceList,
         settings: Settings,
-        progress: Callable[[Progress], None] | None,
+        progress: Callable[[Progress], None],
+        open_pool: Callable[[int], AbstractContextManager[Pool]],
     ) -> None:
-        self.out, self.scratch, self.found, self.settings = out, out / SCRATCH, found, settings
-        self.tell = progress or (lambda _: None)
+        self.out, self.scratch, self.settings = out, out / SCRATCH, settings
+        self.sources, self.listed, self.unlisted = videos.sources, videos.rejects, videos.unlisted
+        self.progress, self.open_pool = progress, open_pool
         self.groups: list[Group] = []
-        self.made: dict[str, Made] = {}
+        self.finished: dict[str, FinishedGroup] = {}
         self.done = self.reused = self.clips = self.frames = self.rejects = 0
 
-    def run(self, workers: int | None, address: str | None, pool: Pool | None) -> IngestReport:
+    def run(self) -> IngestReport:
         """Do what is left, and make the whole the folder's data set."""
-        self.groups = group(self.found.sources, self.settings, progress=self._looked_up)
+        self.groups = group(
+            self.sources, self.settings, progress=lambda number: self.progress(Progress(number))
+        )
         if not self._complete():
-            self._work_alone(workers, address, pool)
+            waiting = Progress(waiting=True)
+            with _locked(self.out, self.scratch, on_wait=lambda: self.progress(waiting)):
+                if not self._complete():  # another process may have done it by now
+                    self._make()
+                self._clean()
         elif self.scratch.exists():  # a kill left it, unless another process is at work
             with suppress(OSError), take_lock(self.scratch / "lock"):
                 self._clean()
-        return self._report_of([self.made[g.fingerprint] for g in self.groups])
+        groups = self._in_order()
+        return IngestReport(
+            sources=len(self.sources) + len(self.listed),
+            clips=sum(g.counts.clips for g in groups),
+            seconds=sum(g.counts.frames for g in groups) / self.settings.fps,
+            rejects=all_rejects(groups, self.listed),
+            unlisted=self.unlisted,
+            reused=self.reused,
+        )
+
+    def _in_order(self) -> list[FinishedGroup]:
+        return [self.finished[g.fingerprint] for g in self.groups]
 
     def _complete(self) -> bool:
-        """Whether ``out`` holds what is wanted and nothing is to be done; notes what it holds."""
-        listed = self.found.rejects
+        """Whether ``out`` holds the whole data set already; notes which groups it holds."""
         before, kept = committed(self.out)
         prints = [g.fingerprint for g in self.groups]
         self._take_over(kept)
-        same = before == fingerprint_of(prints, listed) and kept.keys() >= set(prints)
-        return same and has_rejects(self.out, [kept[p] for p in prints], listed)
-
-    def _work_alone(self, workers: int | None, address: str | None, pool: Pool | None) -> None:
-        """Hold ``out`` against other processes, and do what they haven't done by then."""
-        with _locked(self.out, self.scratch, on_wait=self._waits):
-            if not self._complete():
-                self._make(workers, address, pool)
-            self._clean()
+        if before != fingerprint_of(prints, self.listed) or not kept.keys() >= set(prints):
+            return False
+        rejects = all_rejects([kept[p] for p in prints], self.listed)
+        return has_rejects(self.out / "rejects.jsonl", rejects)
 
     def _clean(self) -> None:
         sweep(self.out)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def _make(self, workers: int | None, address: str | None, pool: Pool | None) -> None:
-        if len(self.made) < len(self.groups):
-            self._cut(workers, address, pool)
-        made = [self.made[g.fingerprint] for g in self.groups]
-        if not any(m.shard is not None and m.shard.labels for m in made):
-            raise self._nothing(made)
-        commit(self.out, made, self.settings, self.found.rejects)
+    def _make(self) -> None:
+        if len(self.finished) < len(self.groups):
+            self._cut()
+        groups = self._in_order()
+        if not any(g.counts.clips for g in groups):
+            raise self._nothing(all_rejects(groups, self.listed))
+        commit(self.out, groups, self.settings, self.listed)
 
-    def _report_of(self, made: Sequence[Made]) -> IngestReport:
-        listed = self.found.rejects
-        shards = [m.shard for m in made if m.shard is not None]
-        frames = sum(int(shard.records["num_frames"].sum()) for shard in shards)
-        return IngestReport(
-            sources=len(self.found.sources) + len(listed),
-            clips=sum(len(shard.labels) for shard in shards),
-            seconds=frames / self.settings.fps,
-            rejects=[*listed, *(reject for m in made for reject in m.rejects)],
-            unlisted=self.found.unlisted,
-            reused=self.reused,
-        )
-
-    def _nothing(self, made: Sequence[Made]) -> IngestError:
-        """Every source was rejected: leave the reasons beside ``out``, and nothing else that was not there."""
-        rejects = [*self.found.rejects, *(reject for m in made for reject in m.rejects)]
+    def _nothing(self, rejects: Sequence[Reject]) -> IngestError:
+        """Leave the reasons beside ``out``, where every source was rejected, and nothing else that was not there."""
         path = self.out.with_name(f"{self.out.name}.rejects.jsonl")
-        beside = self.scratch / "none"
-        beside.mkdir(exist_ok=True)
-        write_rejects(beside, made, self.found.rejects)
-        with storing(path):
-            os.replace(beside / "rejects.jsonl", path)
+        write_rejects(path, rejects)
         shutil.rmtree(self.scratch, ignore_errors=True)
         with suppress(OSError):
             self.out.rmdir()
@@ -239,52 +225,39 @@ class _Ingest:
             f" (all reasons: {path})"
         )
 
-    def _looked_up(self, number: int) -> None:
-        self.tell(Progress(number, 0, 0, 0, 0.0, 0))
-
-    def _waits(self) -> None:
-        self.tell(Progress(0, 0, 0, 0, 0.0, 0, waiting=True))
-
-    def _take_over(self, kept: dict[str, Made]) -> None:
+    def _take_over(self, kept: dict[str, FinishedGroup]) -> None:
         """Use the groups that the data set in ``out`` or a killed run has finished."""
-        self.made.clear()
-        self.done = self.reused = self.clips = self.frames = self.rejects = 0
-        for g in self.groups:
-            made = kept.get(g.fingerprint)
-            if made is None:
-                made = read_made(made_path(self.scratch, g.fingerprint), self.out)
-            if made is not None:
-                self.made[g.fingerprint] = made
-                self.reused += made.sources
-                shard = made.shard
-                if shard is not None:
-                    self.clips += len(shard.labels)
-                    self.frames += int(shard.records["num_frames"].sum())
-                self.rejects += len(made.rejects)
-        self.done = self.reused
-        self._report()
+        records = (record_path(self.scratch, g.fingerprint) for g in self.groups)
+        groups = [
+            kept.get(g.fingerprint) or read_record(record, self.out)
+            for g, record in zip(self.groups, records, strict=True)
+        ]
+        self.finished = {g.fingerprint: g for g in groups if g is not None}
+        self.done = self.reused = sum(g.sources for g in self.finished.values())
+        self.clips = self.frames = self.rejects = 0
+        self._count(*(g.counts for g in self.finished.values()))
 
-    def _report(self) -> None:
-        seconds = self.frames / self.settings.fps
-        total = len(self.found.sources)
-        self.tell(Progress(self.done, total, self.reused, self.clips, seconds, self.rejects))
+    def _count(self, *results: Counts) -> None:
+        """Add results to those so far, and report how far the ingest is."""
+        self.clips += sum(counts.clips for counts in results)
+        self.frames += sum(counts.frames for counts in results)
+        self.rejects += sum(counts.rejects for counts in results)
+        seconds, total = self.frames / self.settings.fps, len(self.sources)
+        self.progress(Progress(self.done, total, self.reused, self.clips, seconds, self.rejects))
 
-    def _cut(self, workers: int | None, address: str | None, pool: Pool | None) -> None:
+    def _cut(self) -> None:
         """Cut the sources that are left and write their shards."""
-        left = [g for g in self.groups if g.fingerprint not in self.made]
+        left = [g for g in self.groups if g.fingerprint not in self.finished]
         queue = _Queue(left, self.settings, self.scratch, self.out)
         self.reused += queue.reused
         self.done += queue.reused
-        count = min(workers or len(os.sched_getaffinity(0)), sum(len(g.sources) for g in left))
-        with (
-            nullcontext(pool) if pool is not None else closing(worker_pool(count, address)) as pool
-        ):
+        with self.open_pool(sum(len(g.sources) for g in left)) as pool:
             crew = Crew(pool, RETRIES, on_lost=_stop_on_error, max_in_a_row=math.inf)
             for work, report in crew.run(queue.feed):
                 self._take(queue, work, report)
 
     def _take(self, queue: _Queue, work: Work, report: Done | Lost) -> None:
-        """Note what became of a work; a source whose workers died is cut without the clip they died at, or rejected."""
+        """Note the result of a work; a source whose workers died is cut without the clip they died at, or rejected."""
         if isinstance(report, Done):
             counts: Counts = report.result
         elif isinstance(work, ShardWork):
@@ -299,20 +272,19 @@ class _Ingest:
         queue.finish(work, counts)
         if isinstance(work, CutWork):
             self.done += 1
-            self.clips, self.frames = self.clips + counts.clips, self.frames + counts.frames
-            self.rejects += counts.rejects
-            self._report()
+            self._count(counts)
         elif counts.missing:
             self.done -= len(counts.missing)
         else:
-            made = read_made(made_path(self.scratch, work.group.fingerprint), self.out)
-            if made is None:
+            fingerprint = work.group.fingerprint
+            finished = read_record(record_path(self.scratch, fingerprint), self.out)
+            if finished is None:
                 raise OSError(f"{self.out / work.group.shard} changed while it was being made")
-            self.made[work.group.fingerprint] = made
+            self.finished[fingerprint] = finished
 
 
 def _stop_on_error(lost: Lost, again: bool) -> None:
-    """Raise what a work raised: the disk is full or the videos are gone, and any other is a bug."""
+    """Raise a work's own error: the disk is full, the videos are gone, or it is a bug."""
     if lost.error is not None:
         raise lost.error
 
@@ -337,10 +309,10 @@ class _Queue:
 
     def _all_cuts(self, groups: Sequence[Group]) -> Iterator[CutWork]:
         for g in groups:
-            if not self._waiting[g.fingerprint]:
+            waiting = sorted(self._waiting[g.fingerprint])
+            if not waiting:
                 self.first.append(self._shard(g))
-            for place in sorted(self._waiting[g.fingerprint]):
-                yield self._cut(g, place)
+            yield from (self._cut(g, place) for place in waiting)
 
     def _cut(self, g: Group, place: int) -> CutWork:
         path = self.scratch / cut_name(g.prints[place])
@@ -356,10 +328,8 @@ class _Queue:
         return list(islice(iter(self._next, None), count))
 
     def _next(self) -> Work | None:
-        if self.first:
-            return self.first.popleft()
-        work = next(self._cuts, None)
-        return work if work is not None or not self.first else self.first.popleft()
+        work = None if self.first else next(self._cuts, None)  # which may add to the first
+        return self.first.popleft() if work is None and self.first else work
 
     def finish(self, work: Work, counts: Counts) -> None:
         """Take note of a work that is done."""
@@ -378,13 +348,13 @@ class _Queue:
 def _locked(out: Path, scratch: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold ``out`` against other ingests; waits for one that is at work."""
     with storing(out):
-        made = not out.exists()
+        is_new = not out.exists()
         file = take_lock(scratch / "lock", on_wait=on_wait)
     with file:
         try:
             yield
         finally:
-            if made and not (out / "dataset.json").exists():
+            if is_new and not (out / "dataset.json").exists():
                 with suppress(OSError):  # nothing was finished: leave nothing
                     if [f.name for f in scratch.iterdir()] == ["lock"]:
                         shutil.rmtree(scratch)

@@ -1,4 +1,4 @@
-"""What is to be ingested: files, folders, and lists of files with labels and stretches of time."""
+"""Sources of an ingest: files, folders, and lists of files with labels and stretches of time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLUMNS = {
     "start": ("start", "time_start", "start_time"),
     "end": ("end", "time_end", "end_time"),
 }
-"""What the columns of a list may be called."""
+"""Names that the columns of a list may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Source:
     label: str | None
     start: float | None = None
     end: float | None = None
-    """The stretch wanted, in seconds from the video's first frame; None: from its beginning, to its end."""
+    """The stretch, in seconds from the video's first frame; None: from its beginning, to its end."""
     splits: tuple[str, ...] = ()
     """Its part, "train", "test" or "validation", in splits 1, 2 ... of its data set; "" for none."""
     listed: str | None = None
@@ -52,7 +52,7 @@ class Source:
 
     @property
     def path(self) -> Path:
-        """Where the file is."""
+        """The file's path."""
         return Path(self.folder, self.relative)
 
     @property
@@ -77,13 +77,13 @@ class Reject:
     partial: bool = False
     """Whether the rest of the source gave clips."""
 
-    def told(self) -> dict[str, Any]:
-        """What ``rejects.jsonl`` says of it."""
+    def as_dict(self) -> dict[str, Any]:
+        """Its line in ``rejects.jsonl``."""
         return {key: value for key, value in asdict(self).items() if value}
 
 
 @dataclass
-class Found:
+class SourceList:
     """Sources, what can't be one, and files that the lists don't mention."""
 
     sources: list[Source] = field(default_factory=list)
@@ -92,24 +92,24 @@ class Found:
     """Files beside the listed ones that no official list names, and that are passed over."""
 
     @staticmethod
-    def of(parts: Iterable[Found]) -> Found:
-        """What several searches found, as one; sources in the order of their paths."""
+    def of(parts: Iterable[SourceList]) -> SourceList:
+        """Several lists as one; sources in the order of their paths."""
         parts = list(parts)
-        return Found(
+        return SourceList(
             in_order(source for part in parts for source in part.sources),
             [reject for part in parts for reject in part.rejects],
             sum(part.unlisted for part in parts),
         )
 
 
-def find_sources(paths: Sequence[Path]) -> Found:
+def find_sources(paths: Sequence[Path]) -> SourceList:
     """Files, those below folders, and those that lists (.txt, .csv, .tsv) name, in the order of their paths.
 
     Raises ValueError for a path that doesn't exist, and for a list that can't be read as one.
     """
     lists = [p for p in map(Path, paths) if p.suffix.lower() in LIST_SUFFIXES and p.is_file()]
-    files = Found(find_videos([p for p in paths if p not in lists]))
-    return Found.of([files, *map(read_list, lists)])
+    videos = SourceList(find_videos([p for p in paths if p not in lists]))
+    return SourceList.of([videos, *map(read_list, lists)])
 
 
 def in_order(sources: Iterable[Source]) -> list[Source]:
@@ -130,24 +130,24 @@ def in_order(sources: Iterable[Source]) -> list[Source]:
 
 
 def find_videos(paths: Sequence[Path]) -> list[Source]:
-    """List the files that may be videos: those given, and all below the folders given, sorted by path.
+    """List the files that may be videos, those of ``paths`` and all below its folders, sorted by path.
 
-    In folders, hidden files, shards and files that are no videos by their suffix are passed over, and files of
-    unknown suffix are taken: reading them tells. Raises ValueError for a path that doesn't exist.
+    In folders, hidden files, shards and files that are no videos by their suffix are passed over; files of unknown
+    suffix are taken, since reading them settles it. Raises ValueError for a path that doesn't exist.
     """
-    found: dict[str, Source] = {}
+    videos: dict[str, Source] = {}
     for path in map(Path, paths):
         if path.is_dir():
             folder = str(path)
             for relative in files_below(path):
                 parent = os.path.basename(os.path.dirname(relative))
                 source = Source(folder, relative, parent or None)
-                found.setdefault(os.path.join(folder, relative), source)
+                videos.setdefault(os.path.join(folder, relative), source)
         elif path.exists():
-            found.setdefault(str(path), Source(str(path.parent), path.name, None))
+            videos.setdefault(str(path), Source(str(path.parent), path.name, None))
         else:
             raise ValueError(f"{path} does not exist: give files or folders of videos")
-    return in_order(found.values())
+    return in_order(videos.values())
 
 
 def files_below(folder: Path) -> Iterator[str]:
@@ -176,42 +176,40 @@ def files_below(folder: Path) -> Iterator[str]:
                     yield name
 
 
-def read_list(path: Path) -> Found:
+def read_list(path: Path) -> SourceList:
     """Read a list of videos, relative to its own folder: a path a line (.txt), or a table (.csv, .tsv).
 
     A table's first line may name its columns (path, label, start, end: see COLUMNS); without it they come in this
     order. Several lines of one file with other times are several sources. A line that can't be used becomes a
     reject with its number. Raises ValueError for a list that can't be read, and one with columns but no path.
     """
-    found = Found()
-    seen: dict[tuple[str, float | None, float | None], int] = {}
+    videos = SourceList()
+    lines: dict[tuple[str, float | None, float | None], int] = {}
     for number, row in _rows(path):
         where = f"{path.name}:{number}"
         name = (row.get("path") or "").strip()
         try:
-            if not name:
-                raise ValueError("the line names no file")
-            source = _listed(path.parent, name, row, where)
-            key = (source.relative, source.start, source.end)
-            if key in seen:
-                raise ValueError(f"line {seen[key]} names the same stretch of the same file")
-            seen[key] = number
+            source = _source(path.parent, name, row, where)
+            first = lines.setdefault((source.relative, source.start, source.end), number)
+            if first != number:
+                raise ValueError(f"line {first} names the same stretch of the same file")
             if not source.path.is_file():
                 raise ValueError("there is no such file")
         except ValueError as error:
-            found.rejects.append(Reject(name, str(error), listed=where))
-            continue
-        found.sources.append(source)
-    return found
+            videos.rejects.append(Reject(name, str(error), listed=where))
+        else:
+            videos.sources.append(source)
+    return videos
 
 
-def _listed(folder: Path, name: str, row: dict[str, str], where: str) -> Source:
-    relative = os.path.normpath(name)
+def _source(folder: Path, name: str, row: dict[str, str], where: str) -> Source:
+    if not name:
+        raise ValueError("the line names no file")
     start, end = (seconds(row.get(key), what=key) for key in ("start", "end"))
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"it ends at {end:g} s, before it starts at {start or 0.0:g} s")
     label = (row.get("label") or "").strip() or None
-    return Source(str(folder), relative, label, start, end, listed=where)
+    return Source(str(folder), os.path.normpath(name), label, start, end, listed=where)
 
 
 def seconds(text: str | None, *, what: str) -> float | None:

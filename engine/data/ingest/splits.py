@@ -9,11 +9,19 @@ import csv
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.data.ingest.sources import Found, Reject, Source, files_below, read_text, seconds
+from engine.data.ingest.sources import (
+    Reject,
+    Source,
+    SourceList,
+    files_below,
+    in_order,
+    read_text,
+    seconds,
+)
 
 NUM_SPLITS = 3
 MISSING = "missing: "
@@ -24,14 +32,23 @@ KINETICS_PARTS |= {"validation": "validation", "": ""}
 
 
 @dataclass
-class _Entry:
-    """What the lists say of one video."""
+class _Video:
+    """A video as the lists have it."""
 
     label: str
     name: str
     """File name, as listed."""
     listed: str
     splits: list[str] = field(default_factory=lambda: [""] * NUM_SPLITS)
+
+    def assign(self, split: int, part: str, where: str) -> None:
+        """Put it into a part of a split; raises ValueError where it is in another already."""
+        before = self.splits[split]
+        if before and part and before != part:
+            raise ValueError(
+                f"{where}: {self.name} is in both the {before} and the {part} part of split {split + 1}"
+            )
+        self.splits[split] = part or before
 
 
 class _Files:
@@ -42,20 +59,25 @@ class _Files:
             raise ValueError(f"{folder} is no folder: give the folder of the videos")
         self.folder = folder
         self._by_name: dict[str, list[str]] = defaultdict(list)
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
         for relative in sorted(files_below(folder)):
-            self._by_name[os.path.basename(relative)].append(relative)
+            name = os.path.basename(relative)
+            if name not in self._by_name:
+                self._by_stem[os.path.splitext(name)[0]].append(name)
+            self._by_name[name].append(relative)
         self.count = sum(map(len, self._by_name.values()))
-
-    def names(self) -> Iterator[str]:
-        """Names of all files."""
-        return iter(self._by_name)
 
     def find(self, name: str, label: str | None) -> str | None:
         """The file of this name, in a folder of the class's name where there are several."""
-        found = self._by_name.get(name, [])
+        files = self._by_name.get(name, [])
         folder = _plain(label or "")
-        fits = [f for f in found if _plain(os.path.basename(os.path.dirname(f))) == folder]
-        return next(iter(fits or found), None)
+        fits = [f for f in files if _plain(os.path.basename(os.path.dirname(f))) == folder]
+        return next(iter(fits or files), None)
+
+    def find_stem(self, stem: str, label: str | None) -> str | None:
+        """Like ``find``, for a name without its suffix."""
+        names = self._by_stem.get(stem)
+        return self.find(names[0], label) if names else None
 
 
 def _plain(label: str) -> str:
@@ -70,35 +92,33 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
             yield f"{path.name}:{number}", line.rsplit(maxsplit=1)
 
 
-def _existing(path: Path, what: str) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: {what}")
-    return path
-
-
-def ucf101(videos: Path, splits: Path) -> Found:
+def ucf101(videos: Path, splits: Path) -> SourceList:
     """UCF101 by ``classInd.txt``, ``trainlist01.txt`` to ``03`` and ``testlist01.txt`` to ``03``.
 
     Classes are those of ``classInd.txt``; files are looked for by name, wherever they lie below ``videos``. Raises
     ValueError for a list that is missing or malformed.
     """
-    what = "the UCF101 lists are classInd.txt, trainlist01.txt ... testlist03.txt"
-    index = _existing(splits / "classInd.txt", what)
-    classes = {words[-1] for _, words in _lines(index)}
-    entries: dict[str, _Entry] = {}
-    for split in range(NUM_SPLITS):
-        for part in ("train", "test"):
-            path = _existing(splits / f"{part}list{split + 1:02d}.txt", what)
-            for where, words in _lines(path):
-                label, _, name = words[0].rpartition("/")
-                if label not in classes:
-                    raise ValueError(f"{where} ({path}): {label or words[0]!r} is no UCF101 class")
-                entry = entries.setdefault(words[0], _Entry(label, name, where))
-                _assign(entry, split, part, where)
-    return _look_up(list(entries.values()), _Files(videos))
+    lists = [
+        (split, part, splits / f"{part}list{split + 1:02d}.txt")
+        for split in range(NUM_SPLITS)
+        for part in ("train", "test")
+    ]
+    for path in (splits / "classInd.txt", *(path for _, _, path in lists)):
+        if not path.is_file():
+            what = "the UCF101 lists are classInd.txt, trainlist01.txt ... testlist03.txt"
+            raise ValueError(f"{path} is missing: {what}")
+    classes = {words[-1] for _, words in _lines(splits / "classInd.txt")}
+    entries: dict[str, _Video] = {}
+    for split, part, path in lists:
+        for where, words in _lines(path):
+            label, _, name = words[0].rpartition("/")
+            if label not in classes:
+                raise ValueError(f"{where} ({path}): {label or words[0]!r} is no UCF101 class")
+            entries.setdefault(words[0], _Video(label, name, where)).assign(split, part, where)
+    return _look_up(entries.values(), _Files(videos))
 
 
-def hmdb51(videos: Path, splits: Path) -> Found:
+def hmdb51(videos: Path, splits: Path) -> SourceList:
     """HMDB51 by its ``CLASS_test_split1.txt`` ... files; a 0 there means in no part of that split.
 
     Files are looked for by name, wherever they lie below ``videos``. Raises ValueError where there are no lists,
@@ -109,89 +129,64 @@ def hmdb51(videos: Path, splits: Path) -> Found:
     lists = [(m[1], int(m[2]) - 1, splits / n) for n in names if (m := pattern.fullmatch(n))]
     if not lists:
         raise ValueError(f"{splits} holds no HMDB51 lists (CLASS_test_split1.txt ...)")
-    entries: dict[tuple[str, str], _Entry] = {}
+    entries: dict[tuple[str, str], _Video] = {}
     for label, split, path in lists:
         for where, words in _lines(path):
             if len(words) != 2 or words[1] not in HMDB51_PARTS:
                 raise ValueError(f"{where} ({path}): write NAME.avi and 0, 1 or 2")
-            entry = entries.setdefault((label, words[0]), _Entry(label, words[0], where))
-            _assign(entry, split, HMDB51_PARTS[words[1]], where)
-    return _look_up(list(entries.values()), _Files(videos))
+            video = entries.setdefault((label, words[0]), _Video(label, words[0], where))
+            video.assign(split, HMDB51_PARTS[words[1]], where)
+    return _look_up(entries.values(), _Files(videos))
 
 
-def _assign(entry: _Entry, split: int, part: str, where: str) -> None:
-    before = entry.splits[split]
-    if before and part and before != part:
-        raise ValueError(
-            f"{where}: {entry.name} is in both the {before} and the {part} part of split {split + 1}"
-        )
-    entry.splits[split] = part or before
-
-
-def _look_up(entries: Sequence[_Entry], files: _Files) -> Found:
-    found = Found()
-    for entry in entries:
-        relative = files.find(entry.name, entry.label)
+def _look_up(videos: Iterable[_Video], files: _Files) -> SourceList:
+    sources, rejects = [], []
+    for video in videos:
+        relative = files.find(video.name, video.label)
         if relative is None:
             missing = f"{MISSING}there is no such file below {files.folder}"
-            path = f"{entry.label}/{entry.name}"
-            found.rejects.append(Reject(path, missing, listed=entry.listed))
+            rejects.append(Reject(f"{video.label}/{video.name}", missing, listed=video.listed))
             continue
-        splits = tuple(entry.splits)
-        source = Source(
-            str(files.folder), relative, entry.label, splits=splits, listed=entry.listed
-        )
-        found.sources.append(source)
-    found.unlisted = files.count - len({s.relative for s in found.sources})
-    return Found.of([found])
+        splits, where = tuple(video.splits), video.listed
+        folder, label = str(files.folder), video.label
+        sources.append(Source(folder, relative, label, splits=splits, listed=where))
+    return _with_count(files, sources, rejects)
 
 
-def kinetics(videos: Path, lists: Sequence[Path]) -> Found:
+def _with_count(files: _Files, sources: list[Source], rejects: list[Reject]) -> SourceList:
+    unlisted = files.count - len({source.relative for source in sources})
+    return SourceList(in_order(sources), rejects, unlisted)
+
+
+def kinetics(videos: Path, lists: Sequence[Path]) -> SourceList:
     """Kinetics by CSV files with the columns label (if known), youtube_id, time_start, time_end and split.
 
     Files are ``ID.mp4``, ``ID_000010_000020.mp4`` or such with another suffix, wherever they lie below ``videos``. Of
-    an ``ID.mp4`` that is longer than the stretch, the stretch is taken. Splits are told as split 1. Raises
+    an ``ID.mp4`` that is longer than the stretch, the stretch is taken. Its splits are parts of split 1. Raises
     ValueError for a list that can't be read or lacks columns.
     """
     files = _Files(videos)
-    by_stem = _stems(files)
-    found = Found()
-    used: set[str] = set()
+    sources, rejects = [], []
     for path in lists:
         for number, row in _table(path):
             where = f"{path.name}:{number}"
-            name = row.get("youtube_id", "").strip()
             try:
-                source = _kinetics_source(files, by_stem, row, where)
+                sources.append(_kinetics_source(files, row, where))
             except ValueError as error:
-                found.rejects.append(Reject(name, str(error), listed=where))
-                continue
-            used.add(source.relative)
-            found.sources.append(source)
-    found.unlisted = files.count - len(used)
-    return Found.of([found])
-
-
-def _stems(files: _Files) -> dict[str, list[str]]:
-    stems: dict[str, list[str]] = defaultdict(list)
-    for name in files.names():
-        stems[os.path.splitext(name)[0]].append(name)
-    return stems
+                rejects.append(Reject(row["youtube_id"].strip(), str(error), listed=where))
+    return _with_count(files, sources, rejects)
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.DictReader(read_text(path).splitlines())
-    wanted = {"youtube_id", "time_start", "time_end"}
-    missing = sorted(wanted - set(reader.fieldnames or ()))
+    missing = sorted({"youtube_id", "time_start", "time_end"} - set(reader.fieldnames or ()))
     if missing:
         raise ValueError(f"{path} has no column {missing[0]}: give a Kinetics list")
     for row in reader:
         yield reader.line_num, {k: v or "" for k, v in row.items() if k is not None}
 
 
-def _kinetics_source(
-    files: _Files, by_stem: dict[str, list[str]], row: dict[str, str], where: str
-) -> Source:
+def _kinetics_source(files: _Files, row: dict[str, str], where: str) -> Source:
     name, label = row["youtube_id"].strip(), row.get("label", "").strip() or None
     start, end = (seconds(row[f"time_{key}"], what=f"time_{key}") for key in ("start", "end"))
     if start is None or end is None or end <= start:
@@ -199,20 +194,11 @@ def _kinetics_source(
     part = row.get("split", "").strip().lower()
     if part not in KINETICS_PARTS:
         raise ValueError(f"its split, {part!r}, is none of train, val and test")
-    trimmed = f"{name}_{round(start):06d}_{round(end):06d}"
-    for stem in (trimmed, name):
-        for file in by_stem.get(stem, []):
-            relative = files.find(file, label)
-            assert relative is not None
-            whole = stem == trimmed
-            return Source(
-                str(files.folder),
-                relative,
-                label,
-                start=None if whole else start,
-                end=None if whole else end,
-                splits=(KINETICS_PARTS[part],),
-                listed=where,
-                may_be_trimmed=not whole,
-            )
-    raise ValueError(f"{MISSING}there is no such file below {files.folder}")
+    folder, splits = str(files.folder), (KINETICS_PARTS[part],)
+    trimmed = files.find_stem(f"{name}_{round(start):06d}_{round(end):06d}", label)
+    if trimmed is not None:
+        return Source(folder, trimmed, label, splits=splits, listed=where)
+    whole = files.find_stem(name, label)
+    if whole is None:
+        raise ValueError(f"{MISSING}there is no such file below {files.folder}")
+    return Source(folder, whole, label, start, end, splits, where, may_be_trimmed=True)

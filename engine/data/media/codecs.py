@@ -1,8 +1,8 @@
-"""How a clip's pictures are stored: its codecs, the bytes of each, and which of them some frames need.
+"""Storage of a clip's pictures: its codecs, the bytes of each, and which of them some frames need.
 
 JPEG pictures are stored one after the other, and each can be taken alone. VP9 is an IVF file with a key frame every
-KEY_EVERY frames: taken is the stretch from the key frame before the first frame wanted to the last one. Streams that
-only a GPU decodes, and those that were copied from their source, are mp4 files, taken whole: the decoder seeks in them.
+KEY_EVERY frames: read is the stretch from the key frame before the first frame needed to the last one. Streams that
+only a GPU decodes, and those that were copied from their source, are mp4 files, read whole: the decoder seeks in them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MPEG4 = Codec(5, "mpeg4", "mp4", on_cpu=False)
 CODECS = (JPEG, VP9, H264, HEVC, VP9_MP4, MPEG4)
 """By number; at most eight."""
 COPIED = {"h264": H264, "hevc": HEVC, "vp9": VP9_MP4, "libvpx-vp9": VP9_MP4, "mpeg4": MPEG4}
-"""What a source's stream is stored as where it is copied, by FFmpeg's name of its decoder."""
+"""Codecs of streams that are copied from their source, by FFmpeg's name of the decoder."""
 
 
 class DamagedPictures(ValueError):
@@ -51,27 +51,27 @@ class DamagedPictures(ValueError):
 
 @dataclass(frozen=True)
 class Pictures:
-    """A clip's pictures on their way into a shard."""
+    """A clip's encoded pictures, to be stored in a shard."""
 
     codec: Codec
-    pieces: tuple[bytes, ...]
+    packets: tuple[bytes, ...]
     """JPEG files or VP9 packets, one a frame; or a whole mp4 file."""
     shown: tuple[int, ...] | None = None
-    """Of an mp4 file: the place, in the order of showing, of the frame that each of the clip's frames is."""
+    """For each of the clip's frames, its number among the mp4 file's, in the order of showing; None for no mp4 file."""
 
     @property
     def num_frames(self) -> int:
         """The clip's frames."""
-        return len(self.pieces) if self.shown is None else len(self.shown)
+        return len(self.packets) if self.shown is None else len(self.shown)
 
     def packed(self, *, width: int, height: int, fps: float) -> tuple[bytes, NDArray[np.uint32]]:
-        """The bytes to store, and the table that ``Taken`` needs, uint32: num_frames + 1 offsets, or ``shown``."""
+        """Packs the bytes to store, and the table for ``locate``, uint32: num_frames + 1 offsets, or ``shown``."""
         if self.shown is not None:
-            (film,) = self.pieces
+            (film,) = self.packets
             return film, np.array(self.shown, "<u4")
         if self.codec is JPEG:
-            return b"".join(self.pieces), np.cumsum([0, *map(len, self.pieces)]).astype("<u4")
-        framed = [IVF_FRAME.pack(len(p), i) + p for i, p in enumerate(self.pieces)]
+            return b"".join(self.packets), np.cumsum([0, *map(len, self.packets)]).astype("<u4")
+        framed = [IVF_FRAME.pack(len(p), i) + p for i, p in enumerate(self.packets)]
         head = ivf_header(width=width, height=height, fps=fps, frames=len(framed))
         return head + b"".join(framed), np.cumsum([len(head), *map(len, framed)]).astype("<u4")
 
@@ -89,62 +89,67 @@ def table_length(codec: Codec, num_frames: int) -> int:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """Which of a clip's stored bytes some of its frames need; ``build`` makes of these what decoders read."""
+class FrameBytes:
+    """Ranges of a clip's stored bytes that some of its frames need; ``assemble`` makes them readable for decoders."""
 
     codec: Codec
     ranges: tuple[tuple[int, int], ...]
     """(begin, end) of bytes."""
-    places: NDArray[np.int32] | None
-    """Where in the film the frames lie; None for JPEG."""
+    frames: NDArray[np.int32] | None
+    """The frames' places in the film; None for JPEG."""
 
 
-def taken(codec: Codec, table: NDArray[np.uint32], size: int, frames: Sequence[int]) -> Taken:
-    """What ``frames`` of a clip need; ``size`` counts the bytes that are stored of its pictures.
+def locate(codec: Codec, table: NDArray[np.uint32], size: int, frames: Sequence[int]) -> FrameBytes:
+    """Finds the bytes that ``frames`` of a clip need; ``size`` counts those that are stored of its pictures.
 
     Raises DamagedPictures for a table that does not belong to a clip.
     """
-    wanted = np.asarray(frames, np.int64)
+    numbers = np.asarray(frames, np.int64)
     if codec.suffix == "mp4":
-        return Taken(codec, ((0, size),), table[wanted].astype(np.int32))
+        return FrameBytes(codec, ((0, size),), table[numbers].astype(np.int32))
     offsets = table.astype(np.int64)
     if offsets[-1] != size or (np.diff(offsets) < 4).any():
         raise DamagedPictures("its table of frames")
     if codec is JPEG:
-        return Taken(codec, tuple((int(offsets[i]), int(offsets[i + 1])) for i in wanted), None)
-    if not len(wanted):
-        return Taken(codec, (), np.zeros(0, np.int32))
-    first = int(wanted.min()) // KEY_EVERY * KEY_EVERY
-    stretch = (int(offsets[first]), int(offsets[wanted.max() + 1]))
-    return Taken(codec, (stretch,), (wanted - first).astype(np.int32))
+        return FrameBytes(
+            codec, tuple((int(offsets[i]), int(offsets[i + 1])) for i in numbers), None
+        )
+    if not len(numbers):
+        return FrameBytes(codec, (), np.zeros(0, np.int32))
+    first = int(numbers.min()) // KEY_EVERY * KEY_EVERY
+    stretch = (int(offsets[first]), int(offsets[numbers.max() + 1]))
+    return FrameBytes(codec, (stretch,), (numbers - first).astype(np.int32))
 
 
-def build(
-    want: Taken, parts: Sequence[NDArray[np.uint8]], *, width: int, height: int, fps: float
+def assemble(
+    located: FrameBytes,
+    blobs: Sequence[NDArray[np.uint8]],
+    *,
+    width: int,
+    height: int,
+    fps: float,
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8] | None]:
-    """JPEG files, or the film, of the bytes that ``want`` asked for.
+    """Makes JPEG files, or the film, of the bytes in ``located.ranges``.
 
     Raises DamagedPictures for bytes that are plainly neither.
     """
-    if want.codec is JPEG:
-        if any(p[:2].tobytes() != b"\xff\xd8" or p[-2:].tobytes() != b"\xff\xd9" for p in parts):
+    if located.codec is JPEG:
+        if any(b[:2].tobytes() != b"\xff\xd8" or b[-2:].tobytes() != b"\xff\xd9" for b in blobs):
             raise DamagedPictures("no JPEG where one should be")
-        return list(parts), None
-    if not parts:
+        return list(blobs), None
+    if not blobs:
         return [], np.zeros(0, np.uint8)
-    (film,) = parts
-    if want.codec is not VP9:
+    (film,) = blobs
+    if located.codec is not VP9:
         if film[4:8].tobytes() != b"ftyp":
             raise DamagedPictures("no mp4 file where one should be")
         return [], film
-    assert want.places is not None
+    assert located.frames is not None
     at, count = 0, 0
-    while at < len(film):
-        if at + IVF_FRAME.size > len(film):
-            raise DamagedPictures("its packets")
+    while at + IVF_FRAME.size <= len(film):
         length, _ = IVF_FRAME.unpack(film[at : at + IVF_FRAME.size].tobytes())
         at, count = at + IVF_FRAME.size + length, count + 1
-    if at != len(film) or count <= int(want.places.max()):
+    if at != len(film) or count <= int(located.frames.max()):
         raise DamagedPictures("its packets")
     head = ivf_header(width=width, height=height, fps=fps, frames=count)
     return [], np.concatenate([np.frombuffer(head, np.uint8), film])

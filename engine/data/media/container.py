@@ -1,20 +1,21 @@
-"""What lies between a media file and its frames: opening, packets within limits, frames in the order of time.
+"""From a media file to its frames: opening, packets within limits, frames in the order of time.
 
 Nothing here trusts a file. Every loop over packets ends: by time, by the number of faults, and by how much is
-decoded before the first frame that is wanted. The limits count in film seconds and packets, so that they fall
+decoded before the first frame that is needed. The limits count in film seconds and packets, so that they fall
 alike on every machine; the clock's is far beyond what an honest file needs.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import math
 import multiprocessing
 import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +49,7 @@ class MediaError(Exception):
 
 
 class Clock:
-    """How long one call may still take.
+    """Limits how long one call may take.
 
     As a context it also ends a worker process that is stuck inside a decoder, where no exception reaches, GRACE
     seconds after the time is up; whoever runs the workers sees one that died of this file.
@@ -128,7 +129,7 @@ def stream_of(container: Any, kind: str) -> Any:
 
 
 def held_bytes(context: Any) -> int:
-    """About how much a decoder's pictures take."""
+    """Estimate the bytes that a decoder's pictures take."""
     bits = context.format.padded_bits_per_pixel if context.format else 12
     picture = context.width * context.height * bits // 8
     return int(picture * HELD.get(context.name, HELD_ELSE))
@@ -153,6 +154,15 @@ def stamp_of(packet: Any) -> float | None:
     """A packet's time in seconds."""
     stamp = packet.dts if packet.pts is None else packet.pts
     return None if stamp is None else float(stamp * packet.time_base)
+
+
+def seek(container: Any, stream: Any, moment: float) -> bool:
+    """Go to the key frame at or before ``moment``, in seconds; returns whether that worked."""
+    try:
+        container.seek(int(moment / stream.time_base), stream=stream)
+    except av.FFmpegError:
+        return False
+    return True
 
 
 def scan_duration(path: Path | str, clock: Clock) -> float:
@@ -217,7 +227,7 @@ def _time_of(frame: Any, last: float | None, step: float, *, use_dts: bool) -> f
     stamp = frame.pts if not use_dts or frame.dts is None else frame.dts
     stamp = frame.dts if stamp is None else stamp
     if stamp is None or (use_dts and frame.dts is None and last is not None):
-        # nothing told, or frames that AVI's decoder gives up at the end of the file
+        # no stamp, or frames that AVI's decoder gives up at the end of the file
         return 0.0 if last is None else last + step
     return float(stamp * frame.time_base)
 
@@ -231,46 +241,42 @@ def frames_from(
     packets before the last key frame are read and left undecoded. Raises MediaError where more than MAX_LEAD
     seconds of film lie between that key frame and ``moment``.
     """
-    for preroll in (0.0, 2.0, 15.0, None):
+    for preroll in (0.0, 2.0, 15.0, math.inf):  # seconds; the last one means from the file's start
         with open_media(path) as container:
             stream = stream_of(container, "video")
-            target = None if preroll is None else moment - preroll
             skip = 0
-            if target is not None and target > start:
-                try:
-                    container.seek(int(target / stream.time_base), stream=stream)
-                except av.FFmpegError:
+            sought = moment - preroll > start
+            if sought:
+                if not seek(container, stream, moment - preroll):
                     continue
             elif moment - start > MAX_LEAD:
                 skip = _packets_before(path, moment, clock)
-                target = None
-            else:
-                target = None
             problems.clear()
             frames = timed_frames(container, stream, problems, clock, skip=skip)
             first = next(frames, None)
-            if target is None or (first is not None and first[0] <= moment + 1e-6):
-                if first is not None:
-                    if moment - first[0] > MAX_LEAD:
-                        raise MediaError(
-                            f"its key frame before {moment - start:.2f} s lies {moment - first[0]:.0f} s back, "
-                            f"more than {MAX_LEAD:g} s"
-                        )
-                    yield first
-                    first = None  # no picture is kept longer than it is shown: they can be large
-                    yield from frames
-                return
+            if sought and (first is None or first[0] > moment + 1e-6):
+                continue
+            if first is not None:
+                if moment - first[0] > MAX_LEAD:
+                    raise MediaError(
+                        f"its key frame before {moment - start:.2f} s lies {moment - first[0]:.0f} s back, "
+                        f"more than {MAX_LEAD:g} s"
+                    )
+                yield first
+                first = None  # no picture is kept longer than it is shown: they can be large
+                yield from frames
+            return
 
 
 def _packets_before(path: Path | str, moment: float, clock: Clock) -> int:
-    """How many packets come before the last key frame at or before ``moment``."""
-    found = 0
+    """Count the packets before the last key frame at or before ``moment``."""
+    last = 0
     with open_media(path) as container, suppress(av.FFmpegError):
         for i, packet in enumerate(packets(container, stream_of(container, "video"), clock)):
             stamp = stamp_of(packet)
             if stamp is not None and packet.is_keyframe and stamp <= moment:
-                found = i
-    return found
+                last = i
+    return last
 
 
 def progressive(frames: Iterable[tuple[float, Any]]) -> Iterator[tuple[float, Any]]:
@@ -285,7 +291,7 @@ def progressive(frames: Iterable[tuple[float, Any]]) -> Iterator[tuple[float, An
     for moment, frame in frames:
         now = (frame.width, frame.height, frame.format.name)
         if graph is not None and now != shape:
-            yield from _flush(graph, times)
+            yield from _filtered(graph, None, times)
             graph = None
         if graph is None and frame.interlaced_frame:
             graph, shape = _deinterlacer(frame), now
@@ -294,10 +300,9 @@ def progressive(frames: Iterable[tuple[float, Any]]) -> Iterator[tuple[float, An
             continue
         frame.pts = next(numbers)  # the filter doubles time stamps; ours wait in line instead
         times.append(moment)
-        graph.push(frame)
-        yield from _pull(graph, times)
+        yield from _filtered(graph, frame, times)
     if graph is not None:
-        yield from _flush(graph, times)
+        yield from _filtered(graph, None, times)
 
 
 def _deinterlacer(frame: Any) -> Any:
@@ -311,21 +316,16 @@ def _deinterlacer(frame: Any) -> Any:
         colorspace=str(int(frame.colorspace)),
         range=str(int(frame.color_range)),
     )
-    chain = [source, graph.add("bwdif", mode="send_frame", deint="interlaced")]
-    chain.append(graph.add("buffersink"))
-    for before, after in pairwise(chain):
-        before.link_to(after)
-    graph.configure()
+    graph.link_nodes(
+        source, graph.add("bwdif", mode="send_frame", deint="interlaced"), graph.add("buffersink")
+    ).configure()
     return graph
 
 
-def _pull(graph: Any, times: deque[float]) -> Iterator[tuple[float, Any]]:
+def _filtered(graph: Any, frame: Any, times: deque[float]) -> Iterator[tuple[float, Any]]:
+    """Push a frame, or None at the end, and pull what the filter has ready."""
+    graph.push(frame)
     with suppress(av.BlockingIOError, av.EOFError):
         while times:
             frame = graph.pull()
             yield times.popleft(), frame
-
-
-def _flush(graph: Any, times: deque[float]) -> Iterator[tuple[float, Any]]:
-    graph.push(None)
-    yield from _pull(graph, times)

@@ -29,10 +29,9 @@ from engine.data.media.container import (
 )
 from engine.data.media.container import MediaError as MediaError
 from engine.data.media.frames import Frames, even, show, to_i420
+from engine.data.media.sound import SAMPLE_RATE as SAMPLE_RATE
 from engine.data.media.sound import read_sound
 
-SAMPLE_RATE = 16000
-"""Samples a second of the sound that goes with a clip."""
 MAX_ASPECT = 16.0
 """Pictures narrower than this are refused: resized by their short side they would be huge."""
 LONGEST = 6 * 3600.0
@@ -43,7 +42,7 @@ MAX_BYTES = 340 * 2**20
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """What a file says of itself, and what its first frame shows."""
+    """Facts of a file, from its head and its first frame."""
 
     duration: float
     """Seconds of video."""
@@ -137,7 +136,6 @@ def decode_window(
     seconds: float,
     fps: float,
     short_side: int,
-    sample_rate: int = SAMPLE_RATE,
     time_limit: float = TIME_LIMIT,
 ) -> Window:
     """Decode [start, start + seconds) of a file, seeking to it; ``facts`` are ``probe``'s.
@@ -157,21 +155,27 @@ def decode_window(
     sound = None
     with Clock(time_limit) as clock:
         frames = _pictures(path, facts, times, problems, clock, fps=fps, short_side=short_side)
-        if not len(frames):
-            why = f": {problems[0]}" if problems else ""
-            raise MediaError(f"no frame can be decoded at {start:.2f} s{why}")
         end = start + len(frames) / fps
-        if problems:
-            problems = [f"decoding stops at {end:.2f} s: {problems[0]}"]
-        elif min(start + seconds, facts.duration) - end > 0.5:
-            problems = [f"the picture ends at {end:.2f} s of {facts.duration:.2f} s"]
-        elif facts.cut_off and len(frames) < len(times):
-            problems = [f"the picture ends at {end:.2f} s: the file is cut off"]
+        notes = notes_of(facts, problems, start=start, end=end, until=start + seconds)
+        if not notes and facts.cut_off and len(frames) < len(times):
+            notes = [f"the picture ends at {end:.2f} s: the file is cut off"]
         if facts.has_audio:
-            samples = round(len(frames) / fps * sample_rate)
-            sound, problem = read_sound(path, float(times[0]), samples, sample_rate, clock)
-            problems += [problem] if problem else []
-    return Window(frames, sound, "; ".join(problems) or None)
+            sound = read_sound(path, float(times[0]), len(frames) / fps, clock, notes)
+    return Window(frames, sound, "; ".join(notes) or None)
+
+
+def notes_of(
+    facts: MediaFacts, problems: list[str], *, start: float, end: float, until: float
+) -> list[str]:
+    """Say what is missing of [start, until) where pictures end at ``end``; raises MediaError where there are none."""
+    if end <= start:
+        why = f": {problems[0]}" if problems else ""
+        raise MediaError(f"no frame can be decoded at {start:.2f} s{why}")
+    if problems:
+        return [f"decoding stops at {end:.2f} s: {problems[0]}"]
+    if min(until, facts.duration) - end > 0.5:
+        return [f"the picture ends at {end:.2f} s of {facts.duration:.2f} s"]
+    return []
 
 
 def _pictures(
@@ -184,7 +188,7 @@ def _pictures(
     fps: float,
     short_side: int,
 ) -> Frames:
-    """The pictures shown at ``times``, as far as they go."""
+    """Decode the pictures shown at ``times``, as far as they go."""
     scale = short_side / min(facts.width, facts.height)
     size = (even(facts.width * scale), even(facts.height * scale))
     shape = (len(times), size[1] * 3 // 2, size[0])

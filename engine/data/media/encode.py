@@ -1,4 +1,4 @@
-"""Writing what ``media`` reads: JPEG pictures and FLAC sound for shards, and whole mp4 files.
+"""Writing what ``decode`` reads: JPEG pictures and FLAC sound for shards, and whole mp4 files.
 
 Equal input gives equal bytes. Shape letters: T frames, H height, W width.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,38 +17,29 @@ import numpy as np
 from av.codec.context import Flags
 from numpy.typing import NDArray
 
+from engine.core.files import replacing
 from engine.data.media.decode import SAMPLE_RATE, full_range
 from engine.data.media.frames import Frames
 
 
 def encode_jpeg(frames: Frames, *, quality: int) -> list[bytes]:
-    """Encode frames as baseline 4:2:0 JPEG, one complete file each; equal input, equal bytes.
+    """Encode I420 frames, uint8 (T, 3H/2, W) of even size, as baseline JPEG files; equal input, equal bytes.
 
-    ``frames`` are RGB uint8 (T, H, W, 3) or I420 uint8 (T, 3H/2, W), of even size. ``quality`` is 1 to 100 on
-    the scale that libjpeg made usual. Raises ValueError for a quality outside it.
+    ``quality`` is 1 to 100 on the scale that libjpeg made usual. Raises ValueError for a quality outside it.
     """
     if not 1 <= quality <= 100:
         raise ValueError(f"quality must be 1 to 100, not {quality}")
     share = (100 - quality) / 50 if quality >= 50 else 50 / quality
-    scale = str(
-        min(31, max(2, round(10 * share)))
-    )  # libjpeg's scaling onto FFmpeg's, by the mean step
-    rgb = frames.ndim == 4
+    # libjpeg's scaling onto FFmpeg's, by the mean step
+    scale = str(min(31, max(2, round(10 * share))))
     encoder: Any = av.CodecContext.create("mjpeg", "w")
-    encoder.width = frames.shape[2]
-    encoder.height = frames.shape[1] if rgb else frames.shape[1] * 2 // 3
+    encoder.width, encoder.height = frames.shape[2], frames.shape[1] * 2 // 3
     encoder.pix_fmt, encoder.time_base, encoder.thread_count = "yuvj420p", Fraction(1, 25), 1
     encoder.flags |= Flags.bitexact
     encoder.options = {"qmin": scale, "qmax": scale}
     out = []
-    for i, array in enumerate(frames):
-        if rgb:
-            frame: Any = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-            frame = frame.reformat(
-                format="yuvj420p", dst_colorspace=5, dst_color_range=2, threads=1
-            )
-        else:
-            frame = full_range(array)
+    for i, planes in enumerate(frames):
+        frame = full_range(planes)
         frame.pts, frame.time_base = i, encoder.time_base
         out += [bytes(packet) for packet in encoder.encode(frame)]
     out += [bytes(packet) for packet in encoder.encode(None)]
@@ -57,20 +47,27 @@ def encode_jpeg(frames: Frames, *, quality: int) -> list[bytes]:
     return out
 
 
-def encode_flac(sound: NDArray[np.float32], *, sample_rate: int = SAMPLE_RATE) -> bytes:
-    """Encode mono float32 (samples,) in [-1, 1] as a 16-bit FLAC file; equal input, equal bytes."""
+def encode_flac(sound: NDArray[np.float32]) -> bytes:
+    """Encode mono float32 (samples,) in [-1, 1] at SAMPLE_RATE as a 16-bit FLAC file; equal input, equal bytes."""
     file = io.BytesIO()
     whole = np.round(np.clip(sound, -1.0, 1.0) * 32767).astype(np.int16)
     options = {"fflags": "+bitexact"}
     with av.open(file, "w", format="flac", container_options=options) as container:
         out: Any = container
-        stream = out.add_stream("flac", rate=sample_rate, layout="mono")
+        stream = out.add_stream("flac", rate=SAMPLE_RATE, layout="mono")
         stream.codec_context.flags |= Flags.bitexact
-        frame = av.AudioFrame.from_ndarray(whole[None], format="s16", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
-        out.mux(stream.encode(frame))
+        out.mux(stream.encode(_sound_frame(whole, "s16", at=0, sample_rate=SAMPLE_RATE)))
         out.mux(stream.encode(None))
     return file.getvalue()
+
+
+def _sound_frame(samples: NDArray[Any], kind: str, *, at: int, sample_rate: int) -> Any:
+    """A PyAV frame of mono samples, the first of which is number ``at``."""
+    frame = av.AudioFrame.from_ndarray(
+        np.ascontiguousarray(samples)[None], format=kind, layout="mono"
+    )
+    frame.sample_rate, frame.pts, frame.time_base = sample_rate, at, Fraction(1, sample_rate)
+    return frame
 
 
 def write_video(
@@ -87,17 +84,12 @@ def write_video(
     in [-1, 1] that starts with the first frame. The file appears whole or not at all. Raises ValueError for
     frames of another shape and for no frames.
     """
-    path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with av.open(
-            os.path.abspath(temp), "w", format="mp4", container_options={"fflags": "+bitexact"}
-        ) as out:
-            _mux(out, frames, fps=fps, sound=sound, sample_rate=sample_rate)
-        os.replace(temp, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temp.unlink()
+    options = {"fflags": "+bitexact"}
+    with (
+        replacing(Path(path)) as file,
+        av.open(os.path.abspath(file), "w", format="mp4", container_options=options) as out,
+    ):
+        _mux(out, frames, fps=fps, sound=sound, sample_rate=sample_rate)
 
 
 def _mux(
@@ -124,27 +116,24 @@ def _mux(
         )
         frame.pts, frame.time_base = i, Fraction(1, fps)
         out.mux(video.encode(frame))
-        if audio is not None and sound is not None:
-            upto = (i + 1) * sample_rate // fps
-            _encode_sound(out, audio, sound[sent:upto], at=sent, sample_rate=sample_rate)
-            sent = max(sent, min(upto, len(sound)))
+        sent += _send_sound(out, audio, sound, sent, (i + 1) * sample_rate // fps)
     if video is None:
         raise ValueError("no frames to write")
     out.mux(video.encode(None))
     if audio is not None and sound is not None:
-        _encode_sound(out, audio, sound[sent:], at=sent, sample_rate=sample_rate)
+        _send_sound(out, audio, sound, sent, len(sound))
         out.mux(audio.encode(None))
 
 
 def _video_stream(out: Any, *, width: int, height: int, fps: int) -> Any:
-    names = [n for n in ("libx264", "mpeg4") if n in av.codecs_available]
-    stream = out.add_stream(names[0], rate=fps)
+    name = next(n for n in ("libx264", "mpeg4") if n in av.codecs_available)
+    stream = out.add_stream(name, rate=fps)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     context = stream.codec_context
     context.thread_count = 1
     context.flags |= Flags.bitexact
     context.colorspace, context.color_range = 5, 1  # what the frames are: BT.601, limited range
-    if names[0] == "libx264":
+    if name == "libx264":
         # Macroblock-tree rate control reads beyond the rows of odd widths: bytes then differ from run to run.
         context.options = {"preset": "veryfast", "crf": "18", "x264-params": "no-mbtree=1"}
     else:
@@ -159,11 +148,11 @@ def _audio_stream(out: Any, sample_rate: int) -> Any:
     return stream
 
 
-def _encode_sound(
-    out: Any, stream: Any, samples: NDArray[np.float32], *, at: int, sample_rate: int
-) -> None:
-    if len(samples):
-        chunk = np.ascontiguousarray(samples, dtype=np.float32)[None]
-        frame = av.AudioFrame.from_ndarray(chunk, format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = sample_rate, at, Fraction(1, sample_rate)
-        out.mux(stream.encode(frame))
+def _send_sound(
+    out: Any, stream: Any, sound: NDArray[np.float32] | None, begin: int, end: int
+) -> int:
+    """Encode the sound from sample ``begin`` to ``end``, as far as there is any; returns how many samples."""
+    chunk = np.zeros(0, np.float32) if sound is None else sound[begin:end].astype(np.float32)
+    if len(chunk):
+        out.mux(stream.encode(_sound_frame(chunk, "fltp", at=begin, sample_rate=stream.rate)))
+    return len(chunk)

@@ -27,10 +27,11 @@ from engine.data.media.container import (
     open_media,
     packets,
     reason_of,
+    seek,
     stream_of,
     timed_frames,
 )
-from engine.data.media.decode import SAMPLE_RATE, MediaFacts, full_range
+from engine.data.media.decode import MediaFacts, full_range, notes_of
 from engine.data.media.frames import Frames, show
 from engine.data.media.sound import read_sound
 
@@ -53,11 +54,12 @@ H264_OPTIONS = {"preset": "medium", "crf": "20", "x264-params": "no-mbtree=1:sce
 
 def encode_vp9(frames: Frames, *, fps: float) -> Pictures:
     """Encode I420 pictures, uint8 (T, 3H/2, W) in full range, as VP9 with a key frame every KEY_EVERY frames."""
-    encoder = _encoder("libvpx-vp9", frames, fps=fps, options=VP9_OPTIONS)
-    found = list(_encode(encoder, frames))
-    assert len(found) == len(frames)
-    assert all(packet.is_keyframe for packet in found[::KEY_EVERY])
-    return Pictures(VP9, tuple(bytes(packet) for packet in found))
+    encoder: Any = av.CodecContext.create("libvpx-vp9", "w")
+    _set_up(encoder, frames, fps=fps, options=VP9_OPTIONS)
+    encoded = list(_encode(encoder, frames))
+    assert len(encoded) == len(frames)
+    assert all(packet.is_keyframe for packet in encoded[::KEY_EVERY])
+    return Pictures(VP9, tuple(bytes(packet) for packet in encoded))
 
 
 def encode_h264(frames: Frames, *, fps: float) -> Pictures:
@@ -72,12 +74,6 @@ def encode_h264(frames: Frames, *, fps: float) -> Pictures:
             packet.stream = stream
             out.mux(packet)
     return Pictures(H264, (file.getvalue(),), tuple(range(len(frames))))
-
-
-def _encoder(name: str, frames: Frames, *, fps: float, options: dict[str, str]) -> Any:
-    encoder: Any = av.CodecContext.create(name, "w")
-    _set_up(encoder, frames, fps=fps, options=options)
-    return encoder
 
 
 def _set_up(encoder: Any, frames: Frames, *, fps: float, options: dict[str, str]) -> None:
@@ -145,23 +141,15 @@ def copy_clip(
         film, first = _remux(stream, kept)
     times = moment + np.arange(max(1, round(seconds * fps))) / fps
     problems: list[str] = []
-    counted = _count(film, float(first), problems, clock)
-    shown = tuple(found.place for found in show(counted, times, fps=fps, source_fps=facts.fps))
-    if not shown:
-        why = f": {problems[0]}" if problems else ""
-        raise MediaError(f"no frame can be decoded at {start:.2f} s{why}")
+    numbered = _numbered(film, float(first), problems, clock)
+    shown = tuple(frame.number for frame in show(numbered, times, fps=fps, source_fps=facts.fps))
     end = start + len(shown) / fps
-    if problems:
-        problems = [f"decoding stops at {end:.2f} s: {problems[0]}"]
-    elif min(start + seconds, facts.duration) - end > 0.5:
-        problems = [f"the picture ends at {end:.2f} s of {facts.duration:.2f} s"]
+    notes = notes_of(facts, problems, start=start, end=end, until=start + seconds)
     sound = None
     if facts.has_audio:
-        samples = round(len(shown) / fps * SAMPLE_RATE)
-        sound, problem = read_sound(path, moment, samples, SAMPLE_RATE, clock)
-        problems += [problem] if problem else []
+        sound = read_sound(path, moment, len(shown) / fps, clock, notes)
     pictures = Pictures(COPIED[facts.codec], (film,), shown)
-    return CopiedClip(pictures, sound, "; ".join(problems) or None)
+    return CopiedClip(pictures, sound, "; ".join(notes) or None)
 
 
 def _check_kind(path: Path | str, facts: MediaFacts, clock: Clock) -> None:
@@ -179,14 +167,15 @@ def _check_kind(path: Path | str, facts: MediaFacts, clock: Clock) -> None:
     if first is None:
         raise MediaError("no frame can be decoded")
     _, frame = first
+    kind = None
     if frame.format.name not in ("yuv420p", "yuvj420p"):
-        raise MediaError(f"its pictures are {frame.format.name}, {otherwise}")
-    if frame.interlaced_frame:
-        raise MediaError(f"its pictures are interlaced, {otherwise}")
-    if curve in HIGH_RANGE:
-        raise MediaError(
-            f"its pictures are of high dynamic range ({HIGH_RANGE[curve]}), {otherwise}"
-        )
+        kind = frame.format.name
+    elif frame.interlaced_frame:
+        kind = "interlaced"
+    elif curve in HIGH_RANGE:
+        kind = f"of high dynamic range ({HIGH_RANGE[curve]})"
+    if kind is not None:
+        raise MediaError(f"its pictures are {kind}, {otherwise}")
 
 
 def _stretch(
@@ -197,39 +186,47 @@ def _stretch(
         raise MediaError("AVI doesn't say when its B-frames are shown: take another codec")
     base = float(stream.time_base)
     for preroll in (0.0, 2.0, 15.0, None):
-        target = facts.start if preroll is None else begin - preroll
-        try:
-            container.seek(int(target / base), stream=stream)
-        except av.FFmpegError:
+        if not seek(container, stream, facts.start if preroll is None else begin - preroll):
             if preroll is None:
-                raise MediaError("it can't be searched for a key frame") from None
+                raise MediaError("it can't be searched for a key frame")
             continue
-        kept: list[Any] = []
-        size = 0
-        for packet in packets(container, stream, clock):
-            if not packet.size:
-                continue
-            dts, pts = _stamps(packet)
-            if packet.is_keyframe and (pts * base <= begin + 1e-6 or not kept):
-                kept, size = [], 0  # nearer than the key frame before it
-            elif not kept:
-                continue
-            if dts * base > end:
-                break
-            if (
-                not kept or pts >= _stamps(kept[0])[1]
-            ):  # what is shown before its key frame leans on lost ones
-                kept.append(packet)
-                size += packet.size
-            if size > MAX_FILM or pts * base - begin > MAX_LEAD:
-                raise MediaError(f"a stretch of it takes more than {MAX_FILM >> 20} MiB")
-        if kept and (preroll is None or _stamps(kept[0])[1] * base <= begin + 1e-6):
-            if begin - _stamps(kept[0])[1] * base > MAX_LEAD:
+        kept = _from_key_frame(container, stream, begin, end, clock)
+        if not kept:
+            continue
+        key = _stamps(kept[0])[1] * base
+        if preroll is None or key <= begin + 1e-6:
+            if begin - key > MAX_LEAD:
                 raise MediaError(
                     f"its key frame before {begin - facts.start:.2f} s lies more than {MAX_LEAD:g} s back"
                 )
             return kept
     raise MediaError(f"no key frame was found before {begin - facts.start:.2f} s")
+
+
+def _from_key_frame(
+    container: Any, stream: Any, begin: float, end: float, clock: Clock
+) -> list[Any]:
+    """Read packets up to ``end``, and drop those before the last key frame at or before ``begin``."""
+    base = float(stream.time_base)
+    kept: list[Any] = []
+    size = 0
+    for packet in packets(container, stream, clock):
+        if not packet.size:
+            continue
+        dts, pts = _stamps(packet)
+        if packet.is_keyframe and (pts * base <= begin + 1e-6 or not kept):
+            kept, size = [], 0  # nearer than the key frame before it
+        elif not kept:
+            continue
+        if dts * base > end:
+            break
+        # what is shown before its key frame leans on lost ones
+        if not kept or pts >= _stamps(kept[0])[1]:
+            kept.append(packet)
+            size += packet.size
+        if size > MAX_FILM or pts * base - begin > MAX_LEAD:
+            raise MediaError(f"a stretch of it takes more than {MAX_FILM >> 20} MiB")
+    return kept
 
 
 def _stamps(packet: Any) -> tuple[int, int]:
@@ -256,12 +253,12 @@ def _remux(stream: Any, kept: list[Any]) -> tuple[bytes, Fraction]:
     return file.getvalue(), shift * stream.time_base
 
 
-def _count(
+def _numbered(
     film: bytes, first: float, problems: list[str], clock: Clock
 ) -> Iterator[tuple[float, Any]]:
-    """The film's frames by their places, at their times by the source's clock."""
+    """The film's frames by their numbers, at their times by the source's clock."""
     with av.open(io.BytesIO(film)) as container:
         stream = stream_of(container, "video")
-        for place, (time, frame) in enumerate(timed_frames(container, stream, problems, clock)):
+        for number, (time, frame) in enumerate(timed_frames(container, stream, problems, clock)):
             facts = {"duration": frame.duration, "time_base": frame.time_base}
-            yield time + first, SimpleNamespace(place=place, **facts)
+            yield time + first, SimpleNamespace(number=number, **facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,34 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.media.container import Clock, MediaError, open_media, packets, reason_of, stream_of
+from engine.data.media.container import (
+    Clock,
+    MediaError,
+    open_media,
+    packets,
+    reason_of,
+    seek,
+    stream_of,
+)
 
+SAMPLE_RATE = 16000
+"""Samples a second of the sound that goes with a clip."""
 GAP = 0.02
 """Seconds by which sound may stray from its time stamps before it is placed anew."""
 WARM_UP = 0.5
-"""Seconds of sound decoded before those that are wanted: codecs need some to settle."""
+"""Seconds of sound decoded before those that are kept: codecs need some to settle."""
 
 
 def read_sound(
-    path: Path | str, start: float, samples: int, rate: int, clock: Clock
-) -> tuple[NDArray[np.float32] | None, str | None]:
-    """Mono float32 (samples,) in [-1, 1] from ``start`` (seconds by the file's clock) at ``rate`` Hz.
+    path: Path | str, start: float, seconds: float, clock: Clock, problems: list[str]
+) -> NDArray[np.float32] | None:
+    """Read mono float32 (samples,) in [-1, 1] at SAMPLE_RATE from ``start``, in seconds by the file's clock.
 
     Sound is put where its time stamps say; where there is none, it is silent. None where nothing louder than
-    16 bits can hold is heard. The second value says what is damaged. Where seeking finds nothing, sound is looked
+    16 bits can hold is heard. What is damaged is added to ``problems``. Where seeking finds nothing, sound is looked
     for from further back; where it fails, and in AVI, whose index knows of no late start, from the file's start.
     """
-    out, problem = np.zeros(samples, dtype=np.float32), None
+    out, problem = np.zeros(round(seconds * SAMPLE_RATE), dtype=np.float32), None
     lost = False
     for preroll in (WARM_UP, 10.0, None):
         with open_media(path) as container:
@@ -37,33 +48,25 @@ def read_sound(
                 stream = stream_of(container, "audio")
                 begin = float((stream.start_time or 0) * stream.time_base)
                 if preroll is not None and start - preroll > begin:
-                    lost = not _seek(container, stream, start - preroll)
+                    lost = not seek(container, stream, start - preroll)
                     if lost:
                         continue
-                first, problem = _place(container, stream, out, start, rate, clock)
+                first, problem = _place(container, stream, out, start, clock)
             except (av.FFmpegError, MediaError, ValueError) as error:
-                return None, f"the sound can't be decoded: {reason_of(error)}"
+                problems.append(f"the sound can't be decoded: {reason_of(error)}")
+                return None
         if first is not None and first <= max(start, begin + 0.1):
             break
-    if np.abs(out).max(initial=0.0) < 2**-14:
-        return None, problem
-    return np.clip(out, -1.0, 1.0), problem
-
-
-def _seek(container: Any, stream: Any, time: float) -> bool:
-    try:
-        container.seek(int(time / stream.time_base), stream=stream)
-    except av.FFmpegError:
-        return False
-    return True
+    problems += [problem] if problem else []
+    return None if np.abs(out).max(initial=0.0) < 2**-14 else np.clip(out, -1.0, 1.0)
 
 
 def _place(
-    container: Any, stream: Any, out: NDArray[np.float32], start: float, rate: int, clock: Clock
+    container: Any, stream: Any, out: NDArray[np.float32], start: float, clock: Clock
 ) -> tuple[float | None, str | None]:
-    """Resample the sound stretch by stretch, each put where its time stamp says; gives the first stamp."""
+    """Resample the sound stretch by stretch, each put where its time stamp says; returns the first stamp."""
     first, problem, stretch = None, None, None
-    end = start + len(out) / rate
+    end = start + len(out) / SAMPLE_RATE
     for packet in packets(container, stream, clock):
         stamp = None if packet.pts is None else float(packet.pts * packet.time_base)
         if stamp is not None and stamp < start - 2 * WARM_UP:  # seeking fell far short
@@ -81,7 +84,9 @@ def _place(
             if stretch is None or stretch.kind != kind or abs(time - stretch.end) > GAP:
                 if stretch is not None:
                     stretch.add(None)
-                stretch = _Stretch(kind, time, out, start, rate)
+                at = round((time - start) * SAMPLE_RATE)
+                resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
+                stretch = _Stretch(kind, time, out, at, resampler)
             stretch.add(frame)
         if stretch is not None and stretch.end > end + 0.1:
             break
@@ -92,20 +97,17 @@ def _place(
     return first, problem
 
 
+@dataclass
 class _Stretch:
-    """Sound without a gap: input frames in, mono float32 at ``rate`` into its place in ``out``."""
+    """Sound without a gap: input frames in, mono float32 at SAMPLE_RATE into its place in ``out``."""
 
-    def __init__(
-        self,
-        kind: tuple[str, str, int],
-        time: float,
-        out: NDArray[np.float32],
-        start: float,
-        rate: int,
-    ) -> None:
-        self.kind, self.end, self.out = kind, time, out
-        self.at = round((time - start) * rate)
-        self.resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate)
+    kind: tuple[str, str, int]
+    end: float
+    """Seconds by the file's clock, of the frames so far."""
+    out: NDArray[np.float32]
+    at: int
+    """Where in ``out`` the next sample goes; it may lie before its beginning."""
+    resampler: av.AudioResampler
 
     def add(self, frame: Any) -> None:
         """Take a frame, or None at the end of the stretch."""

@@ -18,7 +18,7 @@ PQ, HLG = 16, 18
 BT2020 = 9
 """FFmpeg's code (AVCOL_PRI) of BT.2020's primaries."""
 PEAK, WHITE = 1000.0, 203.0
-"""cd/m2: the brightest light that is told apart, and the white that it is brought to."""
+"""cd/m2: the brightest light that is kept apart, and the white that it is brought to."""
 GAMMA = 2.4
 TO_BT709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
@@ -77,11 +77,6 @@ def pq_signal(light: Light) -> Light:
     return np.power((C1 + C2 * power) / (1 + C3 * power), M2)
 
 
-def hlg_scene(signal: Light) -> Light:
-    """BT.2100's HLG: signal in [0, 1] -> the scene's light in [0, 1]."""
-    return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - C) / A) + B) / 12)
-
-
 def roll_off(light: Light) -> Light:
     """BT.2390 Annex 5: light of up to PEAK cd/m2 -> light of up to WHITE; unchanged below the knee."""
     top = pq_signal(np.asarray(PEAK))
@@ -104,7 +99,8 @@ def _curve(transfer: int) -> NDArray[np.float32]:
     if transfer == PQ:
         return pq_light(signal).astype(np.float32)
     if transfer == HLG:
-        return hlg_scene(signal).astype(np.float32)
+        scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - C) / A) + B) / 12)
+        return scene.astype(np.float32)
     return (signal**GAMMA).astype(np.float32)
 
 

@@ -4,7 +4,7 @@ A folder holds ``dataset.json`` (facts of the whole, and the names of the rest),
 clip), ``shard-*.tar`` and ``rejects.jsonl``. In a tar a clip is KEY.json (facts), its pictures (``codecs``) and, with
 sound, KEY.flac. Pictures are KEY.mjpg (JPEG, one after the other: a raw MJPEG stream) or KEY.ivf (VP9), with
 KEY.offsets.npy (uint32, num_frames + 1, into them); or KEY.mp4, with KEY.shown.npy (uint32, num_frames: which of
-the film's frames each is). ``shard_writer`` writes it.
+the film's frames each is). ``writer`` writes it.
 """
 
 from __future__ import annotations
@@ -15,60 +15,89 @@ import json
 import os
 import threading
 import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.media.codecs import Codec, DamagedPictures, build, table_length, taken
-from engine.data.shards.damage import (
-    Damage,
-    DamagedClip,
-    damaged_shards,
-    index_name,
-    size_problem,
-    substitutes,
-)
-from engine.data.shards.record import (
-    HAS_AUDIO,
-    MAX_SPLITS,
-    PARTS,
-    RECORD,
-    SPLIT_SHIFT,
-    codec_of,
-    crc_of,
-)
+from engine.data.media.codecs import CODECS, Codec, DamagedPictures, assemble, locate, table_length
 
 FORMAT = 1
+RECORD = np.dtype(
+    [
+        ("at", "<u8"),  # of the json in its shard; what follows lies at the distances below
+        ("shard", "<u4"),
+        ("json_size", "<u4"),
+        ("table", "<u4"),  # from "at" to the first offset
+        ("frames", "<u4"),  # from "at" to the first frame
+        ("frames_size", "<u4"),
+        ("sound", "<u4"),  # from "at" to the sound
+        ("sound_size", "<u4"),
+        ("num_frames", "<u4"),
+        ("label", "<i4"),  # -1: none
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("crc32", "<u4"),  # of json, table, frames and sound, in this order
+        ("flags", "<u4"),
+        ("spare", "<u8"),
+    ]
+)
+HAS_AUDIO, PARTIAL = 1, 2
+"""Bits of ``flags``; from CODEC_SHIFT on, three bits say how its pictures are stored, and from SPLIT_SHIFT on, two
+bits each its part in each split of its data set."""
+CODEC_SHIFT = 2
+SPLIT_SHIFT, MAX_SPLITS = 8, 12
+PARTS = ("", "train", "test", "validation")
 OPEN_SHARDS = 256
 """Shards that one process keeps open."""
+TRIES = 64
+"""Clips that are tried in the place of a damaged one."""
+STREAM = 0xDA4A
+"""Keeps the draws of substitutes apart from every other use of a clip's number."""
+
+
+def codec_of(flags: Any) -> Codec:
+    """The codec of a clip's pictures, by its ``flags``."""
+    return CODECS[(int(flags) >> CODEC_SHIFT) & 7]
+
+
+def split_bits(splits: Sequence[str]) -> int:
+    """A clip's parts in splits 1, 2 ... as bits of ``flags``."""
+    assert len(splits) <= MAX_SPLITS
+    return sum(PARTS.index(part) << (SPLIT_SHIFT + 2 * i) for i, part in enumerate(splits))
 
 
 def is_shards(folder: Path) -> bool:
     """Whether a folder holds a finished data set of any format version."""
-    try:
-        facts = json.loads((folder / "dataset.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(facts, dict) and "format" in facts and "shards" in facts
+    return _facts_of(folder) is not None
 
 
 def read_dataset(folder: Path) -> dict[str, Any]:
-    """The contents of ``dataset.json``; raises ValueError for no shards and for another format version."""
-    if not is_shards(folder):
+    """Read ``dataset.json``; raises ValueError for no shards and for another format version."""
+    facts = _facts_of(folder)
+    if facts is None:
         raise ValueError(
             f"{folder} holds no shards (dataset.json): make them from videos with `engine ingest`"
         )
-    facts: dict[str, Any] = json.loads((folder / "dataset.json").read_bytes())
     if facts["format"] != FORMAT:
         raise ValueError(
             f"{folder} is in shard format {facts['format']}, and this version reads {FORMAT}: ingest the videos again"
         )
     return facts
+
+
+def _facts_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        facts = json.loads((folder / "dataset.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and {"format", "shards"} <= facts.keys() else None
 
 
 def data_digest(folders: Iterable[Path]) -> str:
@@ -79,8 +108,76 @@ def data_digest(folders: Iterable[Path]) -> str:
     return digest.hexdigest()[:12]
 
 
-COLUMNS = ("label", "shard", "flags", "num_frames", "width", "height", "has_audio", "duration")
-"""What an index holds of each clip."""
+class DamagedClip(ValueError):
+    """Bytes of a clip that are missing or are not what was written; the message names the shard."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file of a data set that is missing or of the wrong size."""
+
+    path: Path
+    problem: str
+    """In words, such as "is missing"."""
+    clips: int
+    """Clips that it should hold."""
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.problem}"
+
+
+def index_name(facts: Mapping[str, Any]) -> str:
+    """The index's file name, by ``dataset.json``'s contents."""
+    return str(facts.get("index", "index.bin"))
+
+
+def size_problem(path: Path, size: int) -> str | None:
+    """Say what is wrong with a file that should have this size; None for nothing."""
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"can't be read: {error.strerror}"
+    if actual == size:
+        return None
+    return f"is {'truncated' if actual < size else 'too long'}: {actual} bytes of {size}"
+
+
+def damaged_shards(folder: Path, facts: Mapping[str, Any]) -> dict[int, Damage]:
+    """Shards that are missing or of the wrong size, by their place in ``dataset.json``."""
+    damaged = {}
+    for number, shard in enumerate(facts["shards"]):
+        path = folder / shard["file"]
+        problem = size_problem(path, shard["bytes"])
+        if problem is not None:
+            damaged[number] = Damage(path, problem, shard["clips"])
+    return damaged
+
+
+def substitutes(clip: int, label: NDArray[np.int32]) -> Iterator[int]:
+    """Clips of the same label to try in the place of a damaged one: a pure function of its arguments."""
+    same = np.flatnonzero(label == label[clip])
+    random = np.random.Generator(np.random.Philox(key=[clip, STREAM]))
+    tried = {clip}
+    for place in random.integers(0, len(same), 4 * TRIES):
+        other = int(same[place])
+        if other not in tried:
+            tried.add(other)
+            yield other
+        if len(tried) > TRIES:
+            return
+
+
+COLUMNS = {
+    "label": np.int32,
+    "shard": np.int32,
+    "flags": np.uint32,
+    "num_frames": np.int32,
+    "width": np.int32,
+    "height": np.int32,
+}
+"""Columns of an index that are kept in memory, and their types there."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +200,7 @@ class ClipIndex:
     """One or several folders of shards as one data set; clips are numbered in the order of the folders.
 
     Safe to pickle and to read from several threads. Shards that are missing or of the wrong size are left out,
-    with their clips: ``damaged`` lists them, and ``warn`` (None: Python's warnings) is told, now as well as when a
+    with their clips: ``damaged`` lists them, and ``warn`` (None: Python's warnings) is called, now as well as when a
     clip turns out damaged later. Raises ValueError that names the folder or file: for no shards, another format
     version, a damaged index, no clip left, and folders that differ in ``fps`` or ``sample_rate``.
     """
@@ -133,12 +230,16 @@ class ClipIndex:
     """Shards that were left out."""
     substituted: Counter[int]
     """Clips that were found damaged while reading, and how often another took their place in this process."""
+    _row: NDArray[np.int64]
+    """(clips,): the clip's row in its folder's index."""
+    _folder: NDArray[np.int64]
+    """(clips,): its folder's place in ``folders``."""
 
     def __init__(
         self, folders: Sequence[Path], *, warn: Callable[[str], None] | None = None
     ) -> None:
         if not folders:
-            raise ValueError("no folder of shards given")
+            raise ValueError("no folder of shards: name one at least")
         self.folders = tuple(Path(folder) for folder in folders)
         facts = [read_dataset(folder) for folder in self.folders]
         self.fps, self.sample_rate = float(facts[0]["fps"]), int(facts[0]["sample_rate"])
@@ -151,44 +252,47 @@ class ClipIndex:
                     )
         self.classes = tuple(sorted({name for fact in facts for name in fact["classes"]}))
         self._indices = [f / index_name(fact) for f, fact in zip(self.folders, facts, strict=True)]
-        self._shards: list[list[Path]] = []
         self._init_process(warn)
-        self._open_index(facts)
-        self.duration = self.num_frames / self.fps
+        self._open(facts)
+        self._warn_of_damage()
 
-    def _open_index(self, facts: list[dict[str, Any]]) -> None:
-        self._rows: list[NDArray[np.int64] | None] = []
+    def _init_process(self, warn: Callable[[str], None] | None) -> None:
+        # a file that falls out of the cache closes when its last reader lets go of it
+        self._opened = lru_cache(OPEN_SHARDS)(_open_shard)
+        self._lock = threading.Lock()
+        self._maps = [_map_index(path) for path in self._indices]
+        self._warn = warn or _warn
+        self._warned: set[Path] = set()
+
+    def _open(self, facts: list[dict[str, Any]]) -> None:
+        self._paths: list[Path] = []
         damaged: list[Damage] = []
-        columns: list[dict[str, NDArray[Any]]] = []
-        for folder, fact, path, rows in zip(
-            self.folders, facts, self._indices, self._maps, strict=True
-        ):
+        tables: list[dict[str, NDArray[Any]]] = []
+        for folder, (path, fact) in enumerate(zip(self._indices, facts, strict=True)):
+            rows = self._maps[folder]
             problem = size_problem(path, fact["clips"] * RECORD.itemsize)
             if problem is not None:
                 raise ValueError(f"{path} {problem}: ingest the videos again")
-            bad = damaged_shards(folder, fact)
+            bad = damaged_shards(self.folders[folder], fact)
             damaged += bad.values()
-            kept = None
-            if bad:
-                kept = np.flatnonzero(~np.isin(rows["shard"], list(bad)))
+            kept = np.flatnonzero(~np.isin(rows["shard"], list(bad)))
+            table: dict[str, NDArray[Any]] = {
+                key: rows[key][kept].astype(kind) for key, kind in COLUMNS.items()
+            }
             number = [self.classes.index(name) for name in fact["classes"]] + [-1]
-            columns.append(_columns(rows if kept is None else rows[kept]))
-            columns[-1]["label"] = np.array(number, np.int32)[columns[-1]["label"]]
-            columns[-1]["shard"] += sum(map(len, self._shards))
-            self._rows.append(kept)
-            self._shards.append([folder / shard["file"] for shard in fact["shards"]])
-        whole = {key: np.concatenate([c[key] for c in columns]) for key in columns[0]}
-        self._first = np.cumsum([0, *(len(c["label"]) for c in columns)])
-        self.label, self.shard, self.flags = whole["label"], whole["shard"], whole["flags"]
-        self.num_frames, self.width, self.height = (
-            whole[key] for key in ("num_frames", "width", "height")
-        )
+            table["label"] = np.array(number, np.int32)[table["label"]]
+            table["shard"] += len(self._paths)
+            table |= {"_row": kept, "_folder": np.full(len(kept), folder)}
+            tables.append(table)
+            self._paths += [self.folders[folder] / shard["file"] for shard in fact["shards"]]
+        for name in tables[0]:
+            setattr(self, name, np.concatenate([table[name] for table in tables]))
         self.has_audio = self.flags & HAS_AUDIO > 0
-        self.damaged, self.substituted = tuple(damaged), Counter()
+        self.duration = self.num_frames / self.fps
         self.codecs = {codec_of(flags) for flags in np.unique(self.flags)}
-        self._tell_damage()
+        self.damaged, self.substituted = tuple(damaged), Counter()
 
-    def _tell_damage(self) -> None:
+    def _warn_of_damage(self) -> None:
         for damage in self.damaged:
             self._warn(
                 f"{damage}: its {damage.clips} clips are left out"
@@ -199,15 +303,8 @@ class ClipIndex:
                 f"{self.damaged[0]}, and no other shard is left: ingest the videos again"
             )
 
-    def _init_process(self, warn: Callable[[str], None] | None) -> None:
-        self._files: OrderedDict[Path, IO[bytes]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._maps = [_map_index(path) for path in self._indices]
-        self._warn = warn or _warn
-        self._told: set[Path] = set()
-
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_files", "_lock", "_maps", "_warn", "_told")
+        own = ("_opened", "_lock", "_maps", "_warn", "_warned")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -226,20 +323,14 @@ class ClipIndex:
             raise ValueError("a subset of a data set needs a clip at least")
         assert (np.diff(clips) > 0).all() and 0 <= clips[0] and clips[-1] < len(self)
         chosen = copy.copy(self)
-        for name in COLUMNS:
+        for name in (*COLUMNS, "has_audio", "duration", "_row", "_folder"):
             setattr(chosen, name, getattr(self, name)[clips])
-        chosen._rows = []
-        for number, rows in enumerate(self._rows):
-            first, end = self._first[number : number + 2]
-            inside = clips[(clips >= first) & (clips < end)] - first
-            chosen._rows.append(inside if rows is None else rows[inside])
-        chosen._first = np.cumsum([0, *map(len, (r for r in chosen._rows if r is not None))])
         chosen.codecs = {codec_of(flags) for flags in np.unique(chosen.flags)}
         chosen.substituted, chosen._warn = Counter(), self._warn
         return chosen
 
     def in_split(self, number: int, part: str) -> NDArray[np.bool_]:
-        """Which clips are in a part ("train", "test", "validation") of split 1, 2 ...: bool (clips,).
+        """Masks the clips in a part ("train", "test", "validation") of split 1, 2 ...: bool (clips,).
 
         Raises ValueError for another part or number.
         """
@@ -252,8 +343,8 @@ class ClipIndex:
         """Read the frames with these numbers, and the sound, and nothing else.
 
         Where they are damaged, a clip of the same label that depends on ``clip`` alone takes the clip's place,
-        with the frames asked for as far as it has them; that is counted in ``substituted``, and told once a
-        shard. ``check`` reads and checks every byte of the clip, which finds damage that a decoder stumbles over.
+        with the frames asked for as far as it has them; ``substituted`` counts that, and a warning tells of it once
+        a shard. ``check`` reads and checks every byte of the clip, which finds damage that a decoder stumbles over.
         Raises ValueError for a clip or frame that is not there, and where no clip can be read.
         """
         try:
@@ -262,12 +353,12 @@ class ClipIndex:
             for other in substitutes(clip, self.label):
                 last = int(self.num_frames[other]) - 1
                 try:
-                    wanted = [min(f, last) for f in frames]
-                    found = self.read_strictly(other, wanted, check=check)
+                    nearest = [min(frame, last) for frame in frames]
+                    encoded = self.read_strictly(other, nearest, check=check)
                 except DamagedClip:
                     continue
-                self._tell_substitution(clip, error)
-                return found
+                self._note_substitute(clip, error)
+                return encoded
             raise
 
     def read_strictly(
@@ -283,74 +374,58 @@ class ClipIndex:
                 f"clip {clip} has frames 0 to {n - 1}, not {min(frames)} to {max(frames)}"
             )
         codec = codec_of(record["flags"])
-        length = 4 * table_length(codec, n)
-        table = self._pread(path, at + int(record["table"]), length).view("<u4")
+        table = self._pread(path, at + int(record["table"]), 4 * table_length(codec, n))
         begin, sound = at + int(record["frames"]), None
         width, height = int(record["width"]), int(record["height"])
         try:
-            want = taken(codec, table, int(record["frames_size"]), frames)
-            parts = [self._pread(path, begin + a, b - a) for a, b in want.ranges]
-            pictures, film = build(want, parts, width=width, height=height, fps=self.fps)
+            places = locate(codec, table.view("<u4"), int(record["frames_size"]), frames)
+            blobs = [self._pread(path, begin + a, b - a) for a, b in places.ranges]
+            pictures, film = assemble(places, blobs, width=width, height=height, fps=self.fps)
             if size := int(record["sound_size"]):
                 sound = self._pread(path, at + int(record["sound"]), size)
                 if sound[:4].tobytes() != b"fLaC":
                     raise DamagedPictures("its sound")
         except DamagedPictures as error:
             raise DamagedClip(f"{path}: clip {clip} is damaged ({error}): ingest again") from error
-        return EncodedClip(pictures, film, want.places, sound, clip)
+        return EncodedClip(pictures, film, places.frames, sound, clip)
 
     def _is_intact(self, path: Path, record: np.void) -> bool:
-        at, length = (
-            int(record["at"]),
-            table_length(codec_of(record["flags"]), int(record["num_frames"])),
-        )
-        sizes = [(0, record["json_size"]), (record["table"], 4 * length)]
-        sizes += [
+        length = table_length(codec_of(record["flags"]), int(record["num_frames"]))
+        members = (
+            (0, record["json_size"]),
+            (record["table"], 4 * length),
             (record["frames"], record["frames_size"]),
             (record["sound"], record["sound_size"]),
-        ]
-        parts = [self._pread(path, at + int(away), int(size)).tobytes() for away, size in sizes]
-        return crc_of(*parts) == int(record["crc32"])
+        )
+        at = int(record["at"])
+        blobs = [self._pread(path, at + int(away), int(size)) for away, size in members]
+        return zlib.crc32(np.concatenate(blobs).tobytes()) == int(record["crc32"])
 
-    def _tell_substitution(self, clip: int, error: DamagedClip) -> None:
+    def _note_substitute(self, clip: int, error: DamagedClip) -> None:
         path, _ = self._find(clip)
         with self._lock:
             self.substituted[clip] += 1
-            first = path not in self._told
-            self._told.add(path)
+            first = path not in self._warned
+            self._warned.add(path)
         if first:
             self._warn(f"{error}; another clip takes its place, as for any other damaged one there")
 
     def facts(self, clip: int) -> dict[str, Any]:
-        """What the shard says of a clip: source, start, class, fps, num_frames, duration, width, height, note."""
+        """Reads a clip's facts from its shard: source, start, class, fps, num_frames, duration, width, height, note."""
         path, record = self._find(clip)
-        told: dict[str, Any] = json.loads(
-            self._pread(path, int(record["at"]), int(record["json_size"])).tobytes()
-        )
-        return told
+        text = self._pread(path, int(record["at"]), int(record["json_size"])).tobytes()
+        facts: dict[str, Any] = json.loads(text)
+        return facts
 
     def _find(self, clip: int) -> tuple[Path, np.void]:
         if not 0 <= clip < len(self):
             raise ValueError(
                 f"there is no clip {clip}: the data set has clips 0 to {len(self) - 1}"
             )
-        folder = int(np.searchsorted(self._first, clip, side="right")) - 1
-        row, kept = clip - self._first[folder], self._rows[folder]
-        record = self._maps[folder][row if kept is None else kept[row]]
-        return self._shards[folder][int(record["shard"])], record
+        return self._paths[self.shard[clip]], self._maps[self._folder[clip]][self._row[clip]]
 
     def _pread(self, path: Path, at: int, size: int) -> NDArray[np.uint8]:
-        with self._lock:  # an evicted file closes when its last reader lets go of it
-            file = self._files.get(path)
-            if file is None:
-                try:
-                    file = open(path, "rb", buffering=0)
-                except OSError as error:
-                    raise DamagedClip(f"can't open {path}: {error.strerror}") from error
-                self._files[path] = file
-                if len(self._files) > OPEN_SHARDS:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(path)
+        file = self._opened(path)
         try:
             data = os.pread(file.fileno(), size, at)
         except OSError as error:
@@ -360,11 +435,11 @@ class ClipIndex:
         return np.frombuffer(data, np.uint8)
 
 
-def _columns(rows: NDArray[np.void]) -> dict[str, NDArray[Any]]:
-    """What is kept in memory of an index's rows, by name."""
-    kinds = {"label": np.int32, "shard": np.int32, "num_frames": np.int32, "flags": np.uint32}
-    kinds |= {"width": np.int32, "height": np.int32}
-    return {key: rows[key].astype(kind) for key, kind in kinds.items()}
+def _open_shard(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise DamagedClip(f"can't open {path}: {error.strerror}") from error
 
 
 def _warn(text: str) -> None:

@@ -1,4 +1,4 @@
-"""What is in a data set, and whether its bytes are still those that were written."""
+"""Inspection of a data set: what it holds, and whether its bytes are still those that were written."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.shards.damage import index_name, size_problem
-from engine.data.shards.index import ClipIndex, read_dataset
-from engine.data.shards.record import MAX_SPLITS, PARTIAL, PARTS, RECORD
+from engine.data.shards.index import (
+    MAX_SPLITS,
+    PARTIAL,
+    PARTS,
+    RECORD,
+    ClipIndex,
+    index_name,
+    read_dataset,
+    size_problem,
+)
 
 BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a data set holds."""
+    """Contents of a data set, in numbers."""
 
     facts: dict[str, Any]
     """``dataset.json``'s."""
@@ -43,7 +50,7 @@ class Description:
 
 
 def describe(folder: Path) -> Description:
-    """Tell what a data set holds, from its index alone; raises ValueError for no data set."""
+    """Counts what a data set holds, from its index alone; raises ValueError for no data set."""
     facts = read_dataset(folder)
     index = ClipIndex([folder], warn=lambda _: None)
     left_out = {damage.path.name for damage in index.damaged}
@@ -69,7 +76,7 @@ def describe(folder: Path) -> Description:
 
 
 def verify(folder: Path, *, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """Read every byte of a data set and tell what is damaged, one line a file; an empty list is a sound one.
+    """Reads every byte of a data set and lists what is damaged, one line a file.
 
     ``progress`` is called with the bytes read so far and all bytes. Raises ValueError for no data set.
     """

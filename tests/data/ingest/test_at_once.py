@@ -22,14 +22,15 @@ PROCESSES = 8
 PROGRAM = """
 import json, sys, time
 from pathlib import Path
-from engine.data import demo, parts
+from engine.data.demo import demo
+from engine.data.ingest import jobs
 from engine.data.library import demo_folders, open_library
 
 if __name__ == "__main__":
     what, folder, go = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     said, work = [], []
     report = lambda what, done, total: said.append(what) if total == 0 else None
-    do, write = parts.do_work, demo.write_video
+    do, write = jobs.do_work, demo.write_video
     import engine.data.ingest.run as ingest
     ingest.do_work = lambda each: (work.append(type(each).__name__), do(each))[1]
     demo.write_video = lambda path, *more, **options: (work.append(path.name), write(path, *more, **options))

@@ -31,5 +31,5 @@ def test_starts_at_equal_distances_leave_no_end_that_is_long_enough() -> None:
 
 
 def test_settings_of_later_versions_leave_old_data_sets_as_they_are() -> None:
-    assert "every" not in SETTINGS.told() and SETTINGS.told()["clips_per_video"] is None
-    assert Settings(**{**vars(SETTINGS), "every": 10.0}).told()["every"] == 10.0
+    assert "every" not in SETTINGS.identity() and SETTINGS.identity()["clips_per_video"] is None
+    assert Settings(**{**vars(SETTINGS), "every": 10.0}).identity()["every"] == 10.0

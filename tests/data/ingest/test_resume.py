@@ -202,7 +202,7 @@ def test_processes_killed_at_random_moments(
 ) -> None:
     program = f"""
 from pathlib import Path
-from engine.data import groups
+from engine.data.ingest import grouping as groups
 from engine.data.ingest.run import ingest
 if __name__ == "__main__":
     groups.LEAST, groups.ONE_IN, groups.MOST = 2, 2, 6

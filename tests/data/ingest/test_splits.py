@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine.data.ingest.run import ingest
-from engine.data.ingest.sources import Found
+from engine.data.ingest.sources import SourceList
 from engine.data.ingest.splits import MISSING, hmdb51, kinetics, ucf101
 from engine.data.media.encode import write_video
 from engine.data.shards.index import ClipIndex
@@ -25,7 +25,7 @@ def film(path: Path, *, seconds: float = 2.0) -> Path:
     return path
 
 
-def shards(found: Found, out: Path) -> ClipIndex:
+def shards(found: SourceList, out: Path) -> ClipIndex:
     ingest(found, out, short_side=32, workers=1)
     return ClipIndex([out])
 

@@ -16,8 +16,7 @@ from engine.data.ingest.run import IngestError, ingest
 from engine.data.media.codecs import H264, JPEG, KEY_EVERY, MPEG4, VP9, VP9_MP4
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import ClipPlan
-from engine.data.shards.damage import DamagedClip
-from engine.data.shards.index import ClipIndex
+from engine.data.shards.index import ClipIndex, DamagedClip
 from tests.data.films import write_film
 
 CPU = torch.device("cpu")

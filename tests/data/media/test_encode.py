@@ -20,6 +20,11 @@ def smooth(height: int = 96, width: int = 128) -> np.ndarray:
     return rgb.astype(np.uint8)
 
 
+def planes(rgb: np.ndarray) -> np.ndarray:
+    height, width, _ = rgb.shape
+    return to_i420(av.VideoFrame.from_ndarray(rgb, format="rgb24"), (width, height), 0)
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2)))
 
@@ -40,17 +45,15 @@ def decode_with_dali(data: bytes) -> np.ndarray:
 
 def test_jpeg_colours_come_back() -> None:
     rgb = smooth()
-    planes = to_i420(av.VideoFrame.from_ndarray(rgb, format="rgb24"), (128, 96), 0)
-    for frames in (rgb[None], planes[None]):
-        data = encode_jpeg(frames, quality=85)[0]
-        decoder = av.CodecContext.create("mjpeg", "r")
-        by_ffmpeg = decoder.decode(av.Packet(data))[0].to_ndarray(format="rgb24")
-        assert psnr(by_ffmpeg, rgb) >= 30
-        assert psnr(decode_with_dali(data), rgb) >= 30
+    data = encode_jpeg(planes(rgb)[None], quality=85)[0]
+    decoder = av.CodecContext.create("mjpeg", "r")
+    by_ffmpeg = decoder.decode(av.Packet(data))[0].to_ndarray(format="rgb24")
+    assert psnr(by_ffmpeg, rgb) >= 30
+    assert psnr(decode_with_dali(data), rgb) >= 30
 
 
 def test_jpeg_files_are_complete_and_equal() -> None:
-    frames = np.stack([smooth(), smooth()[::-1]])
+    frames = np.stack([planes(smooth()), planes(np.ascontiguousarray(smooth()[::-1]))])
     first, again = encode_jpeg(frames, quality=85), encode_jpeg(frames, quality=85)
     assert first == again
     assert all(f[:2] == b"\xff\xd8" and f[-2:] == b"\xff\xd9" for f in first)

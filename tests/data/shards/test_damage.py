@@ -12,8 +12,7 @@ import torch
 from engine.core.recipe import Audio, Clip
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import ClipPlan, plan_views
-from engine.data.shards.damage import substitutes
-from engine.data.shards.index import ClipIndex
+from engine.data.shards.index import ClipIndex, substitutes
 
 CLIP = Clip(num_frames=4, num_future_frames=2, size=32)
 

@@ -1,4 +1,4 @@
-"""The format both ways: what ``ShardWriter`` writes, ``ClipIndex`` reads."""
+"""The format both ways: what ``ClipTar`` and ``write_dataset`` write, ``ClipIndex`` reads."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ from engine.core.files import StorageError
 from engine.data.media.codecs import JPEG, Pictures
 from engine.data.shards import index as shards
 from engine.data.shards import writer as shard_writer
-from engine.data.shards.damage import DamagedClip
-from engine.data.shards.index import ClipIndex, is_shards, read_dataset
+from engine.data.shards.index import RECORD, ClipIndex, DamagedClip, is_shards, read_dataset
 from engine.data.shards.inspect import verify
-from engine.data.shards.record import RECORD
-from engine.data.shards.writer import NewClip, ShardWriter
+from engine.data.shards.writer import END, ClipTar, NewClip, Shard, write_dataset
 
 
 def clip(
@@ -47,11 +45,16 @@ def clip(
 def write(
     folder: Path, clips: list[NewClip], *, fps: float = 25.0, clips_per_shard: int = 2
 ) -> Path:
-    with ShardWriter(
-        folder, fps=fps, short_side=128, sample_rate=16000, clips_per_shard=clips_per_shard
-    ) as writer:
-        for c in clips:
-            writer.add(c)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    for first in range(0, len(clips), clips_per_shard):
+        tar = ClipTar(folder / f"shard-{len(shards):05d}.tar", fps=fps)
+        for number, c in enumerate(clips[first : first + clips_per_shard], start=first):
+            tar.add(c, key=f"{number:09d}")
+        tar.append(END)
+        tar.finish()
+        shards.append(tar.shard())
+    write_dataset(folder, shards, fps=fps, short_side=128, sample_rate=16000)
     return folder
 
 
@@ -80,15 +83,15 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert index.height.tolist() == [128] * 5
     np.testing.assert_allclose(index.duration, [0.2, 0.12, 0.36, 0.2, 0.04])
     for number, expected in enumerate(CLIPS):
-        wanted = list(range(len(expected.pictures.pieces)))[::-2]
+        wanted = list(range(len(expected.pictures.packets)))[::-2]
         found = index.read(number, wanted)
-        assert [f.tobytes() for f in found.frames] == [expected.pictures.pieces[i] for i in wanted]
+        assert [f.tobytes() for f in found.frames] == [expected.pictures.packets[i] for i in wanted]
         assert (None if found.sound is None else found.sound.tobytes()) == expected.sound
         facts = index.facts(number)
         assert facts["source"] == expected.source
         assert facts["class"] == expected.label
         assert facts["start"] == expected.start
-        assert facts["num_frames"] == len(expected.pictures.pieces)
+        assert facts["num_frames"] == len(expected.pictures.packets)
         assert facts.get("note") == expected.note
 
 
@@ -108,7 +111,7 @@ def test_only_the_frames_wanted_are_read(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(shards.os, "pread", counting)
     index.read(2, [4])
-    assert sizes == [4 * 10, len(CLIPS[2].pictures.pieces[4]), len(CLIPS[2].sound or b"")]
+    assert sizes == [4 * 10, len(CLIPS[2].pictures.packets[4]), len(CLIPS[2].sound or b"")]
 
 
 def test_shards_are_plain_tars(folder: Path) -> None:
@@ -123,7 +126,7 @@ def test_shards_are_plain_tars(folder: Path) -> None:
     offsets = np.load(io.BytesIO(members["000000002.offsets.npy"]))
     blob = members["000000002.mjpg"]
     assert offsets.dtype == np.uint32
-    assert [blob[a:b] for a, b in pairwise(offsets)] == list(CLIPS[2].pictures.pieces)
+    assert [blob[a:b] for a, b in pairwise(offsets)] == list(CLIPS[2].pictures.packets)
     assert members["000000003.flac"] == CLIPS[3].sound
     assert json.loads(members["000000001.json"])["class"] == "jump"
 
@@ -133,7 +136,7 @@ def test_webdataset_reads_shards(folder: Path) -> None:
     paths = [str(p) for p in sorted(folder.glob("*.tar"))]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False))
     assert [s["__key__"] for s in samples] == [f"{i:09d}" for i in range(5)]
-    assert samples[2]["mjpg"] == b"".join(CLIPS[2].pictures.pieces)
+    assert samples[2]["mjpg"] == b"".join(CLIPS[2].pictures.packets)
     assert samples[3]["flac"] == CLIPS[3].sound
     assert json.loads(samples[0]["json"])["source"] == "a/0.avi"
 
@@ -151,7 +154,7 @@ def test_several_folders_are_one_set(tmp_path: Path) -> None:
     assert index.classes == ("bend", "run", "walk")
     assert index.label.tolist() == [2, 1, 0, -1, 2]
     assert [index.facts(i)["source"] for i in range(5)] == [f"a/{i}.avi" for i in range(5)]
-    assert index.read(4, [1]).frames[0].tobytes() == clip(4).pictures.pieces[1]
+    assert index.read(4, [1]).frames[0].tobytes() == clip(4).pictures.packets[1]
 
 
 def test_folders_must_agree(tmp_path: Path) -> None:
@@ -165,7 +168,7 @@ def test_an_index_can_be_sent_to_another_process(folder: Path) -> None:
     index.read(0, [0])
     data = pickle.dumps(index)
     again = pickle.loads(data)
-    assert again.read(2, [3]).frames[0].tobytes() == CLIPS[2].pictures.pieces[3]
+    assert again.read(2, [3]).frames[0].tobytes() == CLIPS[2].pictures.packets[3]
     assert again.label.tolist() == index.label.tolist()
 
 
@@ -173,8 +176,8 @@ def test_few_shards_stay_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(shards, "OPEN_SHARDS", 1)
     index = ClipIndex([folder])
     for number in (0, 4, 2, 0, 3):
-        assert index.read(number, [0]).frames[0].tobytes() == CLIPS[number].pictures.pieces[0]
-    assert len(index._files) == 1
+        assert index.read(number, [0]).frames[0].tobytes() == CLIPS[number].pictures.packets[0]
+    assert index._opened.cache_info().currsize == 1
 
 
 def test_what_is_not_there_is_told(folder: Path) -> None:
@@ -217,9 +220,9 @@ def test_shards_that_are_not_whole_are_named_and_left_out(folder: Path, problem:
     assert index.label.tolist() == 2 * [1, 0, -1]
     assert index.shard.tolist() == [0, 0, 2, 3, 3, 5]
     assert [index.facts(i)["source"] for i in (2, 5)] == 2 * ["a/4.avi"]
-    assert index.read(5, [0]).frames[0].tobytes() == CLIPS[4].pictures.pieces[0]
+    assert index.read(5, [0]).frames[0].tobytes() == CLIPS[4].pictures.packets[0]
     again = pickle.loads(pickle.dumps(index))
-    assert again.read(4, [1]).frames[0].tobytes() == CLIPS[1].pictures.pieces[1]
+    assert again.read(4, [1]).frames[0].tobytes() == CLIPS[1].pictures.packets[1]
     assert problem in verify(folder)[0]
 
 
@@ -266,12 +269,12 @@ def test_a_clip_of_the_same_label_takes_a_damaged_ones_place(tmp_path: Path, wha
     told: list[str] = []
     index = ClipIndex([folder], warn=told.append)
     if what == "frame":
-        damage(folder, clips[4].pictures.pieces[2])
+        damage(folder, clips[4].pictures.packets[2])
     elif what == "sound":
         damage(folder, clips[4].sound or b"")
     elif what == "table":
         damage(
-            folder, np.cumsum([len(f) for f in clips[4].pictures.pieces]).astype("<u4").tobytes()
+            folder, np.cumsum([len(f) for f in clips[4].pictures.packets]).astype("<u4").tobytes()
         )
     else:
         (folder / "shard-00002.tar").unlink()
@@ -279,8 +282,8 @@ def test_a_clip_of_the_same_label_takes_a_damaged_ones_place(tmp_path: Path, wha
     found = index.read(4, wanted)
     other = clips[found.clip]
     assert found.clip != 4 and other.label == "jump"
-    there = [min(i, len(other.pictures.pieces) - 1) for i in wanted]
-    assert [f.tobytes() for f in found.frames] == [other.pictures.pieces[i] for i in there]
+    there = [min(i, len(other.pictures.packets) - 1) for i in wanted]
+    assert [f.tobytes() for f in found.frames] == [other.pictures.packets[i] for i in there]
     assert found.sound is not None and found.sound.tobytes() == other.sound
     # A fresh process, as after a resume, takes the same one, and whatever was read before doesn't matter.
     fresh = ClipIndex([folder], warn=lambda _: None)
@@ -298,7 +301,7 @@ def test_a_clip_of_the_same_label_takes_a_damaged_ones_place(tmp_path: Path, wha
 
 def test_checking_finds_a_flipped_bit_anywhere(folder: Path) -> None:
     path = folder / "shard-00001.tar"
-    at = path.read_bytes().index(CLIPS[2].pictures.pieces[7]) + 9
+    at = path.read_bytes().index(CLIPS[2].pictures.packets[7]) + 9
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
@@ -312,13 +315,13 @@ def test_checking_finds_a_flipped_bit_anywhere(folder: Path) -> None:
 
 
 def test_intact_frames_of_a_damaged_clip_are_read(folder: Path) -> None:
-    damage(folder, CLIPS[0].pictures.pieces[2])
+    damage(folder, CLIPS[0].pictures.packets[2])
     found = ClipIndex([folder]).read(0, [1, 3])
-    assert found.clip == 0 and found.frames[1].tobytes() == CLIPS[0].pictures.pieces[3]
+    assert found.clip == 0 and found.frames[1].tobytes() == CLIPS[0].pictures.packets[3]
 
 
 def test_nothing_in_a_damaged_clips_place_is_an_error(folder: Path) -> None:
-    damage(folder, CLIPS[1].pictures.pieces[0])  # the only one of its class
+    damage(folder, CLIPS[1].pictures.packets[0])  # the only one of its class
     with pytest.raises(ValueError, match="clip 1 is damaged"):
         ClipIndex([folder]).read(1, [0])
 
@@ -346,31 +349,25 @@ def test_a_full_disk_is_one_clear_error(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    writer = ShardWriter(
-        tmp_path / "set", fps=25, short_side=128, sample_rate=16000, clips_per_shard=2
-    )
+    tar = ClipTar(tmp_path / "shard-00001.tar", fps=25)
     for c in CLIPS[:3]:
-        writer.add(c)
+        tar.add(c, key=f"{c.start:09.0f}")
     monkeypatch.setattr(shard_writer.os, call, full)
     with pytest.raises(
         StorageError, match=r"shard-00001.tar: No space left on device; free"
     ) as caught:
-        writer.add(CLIPS[3])
+        tar.finish()
     assert caught.value.errno == errno.ENOSPC
     assert "\n" not in str(caught.value)
-    assert [p.name for p in (tmp_path / "set").iterdir()] == ["shard-00000.tar"]
+    assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_writer_leaves_no_data_set(tmp_path: Path) -> None:
-    writer = ShardWriter(
-        tmp_path / "set", fps=25, short_side=128, sample_rate=16000, clips_per_shard=2
-    )
-    with pytest.raises(KeyboardInterrupt), writer:
-        for c in CLIPS[:3]:
-            writer.add(c)
-        raise KeyboardInterrupt
-    assert not is_shards(tmp_path / "set")
-    assert [p.name for p in (tmp_path / "set").iterdir()] == ["shard-00000.tar"]
+def test_a_discarded_tar_leaves_nothing(tmp_path: Path) -> None:
+    tar = ClipTar(tmp_path / "shard-00000.tar", fps=25)
+    tar.add(CLIPS[0], key="0")
+    assert [p.suffix for p in tmp_path.iterdir()] == [".tmp"]
+    tar.discard()
+    assert not list(tmp_path.iterdir()) and not is_shards(tmp_path)
 
 
 def test_an_empty_set_opens(tmp_path: Path) -> None:
@@ -387,4 +384,4 @@ def test_a_million_clips_open_in_a_second(tmp_path: Path) -> None:
     began = time.perf_counter()
     index = ClipIndex([tmp_path])
     assert time.perf_counter() - began < 1.0
-    assert index.read(999_999, [2]).frames[0].tobytes() == CLIPS[0].pictures.pieces[2]
+    assert index.read(999_999, [2]).frames[0].tobytes() == CLIPS[0].pictures.packets[2]
