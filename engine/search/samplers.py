@@ -62,6 +62,11 @@ class Trial(Proposal):
     """All else that was noted of it; other programs may have written it."""
 
     @property
+    def proposal(self) -> Proposal:
+        """The member as it was proposed."""
+        return Proposal(self.number, self.weights, self.parent, self.mutated, self.round)
+
+    @property
     def partial(self) -> float | None:
         """A pruned member's fitness at its last rung."""
         return self.rungs[-1][1] if self.rungs else None

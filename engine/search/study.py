@@ -129,11 +129,11 @@ class SearchStudy:
         """End a member whose training was stopped early: it counts as done, and is never a parent.
 
         ``rungs``: (step, fitness there) of each time that it was judged, the last one where it ended; Optuna's pruners
-        leave a trial of state PRUNED with such intermediate values.
+        leave a trial of state PRUNED with such intermediate values. None where only its features' collapse was seen.
 
-        Raises ValueError for no rung, a fitness that is not finite, and a member that is unknown or done.
+        Raises ValueError for a fitness that is not finite, and for a member that is unknown or done.
         """
-        if not rungs or not all(math.isfinite(fitness) for _, fitness in rungs):
+        if not all(math.isfinite(fitness) for _, fitness in rungs):
             raise ValueError(f"search: trial {number} is pruned with rungs {list(rungs)}")
         reached = tuple(sorted((int(step), float(fitness)) for step, fitness in rungs))
         return self._finish(number, "pruned", rungs=reached, attributes=attributes)

@@ -17,8 +17,7 @@ from engine.data.shards.index import ClipIndex
 from engine.data.views import Views
 from engine.features.extract import LabelledClips
 from engine.objective.terms import check_weights
-from engine.search.cohort import MemberResult, evaluate_cohort
-from engine.search.cohort_part import first_step, promoted, rungs
+from engine.search.cohort import MemberResult, evaluate_cohort, first_step, promoted, rungs
 from engine.search.samplers import Proposal
 from engine.train.member import Member
 from engine.train.memory import CohortMemory

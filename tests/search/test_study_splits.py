@@ -151,14 +151,15 @@ def test_a_member_lost_with_its_worker_is_offered_again():
 def test_prune_refuses_what_is_no_fitness():
     study = open_study(settings_of("evolution"))
     study.ask()
-    for rungs in ([], [(25, float("nan"))]):
-        with pytest.raises(ValueError, match="trial 0 is pruned with rungs"):
-            study.prune(0, rungs=rungs, attributes={})
+    with pytest.raises(ValueError, match="trial 0 is pruned with rungs"):
+        study.prune(0, rungs=[(25, float("nan"))], attributes={})
     with pytest.raises(ValueError, match=r"attributes \['parent'\] are the study's own"):
         study.tell(0, fitness=0.3, attributes={"parent": 3})
     study.prune(0, rungs=[(50, 0.4), (25, 0.3)], attributes={"seconds": 2.0})
     member = study.members()[0]
     assert (member.state, member.fitness, member.partial) == ("pruned", None, 0.4)
     assert member.rungs == ((25, 0.3), (50, 0.4))
+    study.prune(1, rungs=[], attributes={"reason": "collapsed"})  # no fitness was measured
+    assert (study.members()[1].state, study.members()[1].partial) == ("pruned", None)
     with pytest.raises(ValueError, match="no member of this study completed"):
         study.best()
