@@ -29,7 +29,7 @@ from engine.core.runtime import is_device_error, is_out_of_memory
 from engine.data.clip_bank import ClipBank
 from engine.data.views import Views
 from engine.features.extract import LabelledClips
-from engine.features.fitness import FitnessResult, effective_rank
+from engine.features.fitness import FitnessResult
 from engine.search.samplers import Proposal, State
 from engine.train.checkpoint import copy_of, load_end, load_member, save_ends, save_member
 from engine.train.member import Member
@@ -90,8 +90,7 @@ class MemberRun:
     begun: bool = False
     failed: str | None = None
     pruned: str | None = None
-    at_rungs: dict[int, FitnessResult | float] = field(default_factory=dict)
-    """Fitness at its rungs; without halving the effective rank alone."""
+    at_rungs: dict[int, FitnessResult] = field(default_factory=dict)
     result: FitnessResult | None = None
     terms: dict[str, float] = field(default_factory=dict)
     rgb: dict[str, Tensor] | None = None
@@ -312,13 +311,9 @@ class _Cohort:
         if not judged:
             return
         members = _members(judged)
-        networks = [member.loss.rgb for member in members]
-        results: Sequence[FitnessResult | float | str]
         with self.trainer.clock("fitness"):
-            if end < self.steps and not self.search.halving:
-                results = [_rank(each) for each in self.labelled.features(networks)]
-            else:
-                results = self.labelled.fitness(networks, seed=judged[0].seed)
+            networks = [member.loss.rgb for member in members]
+            results = self.labelled.fitness(networks, seed=judged[0].seed)
         for run, member, result in zip(judged, members, results, strict=True):
             run.terms = member.term_values()
             if isinstance(result, str):
@@ -326,7 +321,6 @@ class _Cohort:
             elif end < self.steps:
                 run.at_rungs[end] = result
             else:
-                assert isinstance(result, FitnessResult)
                 run.result, run.rgb = result, copy_of(member.loss.rgb)
                 run.end = None if run.proposal.keep is None else copy_of(member.loss)
             if not run.going:
@@ -342,7 +336,7 @@ class _Cohort:
         reasons: dict[int, str] = {}
         for place, runs in judged.items():
             if end == runs[0].rungs[0]:
-                rank = float(np.mean([_rank_of(run.at_rungs[end]) for run in runs]))
+                rank = float(np.mean([run.at_rungs[end].effective_rank for run in runs]))
                 if rank < self.search.collapse_rank:
                     reasons[place] = f"collapsed: effective rank {rank:.2f} at step {end}"
         if self.search.halving:
@@ -366,7 +360,8 @@ class _Cohort:
         results = tuple(run.result for run in runs if run.result is not None)
         batch = self.trainer.recipe.optim.batch_size
         speeds = [run.trained * batch / run.seconds if run.trained else 0.0 for run in runs]
-        common = sorted(set.intersection(*(set(run.at_rungs) for run in runs)))
+        compared = self.search.halving or state == "pruned"
+        common = sorted(set.intersection(*(set(run.at_rungs) for run in runs))) if compared else ()
         return MemberResult(
             state=state,
             fitness=float(np.mean([r.value for r in results])) if state == "complete" else None,
@@ -377,9 +372,7 @@ class _Cohort:
             clips_per_second=fmean(speeds),
             terms={} if failed else runs[-1].terms,
             rgb=runs[-1].rgb if state == "complete" else None,
-            rungs=tuple((at - runs[0].first, _rung_fitness(runs, at)) for at in common)
-            if self.search.halving
-            else (),
+            rungs=tuple((at - runs[0].first, _rung_fitness(runs, at)) for at in common),
             steps=sum(run.trained for run in runs),
         )
 
@@ -411,20 +404,8 @@ def promoted(fitnesses: Sequence[float]) -> list[bool]:
 
 def _rung_fitness(runs: Sequence[MemberRun], rung: int) -> float:
     """Mean over a member's seeds of the fitness at one of its rungs."""
-    results = [run.at_rungs[rung] for run in runs]
-    return float(np.mean([each.value for each in results if isinstance(each, FitnessResult)]))
+    return float(np.mean([run.at_rungs[rung].value for run in runs]))
 
 
 def _members(runs: Sequence[MemberRun]) -> list[Member]:
     return [run.member for run in runs if run.member is not None]
-
-
-def _rank(features: Tensor) -> float | str:
-    try:
-        return effective_rank(features)
-    except ValueError as error:
-        return str(error)
-
-
-def _rank_of(result: FitnessResult | float) -> float:
-    return result.effective_rank if isinstance(result, FitnessResult) else result

@@ -14,7 +14,6 @@ from engine.core.display import Display, duration
 from engine.core.recipe import Recipe
 from engine.core.runtime import Runtime, make_deterministic
 from engine.features.extract import LabelledClips
-from engine.features.fitness import cohort_fitness
 from engine.objective.loss import active_terms
 from engine.objective.terms import TERM_NAMES
 from engine.search.evolve import Data, Workers
@@ -115,18 +114,9 @@ def _measure(trainer: Trainer, labelled: LabelledClips) -> Cost:
             torch.cuda.synchronize()
         batches.append(between - began)
         steps.append(time.perf_counter() - between)
-    network = member.loss.rgb
     for _ in range(2):  # the first decodes, which later members are spared
         began = time.perf_counter()
-        features = labelled.features([network])
-        cohort_fitness(
-            features,
-            labelled.labels,
-            settings=trainer.recipe.fitness,
-            num_classes=labelled.num_classes,
-            seed=0,
-            device=trainer.runtime.device.type,
-        )
+        labelled.fitness([member.loss.rgb], seed=0)
         fitness = time.perf_counter() - began
     counted = slice(min(idle, len(steps) - 1), None)
     return Cost(median(batches[counted]), median(steps[counted]), fitness)

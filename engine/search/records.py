@@ -23,7 +23,8 @@ from engine.core.runfolder import RunFolder
 from engine.core.runtime import Clock
 from engine.objective.lossfile import save_loss
 from engine.search.cohort import MemberResult
-from engine.search.study import SearchStudy, Trial
+from engine.search.samplers import Trial
+from engine.search.study import SearchStudy
 from engine.search.worker import Cohort, CohortResult, Progress, candidate
 
 FRESH_SEEDS = 10_000

@@ -1,4 +1,4 @@
-"""How weights are proposed: from the seed, a member's number and the members done before it; no storage, no video.
+"""Samplers, which propose weights from the seed, a member's number and the members done before it.
 
 evolution (the paper): an initial population is drawn uniformly; then, round by round, a top performer (the winner of
 a tournament) is copied and one of its weights is drawn anew. cmaes (the follow-up): a normal distribution over all
@@ -7,13 +7,12 @@ weights, moved and reshaped by each generation's ranks. random and grid are cont
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import cmaes
 import numpy as np
@@ -111,16 +110,6 @@ def finite_values(table: object) -> dict[str, float]:
     return {str(k): number for k, v in items if (number := finite(v)) is not None}
 
 
-class Sampler(Protocol):
-    """Proposes weights: a function of the seed, a member's number and the members done that it may know of."""
-
-    def generation(self, number: int) -> range | None:
-        """The numbers proposed together with ``number``, once all before them are done; None: no need to wait."""
-
-    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
-        """Member ``number``, from those done that it may know of, by number."""
-
-
 def generation_of(number: int, *, settings: Search) -> range:
     """The numbers of the members proposed together with member ``number``.
 
@@ -155,11 +144,11 @@ class RandomSampler:
         return max(0, number + 1 - self.settings.population)
 
     def generation(self, number: int) -> range | None:
-        """None: no member depends on another."""
+        """The numbers proposed together with ``number``, once all before them are done; None: no need to wait."""
         return None
 
     def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
-        """Draw all weights; only the number counts."""
+        """Draw member ``number``'s weights; other samplers look at ``done``, those that it may know of, by number."""
         values = self.stream(number).random(len(TERM_NAMES)).tolist()
         weights = dict(zip(TERM_NAMES, values, strict=True))
         return Proposal(number, weights, round=self.round_of(number))
@@ -197,16 +186,10 @@ class EvolutionSampler(RandomSampler):
 
     def population(self, done: Sequence[Trial]) -> list[Trial]:
         """The members that may be parents, the fittest or the latest first; ``done`` goes by number."""
-        size = self.settings.population
+        complete = [member for member in reversed(done) if member.fitness is not None]
         if self.settings.replace == "worst":
-            return heapq.nlargest(size, (m for m in done if m.fitness is not None), key=_by_fitness)
-        latest: list[Trial] = []
-        for member in reversed(done):
-            if len(latest) == size:
-                break
-            if member.fitness is not None:
-                latest.append(member)
-        return latest
+            complete.sort(key=_by_fitness, reverse=True)
+        return complete[: self.settings.population]
 
 
 class CmaSampler(RandomSampler):
@@ -327,7 +310,7 @@ def _by_fitness(member: Trial) -> tuple[float, int]:
     return member.fitness, member.number
 
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {
+SAMPLERS: dict[str, type[RandomSampler]] = {
     "evolution": EvolutionSampler,
     "cmaes": CmaSampler,
     "random": RandomSampler,

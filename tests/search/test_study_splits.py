@@ -70,7 +70,7 @@ def test_a_search_is_the_same_however_it_is_split_killed_and_resumed(method, tmp
                     number = int(rng.choice(list(out)))
                     member = out.pop(number)
                     if rng.random() < 0.2:
-                        study.release(number)
+                        out[number] = member  # its worker was lost: it is trained again
                     else:
                         finish(study, member)
                         told[number] += 1
@@ -132,34 +132,17 @@ def test_asks_hand_out_at_most_the_limit_and_never_wait_without_need():
     assert study.ask(1) == [] and not study.finished
 
 
-def test_a_member_lost_with_its_worker_is_offered_again():
-    study = open_study(settings_of("evolution"))
-    first = study.ask(2)
-    study.release(0)
-    with pytest.raises(ValueError, match="trial 0 is not out"):
-        study.release(0)
-    assert study.ask(1) == [first[0]]
-    assert [p.number for p in study.ask()] == [2, 3]
-    study.release(2)
-    finish(study, first[0])
-    with pytest.raises(ValueError, match="trial 0 is not out"):
-        study.release(0)
-    study.tell(2, fitness=0.3, attributes={})  # its worker was alive after all
-    assert study.ask() == []
-
-
 def test_prune_refuses_what_is_no_fitness():
     study = open_study(settings_of("evolution"))
     study.ask()
-    with pytest.raises(ValueError, match="trial 0 is pruned with rungs"):
-        study.prune(0, rungs=[(25, float("nan"))], attributes={})
+    for rungs in ([], [(25, float("nan"))]):
+        with pytest.raises(ValueError, match="trial 0 is pruned with rungs"):
+            study.prune(0, rungs=rungs, attributes={})
     with pytest.raises(ValueError, match=r"attributes \['parent'\] are the study's own"):
         study.tell(0, fitness=0.3, attributes={"parent": 3})
     study.prune(0, rungs=[(50, 0.4), (25, 0.3)], attributes={"seconds": 2.0})
     member = study.members()[0]
     assert (member.state, member.fitness, member.partial) == ("pruned", None, 0.4)
     assert member.rungs == ((25, 0.3), (50, 0.4))
-    study.prune(1, rungs=[], attributes={"reason": "collapsed"})  # no fitness was measured
-    assert (study.members()[1].state, study.members()[1].partial) == ("pruned", None)
     with pytest.raises(ValueError, match="no member of this study completed"):
         study.best()
