@@ -64,7 +64,7 @@ def _cpu_name() -> str:
 
 def _git_sha() -> str | None:
     """The commit of the source tree, with ``+`` where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]

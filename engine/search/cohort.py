@@ -72,7 +72,7 @@ class MemberRun:
     """A member's training under one seed."""
 
     place: int
-    """Of the member in the cohort."""
+    """The member's place in the cohort."""
     proposal: Proposal
     seed: int
     first: int

@@ -1,4 +1,4 @@
-"""What a search would do, how long it would take and what it needs, from a few steps measured here."""
+"""Estimates a search's time and memory, and the work of each worker, from a few steps measured here."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from engine.train.memory import memory_needed, that_many_fit
 from engine.train.trainer import Trainer
 
 STEPS = (2, 6)
-"""Steps that nothing is learnt from (compilation, first batches), and steps measured."""
+"""Steps that are not measured (compilation, first batches), and steps that are."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, measured on one member whose loss has every term."""
+    """Seconds measured on one member whose loss has every term."""
 
     batch: float
     """A batch and its views, which a cohort shares."""
@@ -38,7 +38,7 @@ class Cost:
     """A member's features and their clusters."""
 
     def job(self, members: int, steps: int, *, side_by_side: int) -> float:
-        """A cohort's training and judging, of which so many members are at work at a time."""
+        """Seconds of a cohort's training and judging, with so many members at work at a time."""
         turns = -(-members // side_by_side)
         return steps * (self.batch + turns * self.step) + turns * self.fitness
 
@@ -46,7 +46,7 @@ class Cost:
 def dry_run(
     recipe: Recipe, data: Data, *, runtime: Runtime, workers: Workers, display: Display
 ) -> None:
-    """Print terms, members, time, memory and what each worker does; nothing is written."""
+    """Print terms, members, time, memory and each worker's work; nothing is written."""
     count = 1 if workers.count == 0 else workers.count
     if count is None:
         raise ValueError("--dry-run does not join a cluster: say how many GPUs with --gpus N")
@@ -137,7 +137,7 @@ def _jobs(study: SearchStudy, workers: int, members_at_once: int | None) -> list
 
 
 def _schedule(spans: Sequence[Sequence[float]], workers: int, *, waits: bool) -> float:
-    """When the last job ends, each given to the worker that is free first; generations may wait for each other."""
+    """End of the last job, where the worker that is free first takes the next; generations may wait for each other."""
     free = [0.0] * workers
     for generation in spans:
         if waits:
@@ -159,7 +159,7 @@ def _memory(trainer: Trainer, members_at_once: int | None) -> str:
 def _shares(
     recipe: Recipe, study: SearchStudy, jobs: list[list[int]], count: int, kind: str
 ) -> list[str]:
-    """What each worker does in the longest generation, and what to raise where some do nothing."""
+    """Lines on each worker's work in the longest generation, and on the setting to raise where some have none."""
     largest = max(jobs, key=sum)
     each = (
         f"{min(largest)}" if min(largest) == max(largest) else f"{min(largest)} or {max(largest)}"

@@ -85,7 +85,7 @@ def evolve(
     clock, identity = Clock(), fingerprint(data.videos, data.labelled)
     factory = _factory(recipe, data, identity, run, workers)
     videos, judging = data.videos.index, data.labelled.index
-    here = factory.evaluator(videos, judging, runtime) if workers.count == 0 else None
+    here = CohortEvaluator(factory, videos, judging, runtime) if workers.count == 0 else None
     on_cpu = Runtime(torch.device("cpu"), amp=False)
     labelled = here.labelled if here else LabelledClips(judging, recipe, runtime=on_cpu)
     resumed = (run.path / "recipe.toml").exists()
@@ -97,7 +97,7 @@ def evolve(
 
     study = _open_study(recipe, run, display, events, clock)
     _check_rounds(recipe, run, study)
-    records = Records(recipe, run, study, display=display, events=events, clock=clock)
+    records = Records(recipe, run, study, display, events, clock)
     if not study.finished or records.seeds_to_confirm():  # starting workers takes seconds
         _Search(data, study, records, workers).run(here or factory)
     records.keep_best()  # an interruption may have come between the last member and the file
@@ -116,7 +116,7 @@ class _Search:
     records: Records
     workers: Workers
     progress: ProgressLine = field(init=False)
-    """Of the stage at work."""
+    """Progress of the stage at work."""
 
     def run(self, worker: CohortEvaluator | CohortFactory) -> None:
         """Train all members that are not done, then confirm the best; a factory makes Ray's workers."""

@@ -71,7 +71,7 @@ class Planner:
         return replace(member, start=start, keep=self.state(member.number))
 
     def state(self, number: int) -> Path:
-        """Where a member's end state is kept for its children."""
+        """The file that keeps a member's end state for its children."""
         return self.checkpoints / f"member-{number:05d}.safetensors"
 
     def drop_states(self) -> None:
@@ -91,7 +91,7 @@ class Planner:
 def job_sizes(
     search: Search, generation: int, *, workers: int, members_at_once: int | None
 ) -> list[int]:
-    """How many members each cohort of a generation has, where all workers are idle when it begins."""
+    """Sizes of a generation's cohorts, where all workers are idle when it begins."""
     if search.halving:
         return [generation]
     jobs = max(min(workers, generation), -(-generation // (members_at_once or generation)))

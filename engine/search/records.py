@@ -33,27 +33,24 @@ FRESH_SEEDS = 10_000
 CONFIRMATIONS = "confirmations.json"
 
 
+@dataclass
 class Records:
     """Keeps a run's folder in step with its study: all but TensorBoard's curves follows from it and can be redone."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunFolder,
-        study: SearchStudy,
-        *,
-        display: Display,
-        events: Events,
-        clock: Clock,
-    ) -> None:
-        self.recipe, self.run, self.study = recipe, run, study
-        self.display, self.events, self.clock = display, events, clock
+    recipe: Recipe
+    run: RunFolder
+    study: SearchStudy
+    display: Display
+    events: Events
+    clock: Clock
+
+    def __post_init__(self) -> None:
         self._began = time.perf_counter()
-        self._earlier: dict[str, float] = run.read_json("timing.json") or {}
+        self._earlier: dict[str, float] = self.run.read_json("timing.json") or {}
         self._worked: dict[str, float] = {}
-        with clock("logging"):
-            self.board = Board(run.tensorboard, before=study.members())
-            for left in run.checkpoints.glob(".*.tmp"):  # of a worker that was killed
+        with self.clock("logging"):
+            self.board = Board(self.run.tensorboard, before=self.study.members())
+            for left in self.run.checkpoints.glob(".*.tmp"):  # of a worker that was killed
                 left.unlink()
 
     def lost(self, lost: Lost, again: bool) -> None:
@@ -89,7 +86,7 @@ class Records:
                 self.events.add(kind, reason, trials=[number])
 
     def attributes(self, result: MemberResult) -> dict[str, Any]:
-        """What is stored of a training, beside its fitness."""
+        """Attributes of a member that the study keeps beside its fitness."""
         repeats = [each.measures() for each in result.results]
         names = repeats[0] if repeats else ()
         return {

@@ -40,7 +40,7 @@ class Proposal:
     start: Path | None = field(default=None, compare=False)
     """Its parent's end state, from which its networks start, for the last ``search.warm_start_steps``."""
     keep: Path | None = field(default=None, compare=False)
-    """Where its end state is left for its children; None: nowhere."""
+    """The file for its end state, from which its children start; None: none."""
 
     @property
     def trial(self) -> int:
@@ -195,13 +195,12 @@ class EvolutionSampler(RandomSampler):
 class CmaSampler(RandomSampler):
     """CMA-ES (Hansen 2016; library ``cmaes``) within [0, 1], from 0.5 in every weight.
 
-    A generation is asked whole before it is told, so that no parallel member is thrown away; it is ``settings.
-    cmaes_population`` members, which ``settings.generation`` does not change. Each ask draws from a stream of its own,
-    keyed by (seed, number), so the library's state follows from the fitnesses: it is built anew from the
-    study, and no kill can lose it. The library must be told as many members as it asked for: those that failed or
-    were pruned count as no better than the worst of their generation, so that the search leaves where losses
-    diverge; their true fitness is not known, and a made-up low number would change nothing, as only ranks count. A
-    generation of which none completed ranks nothing: it is left out, and the next comes from the same distribution.
+    The library learns from a whole generation, so that no parallel member is thrown away; it has ``settings.
+    cmaes_population`` members, whatever ``settings.generation``. Each proposal draws from a stream of its own, keyed by
+    (seed, number), so the library's state follows from the fitnesses: it is built anew from the study, and no kill can
+    lose it. The library wants an outcome for each proposal: members that failed or were pruned count as no better than
+    the worst of their generation, so that the search leaves where losses diverge. A generation of which none completed
+    ranks nothing: it is left out, and the next comes from the same distribution.
 
     Raises ValueError for a generation below 4, too small for the library's weights.
     """
@@ -231,7 +230,7 @@ class CmaSampler(RandomSampler):
         return range(start, min(start + self.size, self.settings.population + self.settings.rounds))
 
     def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
-        """Tell the library all generations before this one, and ask it for a member."""
+        """Let the library learn from all generations before this one, and ask it for a member."""
         start = number - number % self.size
         assert self._learnt <= start <= len(done), (
             "generations are asked in order, when all are done"

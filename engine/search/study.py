@@ -31,8 +31,8 @@ class SearchStudy:
     Creates the Optuna study ``name`` in ``storage``, or opens it if it exists: a Path is a journal file, a string any
     database URL of Optuna's, None keeps it in memory alone. Finished members are stored, those at work are not: they
     follow from the seed and the members done, so whoever opens the study after a kill proposes them again (but where
-    ``settings.synchronous`` is false, from all that is done by then). One process at a time asks and tells, and another
-    that does so too is noticed when it writes. While the database is away, every call waits up to ``patience`` seconds
+    ``settings.synchronous`` is false, from all that is done by then). Only one process at a time may ask and tell; a
+    second one gets an error when it writes. While the database is away, every call waits up to ``patience`` seconds
     for it, and calls ``on_wait`` with the reason once.
 
     Raises ValueError for settings that the method can't work with, a URL that can't be used, and a study that belongs
@@ -154,7 +154,7 @@ class SearchStudy:
         return [self._open[number] for number in sorted(self._open)]
 
     def parents(self) -> list[Trial]:
-        """The members done that any member to come may be made from; none where none is made from another."""
+        """The members done that later members may be copied from; none where none is copied."""
         sampler = self._sampler
         return sampler.population(self.members()) if isinstance(sampler, EvolutionSampler) else []
 

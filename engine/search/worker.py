@@ -73,24 +73,18 @@ class CohortEvaluator:
     """Trains and judges cohorts, on one device."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        videos: ClipIndex,
-        labelled: ClipIndex,
-        *,
-        runtime: Runtime,
-        checkpoints: Path,
-        members_at_once: int | None = None,
+        self, factory: CohortFactory, videos: ClipIndex, labelled: ClipIndex, runtime: Runtime
     ) -> None:
-        """``members_at_once``: of a cohort; None: as many as memory holds. Raises ValueError as ``LabelledClips``."""
+        """``videos`` and ``labelled`` are the factory's, open. Raises ValueError as ``LabelledClips``."""
+        recipe = factory.recipe
         make_deterministic(runtime)
         kmeans_backend(runtime.device.type, recipe.fitness.kmeans)  # an absent one raises now
         self._warnings: list[str] = []
         self.trainer = Trainer(recipe, videos, runtime, warn=self._warnings.append)
-        self._memory = CohortMemory(members_at_once)
+        self._memory = CohortMemory(factory.members_at_once)
         self.labelled = LabelledClips(labelled, recipe, runtime=runtime)
         self._indices = (videos, labelled)
-        self._checkpoints = checkpoints
+        self._checkpoints = factory.checkpoints
 
     def __call__(self, cohort: Cohort, tell: Tell) -> CohortResult:
         """Train and judge a cohort, and leave the fittest network. Raises DeviceFailed and OSError."""
@@ -156,7 +150,7 @@ class CohortEvaluator:
 
 
 def candidate(checkpoints: Path, number: int) -> Path:
-    """Where a worker leaves the network of a member that may turn out the best."""
+    """The file in which a worker leaves the network of a member that may turn out the best."""
     return checkpoints / f".candidate-{number:05d}.safetensors"
 
 
@@ -174,6 +168,7 @@ class CohortFactory:
     """Absolute."""
     device: str
     members_at_once: int | None
+    """Most members of a cohort that are trained at once; None: as many as memory holds."""
 
     def __call__(self, workers_here: int) -> CohortEvaluator:
         """Raises ValueError where this machine doesn't see the data, other data, or no run's folder."""
@@ -191,17 +186,4 @@ class CohortFactory:
             raise ValueError(f"{self.videos[0]} holds other videos on {here} than at the start")
         runtime = choose_runtime(self.device, amp=self.recipe.optim.amp)
         runtime = replace(runtime, processes=workers_here)
-        return self.evaluator(videos.index, labelled.index, runtime)
-
-    def evaluator(
-        self, videos: ClipIndex, labelled: ClipIndex, runtime: Runtime
-    ) -> CohortEvaluator:
-        """The evaluator of this process, with data that is open already. Raises ValueError as ``LabelledClips``."""
-        return CohortEvaluator(
-            self.recipe,
-            videos,
-            labelled,
-            runtime=runtime,
-            checkpoints=self.checkpoints,
-            members_at_once=self.members_at_once,
-        )
+        return CohortEvaluator(self, videos.index, labelled.index, runtime)

@@ -49,13 +49,12 @@ class Member:
 class FlatState:
     """Weights, batch-norm statistics and optimizer moments, laid one behind the other in memory.
 
-    From its making on, the tensors of ``loss`` and ``optimizer`` are views of it, in their own strides; so one
-    copy of each dtype brings a member's state to another member's place. Two states fit where the networks
-    and the optimizer were built alike.
+    The tensors of ``loss`` and ``optimizer`` become views of it, in their own strides; so one copy of each dtype
+    brings a member's state to another member's place. Two states fit where networks and optimizer were built alike.
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Moments that the optimizer would make at its first step are made here, as zeros."""
+        """Creates the moments that the optimizer would create at its first step, as zeros."""
         start_moments(optimizer)
         tensors = list(tensors_of(loss, optimizer))
         ends: dict[torch.dtype, int] = {}

@@ -249,7 +249,7 @@ class _Log:
     options: PretrainOptions
     weights: LossWeights
     facts: dict[str, Any]
-    """Of provenance.json."""
+    """Contents of provenance.json."""
     labelled: LabelledClips | None
     """Clips that choose the best network."""
     loss: float = field(default=math.nan, init=False)

@@ -85,7 +85,7 @@ class Trainer:
         optim = recipe.optim
         self.local_batch_size = ranks.share_of(optim.batch_size, pieces=optim.accumulate)
         self.mode = compile_mode(optim, runtime.device)
-        """How steps are compiled; "off": not at all."""
+        """Mode in which steps are compiled; "off": not at all."""
         if self.mode == "reduce-overhead" and ranks.world * optim.accumulate > 1:
             self.mode = "default"
             warn(
@@ -96,7 +96,7 @@ class Trainer:
         self.sound = bool(index.has_audio.any())
         self.views = ViewMaker(recipe.clip, recipe.audio).to(runtime.device)
         self.buffers: StepBuffers | None = None
-        """Where compiled steps work, from the first member on."""
+        """Networks of the compiled steps, from the first member on."""
         self._checked = self.mode == "off" and not runtime.amp
         self._checking = threading.Lock()
         self._initial: tuple[int, EvolvedLoss] | None = None
@@ -224,7 +224,7 @@ class Trainer:
     def rounds(
         self, members: Sequence[Member], *, seed: int, bank: ClipBank | None = None
     ) -> Iterator[tuple[int, Views]]:
-        """Steps and their views, made once for all ``members``, from where they stand to the end."""
+        """Steps and their views, computed once for all ``members``, from where these stand to the end."""
         modalities = tuple({m: None for member in members for m in member.alive.modalities})
         first = min(member.step for member in members)
         batches = self.batches(seed=seed, first=first, modalities=modalities, bank=bank)
