@@ -146,7 +146,7 @@ def evaluate_cohort(
     while len(results) < len(members):
         # what is compared is trained together, in turns; others come one group after the other
         count = len(members) if search.halving else at_once
-        cohort = _Cohort(trainer, labelled, search, at_once, bank, on_step)
+        cohort = _CohortTraining(trainer, labelled, search, at_once, bank, on_step)
         try:
             results += cohort.evaluate(members[len(results) : len(results) + count], seeds)
             continue
@@ -173,7 +173,7 @@ def untrained_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -
 
 
 @dataclass
-class _Cohort:
+class _CohortTraining:
     """Members that are compared, brought to their ends together."""
 
     trainer: Trainer
