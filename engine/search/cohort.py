@@ -157,7 +157,7 @@ def evaluate_cohort(
                 raise device_failed(error) from error
             raise
         trainer.free_memory()
-        at_once = memory.halve(size)
+        memory.members_at_once = at_once = -(-size // 2)
         trainer.warn(f"out of memory with {size} members at once: going on with {at_once}")
     return results
 

@@ -102,8 +102,7 @@ def _measure(trainer: Trainer, labelled: LabelledClips) -> Cost:
     """Train a member for some steps, as far as the recipe has any, and judge it."""
     member = trainer.member(dict.fromkeys(TERM_NAMES, 1.0), seed=trainer.recipe.seed)
     idle, measured = STEPS
-    batches: list[float] = []
-    steps: list[float] = []
+    batches, steps = list[float](), list[float]()
     rounds = trainer.rounds([member], seed=trainer.recipe.seed)
     for _ in range(min(idle + measured, trainer.recipe.optim.steps)):
         began = time.perf_counter()
@@ -127,11 +126,7 @@ def _jobs(study: SearchStudy, workers: int, members_at_once: int | None) -> list
     jobs, number = [], 0
     while number < study.total:
         generation = study.generation(number)
-        jobs.append(
-            job_sizes(
-                study.settings, len(generation), workers=workers, members_at_once=members_at_once
-            )
-        )
+        jobs.append(job_sizes(study.settings, len(generation), workers, members_at_once))
         number = generation.stop
     return jobs
 
@@ -161,22 +156,16 @@ def _shares(
 ) -> list[str]:
     """Lines on each worker's work in the longest generation, and on the setting to raise where some have none."""
     largest = max(jobs, key=sum)
-    each = (
-        f"{min(largest)}" if min(largest) == max(largest) else f"{min(largest)} or {max(largest)}"
-    )
+    each = " or ".join(map(str, sorted(set(largest))))
     lines = [
         f"{count} {kind}{'s' * (count > 1)}: a generation has {sum(largest)} members,"
         f" in {len(largest)} job{'s' * (len(largest) > 1)} of {each}"
     ]
     idle = count - len(largest)
     if idle > 0 and study.waits:
-        setting = {"cmaes": "search.cmaes_population"}.get(
-            recipe.search.method, "search.generation"
-        )
-        advice = (
-            "set search.halving=false"
-            if recipe.search.halving
-            else f"set {setting} to {count} or more, or search.synchronous=false"
-        )
+        size = "cmaes_population" if recipe.search.method == "cmaes" else "generation"
+        advice = f"set search.{size} to {count} or more, or search.synchronous=false"
+        if recipe.search.halving:
+            advice = "set search.halving=false"
         lines.append(f"{idle} of {count} {kind}s would have nothing to do: {advice}")
     return lines

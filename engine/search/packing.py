@@ -89,7 +89,7 @@ class Planner:
 
 
 def job_sizes(
-    search: Search, generation: int, *, workers: int, members_at_once: int | None
+    search: Search, generation: int, workers: int, members_at_once: int | None
 ) -> list[int]:
     """Sizes of a generation's cohorts, where all workers are idle when it begins."""
     if search.halving:

@@ -78,7 +78,9 @@ class FlatState:
         return sum(block.nbytes for block in self.blocks.values())
 
     def copy_from(self, other: FlatState) -> None:
-        """Take over another member's state, without a wait on a GPU."""
+        """Take over another member's state, if it is another's, without waiting for a GPU."""
+        if other is self:
+            return
         for dtype, block in self.blocks.items():
             block.copy_(other.blocks[dtype], non_blocking=True)
 

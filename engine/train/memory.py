@@ -68,11 +68,6 @@ class CohortMemory:
         trainer.free_memory()  # only here does no traceback hold the member's tensors any more
         return 1 if too_large else len(losses)
 
-    def halve(self, size: int) -> int:
-        """Fewer members at once, after ``size`` did not fit."""
-        self.members_at_once = -(-size // 2)
-        return self.members_at_once
-
 
 def memory_needed(
     trainer: Trainer, weights: LossWeights, *, seed: int, bank: ClipBank | None = None

@@ -136,7 +136,7 @@ def _as_configured(
         member = copy.copy(member)
         loss = member.loss = twin(member.loss)
     else:
-        buffers.load(member.state)
+        buffers.state.copy_from(member.state)
         loss = buffers.loss
     loss.zero_grad(set_to_none=True)
     total, values = evaluate(member, views, buffers=buffers, runtime=runtime)

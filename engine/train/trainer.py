@@ -273,7 +273,7 @@ class Trainer:
                 self._check(member, views)
         loss, optimizer, optim = member.loss, member.optimizer, self.recipe.optim
         if self.buffers is not None and member.state is not None:
-            self.buffers.load(member.state)
+            self.buffers.state.copy_from(member.state)
             loss, optimizer = self.buffers.loss, self.buffers.optimizer
 
         def backward() -> tuple[float, Tensor]:
@@ -292,7 +292,7 @@ class Trainer:
             loss, optimizer, optim, step=member.step, first=member.first, backward=backward
         )
         if self.buffers is not None and member.state is not None:
-            self.buffers.store(member.state)
+            member.state.copy_from(self.buffers.state)
         # a copy: a CUDA graph writes the next member's values to the same place
         member.values = (
             values.clone() if member.values is None else torch.lerp(values, member.values, 0.9)
