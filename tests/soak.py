@@ -154,9 +154,9 @@ class Soak:
         left = [path for path in run.rglob(".*") if path.name != ".lock"]
         assert not left, f"{run}: left behind: {left}"
         self.searches += 1
-        self.say(f"{self.told()}; {search.method}, seed {search.seed}: equal")
+        self.say(f"{self.tally()}; {search.method}, seed {search.seed}: equal")
 
-    def told(self) -> str:
+    def tally(self) -> str:
         """The counts, in words."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kills.items()))
         return f"{sum(self.kills.values())} kills ({kinds or 'none'}), {self.searches} searches"
@@ -355,7 +355,7 @@ def main() -> None:
     soak.run(kills=arguments.kills, searches=SEARCHES, workers=WORKERS)
     minutes = (time.monotonic() - began) / 60
     print(
-        f"seed {arguments.seed}: {soak.told()}, all equal to uninterrupted ones; {minutes:.1f} min"
+        f"seed {arguments.seed}: {soak.tally()}, all equal to uninterrupted ones; {minutes:.1f} min"
     )
     if arguments.keep is None:
         shutil.rmtree(folder)

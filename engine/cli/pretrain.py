@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from engine.core.ranks import Ranks
     from engine.core.run import RunFolder
-    from engine.train.pretrain import PretrainJob
+    from engine.train.pretrain import PretrainOptions
 
 
 @click.command()
@@ -109,7 +109,7 @@ def _here(options: dict[str, Any]) -> Path | None:
 def _in_processes(options: dict[str, Any], processes: int, restarts: int) -> Path:
     """Start processes on this machine; raw videos are made shards first, by this one."""
     from engine.core.display import Display
-    from engine.train.pretrain_job import check_gpus, in_processes
+    from engine.train.processes import check_gpus, in_processes
 
     if options["device"] == "cuda":
         check_gpus(processes)
@@ -128,14 +128,14 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
     A run that is there already is gone on with: after a restart, or by a scheduler, the command is the same.
     """
     from engine.core.ranks import RanksDiffer
-    from engine.train.pretrain_job import as_rank
+    from engine.train.processes import as_rank
     from engine.train.trainer import MemberFailed
 
     path = options["run_path"]
     if path is None:
         raise ValueError("torchrun: name the run's folder with --run, for all processes")
 
-    def make() -> PretrainJob:
+    def make() -> PretrainOptions:
         resume = options["resume"] or (path / "recipe.toml").exists()
         run, job = _new_job({**options, "resume": resume})
         run.close()
@@ -149,16 +149,15 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
         sys.exit(1)
 
 
-def _new_job(options: dict[str, Any]) -> tuple[RunFolder, PretrainJob]:
+def _new_job(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
     """The run's folder, and the job that the options describe."""
     from engine.objective.lossfile import load_loss, loss_used_labels
-    from engine.train.pretrain import PretrainJob
-    from engine.train.pretrain_log import Saving
+    from engine.train.pretrain import PretrainOptions
 
     loss = options["loss_name"]
     weights = load_loss(loss) if loss else None
     run, recipe = open_run("pretrain", "cpu/pretrain", **options)
-    job = PretrainJob(
+    job = PretrainOptions(
         recipe,
         run.path,
         videos=options["videos"],
@@ -167,6 +166,8 @@ def _new_job(options: dict[str, Any]) -> tuple[RunFolder, PretrainJob]:
         labels_used=loss_used_labels(loss) if loss else False,
         device=options["device"],
         resume=options["resume"],
-        saving=Saving(*(options[f"{key}_every"] for key in ("checkpoint", "keep", "judge"))),
+        save_every=options["checkpoint_every"],
+        keep_every=options["keep_every"],
+        judge_every=options["judge_every"],
     )
     return run, job

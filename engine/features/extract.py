@@ -24,6 +24,7 @@ from engine.core.runtime import Runtime
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import ClipPlan, plan_views
 from engine.data.shards.index import ClipIndex
+from engine.features.fitness import FitnessResult, cohort_fitness
 from engine.model.network_file import Card, ClipInput, card_of
 
 BANK_BYTES = 256 * 2**20
@@ -178,7 +179,7 @@ class LabelledClips:
                 f"{len(self.clips)} {kind} for {max(clusters, self.num_classes)} {what}: "
                 f"fitness needs more clips than {what}"
             )
-        self._card, self._fitness = card_of(recipe), recipe.fitness
+        self._card, self._fitness, self._runtime = card_of(recipe), recipe.fitness, runtime
         cuts = Cuts(
             self._card.input,
             recipe.fitness.views_per_clip,
@@ -201,6 +202,17 @@ class LabelledClips:
             to_host=False,
         )
         return [reduce(torch.add, (each / each.shape[1]).unbind(1)) for each in views]
+
+    def fitness(self, networks: Sequence[nn.Module], *, seed: int) -> list[FitnessResult | str]:
+        """Each network's fitness, or why it has none, as ``cohort_fitness``."""
+        return cohort_fitness(
+            self.features(networks),
+            self.labels,
+            settings=self._fitness,
+            num_classes=self.num_classes,
+            seed=seed,
+            device=self._runtime.device.type,
+        )
 
 
 def decoded(

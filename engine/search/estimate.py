@@ -1,4 +1,4 @@
-"""What a search would do, how long it would take and what it needs, from a few steps measured here."""
+"""Estimates a search's time and memory, and the work of each worker, from a few steps measured here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from engine.core.display import Display, duration
 from engine.core.recipe import Recipe
 from engine.core.runtime import Runtime, make_deterministic
 from engine.features.extract import LabelledClips
-from engine.features.fitness import cohort_fitness
 from engine.objective.loss import active_terms
 from engine.objective.terms import TERM_NAMES
 from engine.search.evolve import Data, Workers
@@ -24,12 +23,12 @@ from engine.train.memory import memory_needed, that_many_fit
 from engine.train.trainer import Trainer
 
 STEPS = (2, 6)
-"""Steps that nothing is learnt from (compilation, first batches), and steps measured."""
+"""Steps that are not measured (compilation, first batches), and steps that are."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, measured on one member whose loss has every term."""
+    """Seconds measured on one member whose loss has every term."""
 
     batch: float
     """A batch and its views, which a cohort shares."""
@@ -39,7 +38,7 @@ class Cost:
     """A member's features and their clusters."""
 
     def job(self, members: int, steps: int, *, side_by_side: int) -> float:
-        """A cohort's training and judging, of which so many members are at work at a time."""
+        """Seconds of a cohort's training and judging, with so many members at work at a time."""
         turns = -(-members // side_by_side)
         return steps * (self.batch + turns * self.step) + turns * self.fitness
 
@@ -47,7 +46,7 @@ class Cost:
 def dry_run(
     recipe: Recipe, data: Data, *, runtime: Runtime, workers: Workers, display: Display
 ) -> None:
-    """Print terms, members, time, memory and what each worker does; nothing is written."""
+    """Print terms, members, time, memory and each worker's work; nothing is written."""
     count = 1 if workers.count == 0 else workers.count
     if count is None:
         raise ValueError("--dry-run does not join a cluster: say how many GPUs with --gpus N")
@@ -103,8 +102,7 @@ def _measure(trainer: Trainer, labelled: LabelledClips) -> Cost:
     """Train a member for some steps, as far as the recipe has any, and judge it."""
     member = trainer.member(dict.fromkeys(TERM_NAMES, 1.0), seed=trainer.recipe.seed)
     idle, measured = STEPS
-    batches: list[float] = []
-    steps: list[float] = []
+    batches, steps = list[float](), list[float]()
     rounds = trainer.rounds([member], seed=trainer.recipe.seed)
     for _ in range(min(idle + measured, trainer.recipe.optim.steps)):
         began = time.perf_counter()
@@ -115,18 +113,9 @@ def _measure(trainer: Trainer, labelled: LabelledClips) -> Cost:
             torch.cuda.synchronize()
         batches.append(between - began)
         steps.append(time.perf_counter() - between)
-    network = member.loss.rgb
     for _ in range(2):  # the first decodes, which later members are spared
         began = time.perf_counter()
-        features = labelled.features([network])
-        cohort_fitness(
-            features,
-            labelled.labels,
-            settings=trainer.recipe.fitness,
-            num_classes=labelled.num_classes,
-            seed=0,
-            device=trainer.runtime.device.type,
-        )
+        labelled.fitness([member.loss.rgb], seed=0)
         fitness = time.perf_counter() - began
     counted = slice(min(idle, len(steps) - 1), None)
     return Cost(median(batches[counted]), median(steps[counted]), fitness)
@@ -137,17 +126,13 @@ def _jobs(study: SearchStudy, workers: int, members_at_once: int | None) -> list
     jobs, number = [], 0
     while number < study.total:
         generation = study.generation(number)
-        jobs.append(
-            job_sizes(
-                study.settings, len(generation), workers=workers, members_at_once=members_at_once
-            )
-        )
+        jobs.append(job_sizes(study.settings, len(generation), workers, members_at_once))
         number = generation.stop
     return jobs
 
 
 def _schedule(spans: Sequence[Sequence[float]], workers: int, *, waits: bool) -> float:
-    """When the last job ends, each given to the worker that is free first; generations may wait for each other."""
+    """End of the last job, where the worker that is free first takes the next; generations may wait for each other."""
     free = [0.0] * workers
     for generation in spans:
         if waits:
@@ -169,24 +154,18 @@ def _memory(trainer: Trainer, members_at_once: int | None) -> str:
 def _shares(
     recipe: Recipe, study: SearchStudy, jobs: list[list[int]], count: int, kind: str
 ) -> list[str]:
-    """What each worker does in the longest generation, and what to raise where some do nothing."""
+    """Lines on each worker's work in the longest generation, and on the setting to raise where some have none."""
     largest = max(jobs, key=sum)
-    each = (
-        f"{min(largest)}" if min(largest) == max(largest) else f"{min(largest)} or {max(largest)}"
-    )
+    each = " or ".join(map(str, sorted(set(largest))))
     lines = [
         f"{count} {kind}{'s' * (count > 1)}: a generation has {sum(largest)} members,"
         f" in {len(largest)} job{'s' * (len(largest) > 1)} of {each}"
     ]
     idle = count - len(largest)
     if idle > 0 and study.waits:
-        setting = {"cmaes": "search.cmaes_population"}.get(
-            recipe.search.method, "search.generation"
-        )
-        advice = (
-            "set search.halving=false"
-            if recipe.search.halving
-            else f"set {setting} to {count} or more, or search.synchronous=false"
-        )
+        size = "cmaes_population" if recipe.search.method == "cmaes" else "generation"
+        advice = f"set search.{size} to {count} or more, or search.synchronous=false"
+        if recipe.search.halving:
+            advice = "set search.halving=false"
         lines.append(f"{idle} of {count} {kind}s would have nothing to do: {advice}")
     return lines

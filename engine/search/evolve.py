@@ -1,14 +1,14 @@
 """The main job: evolve a loss on unlabelled videos, judged by clustering labelled ones.
 
-One loop, whoever does the work: ask the study for members, pack them into cohorts, submit these to the workers, take
-what they give, tell the study, write down what follows from it.
+One loop, whoever does the work: ask the study for members, pack them into cohorts, submit these to the workers, store
+each outcome in the study, and write down what follows from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from engine.features.extract import LabelledClips
 from engine.objective.lossfile import random_weights
 from engine.search.cohort import MemberResult
 from engine.search.packing import Planner, split
-from engine.search.records import Meter, Records, outcome_line
+from engine.search.records import ProgressLine, Records, outcome_line
 from engine.search.samplers import Proposal, Trial
 from engine.search.study import SearchStudy
 from engine.search.worker import Cohort, CohortEvaluator, CohortFactory, CohortResult, Progress
@@ -33,7 +33,7 @@ from engine.search.worker import Cohort, CohortEvaluator, CohortFactory, CohortR
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is judged by."""
+    """Videos of a run: those to train on, and the labelled ones that judge."""
 
     videos: Library
     labelled: Library
@@ -43,16 +43,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Workers:
-    """Who trains the members."""
+    """Options of who trains the members."""
 
     count: int | None = 0
-    """Ray's workers; 0: this process does it all, without Ray. None: as many as the cluster has GPUs."""
+    """Ray's workers; 0: this process alone, without Ray. None: as many as the cluster has GPUs."""
     gpus: bool = False
     """A GPU a worker."""
     address: str | None = None
     """Ray's cluster: auto or HOST:PORT; None: Ray is started on this machine."""
     members_at_once: int | None = None
-    """Most members of a job; None: a generation is shared out, and memory decides how many are trained at once."""
+    """Most members of a cohort; None: a generation is shared out, and memory decides how many train at once."""
     time_limit: float = 0.0
     """Seconds that a member may take for each of its trainings; 0: any."""
     max_retries: int = 2
@@ -74,16 +74,19 @@ def evolve(
     display: Display,
     workers: Workers = Workers(),
 ) -> dict[str, Any]:
-    """Run or continue a search, confirm its outcome with fresh seeds, and return what summary.json holds.
+    """Run or continue a search, confirm its outcome with fresh seeds, and return the contents of summary.json.
 
-    A kill at any moment loses the members at work and no more: what was begun is continued by the same call.
+    A kill at any moment loses the members at work and no more: the same call continues the run.
 
     Raises ValueError where the data does not fit (see ``LabelledClips``), and RunError where the run began with other
-    videos, or rounds were lowered below what is done.
+    videos, or rounds were lowered below the members that are done.
     """
     clock, identity = Clock(), fingerprint(data.videos, data.labelled)
-    worker = _worker_here(recipe, data, run, runtime, workers) if workers.count == 0 else None
-    labelled = worker.labelled if worker else _labelled_fits(recipe, data)
+    factory = _factory(recipe, data, identity, run, workers)
+    videos, judging = data.videos.index, data.labelled.index
+    here = CohortEvaluator(factory, videos, judging, runtime) if workers.count == 0 else None
+    on_cpu = Runtime(torch.device("cpu"), amp=False)
+    labelled = here.labelled if here else LabelledClips(judging, recipe, runtime=on_cpu)
     resumed = (run.path / "recipe.toml").exists()
     run.begin(lambda: _write_provenance(recipe, data, identity, labelled, run, runtime))
     display.say(f"run folder {run.path}")
@@ -93,105 +96,142 @@ def evolve(
 
     study = _open_study(recipe, run, display, events, clock)
     _check_rounds(recipe, run, study)
-    records = Records(recipe, run, study, display=display, events=events, clock=clock)
+    records = Records(recipe, run, study, display, events, clock)
     if not study.finished or records.seeds_to_confirm():  # starting workers takes seconds
-        meter = Meter(display)
-        factory = _factory(recipe, data, identity, run, workers)
-        with closing(_open_pool(worker or factory, workers, display, meter)) as pool:
-            crew = _crew(pool, recipe, workers, records)
-            planner = _planner(recipe, study, workers, pool, run, clock)
-            _search(data, study, planner, crew, records, meter)
-            _confirm(data, study, crew, records, meter)
+        _Search(data, study, records, workers).run(here or factory)
     records.keep_best()  # an interruption may have come between the last member and the file
     summary = records.summary()
-    records.close()
+    records.board.close()
     display.note(outcome_line(summary))
     return summary
 
 
-def _search(
-    data: Data, study: SearchStudy, planner: Planner, crew: Crew, records: Records, meter: Meter
-) -> None:
-    """Train members until all are done."""
-    what = "evolving" if study.settings.method == "evolution" else "drawing"
-    done, best = len(study.members()), study.best_fitness()
-    meter.start(f"{what} losses", study.total, done=done, best=best, workers=crew.pool.size)
-    for cohort, report in crew.run(planner.cohorts):  # asked, packed, submitted, and done
-        for member, result in zip(cohort.members, _results(cohort, report), strict=True):
-            if not study.is_done(member.number):
-                records.member(member.number, result)  # told and written
-        records.cohort(report, workers=crew.pool.size)
-        _count_substitutes(data, report)
-        planner.drop_states()
-        meter.done(_number(report), len(study.members()), best=study.best_fitness())
-    assert study.finished, "the study ended before its members were done"
-    members = study.members()
-    failed = sum(member.state == "failed" for member in members)
-    if failed == len(members):
-        raise RuntimeError(
-            f"{records.run.path}: all {failed} members failed; the first: {members[0].reason}"
+@dataclass
+class _Search:
+    """The loop of a search and of its confirmation, whoever does the work."""
+
+    data: Data
+    study: SearchStudy
+    records: Records
+    workers: Workers
+    progress: ProgressLine = field(init=False)
+    """Progress of the stage at work."""
+
+    def run(self, worker: CohortEvaluator | CohortFactory) -> None:
+        """Train all members that are not done, then confirm the best; a factory makes Ray's workers."""
+        with closing(self._open_pool(worker)) as pool:
+            crew = Crew(
+                pool,
+                self.workers.max_retries,
+                split=lambda cohort: [cohort] if self._compares(cohort) else split(cohort),
+                limit=lambda c: self.workers.time_limit * len(c.members) * len(c.seeds),
+                on_lost=self.records.lost,
+            )
+            self._search(crew)
+            self._confirm(crew)
+
+    def _open_pool(self, worker: CohortEvaluator | CohortFactory) -> Pool:
+        def on_news(job: Job, progress: Progress | None) -> None:
+            self.progress.moved(job.number, progress, ready=pool.ready())
+
+        pool: Pool
+        if isinstance(worker, CohortEvaluator):
+            pool = LocalPool(worker, on_news=on_news)
+            return pool
+        self.records.display.say("starting workers")
+        pool = RayPool(
+            worker,
+            size=self.workers.count,
+            address=self.workers.address,
+            gpus=float(self.workers.gpus),
+            on_news=on_news,
         )
+        return pool
 
+    def _compares(self, cohort: Cohort) -> bool:
+        """Whether its members are compared with each other, so that they are not tried again one by one."""
+        return self.study.settings.halving or cohort.confirm
 
-def _confirm(data: Data, study: SearchStudy, crew: Crew, records: Records, meter: Meter) -> None:
-    """Train the best loss and a random one again with seeds that the search never saw."""
-    best, left = study.best(), records.seeds_to_confirm()
-    total = 2 * study.settings.confirm_seeds
-    done = total - 2 * len(left)
-    meter.start("confirming with fresh seeds", total, done=done, best=None, workers=crew.pool.size)
+    def _search(self, crew: Crew) -> None:
+        """Train members until all are done."""
+        study, records = self.study, self.records
+        planner = Planner(
+            records.recipe,
+            study,
+            workers=crew.pool.size,
+            members_at_once=self.workers.members_at_once,
+            checkpoints=records.run.checkpoints,
+            clock=records.clock,
+        )
+        stage = "evolving losses" if study.settings.method == "evolution" else "drawing losses"
+        done, best = len(study.members()), study.best_fitness()
+        self.progress = ProgressLine(
+            records.display, stage, study.total, done, crew.pool.size, best
+        )
+        for cohort, result in self._outcomes(crew, planner.cohorts):
+            for member, each in zip(cohort.members, result.results, strict=True):
+                if not study.is_done(member.number):
+                    records.member(member.number, each)
+            planner.drop_states()
+            self.progress.done, self.progress.best = len(study.members()), study.best_fitness()
+        assert study.finished, "the study ended before its members were done"
+        members = study.members()
+        failed = all(member.state == "failed" for member in members)
+        if failed or study.best_fitness() is None:
+            how = "failed" if failed else "failed or were pruned"
+            raise RuntimeError(
+                f"{records.run.path}: all {len(members)} members {how}; the first: {members[0].reason}"
+            )
 
-    def cohorts(idle: int) -> list[Cohort]:
-        now, left[:] = left[:idle], left[idle:]
-        return [_confirmation(best, seed) for seed in now]
+    def _confirm(self, crew: Crew) -> None:
+        """Train the best loss and a random one again with seeds that the search never saw."""
+        best, left = self.study.best(), self.records.seeds_to_confirm()
+        total = 2 * self.study.settings.confirm_seeds
+        stage, done = "confirming with fresh seeds", total - 2 * len(left)
+        self.progress = ProgressLine(self.records.display, stage, total, done, crew.pool.size)
 
-    for cohort, report in crew.run(cohorts):
-        untrained = report.result.untrained if isinstance(report, Done) else None
-        records.confirmed(cohort, _results(cohort, report), untrained=untrained)
-        records.cohort(report, workers=crew.pool.size)
-        _count_substitutes(data, report)
-        done += 2
-        meter.done(_number(report), done, best=None)
+        def cohorts(idle: int) -> list[Cohort]:
+            now, left[:] = left[:idle], left[idle:]
+            return [_confirmation(best, seed) for seed in now]
+
+        for cohort, result in self._outcomes(crew, cohorts):
+            self.records.confirmed(cohort, result)
+            self.progress.done += 2
+
+    def _outcomes(
+        self, crew: Crew, feed: Callable[[int], list[Cohort]]
+    ) -> Iterator[tuple[Cohort, CohortResult]]:
+        """Cohorts as they are done: asked for, submitted, waited for, and, once taken in, recorded."""
+        for cohort, report in crew.run(feed):
+            assert report.job is not None
+            result = report.result if isinstance(report, Done) else _all_failed(cohort, report)
+            yield cohort, result
+            self.records.cohort(result, workers=crew.pool.size)
+            # a worker's damaged clips count as if they had been met here
+            videos, labelled = result.substituted
+            self.data.videos.index.substituted.update(videos)
+            self.data.labelled.index.substituted.update(labelled)
+            self.progress.ended(report.job.number)
 
 
 def _confirmation(best: Trial, seed: int) -> Cohort:
-    members = (Proposal(best.number, best.weights), Proposal(-1, random_weights(seed)))
+    members = (best.proposal, Proposal(-1, random_weights(seed)))
     return Cohort(members, (seed,), confirm=True)
 
 
-def _is_one(cohort: Cohort, recipe: Recipe) -> bool:
-    """Whether its members are compared with each other, so that they are not tried again one by one."""
-    return recipe.search.halving or cohort.confirm
-
-
-def _number(report: Done | Lost) -> int:
-    assert report.job is not None
-    return report.job.number
-
-
-def _results(cohort: Cohort, report: Done | Lost) -> Sequence[MemberResult]:
-    """What became of each member; where their worker was lost for good, they failed."""
-    if isinstance(report, Done):
-        result: CohortResult = report.result
-        return result.results
-    assert report.job is not None
-    attempts = f" ({report.job.attempt} attempts)" if report.job.attempt > 1 else ""
-    reason = f"{report.kind.replace('_', ' ')}: {report.reason}{attempts}"
+def _all_failed(cohort: Cohort, lost: Lost) -> CohortResult:
+    """The outcome of a cohort whose worker was lost for good."""
+    assert lost.job is not None
+    attempts = f" ({lost.job.attempt} attempts)" if lost.job.attempt > 1 else ""
+    reason = f"{lost.kind.replace('_', ' ')}: {lost.reason}{attempts}"
     failed = MemberResult("failed", None, reason, (), cohort.seeds, 0.0, 0.0, {}, None)
-    return [failed] * len(cohort.members)
-
-
-def _count_substitutes(data: Data, report: Done | Lost) -> None:
-    """Count the damaged clips that a worker met as if they had been met here."""
-    if isinstance(report, Done):
-        counts = report.result.substituted
-        for library, count in zip((data.videos, data.labelled), counts, strict=True):
-            library.index.substituted.update(count)
+    return CohortResult((failed,) * len(cohort.members))
 
 
 def _open_study(
     recipe: Recipe, run: RunFolder, display: Display, events: Events, clock: Clock
 ) -> SearchStudy:
-    def storage_away(reason: str) -> None:
+    def on_wait(reason: str) -> None:
         display.say(f"the study's storage is away, waiting for it: {reason}")
         events.add("storage", reason)
 
@@ -202,72 +242,8 @@ def _open_study(
             name=run.study_name,
             seed=recipe.seed,
             recipe_hash=recipe_hash(recipe),
-            on_wait=storage_away,
+            on_wait=on_wait,
         )
-
-
-def _open_pool(
-    worker: CohortEvaluator | CohortFactory, workers: Workers, display: Display, meter: Meter
-) -> Pool:
-    """This process as the only worker, or Ray's workers, which a factory makes."""
-
-    def on_news(job: Job, progress: Progress | None) -> None:
-        meter.moved(job.number, progress, ready=pool.ready())
-
-    pool: Pool
-    if isinstance(worker, CohortEvaluator):
-        pool = LocalPool(worker, on_news=on_news)
-        return pool
-    display.say("starting workers")
-    pool = RayPool(
-        worker,
-        size=workers.count,
-        address=workers.address,
-        gpus=float(workers.gpus),
-        on_news=on_news,
-    )
-    return pool
-
-
-def _crew(pool: Pool, recipe: Recipe, workers: Workers, records: Records) -> Crew:
-    return Crew(
-        pool,
-        workers.max_retries,
-        split=lambda cohort: [cohort] if _is_one(cohort, recipe) else split(cohort),
-        limit=lambda cohort: workers.time_limit * len(cohort.members) * len(cohort.seeds),
-        on_lost=records.lost,
-    )
-
-
-def _planner(
-    recipe: Recipe, study: SearchStudy, workers: Workers, pool: Pool, run: RunFolder, clock: Clock
-) -> Planner:
-    return Planner(
-        recipe,
-        study,
-        workers=pool.size,
-        members_at_once=workers.members_at_once,
-        checkpoints=run.checkpoints,
-        clock=clock,
-    )
-
-
-def _worker_here(
-    recipe: Recipe, data: Data, run: RunFolder, runtime: Runtime, workers: Workers
-) -> CohortEvaluator:
-    return CohortEvaluator(
-        recipe,
-        data.videos.index,
-        data.labelled.index,
-        runtime=runtime,
-        checkpoints=run.checkpoints,
-        members_at_once=workers.members_at_once,
-    )
-
-
-def _labelled_fits(recipe: Recipe, data: Data) -> LabelledClips:
-    on_cpu = Runtime(torch.device("cpu"), amp=False)
-    return LabelledClips(data.labelled.index, recipe, runtime=on_cpu)
 
 
 def _factory(
@@ -285,7 +261,7 @@ def _factory(
 
 
 def _check_rounds(recipe: Recipe, run: RunFolder, study: SearchStudy) -> None:
-    """Take over rounds that were changed for a run that goes on."""
+    """Take over the rounds of a run that goes on with other ones."""
     done = len(study.members())
     if done > study.total:
         least = done - recipe.search.population

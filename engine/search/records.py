@@ -1,6 +1,6 @@
-"""What a search leaves beside its study, and shows on the way.
+"""A search's records beside its study, and its progress on the display.
 
-The best loss and its network, confirmations, events, time, TensorBoard's curves and the summary; how far it is.
+The best loss and its network, confirmations, events, time, TensorBoard's curves and the summary.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,14 +16,15 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.core.display import Display, spread_cells
-from engine.core.pool import Done, Lost
+from engine.core.pool import Lost
 from engine.core.recipe import Recipe, recipe_hash
 from engine.core.run import Events, RunFolder
 from engine.core.runtime import Clock
 from engine.objective.lossfile import save_loss
 from engine.search.cohort import MemberResult
-from engine.search.study import SearchStudy, Trial
-from engine.search.worker import Cohort, Progress, candidate
+from engine.search.samplers import Trial
+from engine.search.study import SearchStudy
+from engine.search.worker import Cohort, CohortResult, Progress, candidate
 
 FRESH_SEEDS = 10_000
 """Distance from the search's seed to the first of the seeds that confirm its outcome."""
@@ -30,73 +32,60 @@ FRESH_SEEDS = 10_000
 CONFIRMATIONS = "confirmations.json"
 
 
+@dataclass
 class Records:
     """Keeps a run's folder in step with its study: all but TensorBoard's curves follows from it and can be redone."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunFolder,
-        study: SearchStudy,
-        *,
-        display: Display,
-        events: Events,
-        clock: Clock,
-    ) -> None:
-        self.recipe, self.run, self.study = recipe, run, study
-        self.display, self.events, self.clock = display, events, clock
-        self.hash = recipe_hash(recipe)
+    recipe: Recipe
+    run: RunFolder
+    study: SearchStudy
+    display: Display
+    events: Events
+    clock: Clock
+
+    def __post_init__(self) -> None:
         self._began = time.perf_counter()
-        self._earlier: dict[str, float] = run.read_json("timing.json") or {}
+        self._earlier: dict[str, float] = self.run.read_json("timing.json") or {}
         self._worked: dict[str, float] = {}
-        with clock("logging"):
-            self.board = Board(run.tensorboard, before=study.members())
-            for left in run.checkpoints.glob(".*.tmp"):  # of a worker that was killed
+        with self.clock("logging"):
+            self.board = Board(self.run.tensorboard, before=self.study.members())
+            for left in self.run.checkpoints.glob(".*.tmp"):  # of a worker that was killed
                 left.unlink()
 
-    def close(self) -> None:
-        """Write what is left."""
-        self.board.close()
-
     def lost(self, lost: Lost, again: bool) -> None:
-        """A worker was lost, with its job if it had one."""
+        """Note that a worker was lost, with its cohort if it had one, and whether that is trained ``again``."""
         trials = [] if lost.job is None else [n for n in lost.job.work.numbers if n >= 0]
-        what = f"{lost.worker}: {lost.reason}"
+        at_work = ""
         if trials:
-            what += f"; at work on {_numbered(trials)}"
-        self.display.say(what)
+            at_work = f"; at work on member{'s' * (len(trials) > 1)} {', '.join(map(str, trials))}"
+        self.display.say(f"{lost.worker}: {lost.reason}{at_work}")
         self.events.add(lost.kind, lost.reason, trials=trials, worker=lost.worker)
         if again and lost.job is not None:
-            detail = f"attempt {lost.job.attempt + 1}"
-            self.events.add("retry", detail, trials=trials)
+            self.events.add("retry", f"attempt {lost.job.attempt + 1}", trials=trials)
 
     def member(self, number: int, result: MemberResult) -> None:
-        """Tell the study what became of a member, and show it."""
-        facts, reason = self.facts(result), result.reason or "unknown"
+        """Store a member's outcome in the study, and show it."""
+        attributes, reason = self.attributes(result), result.reason or "unknown"
         with self.clock("search"):
             if result.state == "failed":
-                trial = self.study.fail(number, reason=reason, attributes=facts)
+                trial = self.study.fail(number, reason=reason, attributes=attributes)
             elif result.state == "pruned":
-                facts["reason"] = reason
-                trial = self.study.prune(number, rungs=result.rungs, attributes=facts)
+                attributes["reason"] = reason
+                trial = self.study.prune(number, rungs=result.rungs, attributes=attributes)
             else:
                 assert result.fitness is not None
-                trial = self.study.tell(number, fitness=result.fitness, attributes=facts)
+                trial = self.study.tell(number, fitness=result.fitness, attributes=attributes)
         with self.clock("logging"):
             self.board.member(trial)
             if result.state == "failed":
-                self._failed(number, reason)
+                self.display.say(f"member {number} failed: {reason}")
+                not_finite = "finite" in reason or "loss is" in reason
+                kind = "non_finite" if not_finite else "failed"
+                kind = "out_of_memory" if reason.startswith("out of memory") else kind
+                self.events.add(kind, reason, trials=[number])
 
-    def _failed(self, number: int, reason: str) -> None:
-        self.display.say(f"member {number} failed: {reason}")
-        if reason.startswith("out of memory"):
-            kind = "out_of_memory"
-        else:
-            kind = "non_finite" if "finite" in reason or "loss is" in reason else "failed"
-        self.events.add(kind, reason, trials=[number])
-
-    def facts(self, result: MemberResult) -> dict[str, Any]:
-        """What is noted of a training, beside its fitness."""
+    def attributes(self, result: MemberResult) -> dict[str, Any]:
+        """Attributes of a member that the study keeps beside its fitness."""
         repeats = [each.measures() for each in result.results]
         names = repeats[0] if repeats else ()
         return {
@@ -106,26 +95,24 @@ class Records:
             "seconds": round(result.seconds, 3),
             "clips_per_second": round(result.clips_per_second, 2),
             "terms": result.terms,
-            "recipe_hash": self.hash,
+            "recipe_hash": recipe_hash(self.recipe),
             "labels_used": self.recipe.fitness.uses_labels,
         }
 
-    def cohort(self, report: Done | Lost, *, workers: int) -> None:
+    def cohort(self, result: CohortResult, *, workers: int) -> None:
         """Write what follows from a cohort that is done: its seconds count as a worker's share."""
-        if isinstance(report, Done):
-            for warning in report.result.warnings:
-                self.display.say(warning)
-            for stage, seconds in report.result.stages.items():
-                self._worked[stage] = self._worked.get(stage, 0.0) + seconds / workers
+        for warning in result.warnings:
+            self.display.say(warning)
+        for stage, seconds in result.stages.items():
+            self._worked[stage] = self._worked.get(stage, 0.0) + seconds / workers
         self.keep_best()
         self.keep_time()
 
     def keep_best(self) -> None:
         """Write best.toml as the study has it, and take over the best member's network that its worker left."""
-        members = self.study.members()
-        if all(m.fitness is None for m in members):
+        if self.study.best_fitness() is None:
             return
-        best = self.study.best()
+        members, best = self.study.members(), self.study.best()
         about = f"best of {len(members)} members: trial {best.number}, fitness {best.fitness:.4f}"
         with self.clock("logging"):
             name, used = f"{self.run.path.name}/best", self.recipe.fitness.uses_labels
@@ -137,7 +124,7 @@ class Records:
                 candidate(self.run.checkpoints, other.number).unlink(missing_ok=True)
 
     def keep_time(self) -> dict[str, float]:
-        """Seconds by stage, those before an interruption included; written to timing.json."""
+        """Write seconds by stage to timing.json, those before an interruption included."""
         spent = {**self._worked, **self.clock.seconds}
         total = time.perf_counter() - self._began
         spent |= {"total": total, "other": total - sum(spent.values())}
@@ -149,21 +136,19 @@ class Records:
         return seconds
 
     def seeds_to_confirm(self) -> list[int]:
-        """The fresh seeds with which the best loss of now was not trained yet."""
+        """The fresh seeds that the best loss of now was not trained with yet."""
         known = self._confirmations()
         return [seed for seed in self._fresh_seeds() if str(seed) not in known]
 
-    def confirmed(
-        self, cohort: Cohort, results: Sequence[MemberResult], *, untrained: float | None
-    ) -> None:
-        """Note what the best loss and a random one came to with a fresh seed."""
+    def confirmed(self, cohort: Cohort, result: CohortResult) -> None:
+        """Note the outcome of the best loss and a random one under a fresh seed."""
         (seed,), (member, random_member) = cohort.seeds, cohort.members
         best, random = (
-            {"fitness": r.fitness, "reason": r.reason, **self.facts(r)} for r in results
+            {"fitness": r.fitness, "reason": r.reason, **self.attributes(r)} for r in result.results
         )
         record = {
             "trial": member.number,
-            "untrained": {"fitness": untrained},
+            "untrained": {"fitness": result.untrained},
             "best": best,
             "random": {**random, "weights": random_member.weights},
         }
@@ -171,7 +156,7 @@ class Records:
             self.run.write_json(CONFIRMATIONS, {**self._confirmations(), str(seed): record})
 
     def summary(self) -> dict[str, Any]:
-        """The run's outcome; written to summary.json."""
+        """Write the run's outcome to summary.json, and return it."""
         members, best, known = self.study.members(), self.study.best(), self._confirmations()
         fresh = {
             kind: _spread([known[str(seed)][kind]["fitness"] for seed in self._fresh_seeds()])
@@ -189,15 +174,15 @@ class Records:
             "failures": sum(m.state == "failed" for m in members),
             "pruned": sum(m.state == "pruned" for m in members),
             "members": len(members),
-            "recipe_hash": self.hash,
+            "recipe_hash": recipe_hash(self.recipe),
             "seed": self.recipe.seed,
         }
         self.run.write_json("summary.json", summary)
         return summary
 
-    def _fresh_seeds(self) -> list[int]:
-        count = self.recipe.search.confirm_seeds
-        return [self.recipe.seed + FRESH_SEEDS + i for i in range(count)]
+    def _fresh_seeds(self) -> range:
+        first = self.recipe.seed + FRESH_SEEDS
+        return range(first, first + self.recipe.search.confirm_seeds)
 
     def _confirmations(self) -> dict[str, Any]:
         """Those of the best loss of now, by seed."""
@@ -205,12 +190,6 @@ class Records:
             return {}
         best, known = self.study.best(), self.run.read_json(CONFIRMATIONS) or {}
         return {seed: record for seed, record in known.items() if record["trial"] == best.number}
-
-
-def _numbered(trials: Sequence[int]) -> str:
-    if len(trials) == 1:
-        return f"member {trials[0]}"
-    return f"members {', '.join(map(str, trials))}"
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
@@ -239,10 +218,9 @@ class Board:
 
     def member(self, trial: Trial) -> None:
         """Add a member that is done."""
-        points: dict[str, float] = {}
         if trial.state in self._ended:
             self._ended[trial.state] += 1
-        points |= {f"search/{kind}": count for kind, count in self._ended.items()}
+        points: dict[str, float] = {f"search/{kind}": n for kind, n in self._ended.items()}
         if trial.fitness is not None:
             points["search/fitness"] = trial.fitness
             points |= {f"metrics/{name}": value for name, value in trial.metrics.items()}
@@ -262,44 +240,46 @@ class Board:
         self._writer.close()
 
 
-class Meter:
-    """Shows how far a stage is: members done and at work, the best so far, clips a second over all workers."""
+@dataclass
+class ProgressLine:
+    """Shows a stage's progress: members done and at work, the best so far, clips a second over all workers."""
 
-    def __init__(self, display: Display) -> None:
-        self._display = display
-        self.start("", 0, done=0, best=None, workers=1)
+    display: Display
+    stage: str
+    total: int
+    """Members of the stage."""
+    done: int
+    workers: int
+    best: float | None = None
+    """The fittest member's fitness so far."""
 
-    def start(self, what: str, total: int, *, done: int, best: float | None, workers: int) -> None:
-        """Begin a stage."""
-        self._what, self._total, self._done, self._best = what, total, done, best
-        self._workers = self._ready = workers
+    def __post_init__(self) -> None:
+        self._ready = self.workers
         self._at_work: dict[int, Progress] = {}
         self._clips, self._began = 0, time.perf_counter()
-        if what:
-            self._display.start(what, total, done=done)
+        self.display.start(self.stage, self.total, done=self.done)
 
     def moved(self, job: int, progress: Progress | None, *, ready: int) -> None:
-        """A job at work is so far, if it has said so yet; so many workers are there."""
+        """Show a job's progress, if it sent any yet, and how many workers are ready."""
         self._ready = ready
         if progress is not None:
             self._at_work[job] = progress
         self._show()
 
-    def done(self, job: int, done: int, *, best: float | None) -> None:
-        """A job has come to its end."""
+    def ended(self, job: int) -> None:
+        """Take a job off the work; its members are in ``done``."""
         last = self._at_work.pop(job, None)
         self._clips += last.clips if last else 0
-        self._done, self._best = done, best
         self._show()
 
     def _show(self) -> None:
         clips = self._clips + sum(each.clips for each in self._at_work.values())
-        place = self._done + sum(each.members for each in self._at_work.values())
-        best = "" if self._best is None else f"best {self._best:.3f}"
+        place = self.done + sum(each.members for each in self._at_work.values())
+        best = "" if self.best is None else f"best {self.best:.3f}"
         rate = f"{clips / (time.perf_counter() - self._began):.0f} clips/s" if clips else ""
-        crew = f"{self._ready}/{self._workers} workers" if self._workers > 1 else ""
-        note = "  ".join(part for part in (best, rate, crew) if part)
-        self._display.update(self._what, min(place, self._total), self._total, note=note)
+        ready = f"{self._ready}/{self.workers} workers" if self.workers > 1 else ""
+        note = "  ".join(part for part in (best, rate, ready) if part)
+        self.display.update(self.stage, min(place, self.total), self.total, note=note)
 
 
 def outcome_line(summary: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""How weights are proposed: from the seed, a member's number and the members done before it; no storage, no video.
+"""Samplers, which propose weights from the seed, a member's number and the members done before it.
 
 evolution (the paper): an initial population is drawn uniformly; then, round by round, a top performer (the winner of
 a tournament) is copied and one of its weights is drawn anew. cmaes (the follow-up): a normal distribution over all
@@ -7,13 +7,12 @@ weights, moved and reshaped by each generation's ranks. random and grid are cont
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import cmaes
 import numpy as np
@@ -41,7 +40,7 @@ class Proposal:
     start: Path | None = field(default=None, compare=False)
     """Its parent's end state, from which its networks start, for the last ``search.warm_start_steps``."""
     keep: Path | None = field(default=None, compare=False)
-    """Where its end state is left for its children; None: nowhere."""
+    """The file for its end state, from which its children start; None: none."""
 
     @property
     def trial(self) -> int:
@@ -60,6 +59,11 @@ class Trial(Proposal):
     """(step, fitness) of a pruned member at each rung."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """All else that was noted of it; other programs may have written it."""
+
+    @property
+    def proposal(self) -> Proposal:
+        """The member as it was proposed."""
+        return Proposal(self.number, self.weights, self.parent, self.mutated, self.round)
 
     @property
     def partial(self) -> float | None:
@@ -106,16 +110,6 @@ def finite_values(table: object) -> dict[str, float]:
     return {str(k): number for k, v in items if (number := finite(v)) is not None}
 
 
-class Sampler(Protocol):
-    """Proposes weights: a function of the seed, a member's number and the members done that it may know of."""
-
-    def generation(self, number: int) -> range | None:
-        """The numbers proposed together with ``number``, once all before them are done; None: no need to wait."""
-
-    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
-        """Member ``number``, from those done that it may know of, by number."""
-
-
 def generation_of(number: int, *, settings: Search) -> range:
     """The numbers of the members proposed together with member ``number``.
 
@@ -150,11 +144,11 @@ class RandomSampler:
         return max(0, number + 1 - self.settings.population)
 
     def generation(self, number: int) -> range | None:
-        """None: no member depends on another."""
+        """The numbers proposed together with ``number``, once all before them are done; None: no need to wait."""
         return None
 
     def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
-        """Draw all weights; only the number counts."""
+        """Draw member ``number``'s weights; other samplers look at ``done``, those that it may know of, by number."""
         values = self.stream(number).random(len(TERM_NAMES)).tolist()
         weights = dict(zip(TERM_NAMES, values, strict=True))
         return Proposal(number, weights, round=self.round_of(number))
@@ -192,28 +186,21 @@ class EvolutionSampler(RandomSampler):
 
     def population(self, done: Sequence[Trial]) -> list[Trial]:
         """The members that may be parents, the fittest or the latest first; ``done`` goes by number."""
-        size = self.settings.population
+        complete = [member for member in reversed(done) if member.fitness is not None]
         if self.settings.replace == "worst":
-            return heapq.nlargest(size, (m for m in done if m.fitness is not None), key=_by_fitness)
-        latest: list[Trial] = []
-        for member in reversed(done):
-            if len(latest) == size:
-                break
-            if member.fitness is not None:
-                latest.append(member)
-        return latest
+            complete.sort(key=_by_fitness, reverse=True)
+        return complete[: self.settings.population]
 
 
 class CmaSampler(RandomSampler):
     """CMA-ES (Hansen 2016; library ``cmaes``) within [0, 1], from 0.5 in every weight.
 
-    A generation is asked whole before it is told, so that no parallel member is thrown away; it is ``settings.
-    cmaes_population`` members, which ``settings.generation`` does not change. Each ask draws from a stream of its own,
-    keyed by (seed, number), so the library's state follows from the fitnesses: it is built anew from the
-    study, and no kill can lose it. The library must be told as many members as it asked for: those that failed or
-    were pruned count as no better than the worst of their generation, so that the search leaves where losses
-    diverge; their true fitness is not known, and a made-up low number would change nothing, as only ranks count. A
-    generation of which none completed ranks nothing: it is left out, and the next comes from the same distribution.
+    The library learns from a whole generation, so that no parallel member is thrown away; it has ``settings.
+    cmaes_population`` members, whatever ``settings.generation``. Each proposal draws from a stream of its own, keyed by
+    (seed, number), so the library's state follows from the fitnesses: it is built anew from the study, and no kill can
+    lose it. The library wants an outcome for each proposal: members that failed or were pruned count as no better than
+    the worst of their generation, so that the search leaves where losses diverge. A generation of which none completed
+    ranks nothing: it is left out, and the next comes from the same distribution.
 
     Raises ValueError for a generation below 4, too small for the library's weights.
     """
@@ -243,7 +230,7 @@ class CmaSampler(RandomSampler):
         return range(start, min(start + self.size, self.settings.population + self.settings.rounds))
 
     def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
-        """Tell the library all generations before this one, and ask it for a member."""
+        """Let the library learn from all generations before this one, and ask it for a member."""
         start = number - number % self.size
         assert self._learnt <= start <= len(done), (
             "generations are asked in order, when all are done"
@@ -322,7 +309,7 @@ def _by_fitness(member: Trial) -> tuple[float, int]:
     return member.fitness, member.number
 
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {
+SAMPLERS: dict[str, type[RandomSampler]] = {
     "evolution": EvolutionSampler,
     "cmaes": CmaSampler,
     "random": RandomSampler,

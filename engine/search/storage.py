@@ -34,7 +34,7 @@ from engine.objective.terms import TERM_NAMES
 from engine.search.samplers import State, Trial
 
 SPACE: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in TERM_NAMES}
-"""What Optuna's tools know of the search space: every term's weight in [0, 1]."""
+"""The search space in Optuna's words: every term's weight in [0, 1]."""
 
 STATES: dict[State, TrialState] = {
     "complete": TrialState.COMPLETE,
@@ -47,7 +47,7 @@ LINEAGE = ("number", "parent", "mutated", "round")
 """User attributes that are fields of a Proposal."""
 
 BUSY_SECONDS = 5.0
-"""How long one try waits for another process that holds an SQLite file."""
+"""Seconds that one try waits for another process that holds an SQLite file."""
 
 PAUSES = (0.1, 5.0)
 """Seconds before the second try, and at most: each pause is twice the one before."""
@@ -153,7 +153,7 @@ class StudyStorage:
         return self._study.get_trials(deepcopy=False, states=tuple(NAMES))
 
     def _patiently(self, action: Callable[[], T]) -> T:
-        """What ``action`` returns, which is run again while its place is away."""
+        """Run ``action``, again and again while its place is away, and return its result."""
         began, (pause, longest) = time.monotonic(), PAUSES
         while True:
             try:
@@ -175,16 +175,14 @@ class StudyStorage:
             pause = min(2 * pause, longest)
 
     def _error(self, reason: str, *, full: bool) -> OSError:
-        text = f"{self.where}: the study can't be read or written ({reason})"
-        if full:
-            error = OSError(text)
-            error.errno = errno.ENOSPC
-            return error
+        error = OSError(f"{self.where}: the study can't be read or written ({reason})")
+        advice = "check the folder, its permissions, the free space, and that no other process holds the study"
         if "://" in self.where and not self.where.startswith("sqlite"):
-            return OSError(f"{text}: check that its server runs and lets this user in")
-        return OSError(
-            f"{text}: check the folder, its permissions, the free space, and that no other process holds the study"
-        )
+            advice = "check that its server runs and lets this user in"
+        if not full:
+            return OSError(f"{error}: {advice}")
+        error.errno = errno.ENOSPC
+        return error
 
 
 class JournalLock(JournalFileOpenLock):
@@ -213,12 +211,12 @@ class JournalLock(JournalFileOpenLock):
 
 
 def number_of(stored: FrozenTrial) -> int:
-    """A member's number; earlier versions stored members when they were proposed, under Optuna's own number."""
+    """A member's number; in studies of earlier versions it is Optuna's own."""
     return int(stored.user_attrs.get("number", stored.number))
 
 
 def trial_of(stored: FrozenTrial) -> Trial:
-    """A finished member, of what Optuna has stored; raises ValueError where it is no member of a search."""
+    """A finished member from Optuna's record; raises ValueError where that is no member of a search."""
     if missing := set(TERM_NAMES) - set(stored.params):
         raise ValueError(f"trial {stored.number} has no weight for {', '.join(sorted(missing))}")
     attributes = dict(stored.user_attrs)
@@ -235,9 +233,9 @@ def trial_of(stored: FrozenTrial) -> Trial:
 
 
 def _same(one: Trial, other: Trial) -> bool:
-    """As text, since NaN differs from itself."""
-    texts = (json.dumps(asdict(each), sort_keys=True, default=str) for each in (one, other))
-    return next(texts) == next(texts)
+    """Whether two members are equal as text, since NaN differs from itself."""
+    texts = [json.dumps(asdict(each), sort_keys=True, default=str) for each in (one, other)]
+    return texts[0] == texts[1]
 
 
 def _open(place: str | Path, name: str, *, create: bool) -> optuna.Study:

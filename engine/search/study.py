@@ -1,7 +1,7 @@
-"""The search: proposes loss weights, takes their fitness; knows nothing of videos or training.
+"""The study: proposes loss weights and takes their fitness, without knowing of videos or training.
 
-How weights are proposed is the samplers' part, where finished members are kept the storage's; this is the
-book-keeping between them: who is at work, who is done, and who may be proposed next.
+Samplers propose weights, and the storage keeps finished members; the study knows who is at work, who is done, and who
+may be proposed next.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any
 from engine.core.recipe import Search
 from engine.search.samplers import SAMPLERS, EvolutionSampler, Proposal, State, Trial, generation_of
 from engine.search.storage import LINEAGE, StudyStorage
-
-__all__ = ["Proposal", "SearchStudy", "Trial", "read_trials"]
 
 
 def read_trials(place: str | Path, *, name: str, patience: float = 5.0) -> list[Trial]:
@@ -33,8 +31,8 @@ class SearchStudy:
     Creates the Optuna study ``name`` in ``storage``, or opens it if it exists: a Path is a journal file, a string any
     database URL of Optuna's, None keeps it in memory alone. Finished members are stored, those at work are not: they
     follow from the seed and the members done, so whoever opens the study after a kill proposes them again (but where
-    ``settings.synchronous`` is false, from all that is done by then). One process at a time asks and tells, and another
-    that does so too is noticed when it writes. While the database is away, every call waits up to ``patience`` seconds
+    ``settings.synchronous`` is false, from all that is done by then). Only one process at a time may ask and tell; a
+    second one gets an error when it writes. While the database is away, every call waits up to ``patience`` seconds
     for it, and calls ``on_wait`` with the reason once.
 
     Raises ValueError for settings that the method can't work with, a URL that can't be used, and a study that belongs
@@ -66,8 +64,6 @@ class SearchStudy:
         """Members proposed and not done, by number."""
         self._out: set[int] = set()
         """Those of them that were handed out."""
-        self._first_open = 0
-        """All members below it are done."""
 
     @property
     def total(self) -> int:
@@ -84,26 +80,17 @@ class SearchStudy:
 
         Methods that learn by generations (cmaes; evolution, if ``settings.synchronous``) propose a generation when
         all members of earlier ones are done. The others propose as many as are asked for, of what is done by now;
-        with no limit, ``settings.generation``. An empty list while members are at work: tell some first; see
-        ``finished``.
+        with no limit, ``settings.generation``. An empty list means that members at work must end first, or that the
+        search is ``finished``.
         """
         count = self.settings.generation if limit is None else limit
         waiting = sorted(self._open.keys() - self._out)
         if len(waiting) < count:
-            self._propose(self._next(count - len(waiting)))
+            self._propose(count - len(waiting))
             waiting = sorted(self._open.keys() - self._out)
         taken = waiting[:limit]
         self._out.update(taken)
         return [self._open[number] for number in taken]
-
-    def release(self, number: int) -> None:
-        """A member handed out was lost with its worker: ``ask`` offers it again.
-
-        Raises ValueError for a member that is not out.
-        """
-        if number not in self._out:
-            raise ValueError(f"{self._where}: trial {number} is not out")
-        self._out.remove(number)
 
     def tell(self, number: int, *, fitness: float, attributes: Mapping[str, Any]) -> Trial:
         """Complete a member: its fitness, to be maximised, and facts to keep that JSON can hold.
@@ -167,7 +154,7 @@ class SearchStudy:
         return [self._open[number] for number in sorted(self._open)]
 
     def parents(self) -> list[Trial]:
-        """The members done that any member to come may be made from; none where none is made from another."""
+        """The members done that later members may be copied from; none where none is copied."""
         sampler = self._sampler
         return sampler.population(self.members()) if isinstance(sampler, EvolutionSampler) else []
 
@@ -176,36 +163,25 @@ class SearchStudy:
         numbers = self._sampler.generation(number) or generation_of(number, settings=self.settings)
         return range(numbers.start, min(numbers.stop, self.total))
 
-    def _next(self, count: int) -> list[int]:
-        """The numbers to propose now; none where members must be told first."""
-        self._all_done_below(self.total)
-        absent = (
-            number
-            for number in range(self._first_open, self.total)
-            if number not in self._done and number not in self._open
-        )
-        first = next(absent, None)
-        if first is None:
-            return []
-        generation = self._sampler.generation(first)
+    def _propose(self, count: int) -> None:
+        """Propose ``count`` members, or what is left of a generation; none where it waits for members at work."""
+        absent = [n for n in range(self.total) if n not in self._done and n not in self._open]
+        if not absent:
+            return
+        known, generation = self.members(), self._sampler.generation(absent[0])
         if generation is None:
-            return [first, *(number for number, _ in zip(absent, range(count - 1), strict=False))]
-        if not self._all_done_below(generation.start):
-            return []
-        return [first, *(number for number in absent if number in generation)]
-
-    def _propose(self, numbers: Sequence[int]) -> None:
-        known = self.members()
+            numbers = absent[:count]
+        elif self._all_done_below(generation.start):
+            numbers = [number for number in absent if number in generation]
+            # outcomes within the generation would depend on which of its members were first
+            known = known[: generation.start]
+        else:
+            return
         for number in numbers:
-            generation = self._sampler.generation(number)
-            # What members of the same generation came to would depend on which of them were first.
-            start = len(known) if generation is None else generation.start
-            self._open[number] = self._sampler.propose(number, done=known[:start])
+            self._open[number] = self._sampler.propose(number, done=known)
 
     def _all_done_below(self, stop: int) -> bool:
-        while self._first_open in self._done:
-            self._first_open += 1
-        return self._first_open >= stop
+        return all(number in self._done for number in range(stop))
 
     def _finish(
         self,
@@ -222,18 +198,13 @@ class SearchStudy:
             raise ValueError(f"{self._where}: no trial {number} was asked for")
         if taken := set(attributes) & set(LINEAGE):
             raise ValueError(f"search: attributes {sorted(taken)} are the study's own")
-        proposal = self._open[number]
+        member = self._open[number]
         trial = Trial(
-            number,
-            proposal.weights,
-            proposal.parent,
-            proposal.mutated,
-            proposal.round,
+            **{name: getattr(member, name) for name in ("weights", *LINEAGE)},
             state=state,
             fitness=fitness,
             rungs=rungs,
-            # As it will be read.
-            attributes=json.loads(json.dumps(dict(attributes))),
+            attributes=json.loads(json.dumps(dict(attributes))),  # as it will be read
         )
         if self._storage is not None:
             self._storage.add(trial)

@@ -1,6 +1,6 @@
-"""What a worker does: it keeps videos, networks and compiled steps at hand, and trains one cohort after another.
+"""A search's worker: keeps videos, networks and compiled steps at hand, and trains one cohort after another.
 
-Everything that comes and goes here is small and can be sent: a network worth keeping is left in the run's folder.
+Cohorts and their results are small and can be sent: a network worth keeping is left in the run's folder.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Cohort:
 
 @dataclass(frozen=True)
 class CohortResult:
-    """What became of a cohort."""
+    """Outcome of a cohort's training."""
 
     results: tuple[MemberResult, ...]
     """One a member, without networks."""
@@ -55,13 +55,13 @@ class CohortResult:
     stages: Mapping[str, float] = field(default_factory=dict)
     """Seconds by stage."""
     warnings: tuple[str, ...] = ()
-    substituted: tuple[Counter[int], ...] = ()
-    """Of the videos and of the labelled clips: damaged ones, and how often others took their places."""
+    substituted: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
+    """Damaged clips, and how often others took their places: of the videos, of the labelled clips."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a cohort is."""
+    """Progress of a cohort at work."""
 
     members: float
     """Members' worth of steps that are done."""
@@ -73,39 +73,33 @@ class CohortEvaluator:
     """Trains and judges cohorts, on one device."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        videos: ClipIndex,
-        labelled: ClipIndex,
-        *,
-        runtime: Runtime,
-        checkpoints: Path,
-        members_at_once: int | None = None,
+        self, factory: CohortFactory, videos: ClipIndex, labelled: ClipIndex, runtime: Runtime
     ) -> None:
-        """``members_at_once``: of a cohort; None: as many as memory holds. Raises ValueError as ``LabelledClips``."""
+        """``videos`` and ``labelled`` are the factory's, open. Raises ValueError as ``LabelledClips``."""
+        recipe = factory.recipe
         make_deterministic(runtime)
-        kmeans_backend(runtime.device.type, recipe.fitness.kmeans)  # one that is absent is told now
+        kmeans_backend(runtime.device.type, recipe.fitness.kmeans)  # an absent one raises now
         self._warnings: list[str] = []
         self.trainer = Trainer(recipe, videos, runtime, warn=self._warnings.append)
-        self._memory = CohortMemory(members_at_once)
+        self._memory = CohortMemory(factory.members_at_once)
         self.labelled = LabelledClips(labelled, recipe, runtime=runtime)
         self._indices = (videos, labelled)
-        self._checkpoints = checkpoints
+        self._checkpoints = factory.checkpoints
 
     def __call__(self, cohort: Cohort, tell: Tell) -> CohortResult:
-        """Train, judge, and keep what is to be kept. Raises DeviceFailed and OSError."""
+        """Train and judge a cohort, and leave the fittest network. Raises DeviceFailed and OSError."""
         trainer = self.trainer
-        on_cpu = trainer.runtime.device.type == "cpu"
-        if on_cpu:  # members take the cores (see Runtime.map), unless a compiled step does
+        if trainer.runtime.device.type == "cpu":
+            # members take the cores (see Runtime.map), unless a compiled step does
             torch.set_num_threads(1 if trainer.mode == "off" else trainer.runtime.cores)
         trainer.clock.seconds.clear()
-        optim, taken = trainer.recipe.optim, 0
+        optim, steps = trainer.recipe.optim, 0
 
         def on_step(step: int, losses: Sequence[float]) -> None:
-            nonlocal taken
-            taken += len(losses)
-            done = min(taken / (optim.steps * len(cohort.seeds)), len(cohort.members))
-            tell(Progress(done, taken * optim.batch_size))
+            nonlocal steps
+            steps += len(losses)
+            done = min(steps / (optim.steps * len(cohort.seeds)), len(cohort.members))
+            tell(Progress(done, steps * optim.batch_size))
 
         results = evaluate_cohort(
             trainer,
@@ -116,12 +110,12 @@ class CohortEvaluator:
             on_step=on_step,
             full=cohort.confirm,
         )
-        self._keep(cohort, results)
+        self._keep_fittest(cohort, results)
         untrained = None
         if cohort.confirm:
             untrained = untrained_fitness(trainer, self.labelled, seed=cohort.seeds[0]).value
         warnings, self._warnings[:] = tuple(self._warnings), []
-        counts = tuple(Counter(index.substituted) for index in self._indices)
+        videos, labelled = (Counter(index.substituted) for index in self._indices)
         for index in self._indices:
             index.substituted.clear()
         return CohortResult(
@@ -129,19 +123,19 @@ class CohortEvaluator:
             untrained,
             dict(trainer.clock.seconds),
             warnings,
-            counts,
+            (videos, labelled),
         )
 
-    def _keep(self, cohort: Cohort, results: Sequence[MemberResult]) -> None:
+    def _keep_fittest(self, cohort: Cohort, results: Sequence[MemberResult]) -> None:
         ranked = [
-            (result.fitness, -member.number, member, result)
+            (result.fitness, -member.number, member, result.rgb)
             for member, result in zip(cohort.members, results, strict=True)
             if result.fitness is not None and result.rgb is not None
         ]
         if cohort.keep_from is None or not ranked:
             return
-        fitness, _, member, result = max(ranked, key=lambda row: row[:2])
-        if fitness >= cohort.keep_from and result.rgb is not None:
+        fitness, _, member, network = max(ranked, key=lambda row: row[:2])
+        if fitness >= cohort.keep_from:
             recipe = self.trainer.recipe
             card = card_of(
                 recipe,
@@ -152,11 +146,11 @@ class CohortEvaluator:
                 num_clips=len(self.trainer.index),
             )
             path = candidate(self._checkpoints, member.number)
-            save_network(path, result.rgb, card, trial=member.number, fitness=fitness)
+            save_network(path, network, card, trial=member.number, fitness=fitness)
 
 
 def candidate(checkpoints: Path, number: int) -> Path:
-    """Where a worker leaves the network of a member that may turn out the best."""
+    """The file in which a worker leaves the network of a member that may turn out the best."""
     return checkpoints / f".candidate-{number:05d}.safetensors"
 
 
@@ -174,6 +168,7 @@ class CohortFactory:
     """Absolute."""
     device: str
     members_at_once: int | None
+    """Most members of a cohort that are trained at once; None: as many as memory holds."""
 
     def __call__(self, workers_here: int) -> CohortEvaluator:
         """Raises ValueError where this machine doesn't see the data, other data, or no run's folder."""
@@ -184,17 +179,11 @@ class CohortFactory:
                     f"{path} is not there on {here}: videos and run must lie where all nodes see them,"
                     " under the same paths"
                 )
-        libraries = [
+        videos, labelled = (
             Library(ClipIndex(folders), folders, ()) for folders in (self.videos, self.labelled)
-        ]
-        if fingerprint(*libraries) != self.data:
+        )
+        if fingerprint(videos, labelled) != self.data:
             raise ValueError(f"{self.videos[0]} holds other videos on {here} than at the start")
         runtime = choose_runtime(self.device, amp=self.recipe.optim.amp)
-        return CohortEvaluator(
-            self.recipe,
-            libraries[0].index,
-            libraries[1].index,
-            runtime=replace(runtime, processes=workers_here),
-            checkpoints=self.checkpoints,
-            members_at_once=self.members_at_once,
-        )
+        runtime = replace(runtime, processes=workers_here)
+        return CohortEvaluator(self, videos.index, labelled.index, runtime)

@@ -1,10 +1,10 @@
-"""The state of training as a file: whatever goes on exactly, and the ends from which members' children start.
+"""Checkpoints, from which training resumes exactly, and end states, from which members' children start.
 
 A file holds a module's weights and buffers, its optimizer's moments, extra tensors, and facts, the step among them.
 Batches, masks and dropout are functions of (seed, step), so no random state has to be kept.
 
-A pretraining's folder holds ``last``, ``previous``, which takes over where ``last`` turns out damaged, and ``step-N``,
-where they are to be kept. What a file holds is the same for any number of processes.
+A pretraining's folder holds ``last``, ``previous``, which takes over where ``last`` turns out damaged, and ``step-N``
+for steps to keep. A file's contents are the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.train.member import Member
 from engine.train.optim import new_moments
 
 FORMAT = 2
-"""Of these files; one of another format is refused."""
+"""Version of these files; another one is refused."""
 MODULE, OPTIMIZER, EXTRA = "module.", "optim.", "extra."
 """Prefixes of tensors' names."""
 END = "end of a member"
@@ -105,7 +105,7 @@ def save_member(
     facts: Mapping[str, Any],
     extra: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Save all that a member needs to go on exactly, and ``extra`` tensors."""
+    """Save all that a member needs to resume exactly, and ``extra`` tensors."""
     place = {
         "step": member.step,
         "active": member.active,
@@ -187,7 +187,7 @@ def copy_of(module: nn.Module) -> dict[str, Tensor]:
 def save_ends(path: Path, ends: Mapping[int, Mapping[str, Tensor]], **facts: Any) -> None:
     """Write the networks and heads that a member ended with, by seed, for its children to start from.
 
-    Raises OSError where the file can't be written, and leaves no part of it.
+    Raises OSError where the file can't be written, which then is not there at all.
     """
     tensors = {f"{seed}/{name}": t for seed, state in ends.items() for name, t in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Compiled steps: one set of networks at fixed addresses, in which members take turns."""
+"""Compiled steps: one set of networks at fixed addresses, which members use in turn."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def compile_mode(settings: Optim, device: torch.device) -> str:
 
 
 class StepBuffers:
-    """Networks and optimizer that compiled code works on; a member's state is copied in and out around a step.
+    """Networks and optimizer of compiled code; a member's state is copied in before a step, and out after it.
 
-    Compiled code then sees the same addresses whoever is at work: it is neither compiled anew for a member,
-    nor are its CUDA graphs recorded anew. The copies move a member's state twice in each direction, a few
-    per cent of a step; a run's only member can lend its own ``loss`` and ``optimizer``, and nothing is copied.
+    Compiled code then sees the same addresses for every member: it is compiled once, and its CUDA graphs are recorded
+    once. The copies take a few per cent of a step; a run's only member can lend its own ``loss`` and ``optimizer``,
+    and nothing is copied.
     """
 
     def __init__(
@@ -45,16 +45,6 @@ class StepBuffers:
     def graphs(self) -> int:
         """Networks' branches compiled so far, one graph each."""
         return len(self._compiled)
-
-    def load(self, state: FlatState) -> None:
-        """Copy a member's state into the buffers."""
-        if state is not self.state:
-            self.state.copy_from(state)
-
-    def store(self, state: FlatState) -> None:
-        """Copy the buffers' state back to its member."""
-        if state is not self.state:
-            state.copy_from(self.state)
 
     def evaluate(
         self, views: Views, weights: Tensor, *, alive: Branches, active: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""How much of a GPU a training step uses: its floating point operations, and the most that the GPU can do."""
+"""Floating point operations of a training step, and the most that a GPU can do in a second."""
 
 from __future__ import annotations
 

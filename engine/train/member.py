@@ -49,13 +49,12 @@ class Member:
 class FlatState:
     """Weights, batch-norm statistics and optimizer moments, laid one behind the other in memory.
 
-    From its making on, the tensors of ``loss`` and ``optimizer`` are views of it, in their own strides; so one
-    copy of each dtype brings a member's state to another member's place. Two states fit where the networks
-    and the optimizer were built alike.
+    The tensors of ``loss`` and ``optimizer`` become views of it, in their own strides; so one copy of each dtype
+    brings a member's state to another member's place. Two states fit where networks and optimizer were built alike.
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Moments that the optimizer would make at its first step are made here, as zeros."""
+        """Creates the moments that the optimizer would create at its first step, as zeros."""
         start_moments(optimizer)
         tensors = list(tensors_of(loss, optimizer))
         ends: dict[torch.dtype, int] = {}
@@ -79,7 +78,9 @@ class FlatState:
         return sum(block.nbytes for block in self.blocks.values())
 
     def copy_from(self, other: FlatState) -> None:
-        """Take over another member's state, without a wait on a GPU."""
+        """Take over another member's state, if it is another's, without waiting for a GPU."""
+        if other is self:
+            return
         for dtype, block in self.blocks.items():
             block.copy_(other.blocks[dtype], non_blocking=True)
 

@@ -14,14 +14,14 @@ from engine.objective.terms import LossWeights
 from engine.train.trainer import Trainer, device_failed
 
 SHARE = 0.85
-"""Of the memory that is free, what members may take: allocators lose some to gaps."""
+"""Share of the free memory that members may take: allocators lose some to gaps."""
 CPU_STEP = 4
 """On a CPU, a step's activations are taken for this many times a member's own state."""
 
 
 @dataclass
 class CohortMemory:
-    """What a process learns from a cohort, or makes for it, and keeps for the next ones."""
+    """A process's memory for cohorts, kept from one to the next: decoded clips, and the number of members that fit."""
 
     members_at_once: int | None = None
     """Most members in memory; None: as many as it turns out to hold."""
@@ -43,7 +43,7 @@ class CohortMemory:
         seed: int,
         bank: ClipBank | None = None,
     ) -> int:
-        """As many of ``losses`` as can be trained at once, at least 1.
+        """The number of ``losses`` that can be trained at once, at least 1.
 
         On a GPU one member is trained for a step, which shows what a member holds and what a step needs on top;
         on a CPU the members' state is counted, with an allowance for the step. The first answer that memory
@@ -67,11 +67,6 @@ class CohortMemory:
             return min(fits, len(losses))
         trainer.free_memory()  # only here does no traceback hold the member's tensors any more
         return 1 if too_large else len(losses)
-
-    def halve(self, size: int) -> int:
-        """Fewer members at once, after ``size`` did not fit."""
-        self.members_at_once = -(-size // 2)
-        return self.members_at_once
 
 
 def memory_needed(

@@ -27,7 +27,7 @@ GRADIENT = "gradient norm of the RGB network"
 
 
 class CanNotCompile(RuntimeError):
-    """A compiled step does not come about on this machine; the message says why."""
+    """A step that this machine can't compile; the message says why."""
 
 
 def check_step(
@@ -76,7 +76,7 @@ def check_step(
 
 
 def verdict(own: Mapping[str, float], exact: Mapping[str, float], *, kind: str) -> str | None:
-    """What is wrong with a step's terms and gradient norm beside float32's, if anything.
+    """Say how a step's terms and gradient norm differ from float32's; None where they agree.
 
     ``kind`` is the number format, as in TOLERANCE. What isn't finite in float32 either is the member's own fault.
     """
@@ -136,7 +136,7 @@ def _as_configured(
         member = copy.copy(member)
         loss = member.loss = twin(member.loss)
     else:
-        buffers.load(member.state)
+        buffers.state.copy_from(member.state)
         loss = buffers.loss
     loss.zero_grad(set_to_none=True)
     total, values = evaluate(member, views, buffers=buffers, runtime=runtime)

@@ -1,34 +1,51 @@
-"""Train one member with a given loss, in one process or many: exact resume, and the RGB network at the end."""
+"""Pretraining: one member trained with a given loss, in one process or many, that resumes exactly.
+
+Its folder holds checkpoints, TensorBoard's curves, the best network and, at the end, the RGB network.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.core.display import Display
+import msgspec
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from engine.core.display import Display, duration
+from engine.core.files import write_text_atomic
 from engine.core.provenance import provenance, write_provenance
 from engine.core.ranks import ALONE, Ranks
 from engine.core.recipe import Recipe, recipe_hash
 from engine.core.run import RunError, RunFolder
 from engine.core.runtime import Runtime, choose_runtime, make_deterministic
+from engine.core.tensors import CheckpointError, load_tensors
 from engine.data.library import Library, default_shard_cache, fingerprint, open_library
+from engine.data.views import Views
 from engine.features.extract import LabelledClips
+from engine.model.network_file import Card, card_of, save_network
 from engine.objective.lossfile import load_loss, loss_used_labels, save_loss
 from engine.objective.terms import LossWeights
-from engine.train.checkpoint import load_last
+from engine.train.checkpoint import load_last, save_last
 from engine.train.ema import RunningAverage
+from engine.train.flops import peak_flops, step_flops
 from engine.train.member import Member, tensors_of
-from engine.train.optim import start_moments
-from engine.train.pretrain_log import PretrainLog, Saving
+from engine.train.optim import learning_rate, start_moments
 from engine.train.trainer import Trainer
+
+LOG_EVERY = 10
+"""Steps between points in TensorBoard."""
 
 
 @dataclass(frozen=True)
-class PretrainJob:
-    """A pretraining, the same for all of its processes."""
+class PretrainOptions:
+    """Options of a pretraining, the same for all of its processes."""
 
     recipe: Recipe
     run: Path
@@ -41,11 +58,16 @@ class PretrainJob:
     """Whether labels had a part in choosing the loss."""
     device: str = "auto"
     resume: bool = False
-    saving: Saving = field(default_factory=Saving)
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep_every: int | None = None
+    """Steps between checkpoints that stay, beside the last one and the one before it."""
+    judge_every: int | None = None
+    """Steps between k-means fitnesses of the labelled clips; None: at every checkpoint."""
 
 
 def pretrain(
-    job: PretrainJob,
+    options: PretrainOptions,
     display: Display,
     *,
     run: RunFolder | None,
@@ -60,15 +82,15 @@ def pretrain(
     with the labelled clips. Raises CheckpointError where no checkpoint is whole, or one does not fit, RunError where
     the run has another loss, RanksDiffer where processes are not at one, and NonFiniteLoss where training diverges.
     """
-    recipe, labelled = job.recipe, None
+    recipe, labelled = options.recipe, None
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     make_deterministic(runtime)
-    library = _open(job.videos, display, opened)
-    if job.labelled and ranks.leads:
-        judged = _open(job.labelled, display, opened).index
-        labelled = LabelledClips(judged, recipe, runtime=runtime)
+    library = _open(options.videos, display, opened)
+    if options.labelled and ranks.leads:
+        judging = _open(options.labelled, display, opened).index
+        labelled = LabelledClips(judging, recipe, runtime=runtime)
     trainer = Trainer(recipe, library.index, runtime, warn=display.say, ranks=ranks)
-    weights = ranks.shared(lambda: _begin(run, job))
+    weights = ranks.shared(lambda: _begin(run, options))
     member = trainer.member(weights, seed=recipe.seed, alone=True)
     average = RunningAverage(member.loss.rgb, recipe.optim.ema) if recipe.optim.ema else None
     ranks.agree(_identity(recipe, library, member))
@@ -76,23 +98,13 @@ def pretrain(
     _resume(run, member, average, digest=recipe_hash(recipe), ranks=ranks, display=display)
     log = None
     if run is not None:
-        log = PretrainLog(
-            trainer,
-            member,
-            average,
-            run=run,
-            display=display,
-            saving=job.saving,
-            weights=weights,
-            provenance=facts,
-            labelled=labelled,
-        )
+        log = _Log(trainer, member, average, run, display, options, weights, facts, labelled)
     for step, views in trainer.rounds([member], seed=recipe.seed):
-        total = trainer.step(member, views)
+        loss = trainer.step(member, views)
         if average is not None:
             average.update(member.loss.rgb, step=step)
         if log is not None:
-            log.after(step, total, views)
+            log.after(step, loss, views)
     return None if log is None else log.finish(), library
 
 
@@ -104,11 +116,11 @@ def _open(
     return library
 
 
-def _begin(run: RunFolder | None, job: PretrainJob) -> LossWeights:
+def _begin(run: RunFolder | None, options: PretrainOptions) -> LossWeights:
     """The loss that a run trains with, written to loss.toml as it begins; it never changes after that."""
     assert run is not None
     run.begin()
-    path, weights = run.path / "loss.toml", job.weights
+    path, weights = run.path / "loss.toml", options.weights
     if path.exists():
         own = load_loss(path)
         if weights not in (None, own):
@@ -120,12 +132,12 @@ def _begin(run: RunFolder | None, job: PretrainJob) -> LossWeights:
     if weights is None:
         raise RunError(f"{run.path}: ended before it had its loss (loss.toml); give --loss again")
     about = "the loss that this run trains with"
-    save_loss(weights, path, name="loss", about=about, labels_used=job.labels_used)
+    save_loss(weights, path, name="loss", about=about, labels_used=options.labels_used)
     return weights
 
 
 def _identity(recipe: Recipe, library: Library, member: Member) -> dict[str, Any]:
-    """What must be the same in all processes."""
+    """Facts that must be the same in all processes."""
     checksum = 0
     for parameter in member.loss.parameters():
         checksum = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), checksum)
@@ -145,7 +157,7 @@ def _resume(
     ranks: Ranks,
     display: Display,
 ) -> None:
-    """Bring the member, on every rank, to the state that rank 0 finds in the run's folder."""
+    """Bring the member, on every rank, to the newest state in rank 0's folder."""
     extra = {} if average is None else average.tensors
     parameters = [p for group in member.optimizer.param_groups for p in group["params"]]
 
@@ -180,3 +192,167 @@ def _provenance(
         "data": fingerprint(library),
     }
     return write_provenance(run, facts)
+
+
+class Speed:
+    """Clips per second over all processes, and the share of the GPUs' peak that they use."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.batch_size = trainer.recipe.optim.batch_size
+        self._peak, self._flops = peak_flops(trainer.runtime), 0
+        self._began, self._steps, self._first_seconds = time.perf_counter(), 0, 0.0
+
+    def after(self, member: Member, views: Views) -> None:
+        """Count a step; the first one, which compiles and chooses kernels, is left out once there are others."""
+        self._steps += 1
+        if self._steps > 1:
+            return
+        if self._peak is not None:
+            self._flops = step_flops(member, views)
+        now = time.perf_counter()
+        self._first_seconds, self._began = now - self._began, now
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out time in which no step was taken."""
+        self._began += seconds
+
+    @property
+    def clips_per_second(self) -> float:
+        """Since the second step; of the first where there is no other."""
+        if self._steps < 2:
+            return self._steps * self.batch_size / (self._first_seconds or 1.0)
+        passed = max(time.perf_counter() - self._began, 1e-9)
+        return (self._steps - 1) * self.batch_size / passed
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation; None on a CPU, in float32, and on a GPU whose peak is not known."""
+        if self._peak is None:
+            return None
+        return self._flops * self.clips_per_second / self.batch_size / self._peak
+
+    def __str__(self) -> str:
+        rate, share = self.clips_per_second, self.mfu
+        speed = f"{rate:.0f} clips/s" if rate >= 10 else f"{rate:.2g} clips/s"
+        return speed if share is None else f"{speed}, MFU {100 * share:.0f} %"
+
+
+@dataclass
+class _Log:
+    """The run's folder, display and TensorBoard as training goes on, from where the member stands; rank 0's."""
+
+    trainer: Trainer
+    member: Member
+    average: RunningAverage | None
+    run: RunFolder
+    display: Display
+    options: PretrainOptions
+    weights: LossWeights
+    facts: dict[str, Any]
+    """Contents of provenance.json."""
+    labelled: LabelledClips | None
+    """Clips that choose the best network."""
+    loss: float = field(default=math.nan, init=False)
+    """The last one that was looked at."""
+
+    def __post_init__(self) -> None:
+        self.recipe, self._first = self.trainer.recipe, self.member.step
+        self.facts = {**self.facts, "processes": self.trainer.ranks.world}
+        self._board = SummaryWriter(str(self.run.tensorboard), purge_step=self._first)
+        self._best = self._best_so_far()
+        self._speed, self._started = Speed(self.trainer), time.perf_counter()
+        self.display.start("training", self.recipe.optim.steps, done=self._first)
+
+    def after(self, step: int, loss: float, views: Views) -> None:
+        """Show, log, judge and save after a step, where it is time for it."""
+        options, done, steps = self.options, self.member.step, self.recipe.optim.steps
+        at_end = done == steps
+        self._speed.after(self.member, views)
+        self.loss = self.loss if math.isnan(loss) else loss
+        self.display.update("training", done, steps, note=f"loss {self.loss:.3f}  {self._speed}")
+        if step % LOG_EVERY == 0 or at_end:
+            self._log(step)
+        paused = time.perf_counter()
+        judge_every = options.judge_every or options.save_every
+        if self.labelled is not None and (done % judge_every == 0 or at_end):
+            self._judge(self.labelled)
+        keep = options.keep_every is not None and done % options.keep_every == 0
+        if done % options.save_every == 0 or keep or at_end:
+            facts = {"recipe_hash": recipe_hash(self.recipe), "seed": self.recipe.seed}
+            extra = {} if self.average is None else self.average.tensors
+            save_last(self.run.checkpoints, self.member, facts=facts, extra=extra, keep=keep)
+        self._speed.leave_out(time.perf_counter() - paused)
+
+    def finish(self) -> Path:
+        """Write the RGB network with its card, and how the run went; returns the network's file."""
+        self._board.close()
+        out = self.run.path / "rgb.safetensors"
+        card = self._card(labels_used=loss_used_labels(self.run.path / "loss.toml"))
+        how = {"steps": self.member.step, "processes": self.trainer.ranks.world}
+        save_network(out, self._network(), card, **how)
+        text = json.dumps({**msgspec.to_builtins(card), **how}, indent=1)
+        write_text_atomic(out.with_suffix(".json"), text + "\n")
+        if self.member.step > self._first:
+            self._keep_speed()
+        return out
+
+    def _network(self) -> dict[str, Tensor]:
+        """The RGB network's weights, or their running average, where there is one."""
+        return self.member.loss.rgb.state_dict() if self.average is None else self.average.tensors
+
+    def _card(self, *, labels_used: bool) -> Card:
+        keys = ("recipe_hash", "seed", "num_clips", "git_sha", "versions")
+        facts = {key: self.facts[key] for key in keys}
+        ema = self.recipe.optim.ema
+        return card_of(self.recipe, loss=self.weights, labels_used=labels_used, ema=ema, **facts)
+
+    def _log(self, step: int) -> None:
+        scalars = {
+            "train/loss": self.loss,
+            "train/lr": learning_rate(self.recipe.optim, step),
+            "train/clips_per_second": self._speed.clips_per_second,
+            **({} if self._speed.mfu is None else {"train/mfu": self._speed.mfu}),
+            **{f"terms/{name}": value for name, value in self.member.term_values().items()},
+        }
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def _best_so_far(self) -> float:
+        path = self.run.checkpoints / "best.safetensors"
+        try:
+            return float(load_tensors(path)[1]["fitness"]) if path.exists() else -math.inf
+        except CheckpointError as error:
+            self.display.say(f"{error}: the next one that is judged takes its place")
+            return -math.inf
+
+    def _judge(self, labelled: LabelledClips) -> None:
+        """Measure the k-means fitness, as a search does, and keep the network where it is the best so far."""
+        state, step = self._network(), self.member.step
+        network = self.trainer.initial_loss(self.recipe.seed).rgb
+        network.load_state_dict(state)
+        (result,) = labelled.fitness([network], seed=self.recipe.seed)
+        if isinstance(result, str):
+            raise ValueError(result)
+        best = result.value > self._best
+        self._board.add_scalar("judge/fitness", result.value, step - 1)
+        note = ", the best so far" if best else ""
+        self.display.say(f"step {step}: k-means fitness {result.value:.3f}{note}")
+        if best:
+            self._best = result.value
+            path = self.run.checkpoints / "best.safetensors"
+            card = self._card(labels_used=True)
+            save_network(path, state, card, step=step, fitness=result.value)
+
+    def _keep_speed(self) -> None:
+        steps, world = self.member.step - self._first, self.trainer.ranks.world
+        seconds = time.perf_counter() - self._started
+        self.facts["training"] = {
+            "steps": steps,
+            "seconds": round(seconds, 2),
+            "processes": world,
+            "clips_per_second": round(self._speed.clips_per_second, 2),
+            "mfu": None if self._speed.mfu is None else round(self._speed.mfu, 4),
+        }
+        self.run.write_json("provenance.json", self.facts)
+        how = "1 process" if world == 1 else f"{world} processes"
+        self.display.say(f"{steps} steps in {duration(seconds)}: {self._speed}, {how}")

@@ -41,7 +41,7 @@ from engine.train.optim import descend, make_optimizer
 from engine.train.precision_check import CanNotCompile, check_step
 
 CHECK_EVERY_ON_GPU = 10
-"""Steps between looks at whether the loss is finite: each look makes the host wait for the GPU."""
+"""Steps between checks that the loss is finite: each makes the host wait for the GPU."""
 
 
 class MemberFailed(RuntimeError):
@@ -57,13 +57,13 @@ class DeviceFailed(RuntimeError):
 
 
 def device_failed(error: BaseException) -> DeviceFailed:
-    """What to raise for an error of the GPU itself; the message says how to go on."""
+    """The exception for an error of the GPU itself; its message says how to go on."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return DeviceFailed(f"the GPU is in an error state ({reason}); continue with --resume")
 
 
 class Trainer:
-    """What members of one run share: recipe, data, device, initial networks, and the compiled step."""
+    """Trains members of one run, which share recipe, data, device, initial networks and the compiled step."""
 
     def __init__(
         self,
@@ -77,15 +77,15 @@ class Trainer:
     ) -> None:
         """``ranks``: the processes that train together, each on its share of every batch.
 
-        ``warn`` gets a message, once, where the step computes something else than the recipe asks for, or else than
-        float32 does. Raises ValueError where the ranks can't share a batch.
+        ``warn`` gets a message, once, where the step is not the one that the recipe asks for, or differs from
+        float32's. Raises ValueError where the ranks can't share a batch.
         """
         self.recipe, self.index, self.runtime = recipe, index, runtime
         self.clock, self.warn, self.ranks = clock or Clock(), warn, ranks
         optim = recipe.optim
         self.local_batch_size = ranks.share_of(optim.batch_size, pieces=optim.accumulate)
         self.mode = compile_mode(optim, runtime.device)
-        """How steps are compiled; "off": not at all."""
+        """Mode in which steps are compiled; "off": not at all."""
         if self.mode == "reduce-overhead" and ranks.world * optim.accumulate > 1:
             self.mode = "default"
             warn(
@@ -96,7 +96,7 @@ class Trainer:
         self.sound = bool(index.has_audio.any())
         self.views = ViewMaker(recipe.clip, recipe.audio).to(runtime.device)
         self.buffers: StepBuffers | None = None
-        """Where compiled steps work, from the first member on."""
+        """Networks of the compiled steps, from the first member on."""
         self._checked = self.mode == "off" and not runtime.amp
         self._checking = threading.Lock()
         self._initial: tuple[int, EvolvedLoss] | None = None
@@ -125,7 +125,9 @@ class Trainer:
 
     def _build(self) -> EvolvedLoss:
         r = self.recipe
-        heard, to_come = self.views.audio_frames(self._samples(), r.audio.hop)
+        frames = r.clip.num_frames + r.clip.num_future_frames
+        samples = round(frames * r.clip.frame_stride / self.index.fps * r.audio.sample_rate)
+        heard, to_come = self.views.audio_frames(samples, r.audio.hop)
         loss = EvolvedLoss(
             r.model, r.clip, objective=r.objective, audio_size=(heard, to_come, r.audio.num_mels)
         )
@@ -140,11 +142,6 @@ class Trainer:
                     module.eval()
         return loss.to(self.runtime.device)
 
-    def _samples(self) -> int:
-        clip = self.recipe.clip
-        frames = clip.num_frames + clip.num_future_frames
-        return round(frames * clip.frame_stride / self.index.fps * self.recipe.audio.sample_rate)
-
     def member(
         self, weights: LossWeights, *, seed: int, first: int = 0, alone: bool = False
     ) -> Member:
@@ -154,47 +151,30 @@ class Trainer:
         """
         active = active_terms(weights, sound=self.sound)
         if not active:
-            raise ValueError(
-                "the loss has no weight above 0"
-                + (
-                    ""
-                    if self.sound
-                    else " on a term that does without sound, and the videos have none"
-                )
-            )
-        loss = self.initial_loss(seed)
-        optimizer = make_optimizer([(loss, 1.0)], self.recipe.optim)
-        alive, state = branches(active), None
-        computed = evaluation_order(active)
+            silent = " on a term that does without sound, and the videos have none"
+            raise ValueError(f"the loss has no weight above 0{'' if self.sound else silent}")
+        alive, computed, state = branches(active), evaluation_order(active), None
+        loss, optimizer = self._networks(seed)
         if self.mode != "off":
             computed = evaluation_order(alive.terms(sound=self.sound))
             state = FlatState(loss, optimizer)
             if alone:
                 self.buffers = StepBuffers(loss, optimizer, state, mode=self.mode)
             elif self.buffers is None:
-                self.buffers = self._new_buffers(seed)
+                own = self._networks(seed)
+                self.buffers = StepBuffers(*own, FlatState(*own), mode=self.mode)
         vector = torch.tensor([weights[name] for name in TERM_NAMES], device=self.runtime.device)
         ordered = weights_in_order(vector, computed)
         return Member(
-            loss,
-            optimizer,
-            vector,
-            active,
-            computed,
-            ordered,
-            alive,
-            state,
-            step=first,
-            first=first,
+            loss, optimizer, vector, active, computed, ordered, alive, state, first, first
         )
 
-    def _new_buffers(self, seed: int) -> StepBuffers:
+    def _networks(self, seed: int) -> tuple[EvolvedLoss, torch.optim.Optimizer]:
         loss = self.initial_loss(seed)
-        optimizer = make_optimizer([(loss, 1.0)], self.recipe.optim)
-        return StepBuffers(loss, optimizer, FlatState(loss, optimizer), mode=self.mode)
+        return loss, make_optimizer([(loss, 1.0)], self.recipe.optim)
 
     def free_memory(self) -> None:
-        """Release what no member at work needs: caches, and gradients of a step that came to nothing."""
+        """Release memory that no member needs: caches, and the gradients of a step that failed."""
         if self.buffers is not None:
             self.buffers.optimizer.zero_grad(set_to_none=True)
         release_memory(self.runtime.device)
@@ -227,7 +207,7 @@ class Trainer:
         )
 
     def pipeline(self, modalities: Collection[str]) -> InputPipeline:
-        """What decodes this rank's batches."""
+        """The pipeline that decodes this rank's batches."""
         r = self.recipe
         return InputPipeline(
             self.index,
@@ -244,7 +224,7 @@ class Trainer:
     def rounds(
         self, members: Sequence[Member], *, seed: int, bank: ClipBank | None = None
     ) -> Iterator[tuple[int, Views]]:
-        """Steps and their views, made once for all ``members``, from where they stand to the end."""
+        """Steps and their views, computed once for all ``members``, from where these stand to the end."""
         modalities = tuple({m: None for member in members for m in member.alive.modalities})
         first = min(member.step for member in members)
         batches = self.batches(seed=seed, first=first, modalities=modalities, bank=bank)
@@ -256,7 +236,7 @@ class Trainer:
             yield step, views
 
     def step_all(self, members: Sequence[Member], views: Views) -> list[float | MemberFailed]:
-        """Step members on one batch; each gets its loss, or what ended it. Raises as ``attempt``.
+        """Step members on one batch; returns the loss of each, or the failure that ended it. Raises as ``attempt``.
 
         On a CPU members run side by side, a core each, which also makes a member's numbers independent of
         its company; on a GPU, and compiled, they follow one another.
@@ -267,10 +247,10 @@ class Trainer:
             return list(self.runtime.map(lambda member: self.attempt(member, views), members))
 
     def attempt(self, member: Member, views: Views) -> float | MemberFailed:
-        """Step a member; returns its loss, or what ended it alone.
+        """Step a member; returns its loss, or the failure that ended it alone.
 
-        Running out of memory is raised, and so is DeviceFailed for an error of the GPU itself, after which no member
-        could go on.
+        Raises the error where memory runs out, and DeviceFailed for an error of the GPU itself, after which no member
+        can go on.
         """
         try:
             return self.step(member, views)
@@ -286,16 +266,14 @@ class Trainer:
     def step(self, member: Member, views: Views) -> float:
         """Train a member on one batch: Eq. 1, backward, clipped gradient, optimizer; returns the loss.
 
-        Raises NonFiniteLoss; on a GPU that is looked at every CHECK_EVERY_ON_GPU steps, and nan is returned
-        for the loss in between.
+        Raises NonFiniteLoss. On a GPU the loss is checked every CHECK_EVERY_ON_GPU steps, and is nan in between.
         """
-        if not self._checked:
-            with self._checking:  # members may run side by side: one of them checks
-                if not self._checked:
-                    self._check(member, views)
+        with self._checking:  # members may run side by side: one of them checks
+            if not self._checked:
+                self._check(member, views)
         loss, optimizer, optim = member.loss, member.optimizer, self.recipe.optim
         if self.buffers is not None and member.state is not None:
-            self.buffers.load(member.state)
+            self.buffers.state.copy_from(member.state)
             loss, optimizer = self.buffers.loss, self.buffers.optimizer
 
         def backward() -> tuple[float, Tensor]:
@@ -314,7 +292,7 @@ class Trainer:
             loss, optimizer, optim, step=member.step, first=member.first, backward=backward
         )
         if self.buffers is not None and member.state is not None:
-            self.buffers.store(member.state)
+            member.state.copy_from(self.buffers.state)
         # a copy: a CUDA graph writes the next member's values to the same place
         member.values = (
             values.clone() if member.values is None else torch.lerp(values, member.values, 0.9)
@@ -323,7 +301,7 @@ class Trainer:
         return value
 
     def _check(self, member: Member, views: Views) -> None:
-        """Compile the step, or go on without where the recipe lets it, and compare it with float32's."""
+        """Compile the step, or go on uncompiled where the recipe allows it, and compare it with float32's."""
         count = self.recipe.optim.accumulate
         (first, *_), *_ = split(views, member.computed, count=count, ranks=self.ranks)
         try:
@@ -340,7 +318,7 @@ class Trainer:
         self._checked = True
 
     def _checked_loss(self, member: Member, total: Tensor, values: Tensor) -> float:
-        """The loss, where it is time to wait for it, else nan; raises NonFiniteLoss."""
+        """The loss at steps where it is checked, else nan; raises NonFiniteLoss."""
         on_gpu, last = self.runtime.device.type != "cpu", self.recipe.optim.steps - 1
         if on_gpu and member.step % CHECK_EVERY_ON_GPU and member.step != last:
             return float("nan")

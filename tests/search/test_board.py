@@ -29,10 +29,10 @@ def trial(number: int, fitness: float | None, state: State = "complete") -> Tria
 
 
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    found = EventAccumulator(str(folder))
-    found.Reload()
-    tags = found.Tags()["scalars"]
-    return {t: [(p.step, pytest.approx(p.value)) for p in found.Scalars(t)] for t in tags}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    return {t: [(p.step, pytest.approx(p.value)) for p in events.Scalars(t)] for t in tags}
 
 
 def test_points_of_a_search(tmp_path: Path) -> None:
@@ -44,14 +44,14 @@ def test_points_of_a_search(tmp_path: Path) -> None:
     board.member(trial(4, 0.4))
     board.member(trial(5, 0.2, "pruned"))
     board.close()
-    found = points(tmp_path)
-    assert found["search/fitness"] == [(2, 0.25), (4, 0.4)]
-    assert found["search/best_so_far"] == [(2, 0.3), (3, 0.3), (4, 0.4), (5, 0.4)]
-    assert found["search/failed"] == [(2, 1), (3, 2), (4, 2), (5, 2)]
-    assert found["search/pruned"][-1] == (5, 1)
-    assert found["terms/rgb/predict"] == [(2, 3.0), (4, 5.0)]
-    assert found["metrics/nmi"] == [(2, 0.2), (4, 0.4)]
-    assert found["throughput/clips_per_second"] == [(2, 52.0), (4, 54.0)]
-    assert found["throughput/seconds_per_member"] == [(2, 2.0), (4, 2.0)]
-    weights = {name: found[f"best/{name}"] for name in TERM_NAMES}
+    curves = points(tmp_path)
+    assert curves["search/fitness"] == [(2, 0.25), (4, 0.4)]
+    assert curves["search/best_so_far"] == [(2, 0.3), (3, 0.3), (4, 0.4), (5, 0.4)]
+    assert curves["search/failed"] == [(2, 1), (3, 2), (4, 2), (5, 2)]
+    assert curves["search/pruned"][-1] == (5, 1)
+    assert curves["terms/rgb/predict"] == [(2, 3.0), (4, 5.0)]
+    assert curves["metrics/nmi"] == [(2, 0.2), (4, 0.4)]
+    assert curves["throughput/clips_per_second"] == [(2, 52.0), (4, 54.0)]
+    assert curves["throughput/seconds_per_member"] == [(2, 2.0), (4, 2.0)]
+    weights = {name: curves[f"best/{name}"] for name in TERM_NAMES}
     assert weights == {name: [(4, (4 + i) % 7 / 7)] for i, name in enumerate(TERM_NAMES)}

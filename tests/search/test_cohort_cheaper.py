@@ -17,8 +17,7 @@ from engine.data.shards.index import ClipIndex
 from engine.data.views import Views
 from engine.features.extract import LabelledClips
 from engine.objective.terms import check_weights
-from engine.search.cohort import MemberResult, evaluate_cohort
-from engine.search.cohort_part import first_step, promoted, rungs
+from engine.search.cohort import MemberResult, evaluate_cohort, first_step, promoted, rungs
 from engine.search.samplers import Proposal
 from engine.train.member import Member
 from engine.train.memory import CohortMemory
@@ -137,8 +136,8 @@ def test_a_halved_cohort_out_of_memory_begins_again_with_fewer_at_once(
     most: int, tiny_shards: Path, halved: list[MemberResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
-    told: list[str] = []
-    trainer.warn = told.append
+    warnings: list[str] = []
+    trainer.warn = warnings.append
     original = Trainer.step_all
 
     def step_all(self: Trainer, members: Sequence[Member], views: Views) -> object:
@@ -148,7 +147,7 @@ def test_a_halved_cohort_out_of_memory_begins_again_with_fewer_at_once(
 
     monkeypatch.setattr(Trainer, "step_all", step_all)
     results = evaluate_cohort(trainer, labelled, members=JOBS, seeds=[SEED])
-    assert told[:2] == [
+    assert warnings[:2] == [
         "out of memory with 5 members at once: going on with 3",
         "out of memory with 3 members at once: going on with 2",
     ]
@@ -167,8 +166,8 @@ def test_halving_compares_means_over_repeats(tiny_shards: Path) -> None:
     ]
     both = evaluate_cohort(trainer, labelled, members=JOBS[:3], seeds=[3, 4])
     means = [(one.rungs[0][1] + other.rungs[0][1]) / 2 for one, other in alone]
-    for mean, found in zip(means, both, strict=True):
-        assert found.rungs[0] == (2, pytest.approx(mean)) and found.seeds == (3, 4)
+    for mean, result in zip(means, both, strict=True):
+        assert result.rungs[0] == (2, pytest.approx(mean)) and result.seeds == (3, 4)
     assert [len(r.rungs) > 1 or r.state == "complete" for r in both] == promoted(means)
     (best,) = (i for i, r in enumerate(both) if r.state == "complete")
     one, other = alone[best]
@@ -224,22 +223,22 @@ def test_a_child_starts_from_its_parents_end(tiny_shards: Path, tmp_path: Path) 
     by_hand = trainer.member(parent.weights, seed=SEED)
     for _, views in trainer.rounds([by_hand], seed=SEED):
         trainer.step(by_hand, views)
-    made = trainer.member(child.weights, seed=SEED)
-    made.loss.load_state_dict(by_hand.loss.state_dict())
-    made.step = made.first = 4
+    member = trainer.member(child.weights, seed=SEED)
+    member.loss.load_state_dict(by_hand.loss.state_dict())
+    member.step = member.first = 4
     seen = []
-    for step, views in trainer.rounds([made], seed=SEED):
-        trainer.step(made, views)
+    for step, views in trainer.rounds([member], seed=SEED):
+        trainer.step(member, views)
         seen.append(step)
     assert seen == [4, 5, 6, 7]  # the batches of the schedule's second half
     # beside one that starts from the beginning
-    found, cold = evaluate_cohort(trainer, labelled, members=[child, JOBS[1]], seeds=[SEED])
-    assert found.state == "complete" and found.steps == 4 and found.rgb is not None
-    assert all(torch.equal(found.rgb[n], t) for n, t in made.loss.rgb.state_dict().items())
+    warm, cold = evaluate_cohort(trainer, labelled, members=[child, JOBS[1]], seeds=[SEED])
+    assert warm.state == "complete" and warm.steps == 4 and warm.rgb is not None
+    assert all(torch.equal(warm.rgb[n], t) for n, t in member.loss.rgb.state_dict().items())
     (other,) = evaluate_cohort(trainer, labelled, members=[JOBS[1]], seeds=[SEED])
     assert same(cold, other) and cold.steps == 8
     (later,) = evaluate_cohort(trainer, labelled, members=[child], seeds=[SEED, 4])
-    assert later.results[0] == found.results[0] and later.results[1] != first.results[1]
+    assert later.results[0] == warm.results[0] and later.results[1] != first.results[1]
 
 
 def test_halving_compares_those_that_train_as_long(tiny_shards: Path, tmp_path: Path) -> None:

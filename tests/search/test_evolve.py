@@ -112,11 +112,11 @@ def test_the_summary_is_made_of_the_records(reference: Path) -> None:
 
 
 def test_pretrain_takes_the_best_loss(reference: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    told = command(
+    done = command(
         *("pretrain", "--loss", reference / "best.toml", "--videos", tiny_shards / "unlabelled"),
         *("--recipe", TINY, "--run", tmp_path / "run", "--device", "cpu"),
     )
-    assert told[0] == 0, told
+    assert done[0] == 0, done
     assert load_loss(tmp_path / "run" / "loss.toml") == load_loss(reference / "best.toml")
     best, _ = load_tensors(reference / "checkpoints" / "best.safetensors")
     tensors, _ = load_tensors(tmp_path / "run" / "rgb.safetensors")
@@ -261,15 +261,15 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path, monkeypatch: pytest.Monke
 def poison_losses(patched: pytest.MonkeyPatch, *, which: Callable[[int], bool]) -> None:
     """Make the networks of the chosen members, counted in the order of their making, NaN."""
     original = Trainer.member
-    made = 0
+    count = 0
 
     def member(self: Trainer, *args: Any, **kwargs: Any) -> Member:
-        nonlocal made
+        nonlocal count
         new = original(self, *args, **kwargs)
-        if which(made):
+        if which(count):
             for parameter in new.loss.parameters():
                 parameter.data.fill_(float("nan"))
-        made += 1
+        count += 1
         return new
 
     patched.setattr(Trainer, "member", member)

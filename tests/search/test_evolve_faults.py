@@ -91,6 +91,13 @@ def test_more_rounds_are_what_they_would_have_been(tiny_shards: Path, tmp_path: 
     assert outcome(short) == outcome(long)
 
 
+def test_a_search_whose_members_all_collapse_says_so(tiny_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    line = one_line(begin(tiny_shards, run, "--set", "search.collapse_rank=1000"), code=1)
+    assert "all 5 members failed or were pruned; the first: collapsed: effective rank" in line
+    assert {row["state"] for row in history(run)} == {"pruned"}
+
+
 def test_another_method_is_another_recipe(reference: Path) -> None:
     assert "was made with recipe" in one_line(resume(reference, "--method", "random"), code=2)
 

@@ -100,7 +100,7 @@ def test_a_worker_killed_in_mid_member_changes_no_number(
 def factory(shards: Path, run: Path, **changed: Any) -> CohortFactory:
     folders = [shards / "unlabelled", shards / "labelled"]
     libraries = [open_library([f], cache=shards, report=lambda *_: None) for f in folders]
-    given = {
+    fields = {
         "recipe": RECIPE,
         "videos": libraries[0].shards,
         "labelled": libraries[1].shards,
@@ -109,7 +109,7 @@ def factory(shards: Path, run: Path, **changed: Any) -> CohortFactory:
         "device": "cpu",
         "members_at_once": None,
     }
-    return CohortFactory(**{**given, **changed})
+    return CohortFactory(**{**fields, **changed})
 
 
 def test_a_worker_divides_its_machines_cores(reference: Path, tiny_shards: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_worker_that_does_not_see_the_data_says_where(reference: Path, tiny_sh
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         (("--workers", 1, "--gpus", 1), "not both"),
         (("--workers", 1, "--device", "cuda"), "contradicts --workers"),
@@ -138,6 +138,6 @@ def test_a_worker_that_does_not_see_the_data_says_where(reference: Path, tiny_sh
     ],
 )
 def test_options_that_cant_be_are_told_in_a_line(
-    tiny_shards: Path, tmp_path: Path, more: tuple[object, ...], told: str
+    tiny_shards: Path, tmp_path: Path, more: tuple[object, ...], message: str
 ) -> None:
-    assert told in one_line(begin(tiny_shards, tmp_path / "run", *more), code=2)
+    assert message in one_line(begin(tiny_shards, tmp_path / "run", *more), code=2)

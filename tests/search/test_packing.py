@@ -28,8 +28,8 @@ def plan(
         recipe.search, storage=storage, name="plan", seed=0, recipe_hash="same in all"
     )
     folder.mkdir(exist_ok=True)
-    given: dict[str, Any] = {"workers": workers, "members_at_once": at_once}
-    return Planner(recipe, study, checkpoints=folder, clock=Clock(), **given), study
+    options: dict[str, Any] = {"workers": workers, "members_at_once": at_once}
+    return Planner(recipe, study, checkpoints=folder, clock=Clock(), **options), study
 
 
 def tell(study: SearchStudy, *trials: int) -> None:
@@ -85,8 +85,8 @@ def test_with_halving_a_generation_told_in_part_is_trained_again_as_a_whole(tmp_
 def test_with_halving_generations_are_never_mixed(tmp_path: Path) -> None:
     settings = ("search.halving=true", "search.method=random", "search.population=6")
     planner, _ = plan(tmp_path, *settings, workers=2)
-    found = [*planner.cohorts(1), *planner.cohorts(2), *planner.cohorts(2)]
-    assert trials(found) == [(0, 1, 2, 3), (4, 5), (6, 7, 8, 9), (10, 11, 12, 13)]
+    cohorts = [*planner.cohorts(1), *planner.cohorts(2), *planner.cohorts(2)]
+    assert trials(cohorts) == [(0, 1, 2, 3), (4, 5), (6, 7, 8, 9), (10, 11, 12, 13)]
 
 
 def test_children_start_from_their_parents_states_which_are_kept_as_long(tmp_path: Path) -> None:

@@ -44,22 +44,22 @@ def directly(settings, *, seed, generations, lost=()):
     bounds = np.array([[0.0, 1.0]] * n)
     size = settings.cmaes_population or None
     library = cmaes.CMA(np.full(n, 0.5), settings.sigma, bounds=bounds, population_size=size)
-    found = []
+    weights = []
     for _ in range(generations):
         asked = []
         for _ in range(library.population_size):
-            key = np.random.SeedSequence(seed, spawn_key=(len(found) + len(asked),))
+            key = np.random.SeedSequence(seed, spawn_key=(len(weights) + len(asked),))
             library.reseed_rng(int(key.generate_state(1)[0]))
             asked.append(library.ask())
         losses = [float(np.mean((x - TARGET) ** 2)) - 0.45 for x in asked]
-        numbers = range(len(found), len(found) + len(asked))
+        numbers = range(len(weights), len(weights) + len(asked))
         good = [(x, y) for i, x, y in zip(numbers, asked, losses, strict=True) if i not in lost]
         bad = [x for i, x in zip(numbers, asked, strict=True) if i in lost]
-        found += asked
+        weights += asked
         if good:
             worst = max(y for _, y in good)
             library.tell(good + [(x, worst) for x in bad])
-    return np.array(found)
+    return np.array(weights)
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,9 @@ def test_optunas_dashboard_opens_the_study(tmp_path):
         setup_testing_defaults(environ)
         where, _, query = path.partition("?")
         environ.update(PATH_INFO=where, QUERY_STRING=query)
-        told = []
-        body = b"".join(app(environ, lambda status, *more: told.append(status)))
-        assert told[0].startswith("200"), (told, body)
+        statuses = []
+        body = b"".join(app(environ, lambda status, *more: statuses.append(status)))
+        assert statuses[0].startswith("200"), (statuses, body)
         return json.loads(body)
 
     study = get("/api/studies")["study_summaries"][0]
@@ -144,11 +144,11 @@ def test_optunas_dashboard_opens_the_study(tmp_path):
 
 def assert_stored(url, name):
     """Every member is in the database; Optuna itself may write one twice whose answer it lost, with equal content."""
-    found = {}
+    contents = {}
     for trial in optunas(url, name).trials:
         content = (trial.params, trial.state, trial.value)
-        assert found.setdefault(trial.user_attrs["number"], content) == content
-    assert sorted(found) == list(range(15))
+        assert contents.setdefault(trial.user_attrs["number"], content) == content
+    assert sorted(contents) == list(range(15))
 
 
 def outage(server, seconds):

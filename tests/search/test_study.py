@@ -374,7 +374,7 @@ def best_after(members, *, method, replace, seed):
 @pytest.mark.parametrize("replace", ["worst", "oldest"])
 def test_evolution_beats_random_search_on_a_noisy_landscape(replace):
     def mean(method):
-        found = [best_after(200, method=method, replace=replace, seed=s) for s in range(10)]
-        return np.mean(found)
+        fitnesses = [best_after(200, method=method, replace=replace, seed=s) for s in range(10)]
+        return np.mean(fitnesses)
 
     assert mean("evolution") > mean("random") + 0.005

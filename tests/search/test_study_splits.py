@@ -53,11 +53,11 @@ def test_a_search_is_the_same_however_it_is_split_killed_and_resumed(method, tmp
     assert {m.state for m in expected} == {"complete", "failed", "pruned"}
     for seed in range(2):
         rng = np.random.default_rng(seed)
-        path, told = tmp_path / f"{seed}.jsonl", Counter()
+        path, ended = tmp_path / f"{seed}.jsonl", Counter()
         done = 0
         while done < settings.population + settings.rounds:
             study = open_study(settings, storage=path)
-            assert len(study.members()) == done == sum(told.values())
+            assert len(study.members()) == done == sum(ended.values())
             out = {}
             for _ in range(rng.integers(1, 60)):  # then it is killed
                 if rng.random() < 0.5:
@@ -70,12 +70,12 @@ def test_a_search_is_the_same_however_it_is_split_killed_and_resumed(method, tmp
                     number = int(rng.choice(list(out)))
                     member = out.pop(number)
                     if rng.random() < 0.2:
-                        study.release(number)
+                        out[number] = member  # its worker was lost: it is trained again
                     else:
                         finish(study, member)
-                        told[number] += 1
+                        ended[number] += 1
             done = len(study.members())
-        assert max(told.values()) == 1, "counted twice"
+        assert max(ended.values()) == 1, "counted twice"
         assert study.members() == expected
         assert open_study(settings, storage=path).members() == expected
 
@@ -83,7 +83,7 @@ def test_a_search_is_the_same_however_it_is_split_killed_and_resumed(method, tmp
 def test_without_waiting_nobody_waits_and_nothing_is_lost(tmp_path):
     settings = settings_of("evolution", synchronous=False)
     rng = np.random.default_rng(1)
-    path, told, children = tmp_path / "study.jsonl", Counter(), set()
+    path, ended, children = tmp_path / "study.jsonl", Counter(), set()
     study = open_study(settings, storage=path)
     while not study.finished:
         out = {}
@@ -94,7 +94,7 @@ def test_without_waiting_nobody_waits_and_nothing_is_lost(tmp_path):
             left = study.total - len(study.members()) - len(out)
             assert len(new) == min(free, left), "a worker had to wait"
             for proposal in new:
-                assert proposal.number not in told, "proposed though it was done"
+                assert proposal.number not in ended, "proposed though it was done"
                 if proposal.parent is not None:
                     assert proposal.parent in complete
                     children.add(proposal.number)
@@ -103,9 +103,9 @@ def test_without_waiting_nobody_waits_and_nothing_is_lost(tmp_path):
                 break
             number = int(rng.choice(list(out)))
             finish(study, out.pop(number))
-            told[number] += 1
+            ended[number] += 1
         study = open_study(settings, storage=path)
-    assert set(told.values()) == {1} and len(told) == 31
+    assert set(ended.values()) == {1} and len(ended) == 31
     assert len(children) > 15
 
 
@@ -130,22 +130,6 @@ def test_asks_hand_out_at_most_the_limit_and_never_wait_without_need():
     assert [p.number for p in study.ask(7)] == list(range(4, 11))
     assert [p.number for p in study.ask(100)] == list(range(11, 31))
     assert study.ask(1) == [] and not study.finished
-
-
-def test_a_member_lost_with_its_worker_is_offered_again():
-    study = open_study(settings_of("evolution"))
-    first = study.ask(2)
-    study.release(0)
-    with pytest.raises(ValueError, match="trial 0 is not out"):
-        study.release(0)
-    assert study.ask(1) == [first[0]]
-    assert [p.number for p in study.ask()] == [2, 3]
-    study.release(2)
-    finish(study, first[0])
-    with pytest.raises(ValueError, match="trial 0 is not out"):
-        study.release(0)
-    study.tell(2, fitness=0.3, attributes={})  # its worker was alive after all
-    assert study.ask() == []
 
 
 def test_prune_refuses_what_is_no_fitness():

@@ -86,9 +86,9 @@ def test_six_steps_equal_three_and_three(tiny_shards: Path, tmp_path: Path, opti
     resumed = load(path, another)
     assert resumed.step == 3
     train(another, resumed)
-    expected, found = state_of(whole), state_of(resumed)
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    expected, loaded = state_of(whole), state_of(resumed)
+    assert expected.keys() == loaded.keys()
+    assert [name for name in expected if not torch.equal(expected[name], loaded[name])] == []
     assert resumed.step == whole.step == STEPS
     assert resumed.term_values() == whole.term_values()
 
@@ -163,11 +163,11 @@ def kept(folder: Path, trainer: Trainer, member: Member, *, keep: bool = False) 
 
 def restored(folder: Path, trainer: Trainer) -> tuple[Member, list[str], float]:
     """The member, what was warned of, and the extra tensor."""
-    member, told, extra = member_of(trainer), list[str](), {"average": torch.zeros(3)}
+    member, warnings, extra = member_of(trainer), list[str](), {"average": torch.zeros(3)}
     digest = recipe_hash(trainer.recipe)
-    loaded = load_last(folder, member, recipe_hash=digest, extra=extra, warn=told.append)
+    loaded = load_last(folder, member, recipe_hash=digest, extra=extra, warn=warnings.append)
     assert loaded == (member.step > 0)
-    return member, told, extra["average"][0].item()
+    return member, warnings, extra["average"][0].item()
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(trainer: Trainer, tmp_path: Path) -> None:
@@ -181,19 +181,19 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trainer: Trainer, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "last.safetensors", "previous.safetensors", "step-00000001.safetensors"
     ]  # fmt: skip
-    member, told, extra = restored(tmp_path, trainer)
-    assert (member.step, told, extra) == (3, [], 3.0)
+    member, warnings, extra = restored(tmp_path, trainer)
+    assert (member.step, warnings, extra) == (3, [], 3.0)
     whole = bytearray(last.read_bytes())
     whole[-1] ^= 1  # a bit of a tensor, which leaves a file that safetensors reads
     last.write_bytes(whole)
-    member, told, extra = restored(tmp_path, trainer)
+    member, warnings, extra = restored(tmp_path, trainer)
     assert member.step == 2 and extra == 2.0 and member.loss.rgb.stem[0].weight.mean() == 2.0
-    assert len(told) == 1 and str(last) in told[0] and "checksum" in told[0]
+    assert len(warnings) == 1 and str(last) in warnings[0] and "checksum" in warnings[0]
     last.unlink()  # as after a kill between two renames
     assert restored(tmp_path, trainer)[0].step == 2
     previous.write_bytes(previous.read_bytes()[:100])
-    member, told, extra = restored(tmp_path, trainer)
-    assert member.step == 1 and extra == 1.0 and "previous" in told[0]
+    member, warnings, extra = restored(tmp_path, trainer)
+    assert member.step == 1 and extra == 1.0 and "previous" in warnings[0]
     (tmp_path / "step-00000001.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no whole one before it: start a new run"):
         restored(tmp_path, trainer)

@@ -35,9 +35,9 @@ def make_trainer(shards: Path, *changes: str) -> Trainer:
     recipe = override(load_recipe(TINY), list(changes))
     runtime = choose_runtime("cpu", amp=recipe.optim.amp)
     make_deterministic(runtime)
-    told: list[str] = []
-    trainer = Trainer(recipe, ClipIndex([shards / "unlabelled"]), runtime, warn=told.append)
-    trainer.told = told  # type: ignore[attr-defined]
+    warnings: list[str] = []
+    trainer = Trainer(recipe, ClipIndex([shards / "unlabelled"]), runtime, warn=warnings.append)
+    trainer.warnings = warnings  # type: ignore[attr-defined]
     return trainer
 
 
@@ -83,7 +83,7 @@ def test_members_share_a_graph_and_equal_runs_of_one(tiny_shards: Path, traced: 
     assert same(cohort[1], alone) and not same(cohort[0], cohort[1])
     assert cohort[1].term_values() == alone.term_values()
     assert set(cohort[2].term_values()) == set(TERM_NAMES) - {"flow/predict", "rgb/shuffle"}
-    assert trainer.told == []
+    assert trainer.warnings == []
     train(trainer, [SMALL])
     assert graphs() - before == trainer.buffers.graphs == 2, "other branches are another graph"
 
@@ -100,7 +100,7 @@ def test_inductor_gives_the_numbers_of_eager_steps(tiny_shards: Path) -> None:
         train(eager, [SMALL, SMALLER]), train(compiled, [SMALL, SMALLER]), strict=True
     ):
         assert mine.term_values() == pytest.approx(other.term_values(), rel=1e-3)
-    assert graphs() - before == 1 and compiled.told == []
+    assert graphs() - before == 1 and compiled.warnings == []
 
 
 def test_the_only_member_of_a_run_lends_its_own_networks(tiny_shards: Path, traced: None) -> None:
@@ -196,8 +196,8 @@ def test_what_compiled_code_gets_wrong_is_told(
     before = trainer.member(SMALL, seed=0).loss.state_dict()
     before = {name: t.clone() for name, t in before.items()}
     (member,) = train(trainer, [SMALL])
-    assert len(trainer.told) == 1 and "by 0.5 in the median" in trainer.told[0]
-    assert "--set optim.compile=off" in trainer.told[0]
+    assert len(trainer.warnings) == 1 and "by 0.5 in the median" in trainer.warnings[0]
+    assert "--set optim.compile=off" in trainer.warnings[0]
     monkeypatch.undo()
     assert same(member, train(make_trainer(tiny_shards, "optim.steps=2"), [SMALL])[0]), (
         "the check leaves no trace"
@@ -210,17 +210,17 @@ def test_bf16_is_checked_without_compiling_too(
 ) -> None:
     trainer = make_trainer(tiny_shards, "optim.amp=bf16", "optim.steps=2")
     train(trainer, [SMALL])
-    assert trainer.told == []
+    assert trainer.warnings == []
     monkeypatch.setattr("engine.train.precision_check.TOLERANCE", {"bf16": (1e-7, 1e-7)})
     trainer = make_trainer(tiny_shards, "optim.amp=bf16", "optim.steps=2")
     train(trainer, [SMALL])
-    assert trainer.told, "bf16 is never exact: the comparison sees it"
+    assert trainer.warnings, "bf16 is never exact: the comparison sees it"
 
 
 def test_a_step_that_can_not_be_compiled(
     tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is an error where it was asked for; else it runs uncompiled, and that is told."""
+    """It is an error where it was asked for; else it runs uncompiled, with a warning."""
 
     def compile_(function, **_):
         def broken(*_):
@@ -238,7 +238,7 @@ def test_a_step_that_can_not_be_compiled(
     trainer = make_trainer(tiny_shards)
     trainer.mode, trainer._checked = "default", False  # as auto chooses on a GPU
     members = train(trainer, [SMALL, SMALLER])
-    assert len(trainer.told) == 1 and "it runs uncompiled" in trainer.told[0]
+    assert len(trainer.warnings) == 1 and "it runs uncompiled" in trainer.warnings[0]
     for member, other in zip(
         members, train(make_trainer(tiny_shards), [SMALL, SMALLER]), strict=True
     ):

@@ -29,16 +29,16 @@ JOBS = [Proposal(0, loss) for loss in LOSSES]
 
 
 @pytest.fixture
-def told() -> list[str]:
+def warnings() -> list[str]:
     return []
 
 
 @pytest.fixture
-def trainer(tiny_shards: Path, told: list[str]) -> Trainer:
+def trainer(tiny_shards: Path, warnings: list[str]) -> Trainer:
     chosen = choose_runtime("cpu")
     make_deterministic(chosen)
     index = ClipIndex([tiny_shards / "unlabelled"])
-    return Trainer(load_recipe(TINY), index, chosen, warn=told.append)
+    return Trainer(load_recipe(TINY), index, chosen, warn=warnings.append)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_cohort_out_of_memory_halves_itself(
     error: Exception,
     trainer: Trainer,
     labelled: LabelledClips,
-    told: list[str],
+    warnings: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     want = evaluate_cohort(trainer, labelled, members=JOBS, seeds=[0])
@@ -83,7 +83,7 @@ def test_a_cohort_out_of_memory_halves_itself(
     got = evaluate_cohort(trainer, labelled, members=JOBS, seeds=[0], memory=memory)
     steps = trainer.recipe.optim.steps
     assert sizes == [5, 3] + [2] * steps + [2] * steps + [1] * steps
-    assert told == [
+    assert warnings == [
         "out of memory with 5 members at once: going on with 3",
         "out of memory with 3 members at once: going on with 2",
     ]
@@ -91,7 +91,7 @@ def test_a_cohort_out_of_memory_halves_itself(
         assert one.fitness == other.fitness and one.terms == other.terms and one.fitness is not None
     sizes.clear()
     evaluate_cohort(trainer, labelled, members=JOBS[:3], seeds=[0], memory=memory)
-    assert sizes == [2] * steps + [1] * steps, "what was found out is kept"
+    assert sizes == [2] * steps + [1] * steps, "the size that fits is kept"
 
 
 def test_a_member_too_large_for_memory_fails_alone_and_says_what_to_do(

@@ -29,8 +29,10 @@ def make_trainer(shards: Path, *changes: str) -> tuple[Trainer, list[str]]:
     recipe = override(load_recipe(TINY), ["optim.steps=2", *changes])
     runtime = choose_runtime("cpu", amp=recipe.optim.amp)
     make_deterministic(runtime)
-    told: list[str] = []
-    return Trainer(recipe, ClipIndex([shards / "unlabelled"]), runtime, warn=told.append), told
+    warnings: list[str] = []
+    return Trainer(
+        recipe, ClipIndex([shards / "unlabelled"]), runtime, warn=warnings.append
+    ), warnings
 
 
 def trained(trainer: Trainer) -> Member:
@@ -58,11 +60,11 @@ def test_no_memory_for_float32_is_told_and_ends_nothing(
     tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = trained(make_trainer(tiny_shards, "optim.amp=bf16")[0])
-    trainer, told = make_trainer(tiny_shards, "optim.amp=bf16")
+    trainer, warnings = make_trainer(tiny_shards, "optim.amp=bf16")
     monkeypatch.setattr(train_check, "_in_float32", failing(OUT_OF_MEMORY))
     got = trained(trainer)
-    assert len(told) == 1 and "no memory for a first step in float32" in told[0]
-    assert "bf16 goes unchecked" in told[0]
+    assert len(warnings) == 1 and "no memory for a first step in float32" in warnings[0]
+    assert "bf16 goes unchecked" in warnings[0]
     assert got.term_values() == want.term_values()
 
 
@@ -71,7 +73,7 @@ def test_a_check_that_ran_out_of_memory_is_made_again(
     tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step itself does not fit: fewer members will, and are checked then."""
-    trainer, told = make_trainer(tiny_shards, "optim.amp=bf16")
+    trainer, warnings = make_trainer(tiny_shards, "optim.amp=bf16")
     real = train_check._as_configured
     monkeypatch.setattr(train_check, "_as_configured", failing(OUT_OF_MEMORY))
     with pytest.raises(torch.OutOfMemoryError):
@@ -85,7 +87,7 @@ def test_a_check_that_ran_out_of_memory_is_made_again(
     monkeypatch.setattr(train_check, "_as_configured", noted)
     trained(trainer)
     trained(trainer)
-    assert len(asked) == 1 and told == []
+    assert len(asked) == 1 and warnings == []
 
 
 @needs_bf16
@@ -135,8 +137,8 @@ EXACT = dict.fromkeys(TERM_NAMES, 1.0) | {GRADIENT: 2.0}
 
 def apart(**changes: float) -> dict[str, float]:
     """All terms 2 % off, and some by more."""
-    found = {name: value * 1.02 for name, value in EXACT.items()}
-    return found | {name.replace("__", "/"): value for name, value in changes.items()}
+    own = {name: value * 1.02 for name, value in EXACT.items()}
+    return own | {name.replace("__", "/"): value for name, value in changes.items()}
 
 
 def test_a_few_terms_that_round_badly_are_no_alarm() -> None:

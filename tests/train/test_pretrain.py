@@ -36,26 +36,26 @@ def pretrain(shards: Path, run: Path, *more: object) -> tuple[int, str, str]:
     """Run the command: exit code, stdout, stderr."""
     arguments = ("--videos", shards / "unlabelled", "--run", run, "--device", "cpu", *more)
     result = CliRunner().invoke(main, ["pretrain", *map(str, arguments)])
-    told = result.exit_code, result.stdout, result.stderr
-    assert result.exception is None or isinstance(result.exception, SystemExit), told
+    done = result.exit_code, result.stdout, result.stderr
+    assert result.exception is None or isinstance(result.exception, SystemExit), done
     del result
     gc.collect()  # the traceback holds the run, and the run its lock
-    return told
+    return done
 
 
-def one_line(told: tuple[int, str, str], *, code: int) -> str:
-    assert told[0] == code, told
-    lines = told[2].splitlines()
-    assert len(lines) == 1 and lines[0].startswith("engine: "), told[2]
+def one_line(done: tuple[int, str, str], *, code: int) -> str:
+    assert done[0] == code, done
+    lines = done[2].splitlines()
+    assert len(lines) == 1 and lines[0].startswith("engine: "), done[2]
     return lines[0]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "finished"
-    told = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3")
-    assert (told[0], told[2]) == (0, ""), told
-    assert f"RGB network: {run / 'rgb.safetensors'}" in told[1]
+    done = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3")
+    assert (done[0], done[2]) == (0, ""), done
+    assert f"RGB network: {run / 'rgb.safetensors'}" in done[1]
     return run
 
 
@@ -78,8 +78,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     every = ("--checkpoint-every", 2)
     with monkeypatch.context() as patched:
         interrupt_at(patched, step=step)
-        told = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3", *every)
-    assert "interrupted" in one_line(told, code=1)
+        done = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3", *every)
+    assert "interrupted" in one_line(done, code=1)
     assert not (run / "rgb.safetensors").exists()
     assert (run / "checkpoints" / "last.safetensors").exists() == (step == 4)
     code, out, err = pretrain(tiny_shards, run, "--resume", *every)
@@ -131,8 +131,8 @@ def test_the_loss_may_be_a_preset_a_file_or_random(
 
 
 def test_a_run_keeps_its_loss(finished: Path, tiny_shards: Path) -> None:
-    told = pretrain(tiny_shards, finished, "--resume", "--loss", "random:4")
-    assert "trains with another loss" in one_line(told, code=2)
+    done = pretrain(tiny_shards, finished, "--resume", "--loss", "random:4")
+    assert "trains with another loss" in one_line(done, code=2)
     assert load_loss(finished / "loss.toml") == random_weights(3)
     assert pretrain(tiny_shards, finished, "--resume", "--loss", "random:3")[0] == 0
 
@@ -153,8 +153,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
 ) -> None:
     run = tmp_path / "run"
     every = ("--checkpoint-every", 2, "--keep-every", 3)
-    told = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3", *every)
-    assert told[0] == 0, told
+    done = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3", *every)
+    assert done[0] == 0, done
     checkpoints = run / "checkpoints"
     assert load_tensors(checkpoints / "step-00000003.safetensors")[1]["step"] == 3
     assert load_tensors(checkpoints / "previous.safetensors")[1]["step"] == 4
@@ -198,10 +198,12 @@ def test_labelled_clips_choose_the_best_network_and_change_no_weight(
     found, card = load_tensors(run / "rgb.safetensors")
     assert all(torch.equal(expected[n], found[n]) for n in expected) and not card["labels_used"]
     _, best = load_tensors(run / "checkpoints" / "best.safetensors")
-    told = {int(s): float(f) for s, f in re.findall(r"step (\d): k-means fitness (\S+?)[,\n]", out)}
-    assert sorted(told) == [2, 4, 5] and best["labels_used"]
-    assert best["fitness"] == pytest.approx(max(told.values()), abs=6e-4)
-    assert told[best["step"]] == max(told.values())
+    fitnesses = {
+        int(s): float(f) for s, f in re.findall(r"step (\d): k-means fitness (\S+?)[,\n]", out)
+    }
+    assert sorted(fitnesses) == [2, 4, 5] and best["labels_used"]
+    assert best["fitness"] == pytest.approx(max(fitnesses.values()), abs=6e-4)
+    assert fitnesses[best["step"]] == max(fitnesses.values())
 
 
 def test_a_loss_that_labels_chose_says_so_in_the_card(tiny_shards: Path, tmp_path: Path) -> None:
@@ -340,5 +342,5 @@ def test_training_that_diverges_names_step_and_term(
         return member
 
     monkeypatch.setattr(Trainer, "member", poisoned)
-    told = pretrain(tiny_shards, tmp_path / "run", "--recipe", TINY, "--loss", "rgb_to_flow")
-    assert one_line(told, code=1) == "engine: loss is nan at step 0; terms: rgb/to_flow"
+    done = pretrain(tiny_shards, tmp_path / "run", "--recipe", TINY, "--loss", "rgb_to_flow")
+    assert one_line(done, code=1) == "engine: loss is nan at step 0; terms: rgb/to_flow"

@@ -25,7 +25,7 @@ from engine.core.ranks import Ranks, joined
 from engine.core.run import RunFolder
 from engine.data.library import Library
 from engine.data.shards.index import is_shards
-from engine.train.pretrain import PretrainJob, pretrain
+from engine.train.pretrain import PretrainOptions, pretrain
 from engine.train.trainer import MemberFailed
 
 
@@ -43,34 +43,36 @@ def device_of(device: str, ranks: Ranks) -> str:
     return f"{device}:{ranks.local_rank}"
 
 
-def check_gpus(wanted: int) -> None:
-    """Raise ValueError where this machine has fewer GPUs."""
+def check_gpus(processes: int) -> None:
+    """Raise ValueError where this machine has fewer GPUs than processes."""
     there = torch.cuda.device_count()
-    if wanted > there:
+    if processes > there:
         raise ValueError(
-            f"{wanted} processes, one GPU each, but this machine shows {there}: ask for fewer, or use "
+            f"{processes} processes, one GPU each, but this machine shows {there}: ask for fewer, or use "
             "--device cpu --workers N"
         )
 
 
-def in_processes(job: PretrainJob, *, processes: int, restarts: int) -> Path:
+def in_processes(options: PretrainOptions, *, processes: int, restarts: int) -> Path:
     """Start so many processes on this machine, and all again, up to ``restarts`` times, when one dies.
 
-    Raises ValueError for what a restart can't help, Ended once restarts are used up, and KeyboardInterrupt.
+    Returns the RGB network's file. Raises ValueError for what a restart can't help, Ended once restarts are used up,
+    and KeyboardInterrupt.
     """
-    Ranks(world=processes).share_of(job.recipe.optim.batch_size, pieces=job.recipe.optim.accumulate)
-    launch(_work, job, processes=processes, restarts=restarts)
-    return job.run / "rgb.safetensors"
+    optim = options.recipe.optim
+    Ranks(world=processes).share_of(optim.batch_size, pieces=optim.accumulate)
+    launch(_work, options, processes=processes, restarts=restarts)
+    return options.run / "rgb.safetensors"
 
 
-def _work(job: PretrainJob, notes: Path) -> None:
-    """One of the processes that ``in_processes`` starts."""
+def _work(options: PretrainOptions, notes: Path) -> None:
+    """Train as one of the processes that ``in_processes`` starts."""
     if (notes / "final").exists():  # started again, after what a restart can't help
         return
     ranks = ranks_of_environment()
     assert ranks is not None
     try:
-        as_rank(lambda: job, ranks, device=job.device, run=job.run)
+        as_rank(lambda: options, ranks, device=options.device, run=options.run)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemberFailed) as error:
@@ -87,17 +89,17 @@ def _note(path: Path, error: Exception) -> None:
 
 
 def as_rank(
-    make: Callable[[], PretrainJob], ranks: Ranks, *, device: str, run: Path
+    make: Callable[[], PretrainOptions], ranks: Ranks, *, device: str, run: Path
 ) -> tuple[Path | None, Library]:
-    """Take part in a job as one of several processes; ``make`` is called on rank 0 alone, which sends it to the others.
+    """Train as one of several processes; ``make`` is called on rank 0 alone, which sends the options to the others.
 
-    Every machine must find the job's shards at the same path. Returns and raises as ``pretrain``.
+    Every machine must find the shards at the same path. Returns and raises as ``pretrain``.
     """
     own = torch.device(device_of(device, ranks))
     log = run if ranks.leads else None
     with joined(ranks, own), Display(log=log, quiet=not ranks.leads) as display:
-        job = ranks.shared(make)
-        for path in job.videos:
+        options = ranks.shared(make)
+        for path in options.videos:
             if not is_shards(path):
                 raise ValueError(
                     f"{path}: not shards, which several machines need: engine ingest {path} --out SHARDS, then "
@@ -107,12 +109,13 @@ def as_rank(
             display.say(f"restarts can fail: start torchrun with {OWN_STORE}=1 in its environment")
         if restarts_so_far():
             display.say(f"a process ended: all of them start again ({restarts_so_far()})")
-        folder = _folder(job) if ranks.leads else None
-        return pretrain(job, display, run=folder, device=str(own), ranks=ranks)
+        folder = _folder(options) if ranks.leads else None
+        return pretrain(options, display, run=folder, device=str(own), ranks=ranks)
 
 
-def _folder(job: PretrainJob) -> RunFolder:
-    """The run's folder: a new one, or one that this job, or one before it, has begun."""
-    if job.resume or (restarts_so_far() and (job.run / "recipe.toml").exists()):
-        return RunFolder.reopen(job.run, job.recipe)[0]
-    return RunFolder.create(job.run, job.recipe)
+def _folder(options: PretrainOptions) -> RunFolder:
+    """The run's folder: a new one, or one that a process before this one has begun."""
+    path, recipe = options.run, options.recipe
+    if options.resume or (restarts_so_far() and (path / "recipe.toml").exists()):
+        return RunFolder.reopen(path, recipe)[0]
+    return RunFolder.create(path, recipe)
