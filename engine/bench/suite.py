@@ -11,10 +11,9 @@ import torch
 from rich.console import Console
 
 from engine.bench import cohort, input, kmeans, loss, step, views
-from engine.bench.base import Bench
+from engine.bench.base import Bench, keep_heap
 from engine.bench.plot import check_path, draw_roofline
 from engine.bench.rows import Row, append_json, bottleneck, comparison, read_json, rows_table
-from engine.bench.timing import keep_heap
 from engine.core.provenance import provenance
 from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
 from engine.core.runtime import Runtime, make_deterministic
@@ -93,28 +92,28 @@ def run_bench(
         keep_heap()
     elif runtime.device.index is not None:
         torch.cuda.set_device(runtime.device)
-    said: list[str] = []
-    bench = Bench(recipe, runtime, index, said.append, quick)
+    notes: list[str] = []
+    bench = Bench(recipe, runtime, index, notes.append, quick)
     about = {**provenance(runtime), "seed": recipe.seed, "recipe": recipe.name}
     about |= {"recipe_hash": recipe_hash(recipe), "threads": torch.get_num_threads()}
-    found: list[Row] = []
+    measured: list[Row] = []
     for part in parts:
         rows = [msgspec.structs.replace(row, about=about) for row in PARTS[part](bench)]
-        found += rows
+        measured += rows
         console.print(rows_table(f"{part} on {about['device']}", rows))
-        for line in said:
+        for line in notes:
             console.print(line, markup=False, soft_wrap=True)
-        said.clear()
+        notes.clear()
         if json is not None:
             append_json(rows, json)
     if plot is not None:
-        drawn = draw_roofline(found, plot)
+        drawn = draw_roofline(measured, plot)
         none = "nothing to draw: only views, loss and step count both bytes and FLOPs"
         console.print(f"roofline: {plot}" if drawn else none, markup=False, soft_wrap=True)
-    worst = bottleneck(found)
+    worst = bottleneck(measured)
     if worst is not None:
         console.print(worst, markup=False, soft_wrap=True)
-    return found
+    return measured
 
 
 def show_comparison(first: Path, second: Path) -> None:

@@ -277,7 +277,7 @@ def _describe(shards: Path) -> None:
 
 
 def _draw(shards: Path, png: Path, *, seed: int) -> None:
-    from engine.report.contact_sheet import contact_sheet
+    from engine.report.figures.contact_sheet import contact_sheet
 
     contact_sheet(shards, png, seed=seed)
     click.echo(f"contact sheet: {png}")

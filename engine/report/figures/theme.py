@@ -139,6 +139,11 @@ def place(
     return axes
 
 
+def block(figure: Figure, left: float, top: float, width: float, height: float, color: str) -> None:
+    """A filled rectangle, in pixels."""
+    place(figure, left, top, width, height, xticks=[], yticks=[], facecolor=color)
+
+
 def note(figure: Figure, x: float, y: float, text: str, color: str = "muted", **style: Any) -> None:
     """A line of text whose middle is at height y."""
     across, down = figure.bbox.width, figure.bbox.height
@@ -175,6 +180,17 @@ def dots(
 def rounded(count: int, *, whole: bool = False) -> MaxNLocator:
     """At most ``count`` ticks or so, at steps of 1, 2 or 5 times a power of ten."""
     return MaxNLocator(count, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1)
+
+
+def rows_axis(axes: Axes, last: float, *, count: int) -> None:
+    """A plot of rows, the first at height 0 and on top, ruled at round values."""
+    axes.set_ylim(last, -0.5)
+    axes.set_yticks([])
+    axes.use_sticky_edges = False
+    axes.margins(x=0.06)
+    axes.grid(axis="x")
+    axes.tick_params(length=0)
+    axes.xaxis.set_major_locator(rounded(count))
 
 
 def tag(artist: Artist, title: str = "", *, key: str = "") -> None:
