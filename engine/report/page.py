@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,19 +133,13 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**common, **values)
 
 
-def as_data(value: Any) -> Markup:
-    """A value as JSON that a script element may hold: no ``<`` ends it early."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace("&", "\\u0026"))
-
-
 SHOWN = 25
 """Rows of a long list that are shown before the rest is folded."""
 
 
 def values(run: Run) -> dict[str, Any]:
     """Everything but the figures that ``report.html.j2`` names."""
-    results, frames = _results(run), _frames(run)
+    results = _results(run)
     return {
         "run": run,
         "names": BY_NAME,
@@ -154,7 +147,7 @@ def values(run: Run) -> dict[str, Any]:
         "scale": _place_bars(results),
         "tiles": _tiles(run, results),
         "ranked": _ranked(run),
-        "frames": as_data(frames) if frames else None,
+        "frames": _frames(run),
         "steps": measures.lineage(run),
         "pruned": _pruned(run),
         "shown": SHOWN,

@@ -400,9 +400,7 @@ def _curve(axes: Axes, table: Table, column: Column, series: str, *, ink: str) -
     paper = [(x, e.paper) for x, e in cells if e.paper is not None]
     if len(band) > 1:
         axes.fill_between(*band.T, color=COLOR[ink], alpha=0.15)
-    if means:
-        line = [(x, mean) for x, mean, _ in means]
-        dots(axes, line, color=ink, size=6, ls="-", lw=2, label=series)
-        dots(axes, seeds, color=ink, size=3.5, alpha=0.6)
-    if paper:
-        dots(axes, paper, color="muted", size=8, ring=True)
+    line = [(x, mean) for x, mean, _ in means]
+    dots(axes, line, color=ink, size=6, ls="-", lw=2, label=series)
+    dots(axes, seeds, color=ink, size=3.5, alpha=0.6)
+    dots(axes, paper, color="muted", size=8, ring=True)

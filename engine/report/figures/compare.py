@@ -128,6 +128,5 @@ def spread_row(
     if sd:
         (bar,) = axes.barh(row, 2 * sd, 0.36, mean - sd, color=ink, alpha=0.28)
         tag(bar, title)
-    if values:
-        dots(axes, [(value, row) for value in values], color=color, size=4.5, alpha=0.7)
+    dots(axes, [(value, row) for value in values], color=color, size=4.5, alpha=0.7)
     axes.plot(mean, row, "|", ms=15, mew=3, color=ink)

@@ -108,25 +108,18 @@ def _members(axes: Axes, run: Run) -> None:
     first = {t.number for t in run.initial} if run.turn is not None else set[int]()
     whole = [(t.number, fitness_of(t)) for t in run.complete]
     pruned = [(t.number, t.partial) for t in run.pruned if t.partial is not None]
-    child = "child" if run.evolved else "member"
-    groups: list[tuple[list[tuple[int, float]], str, dict[str, Any]]] = [
-        (
-            [p for p in whole if p[0] in first],
-            "accent",
-            {"ring": True, "label": "initial population"},
-        ),
-        ([p for p in whole if p[0] not in first], "accent", {"size": 7, "label": child}),
-        (pruned, "muted", {"marker": "v", "label": "pruned"}),
-    ]
-    for points, color, style in groups:
-        if points:
-            dots(axes, points, color=color, **{"size": 6, "many": many, **style})
+    groups: dict[str, tuple[list[tuple[int, float]], dict[str, Any]]] = {
+        "initial population": ([p for p in whole if p[0] in first], {"ring": True}),
+        "child" if run.evolved else "member": ([p for p in whole if p[0] not in first], {"size": 7}),
+        "pruned": (pruned, {"color": "muted", "marker": "v"}),
+    }
+    for label, (points, style) in groups.items():
+        dots(axes, points, **{"color": "accent", "size": 6, "many": many, "label": label} | style)
     axes.margins(y=0.07)
     axes.set_ylim(*axes.get_ylim())
-    if run.failed:
-        floor = [(t.number, axes.get_ylim()[0]) for t in run.failed]
-        style = {"marker": "x", "mew": 1.6, "clip_on": False, "zorder": 3, "label": "failed"}
-        dots(axes, floor, color="failed", size=6, many=many, **style)
+    floor = [(t.number, axes.get_ylim()[0]) for t in run.failed]
+    style = {"marker": "x", "mew": 1.6, "clip_on": False, "zorder": 3, "label": "failed"}
+    dots(axes, floor, color="failed", size=6, many=many, **style)
 
 
 @themed

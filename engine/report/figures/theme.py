@@ -70,6 +70,7 @@ MARGIN = 16
 
 themed = matplotlib.rc_context(
     {
+        **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
         "figure.dpi": 72,
         "figure.facecolor": COLOR["surface"],
         "font.size": 11,
@@ -80,10 +81,6 @@ themed = matplotlib.rc_context(
         "axes.titlelocation": "left",
         "axes.titlesize": 12,
         "axes.titleweight": "bold",
-        "axes.spines.left": False,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.spines.bottom": False,
         "axes.grid": True,
         "axes.grid.axis": "y",
         "axes.axisbelow": True,
@@ -169,7 +166,7 @@ def beside(
 def dots(
     axes: Axes, points: Iterable[tuple[float, float]], *, color: str, size: float, **style: Any
 ) -> None:
-    """A disc a point, or with ``ring=True`` a circle; with ``many=True`` small and letting others shine through."""
+    """A disc a point, nothing without any; or with ``ring=True`` a circle; with ``many=True`` small and letting others shine through."""
     ring, many = style.pop("ring", False), style.pop("many", False)
     look = {"marker": "o", "ls": "", "color": COLOR[color], "ms": 3 if many else size}
     look |= {"mew": 1.4, "mfc": "none"} if ring else {"mew": 0}
