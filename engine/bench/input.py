@@ -63,9 +63,8 @@ class Stages:
             bench.say("input: the videos have no sound: sound is left out")
         self.modalities = ("rgb", "grey", "flow", *(["audio"] if self.sound else []))
         clip = self.recipe.clip
-        frames = clip.num_frames + clip.num_future_frames
-        self.frames = frames
-        self.shape = shape(self.n, frames, clip.size, clip.size)
+        self.frames = clip.num_frames + clip.num_future_frames
+        self.shape = shape(self.n, self.frames, clip.size, clip.size)
         self.trainer = Trainer(self.recipe, bench.videos, bench.runtime)
         settings: dict[str, Any] = {"seed": self.recipe.seed, "batch_size": self.n}
         self.plans = [
@@ -113,26 +112,17 @@ class Stages:
             stages |= {"decode": self._one_by_one(), "flow": self._clip_by_clip(batches)}
         return {name: _in_turn(stage) for name, stage in stages.items()}
 
-    def _one_by_one(self) -> Callable[[int], None]:
+    def _one_by_one(self) -> Callable[[int], Any]:
         """Decoding of one film, or one JPEG frame, after the other."""
         pipeline = self.pipeline(1, batch_size=1, num_frames=None if self.films else 1)
         single = _clips if self.films else _frames
         encoded = [[(one, pipeline._read(one)) for one in single(plan)] for plan in self.plans]
+        return lambda i: [pipeline._start_frames(plan, clips)() for plan, clips in encoded[i]]
 
-        def decode(i: int) -> None:
-            for plan, clips in encoded[i]:
-                pipeline._start_frames(plan, clips)()
-
-        return decode
-
-    def _clip_by_clip(self, batches: list[torch.Tensor]) -> Callable[[int], None]:
+    def _clip_by_clip(self, batches: list[torch.Tensor]) -> Callable[[int], Any]:
+        """Flow of one clip after the other."""
         pipeline = self.pipeline(1, batch_size=1)
-
-        def flow(i: int) -> None:
-            for clip in batches[i]:
-                pipeline._compute_flow(clip[None])
-
-        return flow
+        return lambda i: [pipeline._compute_flow(clip[None]) for clip in batches[i]]
 
     def limit(self, stage: str, ms: float) -> Limit:
         """What a stage can come to, from one thread's (or decoder's) milliseconds a batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -86,6 +87,7 @@ def run_bench(
     ``index`` may be None where no part is in WITH_VIDEOS. Rows are appended to ``json`` part by part.
     """
     console = wide_console()
+    say = partial(console.print, markup=False, soft_wrap=True)
     make_deterministic(runtime)
     if runtime.device.type == "cpu":
         torch.set_num_threads(1)  # as in a search: members take the cores
@@ -101,27 +103,24 @@ def run_bench(
         rows = [msgspec.structs.replace(row, about=about) for row in PARTS[part](bench)]
         measured += rows
         console.print(rows_table(f"{part} on {about['device']}", rows))
-        for line in notes:
-            console.print(line, markup=False, soft_wrap=True)
-        notes.clear()
+        while notes:
+            say(notes.pop(0))
         if json is not None:
             append_json(rows, json)
     if plot is not None:
         drawn = draw_roofline(measured, plot)
         none = "nothing to draw: only views, loss and step count both bytes and FLOPs"
-        console.print(f"roofline: {plot}" if drawn else none, markup=False, soft_wrap=True)
-    worst = bottleneck(measured)
-    if worst is not None:
-        console.print(worst, markup=False, soft_wrap=True)
+        say(f"roofline: {plot}" if drawn else none)
+    if (worst := bottleneck(measured)) is not None:
+        say(worst)
     return measured
 
 
 def show_comparison(first: Path, second: Path) -> None:
     """Print two result files side by side; raises ValueError for one that holds no results."""
     console = wide_console()
-    shown, missing = comparison(
-        read_json(first), read_json(second), names=(first.name, second.name)
-    )
+    rows = read_json(first), read_json(second)
+    shown, missing = comparison(*rows, names=(first.name, second.name))
     console.print(shown)
     for line in missing:
         console.print(line, markup=False, soft_wrap=True)

@@ -49,9 +49,9 @@ def stat(run: Run, key: str) -> Stat | None:
     table = table_of(run.summary, key)
     if (mean := finite(table.get("mean"))) is None:
         return None
-    listed = table.get("values")
-    raw = listed if isinstance(listed, list) else []
-    values = tuple(x for v in raw if (x := finite(v)) is not None)
+    raw = table.get("values")
+    numbers = map(finite, raw if isinstance(raw, list) else ())
+    values = tuple(x for x in numbers if x is not None)
     n = whole(table.get("n"), max(1, len(values)))
     return Stat(mean, finite(table.get("sd")) if n > 1 else None, n, values)
 
@@ -209,8 +209,8 @@ def agreement(run: Run, x: str, y: str) -> Agreement | None:
     table = np.array(both, dtype=np.float64)
     rho = spearman(table[:, 0], table[:, 1])
     draws = np.random.default_rng(0).integers(0, len(both), (1000, len(both)))
-    known = [r for r in (spearman(*table[d].T) for d in draws) if r is not None]
-    low, high = np.quantile(known, (0.025, 0.975)).tolist() if known else (None, None)
+    rhos = [r for r in (spearman(*table[d].T) for d in draws) if r is not None]
+    low, high = np.quantile(rhos, (0.025, 0.975)).tolist() if rhos else (None, None)
     return Agreement(len(both), rho, low, high, tuple(both))
 
 
@@ -251,8 +251,8 @@ class Group:
 
         Of a single run, mean and sd over its fresh seeds.
         """
-        known = [s for run in self.runs if (s := stat(run, key)) is not None]
-        return known[0] if len(known) == 1 else stat_of([s.mean for s in known])
+        stats = [s for run in self.runs if (s := stat(run, key)) is not None]
+        return stats[0] if len(stats) == 1 else stat_of([s.mean for s in stats])
 
 
 def best_so_far(run: Run) -> Array:

@@ -170,7 +170,7 @@ def _frames(run: Run) -> dict[str, Any] | None:
         "frames": [
             {
                 "trial": t.number,
-                "round": run.round_of(t.number),
+                "round": t.round,
                 "fitness": round(fitness_of(t), 7),
                 "weights": [round(t.weights[n], 7) for n in TERM_NAMES],
             }
@@ -183,8 +183,8 @@ def _pruned(run: Run) -> str:
     """How many members were pruned, and how good they were when they were."""
     if not run.pruned:
         return ""
-    seen = [t.partial for t in run.pruned if t.partial is not None]
-    text = f", the fittest of them at {max(seen):.3f}" if seen else ""
+    scores = [t.partial for t in run.pruned if t.partial is not None]
+    text = f", the fittest of them at {max(scores):.3f}" if scores else ""
     took = [t.seconds for t in run.pruned if t.seconds is not None]
     whole = [t.seconds for t in run.complete if t.seconds is not None]
     if took and whole:
@@ -206,23 +206,18 @@ def _results(run: Run) -> list[dict[str, Any]]:
 def _place_bars(rows: list[dict[str, Any]]) -> tuple[float, float]:
     """Add to each row where its bar and values lie, in percent of a common scale; returns that scale's ends."""
     stats: list[Stat] = [r["stat"] for r in rows]
-    edges = [x for s in stats for x in (*s.values, *_ends(s))] or [0.0]
+    bars = [(s.mean - (s.sd or 0.0), s.mean + (s.sd or 0.0)) for s in stats]
+    edges = [x for s, bar in zip(stats, bars, strict=True) for x in (*s.values, *bar)] or [0.0]
     low = math.floor(min(edges) * 20 - 0.2) / 20
     high = math.ceil(max(edges) * 20 + 0.2) / 20
 
     def place(value: float) -> float:
         return round(100 * (value - low) / (high - low), 2)
 
-    for row in rows:
-        s = row["stat"]
-        left, right = (place(x) for x in _ends(s))
-        row |= {"at": place(s.mean), "low": left, "high": right}
+    for row, s, bar in zip(rows, stats, bars, strict=True):
+        row |= {"at": place(s.mean), "low": place(bar[0]), "high": place(bar[1])}
         row["dots"] = [place(v) for v in s.values[:50]]
     return low, high
-
-
-def _ends(s: Stat) -> tuple[float, float]:
-    return s.mean - (s.sd or 0.0), s.mean + (s.sd or 0.0)
 
 
 def _tiles(run: Run, results: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:

@@ -277,14 +277,9 @@ def as_json(table: Table) -> dict[str, Any]:
         "protocols": dict(table.protocols),
         "baselines": {name: dict(values) for name, values in table.baselines.items()},
         "rows": [
-            {
-                "row": row.name,
-                "title": row.title,
-                "group": row.group,
-                "series": row.series,
-                "x": row.x,
-                "cells": {c.name: _cell(table.entry(row, c)) for c in table.columns},
-            }
+            {"row": row.name}
+            | {key: getattr(row, key) for key in ("title", "group", "series", "x")}
+            | {"cells": {c.name: _cell(table.entry(row, c)) for c in table.columns}}
             for row in table.rows
         ],
     }

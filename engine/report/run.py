@@ -93,8 +93,8 @@ class Run:
     @cached_property
     def weights(self) -> dict[str, float] | None:
         """The best loss: every term's weight; None before any member is complete."""
-        if noted := table_of(self.summary, "weights"):
-            return {name: finite(noted.get(name)) or 0.0 for name in TERM_NAMES}
+        if weights := table_of(self.summary, "weights"):
+            return {name: finite(weights.get(name)) or 0.0 for name in TERM_NAMES}
         return dict(self.best.weights) if self.best else None
 
     @cached_property
@@ -130,11 +130,6 @@ class Run:
     def num_fittest(self) -> int:
         """How many of the fittest members the curves average: a quarter of the population, at least 3."""
         return max(3, whole(table_of(self.recipe, "search").get("population"), 12) // 4)
-
-    def round_of(self, number: int) -> int:
-        """The round of the search that a trial belongs to; 0 for the initial population."""
-        trial = self.by_number.get(number)
-        return max(0, number - len(self.initial) + 1) if trial is None else trial.round
 
 
 def fitness_of(trial: Trial) -> float:

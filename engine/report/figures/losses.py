@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ ROW, GAP = 15, 7
 BAR = 17
 """Height of a term's row where importance is drawn."""
 Group = tuple[str, tuple[Term, ...]]
+"""Terms that stand together, under a name."""
 TASK_GROUPS: tuple[Group, ...] = tuple(
     (label, tuple(t for t in TERMS if t.task == task)) for task, label in TASK_LABELS.items()
 )
@@ -77,14 +78,34 @@ def _cell_of(term: Term) -> tuple[int, int]:
     return DISTILLED.index(term.modality), term.layer
 
 
-def _grid(axes: Axes, rows: Sequence[str], columns: Sequence[str], *, size: float) -> None:
-    """Names of rows at the left and of columns above; a cell is 1 by 1."""
-    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
-    axes.grid(False)
-    axes.xaxis.tick_top()
-    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, size=size)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows, size=size)
-    axes.tick_params(length=0, pad=4)
+def _maps(
+    figure: Figure,
+    weights: Mapping[str, float],
+    names: Sequence[Sequence[str]],
+    *,
+    at: tuple[tuple[float, float], tuple[float, float]],
+    cell: float,
+    size: float,
+    radius: float,
+) -> tuple[Axes, Axes]:
+    """A square a term: of the tasks by modality, and of the distilled layers by modality.
+
+    ``names`` are those of rows and columns of the first map and of the second, ``at`` their places.
+    """
+    maps = []
+    for (x, y), rows, columns in zip(at, names[::2], names[1::2], strict=True):
+        axes = place(figure, x, y, len(columns) * cell, len(rows) * cell)
+        axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+        axes.grid(False)
+        axes.xaxis.tick_top()
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns, size=size)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows, size=size)
+        axes.tick_params(length=0, pad=4)
+        maps.append(axes)
+    for term in TERMS:
+        axes = maps[term.layer is not None]
+        _square(axes, term, weights[term.name], cell=cell, radius=radius)
+    return maps[0], maps[1]
 
 
 @themed
@@ -95,12 +116,10 @@ def loss(run: Run, width: float) -> Figure:
     cell, left = (52, 58) if wide else (38, 45)
     figure = sheet(width, 40 + 4 * cell + (8 if wide else 100 + 3 * cell))
     x, y = (left + 8 * cell + 72, 40) if wide else (left, 96 + 4 * cell)
-    heading = 11 if wide else 9
-    tasks = place(figure, left, 40, 8 * cell, 4 * cell)
-    layers = place(figure, x, y, NUM_LAYERS * cell, 3 * cell)
-    _grid(tasks, [MODALITY_LABELS[m] for m in MODALITIES], TASK_SHORT, size=heading)
-    names = ["stem", *map(str, range(1, NUM_LAYERS))]
-    _grid(layers, [MODALITY_LABELS[m] for m in DISTILLED], names, size=heading)
+    rows = [[MODALITY_LABELS[m] for m in group] for group in (MODALITIES, DISTILLED)]
+    names = (rows[0], TASK_SHORT, rows[1], ["stem", *map(str, range(1, NUM_LAYERS))])
+    look: dict[str, Any] = {"cell": cell, "size": 11 if wide else 9, "radius": 5}
+    tasks, layers = _maps(figure, run.weights, names, at=((left, 40), (x, y)), **look)
     note(figure, left, 9, "Tasks", "ink", weight="bold", size=12)
     note(figure, x, y - 31, "Distillation into RGB, by layer", "ink", weight="bold", size=12)
     drawn = {step.term for step in lineage(run)}
@@ -109,9 +128,8 @@ def loss(run: Run, width: float) -> Figure:
         if (row, column) not in taken:
             tasks.plot(column + 0.5, row + 0.5, "o", ms=4, mew=0, color=COLOR["rule"])
     for term in TERMS:
-        axes, weight = tasks if term.layer is None else layers, run.weights[term.name]
-        _square(axes, term, weight, cell=cell, radius=5)
-        _letters(axes, term, weight, cell=cell, marked=term.name in drawn)
+        axes = tasks if term.layer is None else layers
+        _letters(axes, term, run.weights[term.name], cell=cell, marked=term.name in drawn)
     _key(figure, x, y + 3 * cell + 26)
     return figure
 
@@ -158,18 +176,14 @@ def rounds(run: Run, width: float) -> Figure:
     tall = 34 + 7 * cell + 20
     lines = -(-len(shown) // columns)
     figure = sheet(width, lines * (tall + 20) + 22)
-    letters = [MODALITY_LETTERS[m] for m in (*MODALITIES, *DISTILLED)]
+    rows = [[MODALITY_LETTERS[m] for m in group] for group in (MODALITIES, DISTILLED)]
+    names = (rows[0], [LETTERS[t] for t in TASK_LABELS], rows[1], [*map(str, range(NUM_LAYERS))])
     for i, (number, best) in enumerate(shown):
         x, y = (i % columns) * (each + 12) + 14, (i // columns) * (tall + 20)
         note(figure, x, y + 9, f"trial {number:,}", "ink", weight="bold", size=12)
         note(figure, x + each - 14, y + 9, f"{fitness_of(best):.3f}", ha="right")
-        above = place(figure, x, y + 34, 8 * cell, 4 * cell)
-        below = place(figure, x, y + 34 + 4 * cell + 20, NUM_LAYERS * cell, 3 * cell)
-        _grid(above, letters[: len(MODALITIES)], [LETTERS[t] for t in TASK_LABELS], size=9)
-        _grid(below, letters[len(MODALITIES) :], [str(k) for k in range(NUM_LAYERS)], size=9)
-        for term in TERMS:
-            axes = above if term.layer is None else below
-            _square(axes, term, best.weights[term.name], cell=cell, radius=2)
+        at = ((x, y + 34), (x, y + 54 + 4 * cell))
+        _maps(figure, best.weights, names, at=at, cell=cell, size=9, radius=2)
     _key(figure, 0, lines * (tall + 20) + 12)
     return figure
 

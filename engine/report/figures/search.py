@@ -110,7 +110,10 @@ def _members(axes: Axes, run: Run) -> None:
     pruned = [(t.number, t.partial) for t in run.pruned if t.partial is not None]
     groups: dict[str, tuple[list[tuple[int, float]], dict[str, Any]]] = {
         "initial population": ([p for p in whole if p[0] in first], {"ring": True}),
-        "child" if run.evolved else "member": ([p for p in whole if p[0] not in first], {"size": 7}),
+        "child" if run.evolved else "member": (
+            [p for p in whole if p[0] not in first],
+            {"size": 7},
+        ),
         "pruned": (pruned, {"color": "muted", "marker": "v"}),
     }
     for label, (points, style) in groups.items():

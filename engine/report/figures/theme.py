@@ -166,7 +166,7 @@ def beside(
 def dots(
     axes: Axes, points: Iterable[tuple[float, float]], *, color: str, size: float, **style: Any
 ) -> None:
-    """A disc a point, nothing without any; or with ``ring=True`` a circle; with ``many=True`` small and letting others shine through."""
+    """A disc a point; with ``ring=True`` a circle, and with ``many=True`` small and letting others shine through."""
     ring, many = style.pop("ring", False), style.pop("many", False)
     look = {"marker": "o", "ls": "", "color": COLOR[color], "ms": 3 if many else size}
     look |= {"mew": 1.4, "mfc": "none"} if ring else {"mew": 0}
@@ -195,18 +195,18 @@ def tag(artist: Artist, title: str = "", *, key: str = "") -> None:
     artist.set_gid(f"tag:{key}|{title}")
 
 
-def spread(wanted: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
+def spread(targets: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
     """Labels' heights moved apart to ``gap`` pixels, in order, within [low, high] as far as they fit."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    order = sorted(range(len(targets)), key=lambda i: targets[i])
     placed: list[float] = []
     for i in order:
-        placed.append(max(wanted[i], placed[-1] + gap if placed else low))
+        placed.append(max(targets[i], placed[-1] + gap if placed else low))
     limit = high
     for k in reversed(range(len(placed))):
         placed[k] = limit = min(placed[k], limit)
         limit -= gap
     heights = dict(zip(order, placed, strict=True))
-    return [heights[i] for i in range(len(wanted))]
+    return [heights[i] for i in range(len(targets))]
 
 
 def ends(
@@ -222,15 +222,15 @@ def ends(
     ``lead`` is the length of a line from the end to its name. Gives the names' heights above the plot's bottom.
     """
     (low, high), tall = axes.get_ylim(), float(axes.bbox.height)
-    wanted = [(value - low) / (high - low) * tall for value, *_ in labels]
-    heights = spread(wanted, gap=gap, low=0, high=tall)
-    for (value, text, color), height, wish in zip(labels, heights, wanted, strict=True):
+    targets = [(value - low) / (high - low) * tall for value, *_ in labels]
+    heights = spread(targets, gap=gap, low=0, high=tall)
+    for (value, text, color), height, target in zip(labels, heights, targets, strict=True):
         line = {"arrowstyle": "-", "color": COLOR[color], "shrinkA": 1, "shrinkB": 1, "lw": 1}
         beside(
             axes,
             text,
             (1, value),
-            (lead + 5, height - wish),
+            (lead + 5, height - target),
             color=color,
             units=("axes fraction", "data"),
             arrowprops={**line, "relpos": (0, 0.6)} if lead else None,
