@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 import torch
-from rows import DEVICE, JSON, PATH, ROUNDS, append
+from rows import DEVICE, JSON, PATH, append
 
 from engine.core.runtime import Runtime, choose_runtime
 from engine.data.shards.index import ClipIndex
@@ -93,7 +93,7 @@ def rates(
 @click.command()
 @click.option("--videos", type=PATH, required=True, help="Shards.")
 @DEVICE
-@ROUNDS
+@click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=10.0, show_default=True, help="Of a round of each part, about.")
 @JSON
 def main(videos: Path, device: str, rounds: int, seconds: float, out: Path | None) -> None:
