@@ -70,7 +70,6 @@ MARGIN = 16
 
 themed = matplotlib.rc_context(
     {
-        **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
         "figure.dpi": 72,
         "figure.facecolor": COLOR["surface"],
         "font.size": 11,
@@ -81,6 +80,10 @@ themed = matplotlib.rc_context(
         "axes.titlelocation": "left",
         "axes.titlesize": 12,
         "axes.titleweight": "bold",
+        "axes.spines.left": False,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.spines.bottom": False,
         "axes.grid": True,
         "axes.grid.axis": "y",
         "axes.axisbelow": True,
