@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rows import CHANGES, JSON, PATH, RECIPE, append
 from scipy.stats import kendalltau, spearmanr
 
-from engine.core.provenance import provenance
 from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
 from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.library import default_shard_cache, demo_folders, fingerprint, open_library
@@ -302,17 +302,8 @@ def _two(value: float | None) -> str:
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
-    table = Table(
-        "way",
-        "losses",
-        "CPU time",
-        "time",
-        "steps",
-        "Spearman (90 %)",
-        "Kendall",
-        "top quarter",
-        "states",
-    )
+    shares = ("CPU time", "time", "steps")
+    table = Table("way", "losses", *shares, "Spearman (90 %)", "Kendall", "top quarter", "states")
     for row in (row for row in rows if "cpu_share" in row):
         low, high = row["spearman_90"] or (None, None)
         table.add_row(
@@ -330,18 +321,16 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 @click.command()
-@click.option("--videos", multiple=True, type=click.Path(path_type=Path), help="Else the demo's.")
-@click.option("--labelled", multiple=True, type=click.Path(path_type=Path))
-@click.option("--recipe", "recipe_name", default="cpu/evolve", show_default=True)
-@click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE")
+@click.option("--videos", multiple=True, type=PATH, help="Else the demo's.")
+@click.option("--labelled", multiple=True, type=PATH)
+@RECIPE
+@CHANGES
 @click.option("--losses", "count", type=click.IntRange(min=4), default=16, show_default=True)
 @click.option("--cohort", "size", type=click.IntRange(min=2), default=8, show_default=True)
 @click.option("--collapse-rank", type=float, default=4.0, show_default=True)
 @click.option("--clip-bank", default="64", show_default=True, help="Clips, or a size such as 2GiB.")
-@click.option(
-    "--rows", type=click.Path(path_type=Path), required=True, help="Kept, and gone on with."
-)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Append a row a way.")
+@click.option("--rows", type=PATH, required=True, help="Kept, and gone on with.")
+@JSON
 def main(
     videos: tuple[Path, ...],
     labelled: tuple[Path, ...],
@@ -372,15 +361,8 @@ def main(
     bench.input_costs(bank)
     found = summary(bench, ways)
     show(found)
-    if out is not None:
-        facts = {
-            **provenance(bench.runtime),
-            "recipe_hash": recipe_hash(recipe),
-            "labels_used": True,
-        }
-        with out.open("a", encoding="utf-8") as file:
-            for row in found:
-                file.write(json.dumps({**row, **facts, "seed": recipe.seed}) + "\n")
+    about = {"seed": recipe.seed, "recipe_hash": recipe_hash(recipe), "labels_used": True}
+    append(out, found, bench.runtime, **about)
 
 
 def pending(bench: Bench, ways: Sequence[Way], cohort: Sequence[Loss]) -> list[Way]:

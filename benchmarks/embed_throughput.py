@@ -8,8 +8,6 @@ where they share the cores, 1 / (1 / input + 1 / network) is all there is. Both 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -17,9 +15,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import torch
+from rows import DEVICE, JSON, PATH, append
 
-from engine.core.provenance import provenance
 from engine.core.runtime import Runtime, choose_runtime
 from engine.data.shards.index import ClipIndex
 from engine.features.embed import Embedder, embed
@@ -91,31 +90,25 @@ def rates(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--videos", type=Path, required=True, help="shards")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="of a round of each part, about"
-    )
-    parser.add_argument("--json", type=Path, help="append a row a network to this file")
-    args = parser.parse_args()
-    runtime = choose_runtime(args.device)
+@click.command()
+@click.option("--videos", type=PATH, required=True, help="Shards.")
+@DEVICE
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--seconds", default=10.0, show_default=True, help="Of a round of each part, about.")
+@JSON
+def main(videos: Path, device: str, rounds: int, seconds: float, out: Path | None) -> None:
+    """Print clips a second of input alone, the network alone and both, taken in turn."""
+    runtime = choose_runtime(device)
     for name, card in NETWORKS.items():
-        found = rates(args.videos, card, runtime, rounds=args.rounds, seconds=args.seconds)
+        found = rates(videos, card, runtime, rounds=rounds, seconds=seconds)
         each = list(zip(*found.values(), strict=True))
         row = {part: round(statistics.median(values), 2) for part, values in found.items()}
         lower = statistics.median(b / min(i, n) for i, n, b in each)
         shared = statistics.median(b * (1 / i + 1 / n) for i, n, b in each)
         row |= {"of_the_lower": round(lower, 3), "of_shared_cores": round(shared, 3)}
-        print(f"{name}: {row}", flush=True)
-        if args.json:
-            told = {"benchmark": "embed_throughput", "network": name, **row}
-            told |= {"rounds": args.rounds, "videos": args.videos.name, "seed": 0}
-            facts = {k: v for k, v in provenance(runtime).items() if k != "command"}
-            with args.json.open("a") as file:
-                file.write(json.dumps({**told, "recipe_hash": None, **facts}) + "\n")
+        click.echo(f"{name}: {row}")
+        row = {"benchmark": "embed_throughput", "network": name, **row}
+        append(out, [row], runtime, rounds=rounds, videos=videos.name, seed=0)
 
 
 if __name__ == "__main__":

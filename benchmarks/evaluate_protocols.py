@@ -5,7 +5,6 @@ python benchmarks/evaluate_protocols.py --threads 2 --json benchmarks/results/ev
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from rows import JSON, ROUNDS, append
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import StratifiedGroupKFold
@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from engine.core.recipe import Evaluation
-from engine.core.runtime import choose_runtime, one_thread, provenance
+from engine.core.runtime import choose_runtime, one_thread
 from engine.evaluate import baselines, linear
 from engine.evaluate.datasets import Dataset, Fold
 from engine.evaluate.protocols import Judge, Videos
@@ -156,15 +156,15 @@ def seconds(work: Callable[[], object]) -> float:
 
 @click.command()
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@ROUNDS
 @click.option(
     "--size", "sizes", type=click.Choice(list(SIZES)), multiple=True, help="[default: all]"
 )
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Append the rows.")
+@JSON
 def main(threads: int, rounds: int, sizes: tuple[str, ...], out: Path | None) -> None:
     """Print seconds of each protocol, of scikit-learn with as many threads and with one, and ours over the first."""
     warnings.simplefilter("ignore")
-    facts = {k: v for k, v in provenance(choose_runtime("cpu")).items() if k != "command"}
+    runtime = choose_runtime("cpu")
     for size in sizes or SIZES:
         data = problem(*SIZES[size])
         our, peer = ours(*data), peers(*data)
@@ -181,12 +181,8 @@ def main(threads: int, rounds: int, sizes: tuple[str, ...], out: Path | None) ->
             row = {what: round(median(values), 4) for what, values in taken.items()}
             row["ratio"] = round(row["ours"] / row["scikit_learn"], 3)
             click.echo(f"{size:32s} {name:11s} {row}")
-            if out is not None:
-                what = {"benchmark": "evaluate_protocols", "protocol": name, "size": size}
-                more = {"threads": threads, "rounds": rounds, "seed": SEED, "recipe_hash": None}
-                out.parent.mkdir(parents=True, exist_ok=True)
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**what, **row, **more, **facts}) + "\n")
+            row = {"benchmark": "evaluate_protocols", "protocol": name, "size": size, **row}
+            append(out, [row], runtime, threads=threads, rounds=rounds, seed=SEED)
 
 
 if __name__ == "__main__":

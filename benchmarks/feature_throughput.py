@@ -5,7 +5,6 @@ python benchmarks/feature_throughput.py SHARDS --arch r3d_18 --frames 16 --size 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ from statistics import median
 import click
 import numpy as np
 import torch
+from rows import DEVICE, JSON, ROUNDS, SHARDS, append
 
-from engine.core.provenance import provenance
 from engine.core.runtime import choose_runtime, set_seed
 from engine.data.shards.index import ClipIndex
 from engine.features.extract import Cuts, Extractor
@@ -33,7 +32,7 @@ def rate(work: Callable[[], object], views: int, runtime_device: torch.device) -
 
 
 @click.command()
-@click.argument("shards", nargs=-1, type=click.Path(path_type=Path, exists=True), required=True)
+@SHARDS
 @click.option("--arch", type=click.Choice(list(DEPTHS)), default="r3d_18", show_default=True)
 @click.option("--width", type=float, default=1.0, show_default=True)
 @click.option("--frames", type=click.IntRange(min=2), default=16, show_default=True)
@@ -41,9 +40,9 @@ def rate(work: Callable[[], object], views: int, runtime_device: torch.device) -
 @click.option("--clips", type=click.IntRange(min=2), default=32, show_default=True)
 @click.option("--views", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=2), default=16, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--device", default="auto", show_default=True)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Append the result.")
+@ROUNDS
+@DEVICE
+@JSON
 def main(
     shards: tuple[Path, ...],
     arch: str,
@@ -86,18 +85,10 @@ def main(
         click.echo(f"{name:15s} {value:9.2f} views/s")
     share = rates["both"] / min(rates["decoding alone"], rates["network alone"])
     click.echo(f"both reach {share:.2f} of the slower half")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {**provenance(runtime), "seed": 0, "recipe_hash": None}
-        facts.pop("command")  # it holds paths of this machine
-        what = {"arch": arch, "width": width, "frames": frames, "size": size, "views": total}
-        row = {"benchmark": "feature_throughput", **what, "batch_size": batch_size}
-        row |= {
-            "views_per_second": {n: round(v, 3) for n, v in rates.items()},
-            "share": round(share, 3),
-        }
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | facts) + "\n")
+    sizes = {"arch": arch, "width": width, "frames": frames, "size": size, "views": total}
+    row = {"benchmark": "feature_throughput", **sizes, "batch_size": batch_size}
+    row |= {"views_per_second": {name: round(value, 3) for name, value in rates.items()}}
+    append(out, [row | {"share": round(share, 3)}], runtime, seed=0)
 
 
 if __name__ == "__main__":

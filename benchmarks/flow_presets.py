@@ -7,7 +7,6 @@ FLOW_GT holds Middlebury's RubberWhale and two pairs of FlyingChairs with their 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from rows import JSON, append
 
-from engine.core.provenance import provenance
 from engine.core.runtime import choose_runtime
 from engine.data.flow import FlowPreset, Search, search_for, searcher
 
@@ -152,7 +151,7 @@ def clip_milliseconds(methods: list[Method], clips: list[list[Grey]]) -> list[fl
     return [float(np.median(own)) for own in times]
 
 
-def rows_at(side: int, folder: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_at(side: int, folder: Path) -> list[dict[str, Any]]:
     """One row a method: end-point errors, their shares of zero flow's, and the time for a clip."""
     cases = {name: load_case(folder, names, side) for name, names in PAIRS.items()}
     compared = methods(side)
@@ -176,8 +175,6 @@ def rows_at(side: int, folder: Path, facts: dict[str, Any]) -> list[dict[str, An
                 "share_of_zero_flow": shares,
                 "ms_per_clip": milliseconds,
                 "frames": FRAMES,
-                "opencv": cv2.__version__,
-                **facts,
             }
         )
     return rows
@@ -196,18 +193,13 @@ def table_of(rows: list[dict[str, Any]], side: int) -> Table:
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--side", "sides", type=int, multiple=True, default=(48, 64, 112, 128, 224))
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Append a row a method.")
+@JSON
 def main(folder: Path, sides: tuple[int, ...], out: Path | None) -> None:
     """Print a table a resolution."""
-    facts = {"seed": None, "recipe_hash": None, **provenance(choose_runtime(amp="off"))}
-    facts.pop("command")  # it holds paths of this machine
     for side in sides:
-        rows = rows_at(side, folder, facts)
+        rows = rows_at(side, folder)
         Console(width=120).print(table_of(rows, side))
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+        append(out, rows, choose_runtime(amp="off"), opencv=cv2.__version__)
 
 
 if __name__ == "__main__":

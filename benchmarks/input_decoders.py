@@ -88,17 +88,17 @@ def find_peers() -> dict[str, Peer]:
         "PyAV": ("av", pyav_peer),
         "OpenCV": ("cv2", opencv_peer),
     }
-    found, told = {}, set()
+    found, reported = {}, set()
     for name, (module, make) in makers.items():
         try:
             importlib.import_module(module)
             found[name] = make()
         except Exception as error:  # a library that doesn't fit raises what it likes
-            if module not in told:
+            if module not in reported:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 hint = "" if module in ("av", "cv2") else f" (to compare with it: {INSTALL})"
                 click.echo(f"{module} is left out: {reason}{hint}")
-            told.add(module)
+            reported.add(module)
     return found
 
 

@@ -5,13 +5,12 @@ python benchmarks/input_memory.py SHARDS --batches 5000
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 import torch
+from rows import DEVICE, JSON, SHARDS, append
 
-from engine.core.provenance import provenance
 from engine.core.recipe import Audio, Clip
 from engine.core.runtime import choose_runtime
 from engine.data.pipeline import InputPipeline
@@ -26,10 +25,10 @@ def resident() -> float:
 
 
 @click.command()
-@click.argument("shards", nargs=-1, type=click.Path(path_type=Path, exists=True), required=True)
+@SHARDS
 @click.option("--batches", "count", type=click.IntRange(min=10), default=5000, show_default=True)
-@click.option("--device", default="auto", show_default=True)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Append the result.")
+@DEVICE
+@JSON
 def main(shards: tuple[Path, ...], count: int, device: str, out: Path | None) -> None:
     """Print the resident size after a tenth of the batches and at the end, and the growth between."""
     torch.set_num_threads(1)
@@ -47,14 +46,8 @@ def main(shards: tuple[Path, ...], count: int, device: str, out: Path | None) ->
             click.echo(f"{done:6d} batches: {sizes[-1]:.1f} MiB")
     growth = 100 * (sizes[-1] / sizes[0] - 1)
     click.echo(f"growth from {count // 10} to {count} batches: {growth:.2f} %")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {**provenance(runtime), "seed": 0, "recipe_hash": None}
-        facts.pop("command")  # it holds paths of this machine
-        row = {"benchmark": "input_memory", "batches": count, "growth_percent": growth}
-        row |= {"mib": [round(s, 1) for s in sizes]}
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | facts) + "\n")
+    row = {"benchmark": "input_memory", "batches": count, "growth_percent": growth}
+    append(out, [row | {"mib": [round(s, 1) for s in sizes]}], runtime, seed=0)
 
 
 if __name__ == "__main__":

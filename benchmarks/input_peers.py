@@ -17,7 +17,6 @@ next batch; the peers hand out their own.
 from __future__ import annotations
 
 import io
-import json
 import os
 import tempfile
 import time
@@ -35,8 +34,8 @@ import numpy as np
 import torch
 from input_decoders import Frames, Peer, find_peers, versions
 from numpy.typing import NDArray
+from rows import JSON, append
 
-from engine.core.provenance import provenance
 from engine.core.runtime import choose_runtime
 from engine.data.ingest.sources import find_videos
 from engine.data.media.codecs import JPEG, Pictures
@@ -291,7 +290,7 @@ def faster_ways(steps: dict[str, Step], plans: list[list[Ask]]) -> dict[str, Ste
 @click.option("--clips", "count", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Append a row a decoder.")
+@JSON
 def main(videos: Path, count: int, batch: int, rounds: int, out: Path | None) -> None:
     """Print clips a second of every decoder on every kind of file, and ours beside the best."""
     torch.set_num_threads(1)
@@ -304,27 +303,16 @@ def main(videos: Path, count: int, batch: int, rounds: int, out: Path | None) ->
         steps = faster_ways(steps, plans[1:2])
         rates = measure(steps, plans, rounds)
     show_table(rates, quality, sizes)
-    if out is not None:
-        facts = {**provenance(choose_runtime("cpu")), "threads": THREADS, "clips": len(clips)}
-        facts.pop("command", None)  # it holds paths of this machine
-        facts |= {
-            "videos": videos.name,
-            "peers": versions(),
-            "seed": SEED,
-            "recipe_hash": None,
-            "rounds": rounds,
-            "batch": batch,
-            "cores": len(os.sched_getaffinity(0)),
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            for step, rate in rates.items():
-                decoder, kind = step.split(" | ")
-                row = {"benchmark": "input_peers", "decoder": decoder, "files": kind}
-                row |= {"clips_per_second": round(median(rate), 1)}
-                row |= {"best_clips_per_second": round(rate.max(), 1)}
-                row |= {"worst_psnr": round(quality[step], 2), "bytes_per_frame": sizes[kind]}
-                file.write(json.dumps(row | facts) + "\n")
+    rows = []
+    for step, rate in rates.items():
+        decoder, kind = step.split(" | ")
+        row = {"benchmark": "input_peers", "decoder": decoder, "files": kind}
+        row |= {"clips_per_second": round(median(rate), 1)}
+        row |= {"best_clips_per_second": round(rate.max(), 1)}
+        rows.append(row | {"worst_psnr": round(quality[step], 2), "bytes_per_frame": sizes[kind]})
+    about = {"threads": THREADS, "clips": len(clips), "videos": videos.name, "peers": versions()}
+    about |= {"seed": SEED, "rounds": rounds, "batch": batch}
+    append(out, rows, choose_runtime("cpu"), cores=len(os.sched_getaffinity(0)), **about)
 
 
 def ask(draw: np.random.Generator, clips: list[Window]) -> Ask:
@@ -339,16 +327,16 @@ def show_table(
     click.echo(f"{'decoder':34s} {'files':26s} clips/s    best  worst dB  bytes a frame")
     for step, rate in sorted(rates.items(), key=lambda pair: -median(pair[1])):
         decoder, kind = step.split(" | ")
-        told = f"{median(rate):7.1f} {rate.max():7.1f}  {quality[step]:8.1f}  {sizes[kind]:6d}"
-        click.echo(f"{decoder:34s} {kind:26s} {told}")
+        numbers = f"{median(rate):7.1f} {rate.max():7.1f}  {quality[step]:8.1f}  {sizes[kind]:6d}"
+        click.echo(f"{decoder:34s} {kind:26s} {numbers}")
     for kind, files in RIVALS:
         mine = rates[f"ours | {kind} shards"]
         rivals = {s: r for s, r in rates.items() if s.split(" | ")[1] in files}
         if rivals:
             best = max(rivals, key=lambda s: median(rivals[s]))
-            told = f"{median(mine) / median(rivals[best]):.2f} times the best peer, {best}"
+            times = f"{median(mine) / median(rivals[best]):.2f} times the best peer, {best}"
             top = max(rate.max() for rate in rivals.values())
-            click.echo(f"{kind} shards: {told}; by best rounds {mine.max() / top:.2f} times")
+            click.echo(f"{kind} shards: {times}; by best rounds {mine.max() / top:.2f} times")
 
 
 if __name__ == "__main__":

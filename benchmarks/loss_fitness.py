@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import fmean, stdev
 
 import click
 import torch
+from rows import CHANGES, JSON, PATH, RECIPE, append
 
-from engine.core.provenance import provenance
 from engine.core.recipe import load_recipe, override, recipe_hash
 from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.library import default_shard_cache, open_library
@@ -27,12 +26,12 @@ from engine.train.trainer import Trainer
 
 @click.command()
 @click.argument("losses", nargs=-1, required=True)
-@click.option("--videos", multiple=True, type=click.Path(path_type=Path), required=True)
-@click.option("--labelled", multiple=True, type=click.Path(path_type=Path), required=True)
-@click.option("--recipe", "recipe_name", default="cpu/evolve", show_default=True)
-@click.option("--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE")
+@click.option("--videos", multiple=True, type=PATH, required=True)
+@click.option("--labelled", multiple=True, type=PATH, required=True)
+@RECIPE
+@CHANGES
 @click.option("--seeds", "num_seeds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Append a row a loss.")
+@JSON
 def main(
     losses: tuple[str, ...],
     videos: tuple[Path, ...],
@@ -63,14 +62,13 @@ def main(
                 click.echo(f"{name}: failed with seed {seed}: {result.reason}", err=True)
             else:
                 found[name].append(result.fitness)
-    facts = {**provenance(runtime), "recipe_hash": recipe_hash(recipe), "labels_used": True}
     for name, values in found.items():
         mean, sd = (fmean(values), stdev(values)) if len(values) > 1 else (sum(values), 0.0)
         click.echo(f"{name:24s} {mean:.3f} sd {sd:.3f} n {len(values)}")
-        if out is not None:
-            row = {"loss": name, "mean": mean, "sd": sd, "values": values, **facts}
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        row = {"loss": name, "mean": mean, "sd": sd, "values": values}
+        append(
+            out, [row], runtime, seed=recipe.seed, recipe_hash=recipe_hash(recipe), labels_used=True
+        )
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
     python benchmarks/ray_overhead.py --json benchmarks/results/ray_overhead.jsonl
 
 Two cases: 64 members of 1 s on 2 workers (ideal 32 s), and 2,000 members of about 2 s on 64 workers that share this
-machine's cores. Time counts from when all workers are ready; how long that took is told beside it. ``overhead`` is the
+machine's cores. Time counts from when all workers are ready; how long that took stands beside it. ``overhead`` is the
 time above the ideal as a share of it; ``efficiency`` is the share of the workers' time that members slept.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -18,6 +17,9 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import click
+from rows import JSON, append
 
 from engine.core.pool import Crew, Done, Evaluator
 from engine.core.ray_pool import RayPool
@@ -81,39 +83,27 @@ def ideal_seconds(members: list[float], workers: int) -> float:
     return max(free)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="append rows to this file")
-    parser.add_argument("--only", choices=["few", "many"])
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
+@click.command()
+@JSON
+@click.option("--only", type=click.Choice(["few", "many"]))
+@click.option("--seed", default=0, show_default=True)
+def main(out: Path | None, only: str | None, seed: int) -> None:
+    """Run both cases, or one, and print a row of each."""
+    rng = random.Random(seed)
+    shorter = [rng.uniform(1.8, 2.2) for _ in range(2000)]
     cases = {
         "few": {"workers": 2, "members": [1.0] * 64, "cpus": 1.0},
-        "many": {
-            "workers": 64,
-            "members": [rng.uniform(1.8, 2.2) for _ in range(2000)],
-            "cpus": 1 / 32,
-        },
+        "many": {"workers": 64, "members": shorter, "cpus": 1 / 32},
     }
     for name, case in cases.items():
-        if arguments.only not in (None, name):
-            continue
-        row = measure(name, **case)
-        print(json.dumps(row), flush=True)
-        if arguments.json is not None:
-            with arguments.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, **facts(arguments.seed)}) + "\n")
+        if only in (None, name):
+            row = measure(name, **case)
+            click.echo(json.dumps(row))
+            from engine.core.runtime import choose_runtime  # late: a worker needs no torch
 
-
-def facts(seed: int) -> dict[str, Any]:
-    """What the numbers belong to; imported late, since workers are to need no torch."""
-    from engine.core.provenance import provenance
-    from engine.core.runtime import choose_runtime
-
-    load = {"load_1_min": round(os.getloadavg()[0], 1), "ray": metadata.version("ray")}
-    more = {"benchmark": "ray_overhead", "seed": seed, "recipe_hash": None}
-    return {**more, **load, **provenance(choose_runtime("cpu"))}
+            load = {"load_1_min": round(os.getloadavg()[0], 1), "ray": metadata.version("ray")}
+            row = {"benchmark": "ray_overhead", **row, **load}
+            append(out, [row], choose_runtime("cpu"), seed=seed)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ trial). A seed is a landscape, its noise and a search; all methods meet the same
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,9 +24,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rows import JSON, PATH, append
 
 from engine.core.display import table
-from engine.core.provenance import provenance
 from engine.core.recipe import Search
 from engine.core.runtime import choose_runtime
 from engine.objective.terms import TERM_NAMES, LossWeights
@@ -158,8 +157,8 @@ def draw(rows: Sequence[dict[str, Any]], members: int, marks: Sequence[int]) -> 
 @click.option("--noise", default=NOISE, show_default=True, help="Standard deviation.")
 @click.option("--variants", is_flag=True, help="Other settings, rather than the methods.")
 @click.option("--only", multiple=True, metavar="LABEL", help="These rows alone.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Append rows to this file.")
-@click.option("--figure", type=click.Path(path_type=Path), help="Draw the curves as SVG.")
+@JSON
+@click.option("--figure", type=PATH, help="Draw the curves as SVG.")
 def main(
     seeds: int,
     members: int,
@@ -171,7 +170,6 @@ def main(
     figure: Path | None,
 ) -> None:
     """Search known landscapes under noise by several methods."""
-    about = provenance(choose_runtime("cpu"))
     rows: list[dict[str, Any]] = []
     for label, chosen in (VARIANTS if variants else METHODS).items():
         if only and label not in only:
@@ -189,11 +187,8 @@ def main(
             "noise": noise,
         }
         rows += [{**about_all, **each} for each in found]
-        if out is not None:  # a row a search, its seeds in lists
-            lists = {key: [each[key] for each in found] for key in found[0]}
-            row = {**about_all, "seed": list(range(seeds)), **lists, "recipe_hash": None, **about}
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        lists = {key: [each[key] for each in found] for key in found[0]}  # an entry a seed
+        append(out, [{**about_all, **lists}], choose_runtime("cpu"), seed=list(range(seeds)))
         click.echo(f"{label}: {time.process_time() - began:.0f} s", err=True)
     heads = [f"{mark} members" for mark in MARKS]
     columns = ["search", *heads, f"mean of the last {LAST}", "best, as seen"]

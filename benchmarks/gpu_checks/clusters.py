@@ -72,8 +72,8 @@ def _agree(
     """Centres keep their numbers from equal starts, so labels are compared as they are."""
     share = float((np.asarray(model.labels_) == ours).mean())
     ratio = inertia / float(model.inertia_)
-    told = f"inertia {ratio:.5f} times its own; {detail}".rstrip("; ")
-    rec.row(f"k-means: labels as {name}'s", share, goal=0.99, unit="of clips", detail=told)
+    detail = f"inertia {ratio:.5f} times its own; {detail}".rstrip("; ")
+    rec.row(f"k-means: labels as {name}'s", share, goal=0.99, unit="of clips", detail=detail)
 
 
 def _fitness(job: Job, rec: Recorder, sizes: Problem) -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.bench.timing import interleaved
+from engine.bench.base import interleaved
 from engine.core.runtime import num_cores
 from engine.data.dali import to_torch
 from engine.data.pipeline import ClipBatch

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engine.bench import limits
+from engine.bench.base import Bench
 from engine.cli.doctor import diagnose
 from gpu_checks.job import Job
 from gpu_checks.record import ROOT, Absent, Recorder
@@ -52,13 +52,14 @@ def machine(job: Job, rec: Recorder) -> None:
             rec.row(name, "found", detail=purpose)
     with rec.check("nvJPEG's hardware backend"):
         rec.row("nvJPEG's hardware backend", "found", detail=_hardware_jpeg(job))
+    limits = Bench(job.small(), job.runtime(), None, job.said.append, quick=True)
     with rec.check("measured copy bandwidth"):
-        copy = limits.copy_bandwidth(job.device, quick=True)
+        copy = limits.copy_bandwidth()
         rec.row("measured copy bandwidth", copy.value, unit=copy.unit)
     for dtype in (torch.bfloat16, torch.float32):
         name = f"measured matrix product, {str(dtype)[6:]}"
         with rec.check(name):
-            peak = limits.matrix_peak(job.device, dtype, quick=True)
+            peak = limits.matrix_peak(dtype)
             rec.row(name, peak.value, unit=peak.unit, detail=peak.name)
 
 

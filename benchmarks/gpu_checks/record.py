@@ -53,19 +53,19 @@ class Recorder:
         if ok is None:
             ok = True if goal is None else bool(SENSES[sense](seen, goal))
         now = time.monotonic()
-        told: dict[str, Any] = {"part": self.part, "name": name, "ok": ok, "seen": plain(seen)}
-        told |= {"goal": goal, "sense": sense if goal is not None else "", "unit": unit}
-        told |= {"detail": detail, "figures": plain(figures or {}), "seconds": now - self.since}
-        told |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self.about}
+        row: dict[str, Any] = {"part": self.part, "name": name, "ok": ok, "seen": plain(seen)}
+        row |= {"goal": goal, "sense": sense if goal is not None else "", "unit": unit}
+        row |= {"detail": detail, "figures": plain(figures or {}), "seconds": now - self.since}
+        row |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self.about}
         self.since = now
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(told) + "\n")
+            file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
         held = "" if goal is None else f" (goal {sense} {goal:g})"
         verdict = {True: "ok", False: "NOT OK"}.get(ok, ok) if isinstance(ok, bool) else ok
-        shown = "" if seen is None else f": {number(told['seen'])} {unit}".rstrip()
+        shown = "" if seen is None else f": {number(row['seen'])} {unit}".rstrip()
         more = f" | {detail}" if detail else ""
         print(f"[{self.part}] {verdict}: {name}{shown}{held}{more}", flush=True)
 

@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from engine.bench.cohort import (
-    SoloJob,
-    SoloProcess,
+    Solo,
+    ask,
     costs,
     possible_gain,
     seconds_a_step,
     trainer_for,
 )
+from engine.core.pool import ProcessPool
 from engine.core.recipe import override
 from engine.core.runtime import make_deterministic
 from engine.objective.lossfile import random_weights
@@ -48,7 +50,7 @@ def cohort(job: Job, rec: Recorder) -> None:
         detail += f"; {job.on_host()}" if job.on_host() else ""
         rec.row(f"cohort of {members}", rates[members], unit="members/h", detail=detail)
     with rec.check("one process a member"):
-        _processes(job, rec, rates, SoloJob(recipe, job.index, runtime, None), steps)
+        _processes(job, rec, rates, Solo(recipe, job.index, runtime, steps))
     with rec.check("a cohort of 4 is four singles"):
         _singles(job, rec)
     with rec.check("compiled over eager AMP at a search's size"):
@@ -67,16 +69,12 @@ def cohort(job: Job, rec: Recorder) -> None:
         )
 
 
-def _processes(job: Job, rec: Recorder, rates: dict[int, float], solo: SoloJob, steps: int) -> None:
+def _processes(job: Job, rec: Recorder, rates: dict[int, float], solo: Solo) -> None:
     """A process of its own trains one member after another; it has the GPU and the cores to itself."""
-    with SoloProcess(solo, steps=steps) as process:
-        process.ask("costs", job.size(8, 2))
-        pairs = sorted(process.answer())
+    with closing(ProcessPool(solo, size=1)) as pool:
+        (pairs,) = ask([pool], "costs", [job.size(8, 2)])
         d, c = (sorted(column)[len(pairs) // 2] for column in zip(*pairs, strict=True))
-        seconds = []
-        for number in range(3):
-            process.ask("train", number)
-            seconds.append(process.answer())
+        seconds = [ask([pool], "train", [number])[0] for number in range(3)]
     alone = 3600 / (sorted(seconds)[1] * solo.recipe.optim.steps)
     rec.row("one process a member", alone, unit="members/h", detail="one after another")
     detail = f"D {d:.1f} ms, C {c:.1f} ms"

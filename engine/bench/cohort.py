@@ -15,21 +15,19 @@ same time are added up.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
 import torch
 
-from engine.bench.base import Bench, told
-from engine.bench.rows import Limit, Row, per_second, quantiles
-from engine.bench.timing import timed
+from engine.bench.base import Bench, timed
+from engine.bench.rows import Limit, Row, measured
+from engine.core.pool import Evaluator, Job, Lost, ProcessPool
 from engine.core.recipe import Recipe, override
 from engine.core.runtime import Runtime, make_deterministic
 from engine.data.shards.index import ClipIndex
@@ -41,7 +39,8 @@ UNIT = "members/h"
 WARM_STEPS, SPARE_STEPS = 3, 3
 """Steps before the clock starts, and batches that are planned but not taken: at both ends of the time taken,
 as many are decoded ahead."""
-GPU_SIZES, GPU_QUICK, CPU_SIZE, CPU_QUICK = (1, 2, 4, 8, 16), (1, 4), 8, 4
+GPU_SIZES, GPU_QUICK, CPU_SIZES, CPU_QUICK = (1, 2, 4, 8, 16), (1, 4), (8,), (4,)
+"""Members of the cohorts that are timed."""
 
 
 @dataclass(frozen=True)
@@ -63,54 +62,39 @@ def possible_gain(members: int, input: float, step: float) -> float:
     return members * (input + step) / (input + members * step)
 
 
-def sizes(bench: Bench) -> tuple[int, ...]:
-    """Members of the cohorts that are timed."""
-    if bench.gpu:
-        return GPU_QUICK if bench.quick else GPU_SIZES
-    return (CPU_QUICK if bench.quick else CPU_SIZE,)
-
-
 def run(bench: Bench) -> Iterator[Row]:
     """Rows of D, C, the processes, and each cohort."""
     steps, repeats = (3, 1) if bench.quick else (20 if bench.gpu else 12, 3)
     trainer = trainer_for(bench.recipe, bench.videos, bench.runtime, steps=steps)
-    counts = sizes(bench)
+    gpu_counts, cpu_counts = (GPU_QUICK, CPU_QUICK) if bench.quick else (GPU_SIZES, CPU_SIZES)
+    counts: tuple[int, ...] = gpu_counts if bench.gpu else cpu_counts
+    cores: Sequence[int | None] = [None]
+    if not bench.gpu and hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
     together: dict[int, list[float]] = {members: [] for members in counts}
     alone: list[float] = []
     with ExitStack() as stack:
-        processes = [stack.enter_context(SoloProcess(job, steps=steps)) for job in _jobs(bench)]
-        costs = _costs(processes, repeats=3 if bench.quick else 10)
+        pools = []
+        for core in cores:
+            solo = Solo(bench.recipe, bench.videos, bench.runtime, steps, core)
+            pools.append(stack.enter_context(closing(ProcessPool(solo, size=1))))
+        answers = ask(pools, "costs", [3 if bench.quick else 10] * len(pools))
+        both = Costs(*map(list, zip(*(pair for pairs in answers for pair in pairs), strict=True)))
         for turn in range(repeats):
             for members in counts:
                 losses = [random_weights(seed) for seed in range(members)]
                 together[members].append(1e3 * seconds_a_step(trainer, losses))
-            alone.append(_milliseconds_a_member(processes, first=turn))
-    yield _row(bench, "input and views of a step (D)", costs.input, members=1, trained=False)
-    yield _row(bench, "step of a member (C)", costs.step, members=1, trained=False)
+            first = turn * len(pools)
+            seconds = ask(pools, "train", range(first, first + len(pools)))
+            alone.append(1e3 / sum(1 / each for each in seconds))  # of the sum of their rates
+    for name, samples in (
+        ("input and views of a step (D)", both.input),
+        ("step of a member (C)", both.step),
+    ):
+        n = bench.recipe.optim.batch_size
+        yield _row(bench, samples, 1, name=name, count=n, unit="clips/s")
     for members in counts:
-        yield from _rows(bench, members, together[members], alone, costs, len(processes))
-
-
-def _jobs(bench: Bench) -> list[SoloJob]:
-    cores: Sequence[int | None] = [None]
-    if not bench.gpu and hasattr(os, "sched_getaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-    return [SoloJob(bench.recipe, bench.videos, bench.runtime, core) for core in cores]
-
-
-def _costs(processes: Sequence[SoloProcess], *, repeats: int) -> Costs:
-    for process in processes:
-        process.ask("costs", repeats)
-    pairs = [pair for process in processes for pair in process.answer()]
-    return Costs([d for d, _ in pairs], [c for _, c in pairs])
-
-
-def _milliseconds_a_member(processes: Sequence[SoloProcess], *, first: int) -> float:
-    """Milliseconds of one member's step, all processes at work: of the sum of their rates."""
-    for number, process in enumerate(processes, start=first * len(processes)):
-        process.ask("train", number)
-    seconds: list[float] = [process.answer() for process in processes]
-    return 1e3 / sum(1 / each for each in seconds)
+        yield from _rows(bench, members, together[members], alone, both, len(pools))
 
 
 def _rows(
@@ -121,74 +105,87 @@ def _rows(
     costs: Costs,
     processes: int,
 ) -> Iterator[Row]:
+    """A cohort, and as many members by a process each."""
     apart = [members * ms for ms in alone]
     at_once = f"{processes} at a time" if processes > 1 else "one after another"
-    peer = _row(bench, f"one process a member, {at_once}", apart, members=members, peer=True)
+    steps = bench.recipe.optim.steps
+    rate = {"count": members * 3600 / steps, "unit": UNIT}
+    peer = _row(bench, apart, members, name=f"one process a member, {at_once}", peer=True, **rate)
     best = costs.gain(members)
     gain = median(apart) / median(together)
-    limit = Limit("processes' x M(D+C)/(D+MC)", peer.throughput * best, UNIT)
-    seconds = bench.recipe.optim.steps / 1e3
     figures = {
         "D, ms": median(costs.input),
         "C, ms": median(costs.step),
         "possible gain": best,
         "gain": gain,
         "share of the possible gain": gain / best,
-        "seconds, cohort": median(together) * seconds,
-        "seconds, processes": median(apart) * seconds,
+        "seconds, cohort": median(together) * steps / 1e3,
+        "seconds, processes": median(apart) * steps / 1e3,
     }
-    yield _row(bench, "one cohort", together, members=members, limit=limit, figures=figures)
+    limit = Limit("processes' x M(D+C)/(D+MC)", peer.throughput * best, UNIT)
+    extra = {"limit": limit, "figures": figures}
+    yield _row(bench, together, members, name="one cohort", **extra, **rate)
     yield peer
-    told_seconds = (
-        f"{figures['seconds, cohort']:.1f} s against {figures['seconds, processes']:.1f} s"
-    )
     bench.say(
-        f"cohort of {members}: {gain:.2f} times one process a member ({told_seconds} for "
-        f"{bench.recipe.optim.steps} steps); D {figures['D, ms']:.1f} ms and C {figures['C, ms']:.1f} ms "
-        f"allow {best:.2f}: {gain / best:.0%} of it"
+        f"cohort of {members}: {gain:.2f} times one process a member ({figures['seconds, cohort']:.1f} s against "
+        f"{figures['seconds, processes']:.1f} s for {steps} steps); D {figures['D, ms']:.1f} ms and "
+        f"C {figures['C, ms']:.1f} ms allow {best:.2f}: {gain / best:.0%} of it"
     )
 
 
-def _row(
-    bench: Bench,
-    name: str,
-    samples: list[float],
-    *,
-    members: int,
-    trained: bool = True,
-    peer: bool = False,
-    limit: Limit | None = None,
-    figures: dict[str, float] | None = None,
-) -> Row:
-    """A row; ``trained``: of members that were trained for a step, else of one part of it for one batch."""
-    recipe = bench.recipe
-    clip, n = recipe.clip, recipe.optim.batch_size
-    size = told(n, clip.num_frames, clip.size, clip.size)
-    ms = quantiles(samples)
-    hours = ms[1] / 3.6e6 * recipe.optim.steps
-    return Row(
-        part="cohort",
-        name=name,
-        shape=f"{recipe.model.arch} width {recipe.model.width:g} {size}, M {members}",
-        ms=ms,
-        repeats=len(samples),
-        throughput=members / hours if trained else per_second(n, ms[1]),
-        unit=UNIT if trained else "clips/s",
-        limit=limit,
-        peer=peer,
-        figures=figures or {},
-    )
+def _row(bench: Bench, samples: list[float], members: int, **fields: Any) -> Row:
+    return measured(samples, part="cohort", shape=f"{bench.sizes}, M {members}", **fields)
 
 
 @dataclass(frozen=True)
-class SoloJob:
-    """What a process that trains one member at a time works on."""
+class Solo:
+    """A process that trains one member at a time: makes its evaluator."""
 
     recipe: Recipe
     index: ClipIndex
     runtime: Runtime
-    core: int | None
+    steps: int
+    core: int | None = None
     """The one core that it may use; None for all, beside a GPU."""
+
+    def __call__(self, workers_here: int) -> Evaluator:
+        """An evaluator of ("train", member), in seconds a step, and of ("costs", repeats)."""
+        if self.core is not None:
+            os.sched_setaffinity(0, {self.core})
+        if self.runtime.device.type == "cpu":
+            torch.set_num_threads(1)
+        elif self.runtime.device.index is not None:
+            torch.cuda.set_device(self.runtime.device)
+        make_deterministic(self.runtime)
+        trainer = trainer_for(self.recipe, self.index, self.runtime, steps=self.steps)
+
+        def evaluate(work: tuple[str, int], tell: object) -> Any:
+            what, number = work
+            if what == "train":
+                return seconds_a_step(trainer, [random_weights(number)])
+            return costs(trainer, random_weights(0), repeats=number)
+
+        return evaluate
+
+
+def ask(pools: Sequence[ProcessPool], what: str, numbers: Sequence[int]) -> list[Any]:
+    """The results of processes that work at the same time, a number each.
+
+    Raises RuntimeError with the reason where one could not.
+    """
+    for pool in pools:
+        while not pool.idle():  # it is starting
+            pool.wait()
+    for pool, number in zip(pools, numbers, strict=True):
+        pool.submit(Job((what, number)), pool.idle()[0])
+    results = []
+    for pool in pools:
+        while not (ended := pool.wait()):
+            pass
+        if isinstance(ended[0], Lost):
+            raise RuntimeError(f"cohort: a member's process failed: {ended[0].reason}")
+        results.append(ended[0].result)
+    return results
 
 
 def trainer_for(recipe: Recipe, index: ClipIndex, runtime: Runtime, *, steps: int) -> Trainer:
@@ -213,7 +210,8 @@ def seconds_a_step(trainer: Trainer, losses: Sequence[LossWeights]) -> float:
             if isinstance(outcome, MemberFailed):
                 raise outcome
         if done in (WARM_STEPS, WARM_STEPS + steps):
-            _wait(trainer.runtime)
+            if trainer.runtime.device.type == "cuda":
+                torch.cuda.synchronize(trainer.runtime.device)
             now = time.perf_counter()
             if done > WARM_STEPS:
                 return (now - began) / steps
@@ -225,14 +223,14 @@ def costs(trainer: Trainer, weights: LossWeights, *, repeats: int) -> list[tuple
     """Milliseconds (D, C) of input with views and of a member's step, one after the other, nothing ahead."""
     seed = trainer.recipe.seed
     member = trainer.member(weights, seed=seed)
-    wanted = member.alive.modalities
-    pipeline, pairs = trainer.pipeline(wanted), []
+    modalities = member.alive.modalities
+    pipeline, pairs = trainer.pipeline(modalities), []
     for step in range(repeats + 2):
         plan = trainer.plan(step, seed=seed)
         kept: list[Any] = []
 
         def load(plan: Any = plan, kept: list[Any] = kept) -> None:
-            kept.append(trainer.views(pipeline.load(plan), wanted))
+            kept.append(trainer.views(pipeline.load(plan), modalities))
 
         def train(kept: list[Any] = kept) -> None:
             (outcome,) = trainer.step_all([member], kept[0])
@@ -241,72 +239,3 @@ def costs(trainer: Trainer, weights: LossWeights, *, repeats: int) -> list[tuple
 
         pairs.append((timed(load, trainer.runtime.device), timed(train, trainer.runtime.device)))
     return pairs[2:]
-
-
-def _wait(runtime: Runtime) -> None:
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize(runtime.device)
-
-
-class SoloProcess:
-    """A process of its own that trains one member at a time; a context, which ends it."""
-
-    def __init__(self, job: SoloJob, *, steps: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, job, steps), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> SoloProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self._pipe.send(None)
-            self._process.join(timeout=10)
-        except OSError:  # it is gone already
-            pass
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
-
-    def ask(self, what: str, number: int) -> None:
-        """Have it begin: ``train`` member ``number``, or take ``costs`` as many times."""
-        self._pipe.send((what, number))
-
-    def answer(self) -> Any:
-        """Its result; raises RuntimeError with its reason where it could not."""
-        try:
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            raise RuntimeError("cohort: a member's process ended without a word") from None
-        if isinstance(answer, str):
-            raise RuntimeError(f"cohort: a member's process failed: {answer}")
-        return answer
-
-
-def _serve(pipe: Connection, job: SoloJob, steps: int) -> None:
-    if job.core is not None and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {job.core})
-    if job.runtime.device.type == "cpu":
-        torch.set_num_threads(1)
-    elif job.runtime.device.index is not None:
-        torch.cuda.set_device(job.runtime.device)
-    make_deterministic(job.runtime)
-    trainer = trainer_for(job.recipe, job.index, job.runtime, steps=steps)
-    while True:
-        try:
-            order = pipe.recv()
-        except EOFError:  # whoever asked is gone
-            return
-        if order is None:
-            return
-        what, number = order
-        try:
-            if what == "train":
-                pipe.send(seconds_a_step(trainer, [random_weights(number)]))
-            else:
-                pipe.send(costs(trainer, random_weights(0), repeats=number))
-        except Exception as error:
-            pipe.send((str(error).splitlines() or [type(error).__name__])[0])

@@ -14,14 +14,10 @@ from dataclasses import fields, replace
 from itertools import cycle
 from typing import Any
 
-import msgspec
-import numpy as np
 import torch
 
-from engine.bench.base import Bench, told
-from engine.bench.limits import jpeg_engines, video_decoders
-from engine.bench.rows import BANDWIDTH, Limit, Row, gigabytes_per_second, per_second, quantiles
-from engine.bench.timing import Step, timed
+from engine.bench.base import Bench, Step, shape, timed
+from engine.bench.rows import BANDWIDTH, Limit, Row, measured, per_second, quantiles
 from engine.core.recipe import override
 from engine.data.media.codecs import JPEG
 from engine.data.pipeline import ClipBatch, InputPipeline
@@ -33,6 +29,10 @@ from engine.train.trainer import Trainer
 PLANS = 4
 """Batches that are taken in turn, so that no cache holds just the one."""
 UNIT = "clips/s"
+VIDEO_DECODERS = {(8, 0): 5, (9, 0): 7}
+"""NVDEC units by compute capability: A100 and H100, by their data sheets; elsewhere one is assumed, as below."""
+JPEG_DECODERS = {(8, 0): 5, (9, 0): 7, (10, 0): 7}
+"""Hardware JPEG decoders by compute capability: A100, H100 and B200."""
 
 
 def run(bench: Bench) -> Iterator[Row]:
@@ -63,28 +63,28 @@ class Stages:
             bench.say("input: the videos have no sound: sound is left out")
         self.modalities = ("rgb", "grey", "flow", *(["audio"] if self.sound else []))
         clip = self.recipe.clip
-        frames = clip.num_frames + clip.num_future_frames
-        self.frames = frames
-        self.shape = told(self.n, frames, clip.size, clip.size)
+        self.frames = clip.num_frames + clip.num_future_frames
+        self.shape = shape(self.n, self.frames, clip.size, clip.size)
         self.trainer = Trainer(self.recipe, bench.videos, bench.runtime)
-        self.plans = [self._plan(step) for step in range(PLANS)]
+        settings: dict[str, Any] = {"seed": self.recipe.seed, "batch_size": self.n}
+        self.plans = [
+            plan_batch(bench.videos, clip, self.recipe.audio, step=step, **settings)
+            for step in range(PLANS)
+        ]
         self.read_bytes = 0
         """Encoded bytes of a batch, known once ``steps`` has read them."""
 
-    def _plan(self, step: int) -> ClipPlan:
-        r = self.recipe
-        settings: dict[str, Any] = {"seed": r.seed, "batch_size": r.optim.batch_size}
-        return plan_batch(self.bench.videos, r.clip, r.audio, step=step, **settings)
-
-    def pipeline(self, threads: int, *, batch_size: int, num_frames: int) -> InputPipeline:
-        """A pipeline that carries all that the videos have."""
+    def pipeline(
+        self, threads: int, *, batch_size: int | None = None, num_frames: int | None = None
+    ) -> InputPipeline:
+        """A pipeline that carries all that the videos have, of whole batches where nothing else is asked for."""
         return InputPipeline(
             self.bench.videos,
             self.recipe.clip,
             audio=self.recipe.audio,
             device=self.bench.device,
-            batch_size=batch_size,
-            num_frames=num_frames,
+            batch_size=batch_size or self.n,
+            num_frames=num_frames or self.frames,
             threads=threads,
             sound=self.sound,
         )
@@ -95,111 +95,65 @@ class Stages:
         With one thread they are what a limit is made of: on a GPU, frames (decoding) and clips (flow) then go
         one after the other, a decoder or the flow engine having one at a time.
         """
-        pipeline = self.pipeline(threads, batch_size=self.n, num_frames=self.frames)
-        encoded = [
-            [pipeline.index.read(int(c), f.tolist()) for c, f in zip(p.clip, p.frames, strict=True)]
-            for p in self.plans
-        ]
+        pipeline, plans = self.pipeline(threads), self.plans
+        encoded = [pipeline._read(plan) for plan in plans]
         self.read_bytes = sum(_encoded_bytes(clip) for batch in encoded for clip in batch) // PLANS
-        heard = [np.array([clip.sound is not None for clip in batch]) for batch in encoded]
-        batches = [pipeline.load(plan).rgb for plan in self.plans]
-
-        def read(i: int) -> None:
-            plan = self.plans[i]
-            for clip, frames in zip(plan.clip, plan.frames, strict=True):
-                pipeline.index.read(int(clip), frames.tolist())
-
-        def decode(i: int) -> None:
-            pipeline._start_frames(self.plans[i], encoded[i])()
-
-        def sound(i: int) -> None:
-            pipeline._start_sound(self.plans[i], encoded[i], heard[i])()
-
-        def flow(i: int) -> None:
-            pipeline._compute_flow(batches[i])
-
-        stages: dict[str, Callable[[int], None]] = {"read": read, "decode": decode}
-        stages |= {"sound": sound} if self.sound else {}
-        stages["flow"] = flow
+        heard = [pipeline._heard(batch) for batch in encoded]
+        batches = [pipeline.load(plan).rgb for plan in plans]
+        stages: dict[str, Callable[[int], Any]] = {
+            "read": lambda i: pipeline._read(plans[i]),
+            "decode": lambda i: pipeline._start_frames(plans[i], encoded[i])(),
+            "sound": lambda i: pipeline._start_sound(plans[i], encoded[i], heard[i])(),
+            "flow": lambda i: pipeline._compute_flow(batches[i]),
+        }
+        if not self.sound:
+            del stages["sound"]
         if self.bench.gpu and threads == 1:
-            alone = self._film_by_film if self.films else self._frame_by_frame
-            stages |= {"decode": alone(), "flow": self._clip_by_clip(batches)}
+            stages |= {"decode": self._one_by_one(), "flow": self._clip_by_clip(batches)}
         return {name: _in_turn(stage) for name, stage in stages.items()}
 
-    def _frame_by_frame(self) -> Callable[[int], None]:
-        pipeline = self.pipeline(1, batch_size=1, num_frames=1)
-        pieces = [
-            [(one, [pipeline.index.read(int(one.clip[0]), f.tolist())]) for one, f in _frames(plan)]
-            for plan in self.plans
-        ]
+    def _one_by_one(self) -> Callable[[int], Any]:
+        """Decoding of one film, or one JPEG frame, after the other."""
+        pipeline = self.pipeline(1, batch_size=1, num_frames=None if self.films else 1)
+        single = _clips if self.films else _frames
+        encoded = [[(one, pipeline._read(one)) for one in single(plan)] for plan in self.plans]
+        return lambda i: [pipeline._start_frames(plan, clips)() for plan, clips in encoded[i]]
 
-        def decode(i: int) -> None:
-            for plan, encoded in pieces[i]:
-                pipeline._start_frames(plan, encoded)()
-
-        return decode
-
-    def _film_by_film(self) -> Callable[[int], None]:
-        pipeline = self.pipeline(1, batch_size=1, num_frames=self.frames)
-        pieces = [[(one, pipeline._read(one)) for one in _clips(plan)] for plan in self.plans]
-
-        def decode(i: int) -> None:
-            for plan, encoded in pieces[i]:
-                pipeline._start_frames(plan, encoded)()
-
-        return decode
-
-    def _clip_by_clip(self, batches: list[torch.Tensor]) -> Callable[[int], None]:
-        pipeline = self.pipeline(1, batch_size=1, num_frames=self.frames)
-
-        def flow(i: int) -> None:
-            for clip in batches[i]:
-                pipeline._compute_flow(clip[None])
-
-        return flow
+    def _clip_by_clip(self, batches: list[torch.Tensor]) -> Callable[[int], Any]:
+        """Flow of one clip after the other."""
+        pipeline = self.pipeline(1, batch_size=1)
+        return lambda i: [pipeline._compute_flow(clip[None]) for clip in batches[i]]
 
     def limit(self, stage: str, ms: float) -> Limit:
         """What a stage can come to, from one thread's (or decoder's) milliseconds a batch."""
         count, what = self.threads, f"{self.threads} threads x one thread's"
         if self.bench.gpu and stage == "decode":
-            count = (video_decoders if self.films else jpeg_engines)(self.bench.device)
+            decoders = VIDEO_DECODERS if self.films else JPEG_DECODERS
+            count = decoders.get(torch.cuda.get_device_capability(self.bench.device), 1)
             what = f"{count} {'video' if self.films else 'JPEG'} decoders x one's"
         if self.bench.gpu and stage == "flow":
             count, what = 1, "the flow engine's, clip by clip"
         return Limit(what, count * per_second(self.n, ms), UNIT)
 
-    def row(self, name: str, samples: list[float], limit: Limit) -> Row:
+    def row(self, name: str, samples: list[float], limit: Limit, **fields: Any) -> Row:
         """A stage's row."""
-        ms = quantiles(samples)
-        return Row(
-            part="input",
-            name=name,
-            shape=self.shape,
-            ms=ms,
-            repeats=len(samples),
-            throughput=per_second(self.n, ms[1]),
-            unit=UNIT,
-            limit=limit,
-            stage=name,
-        )
+        fields = {"count": self.n, "unit": UNIT, "stage": name, **fields}
+        return measured(samples, part="input", name=name, shape=self.shape, limit=limit, **fields)
+
+    def memory_row(self, stage: str, samples: list[float], *, bytes: int, name: str) -> Row:
+        """A row of a stage that only moves bytes."""
+        moved = {"count": bytes / 1e9, "unit": BANDWIDTH, "bytes": bytes, "stage": stage}
+        return self.row(name, samples, self.bench.copy_bandwidth(), **moved)
 
     def views_row(self) -> Row:
         """Views of all modalities, held against the bandwidth: a batch read once, its views written once."""
-        pipeline = self.pipeline(self.threads, batch_size=self.n, num_frames=self.frames)
+        pipeline = self.pipeline(self.threads)
         batches = [pipeline.load(plan) for plan in self.plans]
         moved = _bytes_of(batches[0]) + _bytes_of(self.trainer.views(batches[0], self.modalities))
         step = _in_turn(lambda i: self.trainer.views(batches[i], self.modalities))
         samples = self.bench.time({"views": step}, flush=True)["views"]
         name = f"views of {', '.join(self.modalities)}"
         return self.memory_row("views", samples, bytes=moved, name=name)
-
-    def memory_row(self, stage: str, samples: list[float], *, bytes: int, name: str) -> Row:
-        """A row of a stage that only moves bytes."""
-        limit = self.bench.copy_bandwidth()
-        row = msgspec.structs.replace(
-            self.row(name, samples, limit), unit=BANDWIDTH, bytes=bytes, stage=stage
-        )
-        return msgspec.structs.replace(row, throughput=gigabytes_per_second(bytes, row.ms[1]))
 
     def whole_row(self, single: dict[str, float], limits: dict[str, Limit], views: Row) -> Row:
         """Batches as training gets them, decoded ahead in a thread of their own, views included."""
@@ -223,7 +177,7 @@ class Stages:
             cpu = sum(single.values()) + views.ms[1] * torch.get_num_threads()
             what = f"{self.threads} threads x one thread's, all stages"
             limit = Limit(what, self.threads * per_second(self.n, cpu), UNIT)
-        return msgspec.structs.replace(self.row("end to end", samples, limit), stage="input")
+        return self.row("end to end", samples, limit, stage="input")
 
 
 def _in_turn(stage: Callable[[int], Any]) -> Step:
@@ -234,17 +188,15 @@ def _in_turn(stage: Callable[[int], Any]) -> Step:
 def _clips(plan: ClipPlan) -> Iterator[ClipPlan]:
     """A plan's clips as plans of one clip each."""
     for i in range(len(plan)):
-        yield ClipPlan(
-            **{field.name: getattr(plan, field.name)[i : i + 1] for field in fields(plan)}
-        )
+        cut = {field.name: getattr(plan, field.name)[i : i + 1] for field in fields(plan)}
+        yield ClipPlan(**cut)
 
 
-def _frames(plan: ClipPlan) -> Iterator[tuple[ClipPlan, np.ndarray[Any, Any]]]:
+def _frames(plan: ClipPlan) -> Iterator[ClipPlan]:
     """A plan's frames as plans of one clip and one frame each."""
     for clip in _clips(plan):
         for f in range(plan.frames.shape[1]):
-            cut = replace(clip, frames=clip.frames[:, f : f + 1])
-            yield cut, cut.frames[0]
+            yield replace(clip, frames=clip.frames[:, f : f + 1])
 
 
 def _encoded_bytes(clip: EncodedClip) -> int:

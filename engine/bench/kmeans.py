@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.bench.base import Bench, told
-from engine.bench.rows import Row, per_second, quantiles
-from engine.bench.timing import Step, timed
+from engine.bench.base import Bench, Step, shape, timed
+from engine.bench.rows import Row, measured
 from engine.core.recipe import Fitness
 from engine.features.fitness import FitnessResult, cohort_fitness
 from engine.features.kmeans import draws, kmeans
 from engine.model.resnet3d import ResNet3D
 
 Features = list[NDArray[np.float32]]
+Call = Callable[[], list[FitnessResult | str]]
 ONE_BY_ONE, AT_ONCE, SKLEARN = "batched, one by one", "batched, all at once", "scikit-learn"
 
 
@@ -84,61 +84,45 @@ def run(bench: Bench) -> Iterator[Row]:
         settings = msgspec.structs.replace(settings, kmeans_seeds=1)
     features, labels = draw(sizes, seed=bench.recipe.seed)
     fitness: dict[str, float] = {}
-    steps = {
-        name: _step(call, fitness, name)
-        for name, call in _calls(bench, features, labels, settings, sizes).items()
-    }
+    calls = _calls(bench, features, labels, settings, sizes)
+    steps = {name: _step(call, fitness, name) for name, call in calls.items()}
     flops = _counted(bench, features, settings, sizes) // sizes.members
     slow = bench.gpu and bool(steps.pop(SKLEARN))
-    for name, samples in bench.time(steps).items():
-        yield _row(bench, name, samples, sizes, settings, flops, fitness[name])
+    times = [(name, sizes, samples) for name, samples in bench.time(steps).items()]
     if slow:
         one = replace(sizes, members=1)
         few = slice(4 * sizes.classes)
         _calls(bench, [features[0][few]], labels[few], settings, one)[SKLEARN]()
-        taken = _step(_calls(bench, features[:1], labels, settings, one)[SKLEARN], fitness, SKLEARN)
-        samples = [timed(taken, bench.device)]
-        yield _row(bench, SKLEARN, samples, one, settings, flops, fitness[SKLEARN])
+        call = _calls(bench, features[:1], labels, settings, one)[SKLEARN]
+        times.append((SKLEARN, one, [timed(_step(call, fitness, SKLEARN), bench.device)]))
+    for name, its, samples in times:
+        size = f"{its.members} x {shape(its.clips, its.features)}, k {its.classes}"
+        yield measured(
+            samples,
+            count=its.members,
+            unit="members/s",
+            part="kmeans",
+            name=name,
+            shape=f"{size}, {settings.kmeans_seeds} x {settings.kmeans_init} starts",
+            limit=bench.matrix_peak(torch.float32 if bench.gpu else torch.float64, ieee=True),
+            flops=flops * its.members,
+            peer=name != AT_ONCE,
+            figures={"fitness": fitness[name]},
+        )
 
 
-def _row(
-    bench: Bench,
-    name: str,
-    samples: list[float],
-    sizes: Problem,
-    settings: Fitness,
-    flops: int,
-    fitness: float,
-) -> Row:
-    """A backend's row; ``flops`` are a member's."""
-    shape = f"{sizes.members} x {told(sizes.clips, sizes.features)}, k {sizes.classes}"
-    ms = quantiles(samples)
-    return Row(
-        part="kmeans",
-        name=name,
-        shape=f"{shape}, {settings.kmeans_seeds} x {settings.kmeans_init} starts",
-        ms=ms,
-        repeats=len(samples),
-        throughput=per_second(sizes.members, ms[1]),
-        unit="members/s",
-        limit=bench.matrix_peak(torch.float32 if bench.gpu else torch.float64, ieee=True),
-        flops=flops * sizes.members,
-        peer=name != AT_ONCE,
-        figures={"fitness": fitness},
-    )
+def _step(call: Call, kept: dict[str, float], name: str) -> Step:
+    """The call, which leaves the mean fitness of its members behind."""
 
-
-def _step(call: Callable[[], list[FitnessResult | str]], kept: dict[str, float], name: str) -> Step:
     def step() -> None:
-        results = call()
-        kept[name] = fmean(r.value for r in results if not isinstance(r, str))
+        kept[name] = fmean(r.value for r in call() if not isinstance(r, str))
 
     return step
 
 
 def _calls(
     bench: Bench, features: Features, labels: NDArray[np.int64], settings: Fitness, sizes: Problem
-) -> dict[str, Callable[[], list[FitnessResult | str]]]:
+) -> dict[str, Call]:
     fixed: dict[str, Any] = {"num_classes": sizes.classes, "seed": bench.recipe.seed}
     fixed["device"] = bench.device.type
 
@@ -147,7 +131,7 @@ def _calls(
         return lambda rows: list(cohort_fitness(rows, labels, settings=chosen, **fixed))
 
     batched = backend("batched")
-    calls: dict[str, Callable[[], list[FitnessResult | str]]] = {
+    calls: dict[str, Call] = {
         AT_ONCE: partial(batched, features),
         ONE_BY_ONE: lambda: [result for rows in features for result in batched([rows])],
         SKLEARN: partial(backend("sklearn"), features),
@@ -161,7 +145,7 @@ def _counted(bench: Bench, features: Features, settings: Fitness, sizes: Problem
     """FLOPs of all members' products, in all runs and from all starts."""
     runs, starts = settings.kmeans_seeds, settings.kmeans_init
     luck = draws(bench.recipe.seed, runs=runs, restarts=starts, num_clusters=sizes.classes)
-    found = kmeans([torch.from_numpy(rows).to(bench.device) for rows in features], luck)
-    iterations = int(found.iterations.sum())
+    result = kmeans([torch.from_numpy(rows).to(bench.device) for rows in features], luck)
+    iterations = int(result.iterations.sum())
     seeding = product_flops(sizes, starts=runs * starts, iterations=0) * sizes.members
     return seeding + product_flops(sizes, starts=0, iterations=iterations)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from engine.bench.base import Bench, told
+from engine.bench.base import Bench, shape
 from engine.bench.rows import Row
 from engine.core.recipe import Clip, Model
 from engine.model.resnet3d import ResNet3D
@@ -56,25 +56,19 @@ def activation_shapes(
 
 def cases(bench: Bench) -> Iterator[Case]:
     """What is timed: the recipe's network, and a larger one whose activations no cache holds."""
-    recipe, n = bench.recipe, bench.recipe.optim.batch_size
-    dtypes = (torch.float32, torch.bfloat16) if bench.gpu else (torch.float32,)
-    for dtype in dtypes:
-        shapes = activation_shapes(recipe.model, recipe.clip, batch_size=n)
-        yield _name(recipe.model, recipe.clip, n, dtype), shapes, dtype
+    recipe, single, half = bench.recipe, torch.float32, torch.bfloat16
+    own = (recipe.model, recipe.clip, recipe.optim.batch_size)
+    chosen = [(*own, single), (*own, half)] if bench.gpu else [(*own, single)]
     if bench.gpu:
-        model, clip = Model(arch="r3d_50", pool=True), Clip(num_frames=8, size=224)
-        shapes = activation_shapes(model, clip, batch_size=16, whole_stem=True)
-        yield _name(model, clip, 16, torch.bfloat16), shapes, torch.bfloat16
+        chosen.append((Model(arch="r3d_50", pool=True), Clip(num_frames=8, size=224), 16, half))
     elif not bench.quick:
-        model, clip = Model(width=0.25), Clip(num_frames=8, size=64)
-        shapes = activation_shapes(model, clip, batch_size=16)
-        yield _name(model, clip, 16, torch.float32), shapes, torch.float32
-
-
-def _name(model: Model, clip: Clip, n: int, dtype: torch.dtype) -> str:
-    width = "" if model.width == 1.0 else f" width {model.width:g}"
-    size = told(n, clip.num_frames, clip.size, clip.size)
-    return f"{model.arch}{width} {size} {str(dtype)[6:]}"
+        chosen.append((Model(width=0.25), Clip(num_frames=8, size=64), 16, single))
+    for i, (model, clip, n, dtype) in enumerate(chosen):
+        stem = bench.gpu and i == len(chosen) - 1
+        width = "" if model.width == 1.0 else f" width {model.width:g}"
+        size = shape(n, clip.num_frames, clip.size, clip.size)
+        shapes = activation_shapes(model, clip, batch_size=n, whole_stem=stem)
+        yield f"{model.arch}{width} {size} {str(dtype)[6:]}", shapes, dtype
 
 
 def run(bench: Bench) -> Iterator[Row]:
@@ -101,25 +95,24 @@ def _case(
     peers = bench.compiled(mse_sum)  # first: it forgets what was compiled before
     ours = {"kernels.weighted_loss": kernels.weighted_loss}
     if bench.gpu:
-        ours["kernels.weighted_loss, compiled"] = torch.compile(
-            kernels.weighted_loss, dynamic=False
-        )
+        compiled = torch.compile(kernels.weighted_loss, dynamic=False)
+        ours["kernels.weighted_loss, compiled"] = compiled
     peers = {"reference": reference.weighted_loss, **ours, EAGER: mse_sum, **peers}
     calls = {key: partial(gradients, peer) for key, peer in peers.items()}
-    steps = bench.agreeing("loss", calls, want="reference")
+    steps = bench.agreeing("loss", calls, reference="reference")
     del steps["reference"]
     elements = sum(s.numel() for s in students)
     return bench.memory_rows(
-        "loss",
         steps,
-        shape=name,
-        bytes=3 * elements * dtype.itemsize,
-        flops=ELEMENT_FLOPS * elements,
         ours=list(ours),
+        bytes=3 * elements * dtype.itemsize,
+        part="loss",
+        shape=name,
+        flops=ELEMENT_FLOPS * elements,
         note=f"{len(shapes)} pairs, {elements * dtype.itemsize / 1e6:.0f} MB a side",
     )
 
 
-def _draw(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    x = torch.randn(shape, device=device).to(dtype)
+def _draw(size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(size, device=device).to(dtype)
     return x.contiguous(memory_format=torch.channels_last_3d)

@@ -27,29 +27,23 @@ def points(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
     ]
 
 
-def roofs(rows: Sequence[Row]) -> tuple[list[Limit], list[Limit]]:
-    """The bandwidths and the products' peaks that rows are held against, each once, the highest first."""
-    found = {row.limit.name: row.limit for row in rows if row.limit is not None}
-    ordered = sorted(found.values(), key=lambda limit: -limit.value)
-    return (
-        [limit for limit in ordered if limit.unit == BANDWIDTH],
-        [limit for limit in ordered if limit.unit == COMPUTE],
-    )
+def roofs(rows: Sequence[Row], unit: str) -> list[Limit]:
+    """The limits in a unit that rows are held against, each once, the highest first."""
+    limits = {row.limit.name: row.limit for row in rows if row.limit and row.limit.unit == unit}
+    return sorted(limits.values(), key=lambda limit: -limit.value)
 
 
 def draw_roofline(rows: Sequence[Row], path: Path) -> bool:
     """Write the picture; False, and no picture, where no row has both bytes and FLOPs."""
     from engine.report.figures.roofline import roofline  # only here: matplotlib takes a second
 
-    shown = points(rows)
-    if not shown:
+    rows = [row for row in rows if row.flops and row.bytes]
+    if not rows:
         return False
-    bandwidths, peaks = roofs([row for row in rows if row.flops and row.bytes])
     title = f"Roofline of the stages: {rows[0].about.get('device', '')}"
-    roofline(shown, _lines(bandwidths), _lines(peaks), title=title).savefig(path, dpi=150)
+    lines = [
+        [(f"{limit.name}: {limit.value:.3g} {unit}", limit.value) for limit in roofs(rows, unit)]
+        for unit in (BANDWIDTH, COMPUTE)
+    ]
+    roofline(points(rows), *lines, title=title).savefig(path, dpi=150)
     return True
-
-
-def _lines(limits: Sequence[Limit]) -> list[tuple[str, float]]:
-    """Limits as they are named beside the plot, and their values."""
-    return [(f"{limit.name}: {limit.value:.3g} {limit.unit}", limit.value) for limit in limits]

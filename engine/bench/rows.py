@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 from rich.table import Table
 
@@ -96,23 +97,22 @@ def per_second(count: float, ms: float) -> float:
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile, linear between samples."""
-    ordered = sorted(samples)
+    low, median, high = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
+    return low, median, high
 
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
-    return at(0.2), at(0.5), at(0.8)
+def measured(samples: Sequence[float], *, count: float, **fields: Any) -> Row:
+    """A row of timed calls (milliseconds), each of which does ``count`` of the row's unit."""
+    ms = quantiles(samples)
+    return Row(ms=ms, repeats=len(samples), throughput=per_second(count, ms[1]), **fields)
 
 
 def append_json(rows: Sequence[Row], path: Path) -> None:
     """Append rows to a JSON Lines file; each line also says what was reached, for other readers."""
     with path.open("ab") as file:
         for row in rows:
-            told = msgspec.to_builtins(row) | {"reached": row.reached, "percent": row.percent}
-            file.write(msgspec.json.encode(told) + b"\n")
+            line = msgspec.to_builtins(row) | {"reached": row.reached, "percent": row.percent}
+            file.write(msgspec.json.encode(line) + b"\n")
 
 
 def read_json(path: Path) -> list[Row]:
@@ -167,21 +167,21 @@ def comparison(
     time counts. The ratio is the first file's median over the second's: above 1, the second is faster.
     """
     first, second = ({row.key: row for row in rows} for rows in (ours, theirs))
+    common = [key for key in first if key in second]
     cells = []
-    for key in [k for k in first if k in second]:
+    for key in common:
         a, b = first[key], second[key]
         rates = [f"{number(row.throughput)} {row.unit}" for row in (a, b)]
-        ratio = f"{a.ms[1] / b.ms[1]:.2f}"
-        cells.append([f"{a.part}: {a.name}", a.shape, number(a.ms[1]), number(b.ms[1]), *rates])
-        cells[-1].append(ratio)
-    devices = ", ".join(sorted({key[3] for key in first if key in second})) or "no row in common"
+        times = [number(a.ms[1]), number(b.ms[1])]
+        cells.append([f"{a.part}: {a.name}", a.shape, *times, *rates, f"{a.ms[1] / b.ms[1]:.2f}"])
+    devices = ", ".join(sorted({key[3] for key in common})) or "no row in common"
     columns = ["what", "sizes", "ms, first", "second", "first", "second", "first / second"]
     shown = table(f"first: {names[0]}, second: {names[1]} ({devices})", columns, cells)
     missing = [
         f"only in {name}: {key[0]}: {key[1]}, {key[2]}, on {key[3]}"
-        for name, mine, other in ((names[0], first, second), (names[1], second, first))
-        for key in mine
-        if key not in other
+        for name, rows in zip(names, (first, second), strict=True)
+        for key in rows
+        if key not in common
     ]
     return shown, missing
 
@@ -192,13 +192,12 @@ def bottleneck(rows: Sequence[Row]) -> str | None:
     Where the whole input, the views and the step were timed, they are training's stages; else those of
     the input are compared with one another.
     """
-    timed = {row.stage: row.ms[1] for row in rows if row.stage}
-    whole: tuple[str, ...] = ("input", "views", "step")
-    training = {stage: timed[stage] for stage in whole if stage in timed}
-    what, stages = "training", training
-    if "step" not in training or "input" not in training:
-        what = "input"
-        stages = {stage: ms for stage, ms in timed.items() if stage not in ("input", "step")}
+    stages = {row.stage: row.ms[1] for row in rows if row.stage}
+    if {"input", "step"} <= set(stages):
+        what, kept = "training", ["input", "views", "step"]
+    else:
+        what, kept = "input", [stage for stage in stages if stage not in ("input", "step")]
+    stages = {stage: stages[stage] for stage in kept if stage in stages}
     if len(stages) < 2:
         return None
     worst = max(stages, key=stages.__getitem__)

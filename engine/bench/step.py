@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.bench.base import Bench, told
-from engine.bench.rows import Row, per_second, quantiles
-from engine.bench.timing import Step
+from engine.bench.base import Bench, Step, first_line
+from engine.bench.rows import Row, measured
 from engine.core.recipe import override
 from engine.core.runtime import choose_runtime, num_cores
 from engine.data.views import Views
@@ -96,24 +96,20 @@ def run(bench: Bench) -> Iterator[Row]:
         except Exception as error:  # a compiler may fail in any way
             if variant == own:
                 raise
-            bench.say(f"step: {name} is left out: {(str(error).splitlines() or ['?'])[0]}")
+            bench.say(f"step: {name} is left out: {first_line(error)}")
             continue
         steps[name] = _step(trainer, member, views, threads=variant.threads)
-    recipe = bench.recipe
-    clip, n = recipe.clip, recipe.optim.batch_size
-    size = told(n, clip.num_frames, clip.size, clip.size)
     for name, samples in bench.time(steps).items():
-        ms, variant = quantiles(samples), by_name[name]
+        variant = by_name[name]
         with _cpu_threads(variant.threads):
             peak = bench.matrix_peak(variant.dtype)
-        yield Row(
+        yield measured(
+            samples,
+            count=bench.recipe.optim.batch_size,
+            unit="clips/s",
             part="step",
             name=name,
-            shape=f"{recipe.model.arch} width {recipe.model.width:g} {size}",
-            ms=ms,
-            repeats=len(samples),
-            throughput=per_second(n, ms[1]),
-            unit="clips/s",
+            shape=bench.sizes,
             limit=peak,
             flops=flops,
             bytes=moved[variant.amp] if variant.compile == "off" else None,
@@ -130,8 +126,7 @@ def prepared(bench: Bench, variant: Variant) -> tuple[Trainer, Member, Views]:
     runtime = choose_runtime(str(bench.device), amp=variant.amp)
     trainer = Trainer(recipe, bench.videos, runtime, warn=lambda text: bench.say(f"step: {text}"))
     member = trainer.member(load_loss("equal"), seed=recipe.seed, alone=True)
-    rounds = trainer.rounds([member], seed=recipe.seed)
-    _, views = next(rounds)
+    _, views = next(trainer.rounds([member], seed=recipe.seed))
     return trainer, member, views
 
 
@@ -149,13 +144,11 @@ def counted(bench: Bench) -> tuple[int, dict[str, int]]:
 
 def _step(trainer: Trainer, member: Member, views: Views, *, threads: int) -> Step:
     def step() -> None:
-        trainer.step(member, views)
-
-    def step_with_threads() -> None:
         with _cpu_threads(threads):
             trainer.step(member, views)
 
-    return step if trainer.runtime.device.type == "cuda" else step_with_threads
+    on_gpu = trainer.runtime.device.type == "cuda"
+    return partial(trainer.step, member, views) if on_gpu else step
 
 
 @contextmanager

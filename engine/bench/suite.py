@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -11,10 +12,9 @@ import torch
 from rich.console import Console
 
 from engine.bench import cohort, input, kmeans, loss, step, views
-from engine.bench.base import Bench
+from engine.bench.base import Bench, keep_heap
 from engine.bench.plot import check_path, draw_roofline
 from engine.bench.rows import Row, append_json, bottleneck, comparison, read_json, rows_table
-from engine.bench.timing import keep_heap
 from engine.core.provenance import provenance
 from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
 from engine.core.runtime import Runtime, make_deterministic
@@ -33,15 +33,9 @@ ALL = "all"
 WIDE = 190
 """Columns of the tables where they are not shown on a terminal."""
 GPU_SIZES = (
-    "name=gpu",
-    "clip.size=112",
-    "clip.num_frames=16",
-    "model.arch=r3d_18",
-    "model.width=1.0",
-    "model.pool=false",
-    "objective.order_share=1.0",
-    "objective.decoder_width=32",
-)
+    "name=gpu clip.size=112 clip.num_frames=16 model.arch=r3d_18 model.width=1.0 model.pool=false "
+    "objective.order_share=1.0 objective.decoder_width=32"
+).split()
 """What a GPU is measured with unless a recipe is named: the demo's recipe, with networks of full size."""
 
 
@@ -60,7 +54,7 @@ def chosen_recipe(name: str | None, assignments: list[str], *, gpu: bool) -> Rec
     """The recipe named, or the device's default; then what is assigned. Raises RecipeError."""
     recipe = load_recipe(name or "demo")
     if gpu and name is None:
-        recipe = override(recipe, list(GPU_SIZES))
+        recipe = override(recipe, GPU_SIZES)
     return override(recipe, assignments)
 
 
@@ -87,42 +81,40 @@ def run_bench(
     ``index`` may be None where no part is in WITH_VIDEOS. Rows are appended to ``json`` part by part.
     """
     console = wide_console()
+    say = partial(console.print, markup=False, soft_wrap=True)
     make_deterministic(runtime)
     if runtime.device.type == "cpu":
         torch.set_num_threads(1)  # as in a search: members take the cores
         keep_heap()
     elif runtime.device.index is not None:
         torch.cuda.set_device(runtime.device)
-    said: list[str] = []
-    bench = Bench(recipe, runtime, index, said.append, quick)
+    notes: list[str] = []
+    bench = Bench(recipe, runtime, index, notes.append, quick)
     about = {**provenance(runtime), "seed": recipe.seed, "recipe": recipe.name}
     about |= {"recipe_hash": recipe_hash(recipe), "threads": torch.get_num_threads()}
-    found: list[Row] = []
+    measured: list[Row] = []
     for part in parts:
         rows = [msgspec.structs.replace(row, about=about) for row in PARTS[part](bench)]
-        found += rows
+        measured += rows
         console.print(rows_table(f"{part} on {about['device']}", rows))
-        for line in said:
-            console.print(line, markup=False, soft_wrap=True)
-        said.clear()
+        while notes:
+            say(notes.pop(0))
         if json is not None:
             append_json(rows, json)
     if plot is not None:
-        drawn = draw_roofline(found, plot)
+        drawn = draw_roofline(measured, plot)
         none = "nothing to draw: only views, loss and step count both bytes and FLOPs"
-        console.print(f"roofline: {plot}" if drawn else none, markup=False, soft_wrap=True)
-    worst = bottleneck(found)
-    if worst is not None:
-        console.print(worst, markup=False, soft_wrap=True)
-    return found
+        say(f"roofline: {plot}" if drawn else none)
+    if (worst := bottleneck(measured)) is not None:
+        say(worst)
+    return measured
 
 
 def show_comparison(first: Path, second: Path) -> None:
     """Print two result files side by side; raises ValueError for one that holds no results."""
     console = wide_console()
-    shown, missing = comparison(
-        read_json(first), read_json(second), names=(first.name, second.name)
-    )
+    rows = read_json(first), read_json(second)
+    shown, missing = comparison(*rows, names=(first.name, second.name))
     console.print(shown)
     for line in missing:
         console.print(line, markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from engine.bench.base import Bench, told
+from engine.bench.base import Bench, shape
 from engine.bench.rows import Row
 from engine.data.views import RGB_MEAN, RGB_STD
 from kernels.reference import LUMA
@@ -53,10 +53,10 @@ def run(bench: Bench) -> Iterator[Row]:
         calls = {name: partial(peer, raw, mean, std, dtype=dtype) for name, peer in peers.items()}
         pixels = raw.numel() // 3
         yield from bench.memory_rows(
-            "views",
-            bench.agreeing("views", calls, want=EAGER),
-            shape=f"{told(*size)} {str(dtype)[6:]}",
-            bytes=floor_bytes(pixels, dtype),
-            flops=pixels * PIXEL_FLOPS,
+            bench.agreeing("views", calls, reference=EAGER),
             ours=["kernels.clip_views"],
+            bytes=floor_bytes(pixels, dtype),
+            part="views",
+            shape=f"{shape(*size)} {str(dtype)[6:]}",
+            flops=pixels * PIXEL_FLOPS,
         )

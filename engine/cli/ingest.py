@@ -106,7 +106,7 @@ def ingest(
 
         print_shards(described(describe), title=str(describe))
     elif contact_sheet is not None:
-        from engine.report.contact_sheet import contact_sheet as draw
+        from engine.report.figures.contact_sheet import contact_sheet as draw
 
         png = out or Path(f"{contact_sheet.resolve().name}.png")
         draw(contact_sheet, png, seed=options["seed"])

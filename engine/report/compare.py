@@ -10,7 +10,7 @@ from typing import Any
 from engine.core.files import write_text_atomic
 from engine.report.figures.compare import color, curves, final
 from engine.report.measures import Group, stat
-from engine.report.page import Kind, draw, render
+from engine.report.page import Kind, draw, render, when
 from engine.report.run import Run, fitness_of, read_run
 from engine.report.words import duration, fitness_metric, plural, pm, spoken
 
@@ -18,78 +18,66 @@ SIDES = ("best", "random", "untrained")
 """Keys of the summary whose fitness fresh seeds confirmed."""
 
 
-def _key(run: Run) -> str:
-    """The recipe without its seed."""
-    return json.dumps({k: v for k, v in run.recipe.items() if k != "seed"}, sort_keys=True)
-
-
 def groups_of(runs: Sequence[Run]) -> tuple[Group, ...]:
     """Runs by recipe, in the order in which they were named; labels tell groups apart."""
-    found: dict[str, list[Run]] = {}
+    by_recipe: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(_key(run), []).append(run)
-    parts = list(found.values())
-    names = [run[0].name for run in parts]
-    several = len(set(names)) > 1  # a name that all have tells nothing
-    plain = [
-        f"{n}, {p[0].method}" if several else p[0].method for n, p in zip(names, parts, strict=True)
-    ]
+        recipe = {k: v for k, v in run.recipe.items() if k != "seed"}
+        by_recipe.setdefault(json.dumps(recipe, sort_keys=True), []).append(run)
+    firsts = [group[0] for group in by_recipe.values()]
+    several = len({run.name for run in firsts}) > 1  # a name that all have tells nothing
+    plain = [f"{run.name}, {run.method}" if several else run.method for run in firsts]
     labels = []
     for i, label in enumerate(plain):
         if plain.count(label) > 1:
-            said = [f"{k.split('.')[-1]} {v[i]}" for k, v in differences([p[0] for p in parts])]
-            label = f"{label}, {', '.join(said[:3])}" if said else f"{label} ({i + 1})"
+            apart = [f"{k.split('.')[-1]} {v[i]}" for k, v in differences(firsts)]
+            label = f"{label}, {', '.join(apart[:3])}" if apart else f"{label} ({i + 1})"
         labels.append(label)
-    return tuple(Group(label, tuple(p)) for label, p in zip(labels, parts, strict=True))
+    return tuple(Group(n, tuple(g)) for n, g in zip(labels, by_recipe.values(), strict=True))
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Recipe keys on which runs differ, seed and name aside, each with every run's value."""
     flat = [_flat(run.recipe) for run in runs]
     keys = dict.fromkeys(k for f in flat for k in f if k not in ("seed", "name", "search.method"))
-    found = [(key, [f.get(key, "not given") for f in flat]) for key in keys]
-    return [(key, values) for key, values in found if len(set(values)) > 1]
+    rows = [(key, [f.get(key, "not given") for f in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
+    flat: dict[str, str] = {}
     for key, value in table.items():
         name = f"{prefix}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: str(value)}
-    return found
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: str(value)}
+    return flat
 
 
 def cautions(groups: Sequence[Group]) -> list[str]:
     """Why these runs may not be comparable, a sentence each."""
     runs = [run for group in groups for run in group.runs]
-    found = []
-    if len({fitness_metric(run) for run in runs}) > 1:
-        names = sorted({fitness_metric(run) for run in runs})
-        found.append(
-            f"Their fitness is not the same measure: {spoken(names)}. Compare shapes, not heights."
-        )
-    if len({str(run.provenance.get("data")) for run in runs}) > 1:
-        found.append("They did not see the same videos and labelled clips.")
-    if len({str(run.provenance.get("git_sha")) for run in runs}) > 1:
-        found.append("They were made by different versions of the code.")
+    metrics = sorted({fitness_metric(run) for run in runs})
+    data, code = ({str(run.provenance.get(key)) for run in runs} for key in ("data", "git_sha"))
     going = [run.folder.name for run in runs if not run.summary]
-    if going:
-        found.append(f"{plural(len(going), 'run')} of them had not ended: {spoken(going)}.")
-    if any(len(group.runs) == 1 for group in groups):
-        found.append("A group of one run has no band: another seed might have gone another way.")
-    return found
+    sentences = {
+        f"Their fitness is not the same measure: {spoken(metrics)}. Compare shapes, not heights.": metrics[
+            1:
+        ],
+        "They did not see the same videos and labelled clips.": len(data) > 1,
+        "They were made by different versions of the code.": len(code) > 1,
+        f"{plural(len(going), 'run')} of them had not ended: {', '.join(going)}.": going,
+        "A group of one run has no band: another seed might have gone another way.": any(
+            len(group.runs) == 1 for group in groups
+        ),
+    }
+    return [sentence for sentence, holds in sentences.items() if holds]
 
 
 def finding(groups: Sequence[Group]) -> str:
     """How high each group got, highest first."""
-    last = [
-        (float(c[-1]), g.label) for g in groups for c in [g.band[0]] if len(c) and c[-1] == c[-1]
-    ]
-    if not last:
-        return "Best fitness so far: no member has a fitness yet."
-    say = [f"{label} {value:.3f}" for value, label in sorted(last, reverse=True)]
+    last = [(float(g.band[0][-1]), g.label) for g in groups if len(g.band[0])]
+    say = [f"{label} {value:.3f}" for value, label in sorted(last, reverse=True) if value == value]
     return (
-        f"Best fitness so far over the members, mean over seeds with a band of one sd. At the end: {'; '.join(say)}. "
+        f"Best fitness so far over the members, at the end: {'; '.join(say) or 'none yet'}. "
         "These are maxima of noisy measurements, and so flatter themselves."
     )
 
@@ -98,25 +86,14 @@ def final_finding(groups: Sequence[Group]) -> str:
     """What fresh seeds confirmed, group by group."""
     parts = []
     for group in groups:
-        best, random = group.side("best"), group.side("random")
-        if best is None:
-            parts.append(f"{group.label}: nothing yet")
-            continue
-        against = (
-            "" if random is None else f" against {pm(random.mean, random.sd)} of random losses"
-        )
-        parts.append(f"{group.label}: {pm(best.mean, best.sd)}{against}")
-    return f"Fitness of the best losses with fresh seeds. {'; '.join(parts)}."
+        keys = ("best", "random") if group.side("best") else ()
+        sides = [pm(s.mean, s.sd) for key in keys if (s := group.side(key))]
+        parts.append(f"{group.label}: {' against '.join(sides) or 'nothing yet'}")
+    return f"Fitness of the best and of random losses with fresh seeds. {'; '.join(parts)}."
 
 
-def _measured(groups: Sequence[Group]) -> Sequence[Group] | None:
-    return groups if any(run.complete for group in groups for run in group.runs) else None
-
-
-def _confirmed(groups: Sequence[Group]) -> Sequence[Group] | None:
-    return groups if any(group.side("best") for group in groups) else None
-
-
+_measured = when(lambda groups: any(run.complete for group in groups for run in group.runs))
+_confirmed = when(lambda groups: any(group.side("best") for group in groups))
 FIGURES: tuple[Kind[Any], ...] = (
     Kind("curves", _measured, curves, finding),
     Kind("final", _confirmed, final, final_finding),
@@ -167,10 +144,12 @@ def _row(group: Group, run: Run, *, ink: str) -> dict[str, Any]:
         "name": run.folder.resolve().name,
         "label": group.label,
         "color": ink,
-        "seed": run.recipe.get("seed", "?"),
-        "members": len(run.trials),
-        "lost": len(run.failed) + len(run.pruned),
-        "seen": fitness_of(run.improvements[-1]) if run.improvements else None,
+        "numbers": [
+            run.recipe.get("seed", "?"),
+            len(run.trials),
+            len(run.failed) + len(run.pruned),
+            f"{fitness_of(run.improvements[-1]):.3f}" if run.improvements else "\N{EN DASH}",
+        ],
         "time": duration(total) if total else "?",
-        **{key: stat(run.summary.get(key)) for key in SIDES},
+        **{key: stat(run, key) for key in SIDES},
     }

@@ -94,7 +94,7 @@ def _fanova(table: Array, fitness: Array, *, trees: int) -> dict[str, float] | N
         ]
     )
     try:
-        found = FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
+        shares = FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
     except RuntimeError:  # no variance in any tree
         return None
-    return {name: float(found.get(name, 0.0)) for name in TERM_NAMES}
+    return {name: float(shares.get(name, 0.0)) for name in TERM_NAMES}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from engine.objective.terms import TERM_NAMES
-from engine.report.run import Array, Run, fitness_of, number, whole
+from engine.report.run import Array, Run, fitness_of, table_of, whole
+from engine.search.samplers import finite
 
 
 @dataclass(frozen=True)
@@ -43,52 +44,41 @@ class Step:
         return self.fitness_after - self.fitness_before
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Best against random losses, both trained again with fresh seeds."""
-
-    best: Stat
-    random: Stat
-    gain: float
-    pooled_sds: float | None
-    """The gain in pooled standard deviations; None where neither side has a spread."""
-
-
-def stat(given: object) -> Stat | None:
-    """A Stat from the summary's ``{"mean", "sd", "n", "values"}``, None where there is no mean."""
-    if not isinstance(given, Mapping) or (mean := number(given.get("mean"))) is None:
+def stat(run: Run, key: str) -> Stat | None:
+    """A Stat from the summary's ``{"mean", "sd", "n", "values"}`` under a key; None where there is no mean."""
+    table = table_of(run.summary, key)
+    if (mean := finite(table.get("mean"))) is None:
         return None
-    listed = given.get("values")
-    raw = listed if isinstance(listed, Sequence) and not isinstance(listed, str) else ()
-    values = tuple(x for v in raw if (x := number(v)) is not None)
-    n = whole(given.get("n"), max(1, len(values)))
-    return Stat(mean, number(given.get("sd")) if n > 1 else None, n, values)
+    raw = table.get("values")
+    numbers = map(finite, raw if isinstance(raw, list) else ())
+    values = tuple(x for x in numbers if x is not None)
+    n = whole(table.get("n"), max(1, len(values)))
+    return Stat(mean, finite(table.get("sd")) if n > 1 else None, n, values)
+
+
+def stat_of(values: Sequence[float]) -> Stat | None:
+    """Mean and sd of values; None where there are none."""
+    if not values:
+        return None
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Stat(float(np.mean(values)), sd, len(values), tuple(values))
 
 
 def initial_stat(run: Run) -> Stat | None:
     """The initial population's fitness: the summary's, else from the members that are complete."""
-    if (given := stat(run.summary.get("initial_population"))) is not None:
-        return given
-    values = tuple(fitness_of(t) for t in run.initial if t.fitness is not None)
-    if not values:
-        return None
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Stat(float(np.mean(values)), sd, len(values), values)
+    values = [fitness_of(t) for t in run.initial if t.fitness is not None]
+    return stat(run, "initial_population") or stat_of(values)
 
 
-def compare(run: Run) -> Comparison | None:
-    """Best against random with fresh seeds; None while the run has not measured both.
+def pooled_sds(one: Stat, other: Stat) -> float | None:
+    """The difference of two means in pooled standard deviations; None where neither side has a spread.
 
     The pooled variance weighs each side's by its n - 1.
     """
-    best, random = stat(run.summary.get("best")), stat(run.summary.get("random"))
-    if best is None or random is None:
-        return None
-    spread = [(s.n - 1, s.sd) for s in (best, random) if s.sd is not None]
+    spread = [(s.n - 1, s.sd) for s in (one, other) if s.sd is not None]
     freedom = sum(n for n, _ in spread)
     pooled = math.sqrt(sum(n * sd * sd for n, sd in spread) / freedom) if freedom else 0.0
-    gain = best.mean - random.mean
-    return Comparison(best, random, gain, gain / pooled if pooled > 0 else None)
+    return (one.mean - other.mean) / pooled if pooled > 0 else None
 
 
 def lineage(run: Run) -> tuple[Step, ...]:
@@ -137,44 +127,30 @@ def fittest_means(run: Run) -> tuple[Array, Array]:
     return np.array(at), np.array(rows).reshape(len(rows), len(TERM_NAMES))
 
 
-def failures(run: Run) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def failures(run: Run) -> list[tuple[str, list[int]]]:
     """Every reason for which members failed, with their trial numbers, most frequent first."""
     groups: dict[str, list[int]] = {}
     for trial in run.failed:
         groups.setdefault(trial.reason, []).append(trial.number)
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[1]))
-    return tuple((reason, tuple(numbers)) for reason, numbers in ordered)
+    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[1]))
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """How fast the members went; None where the run does not say."""
-
-    members_per_hour: float | None
-    """Members that ended, by the whole run's hours."""
-    seconds: float | None
-    """Median of a member's training and scoring."""
-    slowest: float | None
-    """The longest of them."""
-    clips_per_second: float | None
-    """Median of the members' training clips a second."""
-    training_share: float | None
-    """Training's share of the whole run's time."""
-
-
-def throughput(run: Run) -> Throughput:
-    """How fast the run went."""
+def throughput(run: Run) -> dict[str, float]:
+    """How fast the members went, by name; what the run does not say is left out."""
     took = [t.seconds for t in run.trials if t.seconds is not None]
     rates = [t.clips_per_second for t in run.complete if t.clips_per_second]
-    total = run.seconds.get("total") or 0.0
-    train = run.seconds.get("train")
-    return Throughput(
-        members_per_hour=3600 * len(run.trials) / total if total > 0 and run.trials else None,
-        seconds=float(np.median(took)) if took else None,
-        slowest=max(took, default=None),
-        clips_per_second=float(np.median(rates)) if rates else None,
-        training_share=train / total if train is not None and total > 0 else None,
-    )
+    total, train = run.seconds.get("total") or 0.0, run.seconds.get("train")
+    speed: dict[str, float] = {}
+    if total > 0 and run.trials:
+        speed["members an hour"] = 3600 * len(run.trials) / total
+    if rates:
+        speed["training clips a second, median member"] = float(np.median(rates))
+    if took:
+        speed["seconds a member, median"] = float(np.median(took))
+        speed["seconds of the slowest member"] = max(took)
+    if train is not None and total > 0:
+        speed["training's share of the time, %"] = 100 * train / total
+    return speed
 
 
 @dataclass(frozen=True)
@@ -183,22 +159,21 @@ class Incident:
 
     kind: str
     count: int
-    trials: tuple[int, ...]
+    trials: list[int]
     """The members that it struck, without repeats."""
-    details: tuple[str, ...]
+    details: list[str]
     """What was said, without repeats, most frequent first."""
 
 
-def incidents(run: Run) -> tuple[Incident, ...]:
+def incidents(run: Run) -> list[Incident]:
     """The run's events by kind, most frequent first."""
-    kinds = Counter(e.kind for e in run.events)
-    found = []
-    for kind, count in kinds.most_common():
-        mine = [e for e in run.events if e.kind == kind]
-        said = Counter(e.detail for e in mine if e.detail)
-        struck = sorted({k for e in mine for k in e.trials})
-        found.append(Incident(kind, count, tuple(struck), tuple(d for d, _ in said.most_common())))
-    return tuple(found)
+    rows = []
+    for kind, count in Counter(e.kind for e in run.events).most_common():
+        events = [e for e in run.events if e.kind == kind]
+        details = Counter(e.detail for e in events if e.detail)
+        trials = sorted({k for e in events for k in e.trials})
+        rows.append(Incident(kind, count, trials, [text for text, _ in details.most_common()]))
+    return rows
 
 
 def recovered(run: Run) -> tuple[int, ...]:
@@ -234,19 +209,18 @@ def agreement(run: Run, x: str, y: str) -> Agreement | None:
     table = np.array(both, dtype=np.float64)
     rho = spearman(table[:, 0], table[:, 1])
     draws = np.random.default_rng(0).integers(0, len(both), (1000, len(both)))
-    known = [r for r in (spearman(*table[d].T) for d in draws) if r is not None]
-    low, high = np.quantile(known, (0.025, 0.975)).tolist() if known else (None, None)
+    rhos = [r for r in (spearman(*table[d].T) for d in draws) if r is not None]
+    low, high = np.quantile(rhos, (0.025, 0.975)).tolist() if rhos else (None, None)
     return Agreement(len(both), rho, low, high, tuple(both))
 
 
 def spearman(x: Array, y: Array) -> float | None:
     """Rank correlation of two series, ties at their mean rank; None where one is constant."""
     # Imported only here: it takes a second, and a list of runs has no ranks.
-    from scipy.stats import rankdata  # type: ignore[import-untyped]
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
+    constant = np.ptp(x) == 0 or np.ptp(y) == 0
+    return None if constant else float(spearmanr(x, y).statistic)
 
 
 @dataclass(frozen=True)
@@ -277,16 +251,13 @@ class Group:
 
         Of a single run, mean and sd over its fresh seeds.
         """
-        known = [s for run in self.runs if (s := stat(run.summary.get(key))) is not None]
-        if len(known) < 2:
-            return known[0] if known else None
-        means = tuple(s.mean for s in known)
-        return Stat(float(np.mean(means)), float(np.std(means, ddof=1)), len(means), means)
+        stats = [s for run in self.runs if (s := stat(run, key)) is not None]
+        return stats[0] if len(stats) == 1 else stat_of([s.mean for s in stats])
 
 
 def best_so_far(run: Run) -> Array:
     """Best fitness so far after each member, in the order of trials."""
     values = [t.fitness if t.fitness is not None else -np.inf for t in run.trials]
     best = np.maximum.accumulate(np.array(values, dtype=np.float64)) if values else np.empty(0)
-    found: Array = np.where(np.isfinite(best), best, np.nan)
-    return found
+    curve: Array = np.where(np.isfinite(best), best, np.nan)
+    return curve

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Generic, TypeVar
 
 import jinja2
@@ -30,7 +30,8 @@ from engine.report.figures.theme import (
 )
 from engine.report.importance import FEWEST, importance
 from engine.report.measures import Agreement, Stat, stat
-from engine.report.run import Run, fitness_of, number, read_run
+from engine.report.run import Run, fitness_of, read_run, table_of
+from engine.search.samplers import finite
 
 T = TypeVar("T")
 
@@ -47,20 +48,14 @@ class Kind(Generic[T]):
     """What it shows in a sentence or two: its text alternative."""
 
 
-def _complete(run: Run) -> Run | None:
-    return run if run.complete else None
+def when(holds: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """What the page is about, where that holds."""
+    return lambda about: about if holds(about) else None
 
 
-def _with_steps(run: Run) -> Run | None:
-    return run if any(s.fitness_after is not None for s in measures.lineage(run)) else None
-
-
-def _with_time(run: Run) -> Run | None:
-    return run if words.time_parts(run) else None
-
-
-def _with_rates(run: Run) -> Run | None:
-    return run if any(t.clips_per_second for t in run.complete) else None
+_complete = when(lambda run: run.complete)
+_with_gains = when(lambda run: any(s.fitness_after is not None for s in measures.lineage(run)))
+_with_rates = when(lambda run: any(t.clips_per_second for t in run.complete))
 
 
 def _zipf(run: Run) -> Agreement | None:
@@ -75,10 +70,10 @@ FIGURES: tuple[Kind[Any], ...] = (
     Kind("search", _complete, losses.weights, words.search_finding),
     Kind("tasks", _complete, losses.tasks, words.task_finding),
     Kind("modalities", _complete, losses.modalities, words.modality_finding),
-    Kind("lineage", _with_steps, search.ancestry, words.lineage_finding),
+    Kind("lineage", _with_gains, search.ancestry, words.lineage_finding),
     Kind("layers", _complete, losses.layers, words.layer_finding),
     Kind("zipf", _zipf, search.zipf, words.zipf_finding),
-    Kind("time", _with_time, search.time, words.time_finding),
+    Kind("time", when(words.time_parts), search.time, words.time_finding),
     Kind("rates", _with_rates, search.rates, words.rate_finding),
 )
 """A new figure is a line here, a function that draws it, and a line of ``report.html.j2``."""
@@ -119,12 +114,8 @@ def draw(
         text, narrow = svg(wide, label=label), svg(kind.draw(data, NARROW), label=label)
         write_text_atomic(svg_path, text)
         write_png(wide, png_path, title=label)
-        drawings = inlined(text, name="wide"), inlined(narrow, name="narrow")
-        figures[kind.key] = {
-            "key": kind.key,
-            "finding": label,
-            "drawings": Markup("\n".join(drawings)),
-        }
+        drawings = f"{inlined(text, name='wide')}\n{inlined(narrow, name='narrow')}"
+        figures[kind.key] = {"key": kind.key, "finding": label, "drawings": Markup(drawings)}
     return figures
 
 
@@ -138,13 +129,8 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     common = {"font": Markup(FONT), "palette": PALETTE, "levels": len(RAMP), "turn": TURN}
-    return environment.get_template(template).render(**common, plural=words.plural, **values)
-
-
-def as_data(value: Any) -> Markup:
-    """A value as JSON that a script element may hold: no ``<`` ends it early."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace("&", "\\u0026"))
+    common |= {"words": words, "measures": measures, "plural": words.plural}
+    return environment.get_template(template).render(**common, **values)
 
 
 SHOWN = 25
@@ -153,32 +139,21 @@ SHOWN = 25
 
 def values(run: Run) -> dict[str, Any]:
     """Everything but the figures that ``report.html.j2`` names."""
-    results, frames = _results(run), _frames(run)
+    results = _results(run)
     return {
         "run": run,
-        "verdict": words.verdict(run),
-        "caution": words.caution(run),
-        "evolved_share": words.evolved_share(run) if run.complete else "",
-        "metric": words.fitness_metric(run),
         "names": BY_NAME,
         "results": results,
         "scale": _place_bars(results),
-        "tiles": _tiles(run),
+        "tiles": _tiles(run, results),
         "ranked": _ranked(run),
-        "frames": as_data(frames) if frames else None,
+        "frames": _frames(run),
         "steps": measures.lineage(run),
-        "ancestor": measures.ancestor(run),
-        "noise": words.noise(run),
-        "failures": measures.failures(run),
-        "incidents": measures.incidents(run),
-        "incident_labels": words.EVENT_LABELS,
-        "recovered": measures.recovered(run),
         "pruned": _pruned(run),
-        "speed": _speed(run),
         "shown": SHOWN,
         "fewest": FEWEST,
-        "facts": _facts(run),
-        "versions": _pairs(run.provenance.get("versions")),
+        "facts": [(k.replace("_", " "), v) for k, v in _pairs(run.provenance) if k != "versions"],
+        "versions": _pairs(table_of(run.provenance, "versions")),
         "recipe": _recipe(run),
         "labels": _labels(run),
     }
@@ -195,7 +170,7 @@ def _frames(run: Run) -> dict[str, Any] | None:
         "frames": [
             {
                 "trial": t.number,
-                "round": run.round_of(t.number),
+                "round": t.round,
                 "fitness": round(fitness_of(t), 7),
                 "weights": [round(t.weights[n], 7) for n in TERM_NAMES],
             }
@@ -208,40 +183,22 @@ def _pruned(run: Run) -> str:
     """How many members were pruned, and how good they were when they were."""
     if not run.pruned:
         return ""
-    seen = [t.partial for t in run.pruned if t.partial is not None]
-    best = f", the fittest of them at {max(seen):.3f} when it was" if seen else ""
+    scores = [t.partial for t in run.pruned if t.partial is not None]
+    text = f", the fittest of them at {max(scores):.3f}" if scores else ""
     took = [t.seconds for t in run.pruned if t.seconds is not None]
     whole = [t.seconds for t in run.complete if t.seconds is not None]
     if took and whole:
-        share = (sum(took) / len(took)) / (sum(whole) / len(whole))
-        best += f"; each took {100 * share:.0f} % of a whole member's time on average"
-    return f"{words.plural(len(run.pruned), 'member')} pruned{best}."
-
-
-def _speed(run: Run) -> list[tuple[str, str]]:
-    """Throughput in words."""
-    found = measures.throughput(run)
-    rows = [
-        ("members an hour", found.members_per_hour, "{:,.1f}"),
-        ("training clips a second, median member", found.clips_per_second, "{:,.1f}"),
-        ("a member, median", found.seconds, None),
-        ("the slowest member", found.slowest, None),
-        ("training's share of the time", found.training_share, "{:.0%}"),
-    ]
-    return [
-        (name, words.duration(value) if form is None else form.format(value))
-        for name, value, form in rows
-        if value is not None
-    ]
+        text += f"; each took {100 * fmean(took) / fmean(whole):.0f} % of a whole member's time"
+    return f"{words.plural(len(run.pruned), 'member')} pruned{text}."
 
 
 def _results(run: Run) -> list[dict[str, Any]]:
     """Rows of the results table: key, loss, how it was drawn or trained, and its Stat."""
     rows = [
-        ("untrained", "Untrained network", "no training", stat(run.summary.get("untrained"))),
+        ("untrained", "Untrained network", "no training", stat(run, "untrained")),
         ("initial", "Initial population", "the search's seed", measures.initial_stat(run)),
-        ("random", "Random losses", "fresh seeds", stat(run.summary.get("random"))),
-        ("best", "Best loss", "fresh seeds", stat(run.summary.get("best"))),
+        ("random", "Random losses", "fresh seeds", stat(run, "random")),
+        ("best", "Best loss", "fresh seeds", stat(run, "best")),
     ]
     return [{"key": k, "name": n, "note": o, "stat": s} for k, n, o, s in rows if s is not None]
 
@@ -249,41 +206,34 @@ def _results(run: Run) -> list[dict[str, Any]]:
 def _place_bars(rows: list[dict[str, Any]]) -> tuple[float, float]:
     """Add to each row where its bar and values lie, in percent of a common scale; returns that scale's ends."""
     stats: list[Stat] = [r["stat"] for r in rows]
-    edges = [x for s in stats for x in (*s.values, *_ends(s))] or [0.0]
+    bars = [(s.mean - (s.sd or 0.0), s.mean + (s.sd or 0.0)) for s in stats]
+    edges = [x for s, bar in zip(stats, bars, strict=True) for x in (*s.values, *bar)] or [0.0]
     low = math.floor(min(edges) * 20 - 0.2) / 20
     high = math.ceil(max(edges) * 20 + 0.2) / 20
 
     def place(value: float) -> float:
         return round(100 * (value - low) / (high - low), 2)
 
-    for row in rows:
-        s = row["stat"]
-        left, right = (place(x) for x in _ends(s))
-        row |= {"at": place(s.mean), "low": left, "high": right}
+    for row, s, bar in zip(rows, stats, bars, strict=True):
+        row |= {"at": place(s.mean), "low": place(bar[0]), "high": place(bar[1])}
         row["dots"] = [place(v) for v in s.values[:50]]
     return low, high
 
 
-def _ends(s: Stat) -> tuple[float, float]:
-    return s.mean - (s.sd or 0.0), s.mean + (s.sd or 0.0)
-
-
-def _tiles(run: Run) -> list[tuple[str, str, str, str]]:
+def _tiles(run: Run, results: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     """The numbers at the head of the page: key, value, its spread, what it is."""
     tiles = []
-    for row in reversed(_results(run)):
+    for row in reversed(results):
         if row["key"] in ("best", "random"):
-            s = row["stat"]
-            spread = "" if s.sd is None else f"± {s.sd:.3f}"
-            tiles.append((row["key"], f"{s.mean:.3f}", spread, row["name"].lower()))
+            mean, _, sd = words.pm(row["stat"].mean, row["stat"].sd).partition(" ")
+            tiles.append((row["key"], mean, sd, row["name"].lower()))
     if not tiles and run.best:
         seen = f"{fitness_of(run.best):.3f}"
         tiles.append(("seen", seen, "", "best fitness in the search so far"))
-    failed = f", {len(run.failed):,} failed" if run.failed else ""
-    if run.pruned:
-        failed = f", {len(run.pruned):,} pruned{failed}"
-    noun = "member" if len(run.trials) == 1 else "members"
-    tiles.append(("members", f"{len(run.trials):,}", "", f"{noun} trained{failed}"))
+    count, noun = words.plural(len(run.trials), "member").split(" ")
+    lost = {"pruned": len(run.pruned), "failed": len(run.failed)}
+    more = "".join(f", {number:,} {state}" for state, number in lost.items() if number)
+    tiles.append(("members", count, "", f"{noun} trained{more}"))
     if total := run.seconds.get("total"):
         what = "the whole run" if run.summary else "so far"
         tiles.append(("time", words.duration(total), "", what))
@@ -302,18 +252,13 @@ def _ranked(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def _labels(run: Run) -> str:
-    used = run.provenance.get("labels_used")
-    count = number(run.provenance.get("num_labelled"))
-    clips = (
-        "labelled training clips"
-        if count is None
-        else words.plural(int(count), "labelled training clip")
-    )
+    used, count = run.provenance.get("labels_used"), finite(run.provenance.get("num_labelled"))
     if used is False:
         return "No labels were used, neither to train nor to score members."
     if used is None:
         return "The run does not say whether labels were used."
-    return f"Labels were used to score members ({clips}), never to train them."
+    clips = "" if count is None else f" ({words.plural(int(count), 'labelled training clip')})"
+    return f"Labels were used to score members{clips}, never to train them."
 
 
 def _text(value: Any) -> str:
@@ -327,19 +272,12 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _pairs(table: Any) -> list[tuple[str, str]]:
-    return [(str(k), _text(v)) for k, v in table.items()] if isinstance(table, Mapping) else []
-
-
-def _facts(run: Run) -> list[tuple[str, str]]:
-    """Provenance but for the versions, in its own order."""
-    return [
-        (key.replace("_", " "), value) for key, value in _pairs(run.provenance) if key != "versions"
-    ]
+def _pairs(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(key), _text(value)) for key, value in table.items()]
 
 
 def _recipe(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """The recipe's sections; keys outside any section come first."""
     loose = {k: v for k, v in run.recipe.items() if not isinstance(v, Mapping)}
-    sections = [(k, _pairs(v)) for k, v in run.recipe.items() if isinstance(v, Mapping)]
-    return [*([("", _pairs(loose))] if loose else []), *sections]
+    sections = {k: v for k, v in run.recipe.items() if isinstance(v, Mapping)}
+    return [(name, _pairs(rows)) for name, rows in ({"": loose} | sections).items() if rows]

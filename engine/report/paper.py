@@ -18,17 +18,19 @@ from engine.core.display import table as rich_table
 from engine.core.files import write_text_atomic
 from engine.evaluate.paper.cells import Cell, Store
 from engine.evaluate.paper.rows import TITLES, Column, Row
-from engine.report.figures.compare import color, rows_axis, spread_row
+from engine.report.figures.compare import color, spread_row
 from engine.report.figures.theme import (
     COLOR,
     WIDE,
     Axes,
     Figure,
     beside,
+    block,
     dots,
     note,
     place,
     rounded,
+    rows_axis,
     sheet,
     svg,
     themed,
@@ -71,11 +73,8 @@ class Entry:
     def __str__(self) -> str:
         if self.mean is None:
             return "-"
-        return (
-            f"{self.mean:.1f}"
-            + ("" if self.sd is None else f" ± {self.sd:.1f}")
-            + f" ({len(self.values)})"
-        )
+        sd = "" if self.sd is None else f" ± {self.sd:.1f}"
+        return f"{self.mean:.1f}{sd} ({len(self.values)})"
 
 
 @dataclass(frozen=True)
@@ -104,14 +103,21 @@ class Table:
 
     def notes(self) -> list[str]:
         """Footnotes: why numbers are missing."""
-        notes: dict[str, list[str]] = {}
+        notes: dict[str, dict[str, None]] = {}
         for row in self.rows:
             for column in self.columns:
                 if note := self.entry(row, column).note:
-                    names = notes.setdefault(note, [])
-                    if row.title not in names:
-                        names.append(row.title)
+                    notes.setdefault(note, {})[row.title] = None
         return [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+
+    def has_paper(self, column: Column) -> bool:
+        """Whether the paper has any number there."""
+        return any(self.entry(row, column).paper is not None for row in self.rows)
+
+    def protocol_lines(self) -> list[str]:
+        """Protocols by column."""
+        columns = [c for c in self.columns if c.name in self.protocols]
+        return [f"{c.title}: {self.protocols[c.name]}" for c in columns]
 
 
 def table_of(work: Reproduction) -> Table:
@@ -187,12 +193,10 @@ def _without_seed(protocol: str) -> str:
 
 def _shown(table: Table) -> tuple[list[str], list[list[str]]]:
     """Headings and lines of the table as people read it."""
+    paper = {column.name: table.has_paper(column) for column in table.columns}
     heads = [""]
     for column in table.columns:
-        heads.append(f"{column.title}, %")
-        if any(table.entry(row, column).paper is not None for row in table.rows):
-            heads.append("paper")
-    heads.append("labels")
+        heads += [f"{column.title}, %", *(["paper"] if paper[column.name] else [])]
     lines = []
     for row in table.rows:
         line, used = [row.title], None
@@ -200,7 +204,7 @@ def _shown(table: Table) -> tuple[list[str], list[list[str]]]:
             entry = table.entry(row, column)
             line.append(str(entry))
             used = entry.labels_used if used is None else used or bool(entry.labels_used)
-            if any(table.entry(r, column).paper is not None for r in table.rows):
+            if paper[column.name]:
                 line.append("" if entry.paper is None else f"{entry.paper:.1f}")
         lines.append([*line, "" if used is None else "yes" if used else "no"])
     for name, values in table.baselines.items():
@@ -208,34 +212,29 @@ def _shown(table: Table) -> tuple[list[str], list[list[str]]]:
         for column in table.columns:
             value = values.get(column.name)
             line.append("-" if value is None else f"{value:.1f}")
-            if any(table.entry(r, column).paper is not None for r in table.rows):
-                line.append("")
+            line += [""] if paper[column.name] else []
         lines.append([*line, ""])
-    return heads, lines
+    return [*heads, "labels"], lines
 
 
 def as_text(table: Table) -> tuple[RichTable, list[str]]:
     """For the terminal: the table, and lines to go under it."""
-    heads, lines = _shown(table)
-    under = [
-        f"{c.title}: {table.protocols[c.name]}" for c in table.columns if c.name in table.protocols
-    ]
-    return rich_table(table.title, heads, lines), [*under, *table.notes()]
+    return rich_table(table.title, *_shown(table)), [*table.protocol_lines(), *table.notes()]
 
 
 def as_markdown(table: Table) -> str:
     """Ready to paste into a page."""
-    heads, lines = _shown(table)
+    heads, cells = _shown(table)
     parts = [f"**{table.title}**: mean ± sd over seeds (n).", ""]
-    for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *lines):
-        parts.append("| " + " | ".join(cells) + " |")
+    for line in (heads, ["---", *["---:"] * (len(heads) - 1)], *cells):
+        parts.append(f"| {' | '.join(line)} |")
     parts += ["", f"![{table.title}]({table.name}.svg)", ""]
-    if table.protocols:
-        parts += ["Protocols:", ""]
-        shown = [c for c in table.columns if c.name in table.protocols]
-        parts += [*(f"- {c.title}: {table.protocols[c.name]}." for c in shown), ""]
-    if notes := table.notes():
-        parts += ["Missing numbers:", "", *(f"- {note}." for note in notes), ""]
+    for heading, lines in (
+        ("Protocols:", table.protocol_lines()),
+        ("Missing numbers:", table.notes()),
+    ):
+        if lines:
+            parts += [heading, "", *(f"- {line}." for line in lines), ""]
     parts.append(
         '"labels": whether labels had a part in the representation, in its training or in choosing its loss.'
         " The paper's numbers are on HMDB51, UCF101 or Kinetics, with its own unlabelled videos."
@@ -259,10 +258,8 @@ def as_csv(table: Table) -> str:
             writer.writerow([*where, *numbers, used, _plain(e.train_videos), e.note])
     for name, values in table.baselines.items():
         for column_name, value in values.items():
-            writer.writerow(
-                [table.name, table.scale, "baseline", name, column_name, "", "", _plain(value)]
-                + ["", "", "", "", "", ""]
-            )
+            where = [table.name, table.scale, "baseline", name, column_name, "", ""]
+            writer.writerow([*where, _plain(value), *[""] * 6])
     return out.getvalue()
 
 
@@ -280,30 +277,16 @@ def as_json(table: Table) -> dict[str, Any]:
         "protocols": dict(table.protocols),
         "baselines": {name: dict(values) for name, values in table.baselines.items()},
         "rows": [
-            {
-                "row": row.name,
-                "title": row.title,
-                "group": row.group,
-                "series": row.series,
-                "x": row.x,
-                "cells": {c.name: _cell(table.entry(row, c)) for c in table.columns},
-            }
+            {"row": row.name}
+            | {key: getattr(row, key) for key in ("title", "group", "series", "x")}
+            | {"cells": {c.name: _cell(table.entry(row, c)) for c in table.columns}}
             for row in table.rows
         ],
     }
 
 
 def _cell(e: Entry) -> dict[str, Any]:
-    return {
-        "mean": e.mean,
-        "sd": e.sd,
-        "n": len(e.values),
-        "values": list(e.values),
-        "paper": e.paper,
-        "labels_used": e.labels_used,
-        "train_videos": e.train_videos,
-        "note": e.note,
-    }
+    return {"mean": e.mean, "sd": e.sd, "n": len(e.values), **asdict(e)}
 
 
 @themed
@@ -334,16 +317,7 @@ def _dots(table: Table) -> Figure:
     figure = sheet(WIDE, HEAD + tall + FOOT)
     for i, row in enumerate(table.rows):
         if i and row.group != table.rows[i - 1].group:
-            place(
-                figure,
-                0,
-                HEAD + i * EACH - 0.5,
-                WIDE,
-                1,
-                xticks=[],
-                yticks=[],
-                facecolor=COLOR["rule"],
-            )
+            block(figure, 0, HEAD + i * EACH - 0.5, WIDE, 1, COLOR["rule"])
         best = row.name == "evolved"
         look = {"size": 12, "weight": "bold" if best else "normal"}
         note(figure, 0, HEAD + (i + 0.5) * EACH, row.title, "best" if best else "ink", **look)
@@ -421,9 +395,7 @@ def _curve(axes: Axes, table: Table, column: Column, series: str, *, ink: str) -
     paper = [(x, e.paper) for x, e in cells if e.paper is not None]
     if len(band) > 1:
         axes.fill_between(*band.T, color=COLOR[ink], alpha=0.15)
-    if means:
-        line = [(x, mean) for x, mean, _ in means]
-        dots(axes, line, color=ink, size=6, ls="-", lw=2, label=series)
-        dots(axes, seeds, color=ink, size=3.5, alpha=0.6)
-    if paper:
-        dots(axes, paper, color="muted", size=8, ring=True)
+    line = [(x, mean) for x, mean, _ in means]
+    dots(axes, line, color=ink, size=6, ls="-", lw=2, label=series)
+    dots(axes, seeds, color=ink, size=3.5, alpha=0.6)
+    dots(axes, paper, color="muted", size=8, ring=True)

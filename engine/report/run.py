@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -23,20 +24,15 @@ from engine.search.samplers import Trial, finite, finite_values
 from engine.search.study import read_trials
 
 Array = npt.NDArray[np.float64]
-number = finite
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """Something that went wrong or was done about it: a line of events.jsonl."""
 
     kind: str
     """Such as worker_died, retry, time_limit, out_of_memory, non_finite, storage, resumed."""
-    trials: tuple[int, ...]
-    time: float | None
-    """Unix seconds."""
-    worker: str
-    detail: str
+    trials: tuple[int, ...] = ()
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,11 @@ class Run:
     @cached_property
     def improvements(self) -> tuple[Trial, ...]:
         """The members that were fitter than all before them: best-so-far changes there and nowhere else."""
-        found: list[Trial] = []
+        best: list[Trial] = []
         for trial in self.complete:
-            if not found or fitness_of(trial) > fitness_of(found[-1]):
-                found.append(trial)
-        return tuple(found)
+            if not best or fitness_of(trial) > fitness_of(best[-1]):
+                best.append(trial)
+        return tuple(best)
 
     @cached_property
     def by_number(self) -> dict[int, Trial]:
@@ -97,9 +93,8 @@ class Run:
     @cached_property
     def weights(self) -> dict[str, float] | None:
         """The best loss: every term's weight; None before any member is complete."""
-        given = self.summary.get("weights")
-        if isinstance(given, Mapping) and given:
-            return _weights(given)
+        if weights := table_of(self.summary, "weights"):
+            return {name: finite(weights.get(name)) or 0.0 for name in TERM_NAMES}
         return dict(self.best.weights) if self.best else None
 
     @cached_property
@@ -110,9 +105,7 @@ class Run:
     @cached_property
     def method(self) -> str:
         """How weights were proposed: ``search.method`` of the recipe."""
-        section = self.recipe.get("search")
-        known = section.get("method", "evolution") if isinstance(section, Mapping) else "evolution"
-        return str(known)
+        return str(table_of(self.recipe, "search").get("method", "evolution"))
 
     @cached_property
     def evolved(self) -> bool:
@@ -136,14 +129,7 @@ class Run:
     @cached_property
     def num_fittest(self) -> int:
         """How many of the fittest members the curves average: a quarter of the population, at least 3."""
-        section = self.recipe.get("search")
-        population = whole(section.get("population"), 12) if isinstance(section, Mapping) else 12
-        return max(3, population // 4)
-
-    def round_of(self, number: int) -> int:
-        """The round of the search that a trial belongs to; 0 for the initial population."""
-        trial = self.by_number.get(number)
-        return max(0, number - len(self.initial) + 1) if trial is None else trial.round
+        return max(3, whole(table_of(self.recipe, "search").get("population"), 12) // 4)
 
 
 def fitness_of(trial: Trial) -> float:
@@ -157,9 +143,10 @@ def whole(value: object, default: int) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else default
 
 
-def _weights(given: object) -> dict[str, float]:
-    known = given if isinstance(given, Mapping) else {}
-    return {name: number(known.get(name)) or 0.0 for name in TERM_NAMES}
+def table_of(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The table under a key; empty where there is none."""
+    table = values.get(key)
+    return table if isinstance(table, Mapping) else {}
 
 
 def read_run(folder: Path) -> Run:
@@ -173,7 +160,7 @@ def read_run(folder: Path) -> Run:
     recipe = _read(folder / "recipe.toml", unread=unread)
     provenance = _read(folder / "provenance.json", unread=unread)
     summary = _read(folder / "summary.json", unread=unread)
-    trials = read_study(folder, unread=unread)
+    trials = _study(folder, unread=unread)
     if not (recipe or provenance or summary or trials or unread):
         raise ValueError(
             f"{folder}: not a run folder (no recipe.toml, provenance.json or study); "
@@ -193,39 +180,39 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def read_study(folder: Path, *, unread: list[str]) -> list[Trial]:
+def _study(folder: Path, *, unread: list[str]) -> list[Trial]:
     """A run's finished members, wherever its study lies; none, and a note, where that can't be read."""
-    noted = _read(folder / "storage.json", unread=unread)
-    place: str | Path = str(noted["url"]) if "url" in noted else study_file(folder)
+    storage = _read(folder / "storage.json", unread=unread)
+    place: str | Path = str(storage["url"]) if "url" in storage else study_file(folder)
     if isinstance(place, Path) and not place.exists():
         return []
     try:
-        return read_trials(place, name=str(noted.get("study", "evolve")))
+        return read_trials(place, name=str(storage.get("study", "evolve")))
     except (OSError, ValueError) as error:
         unread.append(f"study: {error}")
         return []
 
 
 def _read(path: Path, *, unread: list[str]) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+    """A file's table of keys; empty, and a note, where it can't be read."""
+    decode = tomllib.loads if path.suffix == ".toml" else json.loads
     try:
-        text = path.read_text(encoding="utf-8")
-        value = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        table = decode(path.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise ValueError("not a table of keys")
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError) as error:
         unread.append(f"{path.name}: {error}")
         return {}
-    if not isinstance(value, dict):
-        unread.append(f"{path.name}: not a table of keys")
-        return {}
-    return value
+    return table
 
 
 def _events(path: Path, *, unread: list[str]) -> tuple[Event, ...]:
     """Every whole line; a process that died may have left half of one."""
-    found: list[Event] = []
+    events: list[Event] = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return ()
     except OSError as error:
@@ -233,23 +220,8 @@ def _events(path: Path, *, unread: list[str]) -> tuple[Event, ...]:
         return ()
     for count, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
             if line.strip():
-                unread.append(f"{path.name}, line {count}: not an event")
-            continue
-        given = row.get("trials")
-        trials = given if isinstance(given, list) else []
-        worker = row.get("worker")
-        found.append(
-            Event(
-                kind=row["kind"],
-                trials=tuple(k for k in trials if whole(k, -1) >= 0),
-                time=number(row.get("time")),
-                worker="" if worker is None else str(worker),
-                detail=str(row.get("detail") or ""),
-            )
-        )
-    return tuple(found)
+                events.append(msgspec.json.decode(line, type=Event))
+        except ValueError:
+            unread.append(f"{path.name}, line {count}: not an event")
+    return tuple(events)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, Literal
 
 from engine.core.run import FAILED, how_ended
 from engine.report.measures import stat
-from engine.report.run import Run, fitness_of, number, read_run, whole
+from engine.report.run import Run, fitness_of, read_run, table_of, whole
+from engine.search.samplers import finite
 
 State = Literal["running", "finished", "interrupted", "failed", "broken"]
 STUDIES = ("study.jsonl", "study.db", "storage.json")
@@ -81,12 +81,11 @@ def _read(path: Path, now: float) -> Row:
     if lost or not run.recipe:
         raise ValueError("; ".join(lost) or "recipe.toml is missing or empty")
     state, note = _state(path, run)
-    section = run.recipe.get("search")
-    search: Mapping[str, Any] = section if isinstance(section, Mapping) else {}
+    search = table_of(run.recipe, "search")
     is_search = bool(run.summary) or any((path / name).exists() for name in STUDIES)
     planned = whole(search.get("population"), 0) + whole(search.get("rounds"), 0)
     total = len(run.trials) if state == "finished" else planned
-    confirmed = stat(run.summary.get("best"))
+    confirmed = stat(run, "best")
     seed = whole(run.recipe.get("seed"), -1)
     if not note and run.unread:
         note = f"unreadable: {'; '.join(run.unread[:2])}"
@@ -111,15 +110,12 @@ def _state(path: Path, run: Run) -> tuple[State, str]:
     """Whether a process holds the run's lock, else how the last one ended."""
     if locked(path):
         return "running", ""
-    told = whole(
-        run.summary.get("members"), len(run.trials)
-    )  # a search may go on after its summary
-    if (run.summary and told >= len(run.trials)) or (path / "rgb.safetensors").exists():
+    members = whole(run.summary.get("members"), len(run.trials))
+    # a search may go on after its summary
+    if (run.summary and members >= len(run.trials)) or (path / "rgb.safetensors").exists():
         return "finished", ""
-    ended = how_ended(path)
-    if ended is not None and ended[0] == FAILED:
-        return "failed", ended[1]
-    return "interrupted", ""
+    how, reason = how_ended(path) or ("", "")
+    return ("failed", reason) if how == FAILED else ("interrupted", "")
 
 
 def locked(path: Path) -> bool:
@@ -150,8 +146,4 @@ def _last_write(path: Path) -> float:
 
 def as_json(row: Row) -> dict[str, Any]:
     """A row's fields for ``--json``; a fitness that is not a number is null."""
-    return {
-        **{k: v for k, v in vars(row).items() if k != "path"},
-        "path": str(row.path),
-        "best": number(row.best),
-    }
+    return vars(row) | {"path": str(row.path), "best": finite(row.best)}

@@ -12,17 +12,9 @@ import numpy as np
 
 from engine.objective.terms import BY_NAME, NUM_LAYERS, TERM_NAMES, TERMS
 from engine.report.importance import Importance
-from engine.report.measures import (
-    Agreement,
-    ancestor,
-    compare,
-    fittest_means,
-    initial_stat,
-    lineage,
-    stat,
-    throughput,
-)
-from engine.report.run import Run, fitness_of, number
+from engine.report.measures import Agreement, ancestor, fittest_means, lineage, pooled_sds, stat
+from engine.report.run import Run, fitness_of, table_of
+from engine.search.samplers import finite
 
 TASK_LABELS = {
     "shuffle": "Frame shuffle",
@@ -86,9 +78,8 @@ def spoken(items: Sequence[str]) -> str:
 
 def fitness_metric(run: Run) -> str:
     """What a member's fitness is in this run."""
-    section = run.recipe.get("fitness")
-    metric = section.get("metric", "hungarian") if isinstance(section, dict) else "hungarian"
-    return METRIC_LABELS.get(str(metric), str(metric))
+    metric = str(table_of(run.recipe, "fitness").get("metric", "hungarian"))
+    return METRIC_LABELS.get(metric, metric)
 
 
 def pm(mean: float, sd: float | None) -> str:
@@ -107,40 +98,42 @@ def time_parts(run: Run) -> dict[str, float]:
 
 def verdict(run: Run) -> str:
     """Whether the best loss beats random ones with fresh seeds, and by how many pooled sd."""
-    if (c := compare(run)) is None:
-        if not run.complete:
-            return "No member is complete yet, so there is nothing to compare."
+    best, random = stat(run, "best"), stat(run, "random")
+    if not run.complete and (best is None or random is None):
+        return "No member is complete yet, so there is nothing to compare."
+    if best is None or random is None:
         return "The best loss has not been compared with random losses on fresh seeds yet."
-    pair = f"{pm(c.best.mean, c.best.sd)} against {pm(c.random.mean, c.random.sd)}"
-    sds = "" if c.pooled_sds is None else f", {abs(c.pooled_sds):.1f} pooled standard deviations"
-    if c.gain <= 0:
-        return f"The evolved loss does not beat random losses: {pair} ({-c.gain:.3f} lower{sds})."
-    by = f"{pair} ({c.gain:.3f} higher{sds})"
-    if c.pooled_sds is None:
+    gain, apart = best.mean - random.mean, pooled_sds(best, random)
+    sds = "" if apart is None else f", {abs(apart):.1f} pooled standard deviations"
+    side = "higher" if gain > 0 else "lower"
+    by = f"{pm(best.mean, best.sd)} against {pm(random.mean, random.sd)} ({abs(gain):.3f} {side}{sds})"
+    if gain <= 0:
+        return f"The evolved loss does not beat random losses: {by}."
+    if apart is None:
         return f"The evolved loss scores higher than random losses, {by}, but there is no spread to judge by."
-    if c.pooled_sds < 2:
+    if apart < 2:
         return f"The evolved loss scores higher than random losses, but not clearly: {by}."
     return f"The evolved loss beats random losses: {by}."
 
 
 def caution(run: Run) -> str:
     """Why the search's own best value is not the result."""
-    best, seen = stat(run.summary.get("best")), number(run.summary.get("best_search_fitness"))
+    best, seen = stat(run, "best"), finite(run.summary.get("best_search_fitness"))
     if best is None or seen is None:
         return "The best fitness of a noisy search flatters itself, and no fresh seed has confirmed this loss yet."
     return (
-        f"The search saw {seen:.3f} for this loss, which flatters itself as the highest of many noisy measurements; "
+        f"The search saw {seen:.3f} for this loss, the highest of many noisy measurements, which flatters itself: "
         f"quote {best.mean:.3f}, from {plural(best.n, 'fresh seed')}."
     )
 
 
 def noise(run: Run) -> str:
     """What a step of the lineage is to be judged by."""
-    best = stat(run.summary.get("best"))
+    best = stat(run, "best")
     if best is None or best.sd is None:
         return "Each fitness is one noisy measurement, so small gains may be luck."
     return (
-        f"With fresh seeds the best loss alone varies by {best.sd:.3f} (sd), so a difference of two members below "
+        f"The best loss alone varies by {best.sd:.3f} (sd) over fresh seeds, so a gain below "
         f"{2 * 2**0.5 * best.sd:.3f} may be luck."
     )
 
@@ -148,76 +141,60 @@ def noise(run: Run) -> str:
 def evolved_share(run: Run) -> str:
     """How many weights were drawn anew on the way to the best loss."""
     changed = len({s.term for s in lineage(run) if s.term})
-    if not changed and run.method not in ("evolution", "random"):
+    if changed:
+        return (
+            f"Evolution drew {changed} of the 39 weights anew (corner marks); the others are the random draw of trial "
+            f"{ancestor(run)}, so each alone says little."
+        )
+    if run.method not in ("evolution", "random"):
         return f"All its weights were proposed together, by {run.method}."
-    if not changed:
-        return "No weight of this loss was changed by evolution: it is a random draw, so single weights say little."
-    return (
-        f"Evolution drew {changed} of the 39 weights anew, which a corner mark shows; the others are still the random "
-        f"draw of trial {ancestor(run)}, so each alone says little."
-    )
+    return "No weight of this loss was changed by evolution: it is a random draw, so single weights say little."
 
 
-def _extremes(weights: Mapping[str, float], count: int) -> str:
-    """The highest and the lowest weights, by the terms' codes."""
-    ranked = sorted(TERM_NAMES, key=lambda n: (-weights[n], TERM_NAMES.index(n)))
-    say = [f"{BY_NAME[n].code} {weights[n]:.2f}" for n in ranked]
-    return f"{spoken(say[:count])} weigh most, {spoken(say[::-1][:count])} least"
+def _extremes(values: Mapping[str, float], count: int = 3) -> str:
+    """The highest and the lowest values."""
+    named = [f"{name} {values[name]:.2f}" for name in sorted(values, key=lambda n: -values[n])]
+    return f"{spoken(named[:count])} are highest, {spoken(named[::-1][:count])} lowest"
+
+
+def _by_code(weights: Mapping[str, float]) -> dict[str, float]:
+    return {BY_NAME[name].code: weights[name] for name in TERM_NAMES}
 
 
 def fitness_finding(run: Run) -> str:
-    """What the fitness curve shows."""
-    first, last = run.improvements[0], run.improvements[-1]
-    text = f"Fitness of {plural(len(run.complete), 'member')} over the search. "
-    if first is last:
-        text += f"The best is trial {first.number} with {fitness_of(first):.3f}."
-    else:
-        steps = plural(len(run.improvements) - 1, "step")
-        text += (
-            f"Best so far goes from {fitness_of(first):.3f} at trial {first.number} to "
-            f"{fitness_of(last):.3f} at trial {last.number}, in {steps}."
-        )
-    known = [
-        f"{label} {pm(s.mean, s.sd)}"
-        for label, s in (
-            ("untrained network", stat(run.summary.get("untrained"))),
-            ("initial population", initial_stat(run)),
-            ("random losses, fresh seeds", stat(run.summary.get("random"))),
-            ("best loss, fresh seeds", stat(run.summary.get("best"))),
-        )
-        if s is not None
-    ]
-    text += f" Levels: {spoken(known)}." if known else ""
-    text += f" {plural(len(run.failed), 'member')} failed." if run.failed else ""
-    return text + (f" {plural(len(run.pruned), 'member')} pruned." if run.pruned else "")
+    """How many members there are, and the best of them."""
+    best = run.improvements[-1]
+    others = {"failed": len(run.failed), "pruned": len(run.pruned)}
+    without = ", ".join(f"{count:,} {state}" for state, count in others.items() if count)
+    return (
+        f"Fitness of {plural(len(run.complete), 'member')} over the search{f' ({without})' if without else ''}: "
+        f"the best is trial {best.number} with {fitness_of(best):.3f}."
+    )
 
 
 def loss_finding(run: Run) -> str:
     """What the heat map of the final loss shows."""
     assert run.weights is not None
-    return f"Heat map of the best loss: {_extremes(run.weights, 5)}."
+    return f"Weights of the best loss: {_extremes(_by_code(run.weights), 5)}."
 
 
 def search_finding(run: Run) -> str:
     """What the heat map over the search shows."""
-    last = run.improvements[-1]
-    changes = len(run.improvements) - 1
-    often = "once" if changes == 1 else f"{changes:,} times"
+    count = plural(len(run.improvements) - 1, "change")
+    last = _extremes(_by_code(run.improvements[-1].weights))
     return (
-        f"Heat map of the best loss so far, which {f'changes {often}' if changes else 'never changes'}. "
-        f"At the last trial {_extremes(last.weights, 3)}."
+        f"Weights of the best loss so far, with {count} over the search; at the last trial {last}."
     )
 
 
 def rounds_finding(run: Run) -> str:
     """How the heat map changes from the first moment to the last."""
-    first, last = run.improvements[0], run.improvements[-1]
-    if first is last:
-        return f"Heat maps over the search: all alike, since trial {first.number} stayed the best."
-    moved = sorted(TERM_NAMES, key=lambda n: -abs(last.weights[n] - first.weights[n]))[:3]
-    say = [f"{BY_NAME[n].code} from {first.weights[n]:.2f} to {last.weights[n]:.2f}" for n in moved]
-    changed = sum(last.weights[n] != first.weights[n] for n in TERM_NAMES)
-    return f"From the first to the last best loss {changed} of 39 weights differ, most of all {spoken(say)}."
+    first, last = run.improvements[0].weights, run.improvements[-1].weights
+    moved = [n for n in TERM_NAMES if last[n] != first[n]]
+    moved.sort(key=lambda n: -abs(last[n] - first[n]))
+    most = [f"{BY_NAME[n].code} from {first[n]:.2f} to {last[n]:.2f}" for n in moved[:3]]
+    text = f"From the first to the last best loss {len(moved)} of 39 weights differ"
+    return f"{text}, most of all {spoken(most)}." if most else f"{text}."
 
 
 def task_finding(run: Run) -> str:
@@ -227,60 +204,42 @@ def task_finding(run: Run) -> str:
         label.lower(): float(np.mean([last[i] for i, t in enumerate(TERMS) if t.task == task]))
         for task, label in TASK_LABELS.items()
     }
-    return f"Task weights of the {run.num_fittest} fittest members: {_ends(means)}."
+    return f"Task weights of the {run.num_fittest} fittest members: {_extremes(means)}."
 
 
 def modality_finding(run: Run) -> str:
     """Which single terms the fittest members weigh most."""
     last = fittest_means(run)[1][-1]
     terms = {t.name: float(last[i]) for i, t in enumerate(TERMS) if t.layer is None}
-    return f"Task weights of the {run.num_fittest} fittest members by modality: {_ends(terms)}."
-
-
-def _ends(values: Mapping[str, float]) -> str:
-    """The three highest and the three lowest."""
-    say = [f"{name} {values[name]:.2f}" for name in sorted(values, key=lambda n: -values[n])]
-    return f"{spoken(say[:3])} are highest, {spoken(say[::-1][:3])} lowest"
+    return f"Task weights of the {run.num_fittest} fittest members by modality: {_extremes(terms)}."
 
 
 def lineage_finding(run: Run) -> str:
     """Which change of a weight helped the best member's line most, and how many did not."""
     steps = lineage(run)
-    known = [s for s in steps if s.gain is not None]
-    text = f"The best member comes of {plural(len(steps), 'mutation')}. "
-    if not known:
-        return text + "What each gained is not known."
-    best = max(known, key=lambda s: s.gain or 0.0)
-    worse = sum((s.gain or 0.0) < 0 for s in known)
-    moved = (
-        f" from {best.before:.2f} to {best.after:.2f}"
-        if None not in (best.before, best.after)
-        else ""
+    gains = [(s.gain, s) for s in steps if s.gain is not None]
+    text = f"The best member comes of {plural(len(steps), 'mutation')}"
+    if not gains:
+        return f"{text}; what each gained is not known."
+    gain, best = max(gains, key=lambda pair: pair[0])
+    worse = sum(gain < 0 for gain, _ in gains)
+    return (
+        f"{text}; the largest gain is trial {best.trial}'s, {gain:+.3f}, by {best.term or 'a weight'}, "
+        f"and {worse} of {len(gains)} scored lower than the parent."
     )
-    text += f"The largest gain is trial {best.trial}'s, {best.gain:+.3f}: {best.term or 'a weight'}{moved}. "
-    if worse:
-        text += f"{worse} of {len(known)} scored lower than the parent. "
-    if known[0].fitness_before is not None and known[-1].fitness_after is not None:
-        text += f"Altogether {known[-1].fitness_after - known[0].fitness_before:+.3f}."
-    return text.strip()
 
 
 def importance_finding(result: Importance) -> str:
     """Which weights fitness depends on, and whether more than by chance."""
     order = sorted(TERM_NAMES, key=lambda n: -result.share[n])
-    above = [n for n in order if result.share[n] > result.chance]
-    say = [f"{n} {100 * result.share[n]:.1f} %" for n in above[:3]]
-    lead = (
-        f"Fitness depends most on {spoken(say)}"
-        if above
-        else "No weight matters more than chance gives"
-    )
+    above = [f"{n} {100 * result.share[n]:.1f} %" for n in order if result.share[n] > result.chance]
+    lead = "No weight matters more than chance gives"
+    if above:
+        lead = f"Fitness depends most on {spoken(above[:3])}"
     text = (
-        f"{lead}. {len(above)} of 39 terms {'lies' if len(above) == 1 else 'lie'} above the "
-        f"{100 * result.chance:.1f} % that the highest term reaches when fitness is dealt out at random "
-        f"({plural(result.shuffles, 'time')}). Single weights make "
-        f"{100 * sum(result.share.values()):.0f} % of the variance that {result.trees} trees over "
-        f"{result.members:,} members predict."
+        f"{lead}: {len(above)} of 39 terms above the {100 * result.chance:.1f} % that the highest reaches when fitness "
+        f"is dealt out at random ({plural(result.shuffles, 'time')}), by {result.trees} trees over "
+        f"{result.members:,} members."
     )
     if result.agreement is None:
         return text
@@ -301,15 +260,11 @@ def zipf_finding(result: Agreement) -> str:
 
 def rate_finding(run: Run) -> str:
     """How fast members were trained."""
-    result = throughput(run)
     rates = [t.clips_per_second for t in run.complete if t.clips_per_second]
-    text = (
-        f"Training clips a second of {plural(len(rates), 'member')}: median {result.clips_per_second:,.0f}, "
-        f"{min(rates):,.0f} to {max(rates):,.0f}."
+    return (
+        f"Training clips a second of {plural(len(rates), 'member')}: median {np.median(rates):,.0f}, "
+        f"from {min(rates):,.0f} to {max(rates):,.0f}."
     )
-    if result.members_per_hour is not None:
-        text += f" The whole run did {result.members_per_hour:,.1f} members an hour."
-    return text
 
 
 def layer_finding(run: Run) -> str:
@@ -318,13 +273,10 @@ def layer_finding(run: Run) -> str:
     parts = []
     for m in DISTILLED:
         values = [run.weights[f"distill/{m}@{k}"] for k in range(NUM_LAYERS)]
-        if sum(values) == 0:
-            parts.append(f"{m} not at all")
-            continue
-        depth = sum(k * v for k, v in enumerate(values)) / sum(values)
+        total = sum(values)
+        depth = sum(k * v for k, v in enumerate(values)) / total if total else 0.0
         lean = "early" if depth < 1.8 else "late" if depth > 2.2 else "evenly"
-        peak = max(range(NUM_LAYERS), key=lambda k: values[k])
-        parts.append(f"{m} {lean} (most at layer {peak}, {values[peak]:.2f})")
+        parts.append(f"{m} {lean if total else 'not at all'}")
     return (
         f"The best loss distils {spoken(parts)}. The paper found grey early, audio and flow late."
     )

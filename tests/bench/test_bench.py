@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from engine.bench import limits, timing
+from engine.bench import base
 from engine.bench.rows import Row, read_json
 from engine.cli.main import main
 
@@ -22,9 +22,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setitem(limits.COPY_BYTES, "cpu", 2**22)
-    monkeypatch.setitem(limits.MATRIX_SIDES, "cpu", (128,))
-    monkeypatch.setitem(timing.FLUSH_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(base.COPY_BYTES, "cpu", 2**22)
+    monkeypatch.setitem(base.MATRIX_SIDES, "cpu", (128,))
+    monkeypatch.setitem(base.FLUSH_BYTES, "cpu", 2**20)
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)

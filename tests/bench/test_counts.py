@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.bench import limits
+from engine.bench import base
+from engine.bench.base import Bench, interleaved
 from engine.bench.cohort import Costs, possible_gain
 from engine.bench.kmeans import Problem, draw, product_flops
 from engine.bench.loss import activation_shapes
 from engine.bench.step import TrafficMode
-from engine.bench.timing import interleaved
 from engine.bench.views import floor_bytes
-from engine.core.recipe import Clip, Model
+from engine.core.recipe import Clip, Model, load_recipe
+from engine.core.runtime import choose_runtime
 from engine.model.resnet3d import ResNet3D
 
 CPU = torch.device("cpu")
@@ -138,16 +139,16 @@ def test_peers_are_timed_in_turn_after_a_warm_up() -> None:
 
 
 def test_limits_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(limits.COPY_BYTES, "cpu", 2**20)
-    monkeypatch.setitem(limits.MATRIX_SIDES, "cpu", (64,))
-    limits._copy_bandwidth.cache_clear()
-    limits._matrix_peak.cache_clear()
-    copy = limits.copy_bandwidth(CPU, quick=True)
-    peak = limits.matrix_peak(CPU, torch.float32, quick=True)
+    monkeypatch.setitem(base.COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(base.MATRIX_SIDES, "cpu", (64,))
+    base.copy_bandwidth.cache_clear()
+    base.matrix_peak.cache_clear()
+    bench = Bench(load_recipe("demo"), choose_runtime("cpu"), None, print, quick=True)
+    copy, peak = bench.copy_bandwidth(), bench.matrix_peak(torch.float32)
     assert copy.unit == "GB/s" and copy.value > 0.1 and "1 thread" in copy.name
     assert peak.unit == "TFLOP/s" and peak.value > 1e-4 and "float32" in peak.name
-    assert limits.copy_bandwidth(CPU, quick=True) is copy
-    assert limits.matrix_peak(CPU, torch.float32, quick=True) is peak
-    assert limits.matrix_peak(CPU, torch.bfloat16, quick=True) is not peak
-    limits._copy_bandwidth.cache_clear()
-    limits._matrix_peak.cache_clear()
+    assert bench.copy_bandwidth() is copy
+    assert bench.matrix_peak(torch.float32) is peak
+    assert bench.matrix_peak(torch.bfloat16) is not peak
+    base.copy_bandwidth.cache_clear()
+    base.matrix_peak.cache_clear()

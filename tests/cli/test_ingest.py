@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from engine.cli.main import main
 from engine.data.media.encode import write_video
-from engine.report.figures.clips import flow_colours
+from engine.report.figures.contact_sheet import flow_colours
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -27,22 +27,24 @@ def made(members: int, *, slope: dict[str, float], noise: float) -> Run:
 def test_shares_follow_the_squares_of_the_slopes() -> None:
     """A linear function of independent uniform weights has variance slope^2 / 12 from each."""
     slope = {"rgb/predict": 0.3, "flow/shuffle": -0.2, "distill/audio@4": 0.1}
-    found = importance(made(400, slope=slope, noise=0.01))
-    assert found is not None
-    order = sorted(TERM_NAMES, key=lambda n: -found.share[n])
+    result = importance(made(400, slope=slope, noise=0.01))
+    assert result is not None
+    order = sorted(TERM_NAMES, key=lambda n: -result.share[n])
     assert order[:3] == list(slope)
     true = 0.3**2 / (0.3**2 + 0.2**2)
-    ratio = found.share["rgb/predict"] / (found.share["rgb/predict"] + found.share["flow/shuffle"])
+    ratio = result.share["rgb/predict"] / (
+        result.share["rgb/predict"] + result.share["flow/shuffle"]
+    )
     assert ratio == pytest.approx(true, abs=0.1)
-    assert sum(found.share.values()) <= 1 + 1e-9
-    assert found.direction["rgb/predict"] > 0.5 > -0.3 > found.direction["flow/shuffle"]
-    assert found.share["flow/shuffle"] > found.chance > found.share[order[10]]
+    assert sum(result.share.values()) <= 1 + 1e-9
+    assert result.direction["rgb/predict"] > 0.5 > -0.3 > result.direction["flow/shuffle"]
+    assert result.share["flow/shuffle"] > result.chance > result.share[order[10]]
 
 
 def test_noise_alone_stays_about_chance() -> None:
-    found = importance(made(60, slope={}, noise=0.1))
-    assert found is not None
-    assert sum(share > found.chance for share in found.share.values()) <= 1
+    result = importance(made(60, slope={}, noise=0.1))
+    assert result is not None
+    assert sum(share > result.chance for share in result.share.values()) <= 1
 
 
 def test_too_little_to_say() -> None:

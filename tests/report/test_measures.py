@@ -49,10 +49,11 @@ def test_agreement_of_two_metrics(tmp_path: Path) -> None:
 def test_throughput_and_gains(tmp_path: Path) -> None:
     rows = make_run(tmp_path, members=24)["members"]
     run = read_run(tmp_path)
-    found = throughput(run)
-    assert found.members_per_hour == pytest.approx(24 / (1284.0 / 3600))
-    assert found.training_share == pytest.approx(905.4 / 1284.0)
-    assert (found.seconds, found.slowest, found.clips_per_second) == (20.5, 20.5, 120.0)
+    speed = throughput(run)
+    assert speed["members an hour"] == pytest.approx(24 / (1284.0 / 3600))
+    assert speed["training's share of the time, %"] == pytest.approx(100 * 905.4 / 1284.0)
+    seconds = (speed["seconds a member, median"], speed["seconds of the slowest member"])
+    assert (*seconds, speed["training clips a second, median member"]) == (20.5, 20.5, 120.0)
     fitness = {r["trial"]: r["fitness"] for r in rows}
     parent = {r["trial"]: r["parent"] for r in rows}
     steps = lineage(run)

@@ -119,8 +119,8 @@ def test_ranked_weights_and_the_squares_of_fig_7(
     svg = (folder / "figures" / "loss.svg").read_text()
     for term in TERMS:
         level = round(weights[term.name] * (len(RAMP) - 1))
-        title = f"<title>{term.name} {weights[term.name]:.3f}</title>"
-        assert f'fill="{RAMP[level][0]}">{title}' in svg
+        title = re.escape(f"<title>{term.name} {weights[term.name]:.3f}</title>")
+        assert re.search(rf'{title}\s*<path [^>]*fill: {RAMP[level][0]}"', svg)
         assert f">{term.code}</text>" in svg
 
 
@@ -329,7 +329,7 @@ def test_searches_without_parents(tmp_path: Path, method: str) -> None:
     make_run(tmp_path, members=16, population=8, method=method)
     text, page = read(tmp_path)
     shown = page.text["figure-fitness"]
-    assert ("initial population's random losses" in shown) == (method != "random")
-    assert "children" not in shown
+    assert ("initial population" in shown) == (method != "random")
+    assert "child" not in shown
     assert "proposed whole by cmaes" in text if method == "cmaes" else "a random draw" in text
     assert "figure-lineage" not in page.labels

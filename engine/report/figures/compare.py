@@ -16,6 +16,7 @@ from engine.report.figures.theme import (
     note,
     place,
     rounded,
+    rows_axis,
     sheet,
     tag,
     themed,
@@ -69,8 +70,8 @@ def curves(groups: Sequence[Group], width: float) -> Figure:
         y = 88 + plot + KEY * (i - 0.2)
         last = mean[~np.isnan(mean)][-1:]
         note(figure, 4, y, "\N{BOX DRAWINGS HEAVY HORIZONTAL}" * 2, color(i))
-        said = f"{last[0]:.3f}" if len(last) else "none"
-        note(figure, 32, y, said, color(i), weight="bold", size=12)
+        value = f"{last[0]:.3f}" if len(last) else "none"
+        note(figure, 32, y, value, color(i), weight="bold", size=12)
         note(figure, 76, y, _short(group.label, wide=wide), size=12 if wide else 11)
     axes.xaxis.set_major_locator(rounded(10 if wide else 5, whole=True))
     axes.yaxis.set_major_locator(rounded(6))
@@ -112,17 +113,6 @@ def final(groups: Sequence[Group], width: float) -> Figure:
     return figure
 
 
-def rows_axis(axes: Axes, last: float, *, count: int) -> None:
-    """A plot of rows, the first at height 0 and on top, ruled at round values."""
-    axes.set_ylim(last, -0.5)
-    axes.set_yticks([])
-    axes.use_sticky_edges = False
-    axes.margins(x=0.06)
-    axes.grid(axis="x")
-    axes.tick_params(length=0)
-    axes.xaxis.set_major_locator(rounded(count))
-
-
 def spread_row(
     axes: Axes,
     row: float,
@@ -138,6 +128,5 @@ def spread_row(
     if sd:
         (bar,) = axes.barh(row, 2 * sd, 0.36, mean - sd, color=ink, alpha=0.28)
         tag(bar, title)
-    if values:
-        dots(axes, [(value, row) for value in values], color=color, size=4.5, alpha=0.7)
+    dots(axes, [(value, row) for value in values], color=color, size=4.5, alpha=0.7)
     axes.plot(mean, row, "|", ms=15, mew=3, color=ink)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ ROW, GAP = 15, 7
 BAR = 17
 """Height of a term's row where importance is drawn."""
 Group = tuple[str, tuple[Term, ...]]
+"""Terms that stand together, under a name."""
 TASK_GROUPS: tuple[Group, ...] = tuple(
     (label, tuple(t for t in TERMS if t.task == task)) for task, label in TASK_LABELS.items()
 )
@@ -77,14 +78,34 @@ def _cell_of(term: Term) -> tuple[int, int]:
     return DISTILLED.index(term.modality), term.layer
 
 
-def _grid(axes: Axes, rows: Sequence[str], columns: Sequence[str], *, size: float) -> None:
-    """Names of rows at the left and of columns above; a cell is 1 by 1."""
-    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
-    axes.grid(False)
-    axes.xaxis.tick_top()
-    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, size=size)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows, size=size)
-    axes.tick_params(length=0, pad=4)
+def _maps(
+    figure: Figure,
+    weights: Mapping[str, float],
+    names: Sequence[Sequence[str]],
+    *,
+    at: tuple[tuple[float, float], tuple[float, float]],
+    cell: float,
+    size: float,
+    radius: float,
+) -> tuple[Axes, Axes]:
+    """A square a term: of the tasks by modality, and of the distilled layers by modality.
+
+    ``names`` are those of rows and columns of the first map and of the second, ``at`` their places.
+    """
+    maps = []
+    for (x, y), rows, columns in zip(at, names[::2], names[1::2], strict=True):
+        axes = place(figure, x, y, len(columns) * cell, len(rows) * cell)
+        axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+        axes.grid(False)
+        axes.xaxis.tick_top()
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns, size=size)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows, size=size)
+        axes.tick_params(length=0, pad=4)
+        maps.append(axes)
+    for term in TERMS:
+        axes = maps[term.layer is not None]
+        _square(axes, term, weights[term.name], cell=cell, radius=radius)
+    return maps[0], maps[1]
 
 
 @themed
@@ -95,12 +116,10 @@ def loss(run: Run, width: float) -> Figure:
     cell, left = (52, 58) if wide else (38, 45)
     figure = sheet(width, 40 + 4 * cell + (8 if wide else 100 + 3 * cell))
     x, y = (left + 8 * cell + 72, 40) if wide else (left, 96 + 4 * cell)
-    heading = 11 if wide else 9
-    tasks = place(figure, left, 40, 8 * cell, 4 * cell)
-    layers = place(figure, x, y, NUM_LAYERS * cell, 3 * cell)
-    _grid(tasks, [MODALITY_LABELS[m] for m in MODALITIES], TASK_SHORT, size=heading)
-    names = ["stem", *map(str, range(1, NUM_LAYERS))]
-    _grid(layers, [MODALITY_LABELS[m] for m in DISTILLED], names, size=heading)
+    rows = [[MODALITY_LABELS[m] for m in group] for group in (MODALITIES, DISTILLED)]
+    names = (rows[0], TASK_SHORT, rows[1], ["stem", *map(str, range(1, NUM_LAYERS))])
+    look: dict[str, Any] = {"cell": cell, "size": 11 if wide else 9, "radius": 5}
+    tasks, layers = _maps(figure, run.weights, names, at=((left, 40), (x, y)), **look)
     note(figure, left, 9, "Tasks", "ink", weight="bold", size=12)
     note(figure, x, y - 31, "Distillation into RGB, by layer", "ink", weight="bold", size=12)
     drawn = {step.term for step in lineage(run)}
@@ -109,9 +128,8 @@ def loss(run: Run, width: float) -> Figure:
         if (row, column) not in taken:
             tasks.plot(column + 0.5, row + 0.5, "o", ms=4, mew=0, color=COLOR["rule"])
     for term in TERMS:
-        axes, weight = tasks if term.layer is None else layers, run.weights[term.name]
-        _square(axes, term, weight, cell=cell, radius=5)
-        _letters(axes, term, weight, cell=cell, marked=term.name in drawn)
+        axes = tasks if term.layer is None else layers
+        _letters(axes, term, run.weights[term.name], cell=cell, marked=term.name in drawn)
     _key(figure, x, y + 3 * cell + 26)
     return figure
 
@@ -158,18 +176,14 @@ def rounds(run: Run, width: float) -> Figure:
     tall = 34 + 7 * cell + 20
     lines = -(-len(shown) // columns)
     figure = sheet(width, lines * (tall + 20) + 22)
-    letters = [MODALITY_LETTERS[m] for m in (*MODALITIES, *DISTILLED)]
+    rows = [[MODALITY_LETTERS[m] for m in group] for group in (MODALITIES, DISTILLED)]
+    names = (rows[0], [LETTERS[t] for t in TASK_LABELS], rows[1], [*map(str, range(NUM_LAYERS))])
     for i, (number, best) in enumerate(shown):
         x, y = (i % columns) * (each + 12) + 14, (i // columns) * (tall + 20)
         note(figure, x, y + 9, f"trial {number:,}", "ink", weight="bold", size=12)
         note(figure, x + each - 14, y + 9, f"{fitness_of(best):.3f}", ha="right")
-        above = place(figure, x, y + 34, 8 * cell, 4 * cell)
-        below = place(figure, x, y + 34 + 4 * cell + 20, NUM_LAYERS * cell, 3 * cell)
-        _grid(above, letters[: len(MODALITIES)], [LETTERS[t] for t in TASK_LABELS], size=9)
-        _grid(below, letters[len(MODALITIES) :], [str(k) for k in range(NUM_LAYERS)], size=9)
-        for term in TERMS:
-            axes = above if term.layer is None else below
-            _square(axes, term, best.weights[term.name], cell=cell, radius=2)
+        at = ((x, y + 34), (x, y + 54 + 4 * cell))
+        _maps(figure, best.weights, names, at=at, cell=cell, size=9, radius=2)
     _key(figure, 0, lines * (tall + 20) + 12)
     return figure
 
@@ -190,12 +204,8 @@ def weights(run: Run, width: float) -> Figure:
     _rows(figure, run, TASK_GROUPS, left=0, top=14, width=panel)
     _rows(figure, run, DISTILL_GROUPS, left=left, top=top, width=panel)
     _key(figure, left + 124, below)
-    note(
-        figure,
-        left + 124,
-        below + 22,
-        "\N{BLACK DOWN-POINTING SMALL TRIANGLE} a new best is result",
-    )
+    mark = "\N{BLACK DOWN-POINTING SMALL TRIANGLE}"
+    note(figure, left + 124, below + 22, f"{mark} a new best")
     return figure
 
 
@@ -241,21 +251,15 @@ def _follow(
     axes: Axes, run: Run, at: Array, values: Array, *, color: str, lw: float = 2, alpha: float = 1
 ) -> None:
     """A weight over the search, faint while the population is still being drawn at random."""
-    last = run.trials[-1].number + 0.5
     turn = -np.inf if run.turn is None else run.turn + 0.5
     now = int(np.searchsorted(at, turn))
-    at, values = np.append(at, last), np.append(values, values[-1])
+    at, values = np.append(at, run.trials[-1].number + 0.5), np.append(values, values[-1])
+    style: dict[str, Any] = {"where": "post", "color": COLOR[color]}
     if now:
-        axes.step(
-            np.append(at[:now], turn),
-            np.append(values[:now], values[now - 1]),
-            where="post",
-            color=COLOR[color],
-            lw=max(1, lw - 0.7),
-            alpha=0.4 * alpha,
-        )
+        before = np.append(at[:now], turn), np.append(values[:now], values[now - 1])
+        axes.step(*before, lw=max(1, lw - 0.7), alpha=0.4 * alpha, **style)
         at, values = np.insert(at[now:], 0, turn), np.insert(values[now:], 0, values[now - 1])
-    axes.step(at, values, where="post", color=COLOR[color], lw=lw, alpha=alpha)
+    axes.step(at, values, lw=lw, alpha=alpha, **style)
 
 
 def _weight_axis(axes: Axes, *, named: bool = True, count: int = 2) -> None:
@@ -282,11 +286,9 @@ def tasks(run: Run, width: float) -> Figure:
         labels.append((float(curve[-1]), f"{curve[-1]:.2f}", TASK_COLORS[task]))
     size = 12 if wide else 11
     heights = ends(axes, labels, gap=17 if wide else 16, lead=10, weight="bold", size=size)
+    x, bottom = (width - 107, 324) if wide else (width - 85, 284)
     for label, (_, _, color), y in zip(TASK_LABELS.values(), labels, heights, strict=True):
-        bottom = 324 if wide else 284
-        note(
-            figure, width - (107 if wide else 85), bottom - y, label, color, size=size - (not wide)
-        )
+        note(figure, x, bottom - y, label, color, size=size - (not wide))
     return figure
 
 
@@ -299,10 +301,9 @@ def modalities(run: Run, width: float) -> Figure:
     figure = sheet(width, lines * (tall + 60) + 34)
     at, means = fittest_means(run)
     for i, (task, label) in enumerate(TASK_LABELS.items()):
-        column, row = i % columns, i // columns
-        axes = place(
-            figure, column * each + 28, 26 + row * (tall + 60), each - 46, tall, title=label
-        )
+        row, column = divmod(i, columns)
+        x, y = column * each + 28, 26 + row * (tall + 60)
+        axes = place(figure, x, y, each - 46, tall, title=label)
         over_trials(axes, run, count=3, name="trial" if row == lines - 1 else "")
         _weight_axis(axes, named=column == 0)
         labels = []
@@ -364,41 +365,41 @@ def importance(result: Importance, width: float) -> Figure:
     """Every term's share of the variance of fitness beside its weight in the best loss."""
     wide = is_wide(width)
     order = sorted(TERM_NAMES, key=lambda n: (-result.share[n], TERM_NAMES.index(n)))
-    left, middle = (160, 70) if wide else (104, 44)
-    each = (width - left - middle - (44 if wide else 30)) / 2
-    tall = BAR * len(order)
+    left, middle, right = (160, 70, 44) if wide else (104, 44, 30)
+    each, tall = (width - left - middle - right) / 2, BAR * len(order)
     figure = sheet(width, 40 + tall)
     top = max(*result.share.values(), result.chance, 1e-9)
+    settings: dict[str, Any] = {"ylim": (len(order) - 0.5, -0.5), "xticks": [], "yticks": []}
+    shares = place(figure, left, 34, each, tall, xlim=(0, top), **settings)
+    weights = place(figure, left + each + middle, 34, each, tall, xlim=(0, 1), **settings)
     heads = ("share of variance", "weight in the best loss") if wide else ("share", "weight")
-    bars = []
-    for x, limit, head in ((left, top, heads[0]), (left + each + middle, 1, heads[1])):
-        axes = place(
-            figure, x, 34, each, tall, xlim=(0, limit), ylim=(len(order) - 0.5, -0.5), xticks=[]
-        )
-        axes.set_yticks([])
+    for x, head in zip((left, left + each + middle), heads, strict=True):
         note(figure, x, 9, head, "ink", weight="bold", size=12)
-        bars.append(axes)
     for row, name in enumerate(order):
         share, weight = result.share[name], result.weight[name]
-        color = "accent" if share > result.chance else "muted"
         y = 34 + (row + 0.5) * BAR
         if wide:
             note(figure, 0, y, BY_NAME[name].code, "ink", weight="bold", size=12)
         note(figure, 36 if wide else 0, y, name, size=11 if wide else 10)
         sign = "+" if result.direction[name] >= 0 else "\N{MINUS SIGN}"
-        say = f"{name}: share {share:.3f}, weight {weight:.2f}"
+        color = "accent" if share > result.chance else "muted"
         text = f"{100 * share:.1f} % {sign}" if wide else f"{100 * share:.0f} {sign}"
+        alpha = 1 if color == "accent" else 0.55
+        title = f"{name}: share {share:.3f}, weight {weight:.2f}"
         for axes, value, ink, label in (
-            (bars[0], share, color, text),
-            (bars[1], weight, "task4", f"{weight:.2f}"),
+            (shares, share, {"color": COLOR[color], "alpha": alpha}, text),
+            (weights, weight, {"color": COLOR["task4"]}, f"{weight:.2f}"),
         ):
-            (bar,) = axes.barh(
-                row, value, 0.6, color=COLOR[ink], alpha=0.55 if ink == "muted" else 1
+            tag(axes.barh(row, value, 0.6, **ink)[0], title)
+            beside(
+                axes,
+                label,
+                (value, row),
+                (5, 0),
+                color=color if axes is shares else "muted",
+                size=10,
             )
-            tag(bar, say)
-            said = "accent" if ink == "accent" else "muted"
-            beside(axes, label, (value, row), (5, 0), color=said, size=10)
-    bars[0].axvline(result.chance, color=COLOR["random"], lw=1.4, ls="--")
+    shares.axvline(result.chance, color=COLOR["random"], lw=1.4, ls="--")
     style: dict[str, Any] = {"units": ("data", "axes fraction"), "ha": "center", "size": 10}
-    beside(bars[0], "chance", (result.chance, 1), (0, 9), color="random", **style)
+    beside(shares, "chance", (result.chance, 1), (0, 9), color="random", **style)
     return figure

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,12 +12,14 @@ from engine.objective.terms import BY_NAME
 from engine.report.figures.theme import (
     COLOR,
     beside,
+    block,
     dots,
     ends,
     is_wide,
     note,
     place,
     rounded,
+    rows_axis,
     sheet,
     tag,
     themed,
@@ -36,13 +40,7 @@ STEP = 22
 """Height of a row of the lineage."""
 MANY = 300
 """From this many trials on, marks are small and let others shine through."""
-TIME_COLORS = dict(
-    zip(
-        TIME_LABELS,
-        ("task6", "task1", "task3", "task2", "task4", "task5", "task7", "task0"),
-        strict=True,
-    )
-)
+TIME_COLORS = dict(zip(TIME_LABELS, (f"task{i}" for i in (6, 1, 3, 2, 4, 5, 7, 0)), strict=True))
 
 
 def over_trials(
@@ -56,15 +54,8 @@ def over_trials(
     if run.turn is None:
         return
     turn = run.turn + 0.5
-    axes.axvline(
-        turn,
-        ymax=1.05 if label else 1,
-        color=COLOR["muted"],
-        lw=1,
-        ls="--",
-        alpha=0.7,
-        clip_on=False,
-    )
+    style: dict[str, Any] = {"lw": 1, "ls": "--", "alpha": 0.7, "clip_on": False}
+    axes.axvline(turn, ymax=1.05 if label else 1, color=COLOR["muted"], **style)
     low, high = axes.get_xlim()
     before = (turn - low) / (high - low) * axes.bbox.width
     after, units = "evolution" if run.evolved else "search", ("data", "axes fraction")
@@ -78,7 +69,7 @@ def over_trials(
 def fitness(run: Run, width: float) -> Figure:
     """Every member's fitness over the search, the best so far, and the levels it is to be judged by."""
     wide = is_wide(width)
-    known = [(k, n, s) for k, n in LEVELS if (s := stat(run.summary.get(k))) is not None]
+    known = [(k, n, s) for k, n in LEVELS if (s := stat(run, k)) is not None]
     top = fitness_of(run.improvements[-1])
     levels = [(top, f"{top:.3f}", "ink", "best so far in the search")]
     levels += [(s.mean, pm(s.mean, s.sd), key, name) for key, name, s in known]
@@ -111,28 +102,27 @@ def _members(axes: Axes, run: Run) -> None:
     """Best so far as steps, every member as a mark, and failed ones on the axis."""
     best = run.improvements
     at = [*(t.number for t in best), run.trials[-1].number + 0.5]
-    axes.step(
-        at, [fitness_of(t) for t in (*best, best[-1])], where="post", color=COLOR["ink"], lw=2
-    )
+    values = [fitness_of(t) for t in (*best, best[-1])]
+    axes.step(at, values, where="post", color=COLOR["ink"], lw=2)
     many = len(run.trials) > MANY
     first = {t.number for t in run.initial} if run.turn is not None else set[int]()
     whole = [(t.number, fitness_of(t)) for t in run.complete]
-    rings = [p for p in whole if p[0] in first]
-    others = [p for p in whole if p[0] not in first]
     pruned = [(t.number, t.partial) for t in run.pruned if t.partial is not None]
-    if rings:
-        dots(axes, rings, color="accent", size=6, many=many, ring=True, label="initial population")
-    if others:
-        label = "child" if run.evolved else "member"
-        dots(axes, others, color="accent", size=7, many=many, label=label)
-    if pruned:
-        dots(axes, pruned, color="muted", size=6, many=many, marker="v", label="pruned")
+    groups: dict[str, tuple[list[tuple[int, float]], dict[str, Any]]] = {
+        "initial population": ([p for p in whole if p[0] in first], {"ring": True}),
+        "child" if run.evolved else "member": (
+            [p for p in whole if p[0] not in first],
+            {"size": 7},
+        ),
+        "pruned": (pruned, {"color": "muted", "marker": "v"}),
+    }
+    for label, (points, style) in groups.items():
+        dots(axes, points, **{"color": "accent", "size": 6, "many": many, "label": label} | style)
     axes.margins(y=0.07)
     axes.set_ylim(*axes.get_ylim())
-    if run.failed:
-        floor = [(t.number, axes.get_ylim()[0]) for t in run.failed]
-        style = {"marker": "x", "mew": 1.6, "clip_on": False, "zorder": 3, "label": "failed"}
-        dots(axes, floor, color="failed", size=6, many=many, **style)
+    floor = [(t.number, axes.get_ylim()[0]) for t in run.failed]
+    style = {"marker": "x", "mew": 1.6, "clip_on": False, "zorder": 3, "label": "failed"}
+    dots(axes, floor, color="failed", size=6, many=many, **style)
 
 
 @themed
@@ -142,14 +132,8 @@ def ancestry(run: Run, width: float) -> Figure:
     steps = lineage(run)[-ROWS:]
     left, right = (220, 60) if wide else (132, 50)
     figure = sheet(width, 24 + STEP * len(steps) + 44)
-    axes = place(
-        figure, left, 24, width - left - right, STEP * len(steps), xlabel="fitness", yticks=[]
-    )
-    axes.set_ylim(len(steps) - 0.5, -0.5)
-    axes.margins(x=0.08)
-    axes.grid(axis="x")
-    axes.tick_params(length=0)
-    axes.xaxis.set_major_locator(rounded(6 if wide else 3))
+    axes = place(figure, left, 24, width - left - right, STEP * len(steps), xlabel="fitness")
+    rows_axis(axes, len(steps) - 0.5, count=6 if wide else 3)
     note(figure, 0, 9, "trial")
     note(figure, 44, 9, "weight drawn anew")
     note(figure, width, 9, "gain", ha="right")
@@ -214,7 +198,7 @@ def time(run: Run, width: float) -> Figure:
             beside(axes, share, (start, 0.5), (10, 0), color="on-high", weight="bold", size=12)
         start += seconds
         left, top = (i % columns) * width / columns, 44 + 46 * (i // columns)
-        place(figure, left, top + 6, 10, 10, xticks=[], yticks=[], facecolor=color)
+        block(figure, left, top + 6, 10, 10, color)
         note(figure, left + 17, top + 11, TIME_LABELS[part], "ink", weight="bold", size=12)
         note(figure, left + 17, top + 28, f"{duration(seconds)} · {share}", size=12)
     return figure
@@ -228,10 +212,9 @@ def rates(run: Run, width: float) -> Figure:
     axes = place(figure, 48, 28, width - 60, 156)
     note(figure, 0, 8, "clips/s")
     dots(axes, points, color="accent", size=6, many=len(points) > MANY)
-    axes.axhline(
-        float(np.median([rate for _, rate in points])), color=COLOR["ink"], lw=1.4, ls="--"
-    )
-    axes.set_ylim(0, 1.1 * max(rate for _, rate in points))
+    values = [rate for _, rate in points]
+    axes.axhline(float(np.median(values)), color=COLOR["ink"], lw=1.4, ls="--")
+    axes.set_ylim(0, 1.1 * max(values))
     axes.yaxis.set_major_locator(rounded(5))
     over_trials(axes, run, count=10 if is_wide(width) else 5)
     return figure

@@ -139,6 +139,11 @@ def place(
     return axes
 
 
+def block(figure: Figure, left: float, top: float, width: float, height: float, color: str) -> None:
+    """A filled rectangle, in pixels."""
+    place(figure, left, top, width, height, xticks=[], yticks=[], facecolor=color)
+
+
 def note(figure: Figure, x: float, y: float, text: str, color: str = "muted", **style: Any) -> None:
     """A line of text whose middle is at height y."""
     across, down = figure.bbox.width, figure.bbox.height
@@ -164,7 +169,7 @@ def beside(
 def dots(
     axes: Axes, points: Iterable[tuple[float, float]], *, color: str, size: float, **style: Any
 ) -> None:
-    """A disc a point, or with ``ring=True`` a circle; with ``many=True`` small and letting others shine through."""
+    """A disc a point; with ``ring=True`` a circle, and with ``many=True`` small and letting others shine through."""
     ring, many = style.pop("ring", False), style.pop("many", False)
     look = {"marker": "o", "ls": "", "color": COLOR[color], "ms": 3 if many else size}
     look |= {"mew": 1.4, "mfc": "none"} if ring else {"mew": 0}
@@ -177,23 +182,34 @@ def rounded(count: int, *, whole: bool = False) -> MaxNLocator:
     return MaxNLocator(count, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1)
 
 
+def rows_axis(axes: Axes, last: float, *, count: int) -> None:
+    """A plot of rows, the first at height 0 and on top, ruled at round values."""
+    axes.set_ylim(last, -0.5)
+    axes.set_yticks([])
+    axes.use_sticky_edges = False
+    axes.margins(x=0.06)
+    axes.grid(axis="x")
+    axes.tick_params(length=0)
+    axes.xaxis.set_major_locator(rounded(count))
+
+
 def tag(artist: Artist, title: str = "", *, key: str = "") -> None:
     """Give a shape what a pointer that rests on it reads, and what the page's script knows it by."""
     artist.set_gid(f"tag:{key}|{title}")
 
 
-def spread(wanted: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
+def spread(targets: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
     """Labels' heights moved apart to ``gap`` pixels, in order, within [low, high] as far as they fit."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    order = sorted(range(len(targets)), key=lambda i: targets[i])
     placed: list[float] = []
     for i in order:
-        placed.append(max(wanted[i], placed[-1] + gap if placed else low))
+        placed.append(max(targets[i], placed[-1] + gap if placed else low))
     limit = high
     for k in reversed(range(len(placed))):
         placed[k] = limit = min(placed[k], limit)
         limit -= gap
     heights = dict(zip(order, placed, strict=True))
-    return [heights[i] for i in range(len(wanted))]
+    return [heights[i] for i in range(len(targets))]
 
 
 def ends(
@@ -209,15 +225,15 @@ def ends(
     ``lead`` is the length of a line from the end to its name. Gives the names' heights above the plot's bottom.
     """
     (low, high), tall = axes.get_ylim(), float(axes.bbox.height)
-    wanted = [(value - low) / (high - low) * tall for value, *_ in labels]
-    heights = spread(wanted, gap=gap, low=0, high=tall)
-    for (value, text, color), height, wish in zip(labels, heights, wanted, strict=True):
+    targets = [(value - low) / (high - low) * tall for value, *_ in labels]
+    heights = spread(targets, gap=gap, low=0, high=tall)
+    for (value, text, color), height, target in zip(labels, heights, targets, strict=True):
         line = {"arrowstyle": "-", "color": COLOR[color], "shrinkA": 1, "shrinkB": 1, "lw": 1}
         beside(
             axes,
             text,
             (1, value),
-            (lead + 5, height - wish),
+            (lead + 5, height - target),
             color=color,
             units=("axes fraction", "data"),
             arrowprops={**line, "relpos": (0, 0.6)} if lead else None,
