@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from engine.core.display import Display
     from engine.core.runfolder import RunFolder
     from engine.evaluate.datasets import Dataset
-    from engine.evaluate.paper.rows import Given
+    from engine.evaluate.paper.rows import Inputs
     from engine.report.paper import Table
 
 
@@ -88,15 +88,15 @@ def reproduce(
     from engine.core.display import Display
     from engine.core.runtime import check_kernels_package, choose_runtime
     from engine.data.library import default_shard_cache, open_library
-    from engine.evaluate.paper.run import Chosen, Reproduction
+    from engine.evaluate.paper.run import Reproduction, Selection
     from engine.evaluate.paper.scale import load_scale
     from engine.report.paper import table_of, write
 
     check_kernels_package()
     scale = load_scale(scale_name, more["assignments"])
-    given = _given(more)
+    inputs = _inputs(more)
     seeds = [int(s) for s in _listed(more["seeds"], "--seeds", digits=True)]
-    chosen = Chosen(
+    selection = Selection(
         _listed(more["rows"], "--rows"), seeds, _listed(more["protocols"], "--protocols")
     )
     _check_apart(videos, roots)
@@ -107,7 +107,16 @@ def reproduce(
         library = open_library(videos, cache=default_shard_cache(), report=display.prepare)
         say_rejects(display, library)
         todo = Reproduction(
-            table, scale, given, library, datasets, run, runtime, display, chosen, with_baselines
+            table,
+            scale,
+            inputs,
+            library,
+            datasets,
+            run,
+            runtime,
+            display,
+            selection,
+            with_baselines,
         )
         if dry_run:
             for line in todo.plan():
@@ -118,8 +127,8 @@ def reproduce(
     _show(table_of(todo), run.path)
 
 
-def _given(more: dict[str, Any]) -> Given:
-    from engine.evaluate.paper.rows import TABLE1, Given
+def _inputs(more: dict[str, Any]) -> Inputs:
+    from engine.evaluate.paper.rows import TABLE1, Inputs
 
     losses = {}
     for text in more["losses"]:
@@ -137,7 +146,7 @@ def _given(more: dict[str, Any]) -> Given:
                 f"--loss {text}: the table has a row {name} of its own; give another name"
             )
         losses[name] = str(Path(loss).resolve()) if Path(loss).is_file() else loss
-    return Given(losses, more["imagenet"], more["kinetics"])
+    return Inputs(losses, more["imagenet"], more["kinetics"])
 
 
 def _listed(text: str | None, option: str, *, digits: bool = False) -> list[str]:

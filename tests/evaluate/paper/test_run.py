@@ -21,7 +21,7 @@ from engine.data.library import open_library
 from engine.data.views import Views
 from engine.evaluate.datasets import Dataset, open_dataset
 from engine.evaluate.paper import judging, run, training
-from engine.evaluate.paper.rows import Column, Given
+from engine.evaluate.paper.rows import Column, Inputs
 from engine.evaluate.paper.scale import load_scale
 from engine.objective.lossfile import load_loss
 from engine.train.member import Member
@@ -253,7 +253,7 @@ def test_no_clip_of_an_unseen_group_is_trained_on(
     todo = run.Reproduction(
         "table1",
         scale,
-        Given(),
+        Inputs(),
         library,
         [labelled],
         RunFolder.create(tmp_path / "run", scale.pretrain),
