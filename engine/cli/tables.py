@@ -8,8 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from engine.core.display import spread_cells, table
-from engine.evaluate.protocols import Evaluated
-from engine.evaluate.scores import Spread
+from engine.evaluate.scores import Evaluated, Spread
 from engine.objective.terms import BY_NAME
 
 

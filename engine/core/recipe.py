@@ -191,7 +191,7 @@ class Search(Section, frozen=True):
 
 
 class Evaluation(Section, frozen=True):
-    """How a frozen network's features are taken and judged; ``engine.evaluate.evaluate`` has the protocols."""
+    """How a frozen network's features are taken and judged; ``engine.evaluate.protocols`` has the protocols."""
 
     views: Positive = 3
     """Views in time, evenly spread over a clip."""

@@ -79,7 +79,7 @@ def _pictures(dataset: Dataset, clips: Ints, runtime: Runtime) -> tuple[Floats, 
     )
     means, changes = [], []
     for batch in batches:
-        frames = batch.double().div_(255).unflatten(1, (PAIRS, 2))
+        frames = batch.rgb.double().div_(255).unflatten(1, (PAIRS, 2))
         means.append(frames.mean((1, 2)).flatten(1).cpu().numpy())
         changes.append((frames[:, :, 1] - frames[:, :, 0]).abs().mean(1).flatten(1).cpu().numpy())
     return np.concatenate(means), np.concatenate(changes)

@@ -233,7 +233,7 @@ class Embedder:
         try:
             for piece in opened:
                 if piece.index is not None and len(piece.clip):
-                    for frames in decoded(
+                    for batch in decoded(
                         piece.index,
                         self._plans(piece),
                         clip=self.clip,
@@ -241,7 +241,7 @@ class Embedder:
                         runtime=self.runtime,
                         warn=self.warn,
                     ):
-                        yield piece, frames
+                        yield piece, batch.rgb
                 yield piece, None
         finally:
             opened.close()  # type: ignore[attr-defined]

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import kernels
 from engine.core.recipe import Audio, Clip, Recipe
 from engine.core.runtime import Runtime
-from engine.data.pipeline import InputPipeline
+from engine.data.library import Report as Report
+from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_views
 from engine.data.shards.index import ClipIndex
 from engine.model.network_file import Card, ClipInput, card_of
@@ -34,7 +35,6 @@ UNLABELLED_CLIPS = 2000
 """Most clips that judge where none has a label and ``fitness.max_clips`` does not say so."""
 CHOICE_STREAM, ORDER_STREAM = 0xC405, 0xFEA7
 """Keep the draw of judged clips, and the order that they are taken in, apart from other draws of the same seed."""
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,12 @@ class Extractor:
         if kept is None:
             plans = (self._plan(view, self.clips[self._order[part]]) for view, part in places)
             decode = partial(decoded, batch_size=max(self._sizes), runtime=self.runtime)
-            batches: Iterable[Tensor] = decode(self.index, plans, clip=clip_of(self.cuts.clip))
+            batches = decode(self.index, plans, clip=clip_of(self.cuts.clip))
+            frames_of: Iterable[Tensor] = (batch.rgb for batch in batches)
         else:
-            batches = kept
+            frames_of = kept
         keeping: list[Tensor] = []
-        for (view, part), frames in zip(places, batches, strict=True):
+        for (view, part), frames in zip(places, frames_of, strict=True):
             if self._bank is not None:
                 keeping.append(frames)
             yield view, part, frames
@@ -212,8 +213,8 @@ def decoded(
     runtime: Runtime,
     num_frames: int | None = None,
     warn: Callable[[str], object] = warnings.warn,
-) -> Iterator[Tensor]:
-    """Frames of planned batches, uint8 (n, T, H, W, 3), decoded ahead; ``num_frames``: T, the clip's unless given."""
+) -> Iterator[ClipBatch]:
+    """Planned batches without sound and flow, decoded in advance; ``num_frames``: T, by default the clip's."""
     pipeline = InputPipeline(
         index,
         clip,
@@ -226,8 +227,7 @@ def decoded(
         sound=False,
         warn=warn,
     )
-    for batch in pipeline.batches(plans):
-        yield batch.rgb
+    yield from pipeline.batches(plans)
 
 
 @torch.no_grad()

@@ -21,8 +21,14 @@ from engine.core.recipe import Evaluation
 from engine.core.runtime import choose_runtime
 from engine.evaluate import linear
 from engine.evaluate.datasets import Dataset, Fold
-from engine.evaluate.evaluate import evaluate, evaluate_many, take_features
-from engine.evaluate.protocols import Judge, Videos, used_clips, videos_of
+from engine.evaluate.protocols import (
+    Judge,
+    Videos,
+    evaluate_many,
+    take_features,
+    used_clips,
+    videos_of,
+)
 from engine.features import extract
 from engine.model.network_file import IMAGENET_MEAN, IMAGENET_STD, Card, ClipInput, load_network
 from engine.model.resnet3d import ResNet3D
@@ -33,6 +39,12 @@ SETTINGS = Evaluation(
     views=2, kmeans_init=2, kmeans_seeds=3, strengths=(1e-3, 0.1), holdout_turns=2
 )
 SHARED: dict[str, Any] = {"settings": SETTINGS, "runtime": RUNTIME}
+
+
+def evaluate(net: ResNet3D, card: Card, dataset: Dataset, *, protocol: str, **how: Any) -> Any:
+    """One network by one protocol."""
+    (by_protocol,) = evaluate_many([(net, card)], dataset, protocols=[protocol], **how)
+    return by_protocol[protocol]
 
 
 def twenty(dataset: Dataset) -> Dataset:

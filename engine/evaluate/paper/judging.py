@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from engine.core.display import Display
 from engine.core.runtime import Runtime, is_device_error, is_out_of_memory
 from engine.evaluate.datasets import Dataset, Fold
-from engine.evaluate.evaluate import evaluate_many
 from engine.evaluate.finetune import finetune
 from engine.evaluate.paper.cells import Cell, Store
 from engine.evaluate.paper.rows import Column
 from engine.evaluate.paper.scale import Scale, drawn
-from engine.evaluate.protocols import Evaluated
+from engine.evaluate.protocols import evaluate_many
+from engine.evaluate.scores import Evaluated
 from engine.model.network_file import Card, card_of, load_network
 from engine.model.resnet3d import ResNet3D
 from engine.train.trainer import MemberFailed, device_failed
