@@ -130,16 +130,8 @@ def open_dataset(
     rejects, listed, folders = listing.rejects, 0, roots
     if raw:
         folders = [cache / _folder_name(name, roots, splits, short_side)]
-        result = ingest(
-            listing,
-            folders[0],
-            short_side=short_side,
-            clip_seconds=CLIP_SECONDS,
-            min_seconds=0.0,  # the shortest labelled videos are half a second long
-            workers=workers,
-            progress=reported("the labelled videos", report),
-        )
-        rejects, listed = result.rejects, len(listing.sources) + len(missing)
+        rejects = _ingested(listing, folders[0], short_side, workers, report)
+        listed = len(listing.sources) + len(missing)
     warnings: list[str] = []
     index = ClipIndex(folders, warn=warnings.append)
     return _described(index, name, folds == "group", pattern, rejects, warnings, listed)
@@ -148,6 +140,20 @@ def open_dataset(
 def _folder_name(name: str, roots: Sequence[Path], splits: Path | None, short_side: int) -> str:
     content = json.dumps([name, [str(root) for root in roots], str(splits or ""), short_side])
     return f"{name}-{roots[0].name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+
+
+def _ingested(
+    listing: Found, out: Path, short_side: int, workers: int | None, report: Report
+) -> list[Reject]:
+    return ingest(
+        listing,
+        out,
+        short_side=short_side,
+        clip_seconds=CLIP_SECONDS,
+        min_seconds=0.0,  # the shortest labelled videos are half a second long
+        workers=workers,
+        progress=reported("the labelled videos", report),
+    ).rejects
 
 
 def _rejects_of(shards: Sequence[Path]) -> list[Reject]:

@@ -76,7 +76,10 @@ class Classifier(nn.Module):
 
 @dataclass
 class Finetuning:
-    """What the folds of one fine-tuning share."""
+    """Fine-tunes a network on a data set's folds and tests it.
+
+    ``run`` raises CheckpointError for a checkpoint of another run, and NonFiniteLoss where training diverges.
+    """
 
     network: ResNet3D
     card: Card
@@ -269,24 +272,6 @@ class Finetuning:
             batch_norm="running",
             seeds=seeds,
         )
-
-
-def finetune(
-    network: ResNet3D,
-    card: Card,
-    dataset: Dataset,
-    *,
-    recipe: Recipe,
-    runtime: Runtime,
-    seeds: Sequence[int] = (0,),
-    **more: Any,
-) -> Evaluated:
-    """Fine-tune a network on a data set's folds and test it; ``more`` are the other fields of ``Finetuning``.
-
-    Raises RecipeError for a recipe of another data set, CheckpointError for a checkpoint of another run, and
-    NonFiniteLoss where training diverges.
-    """
-    return Finetuning(network, card, dataset, recipe, runtime, **more).run(seeds)
 
 
 def from_scratch(recipe: Recipe, runtime: Runtime) -> tuple[ResNet3D, Card]:

@@ -12,7 +12,7 @@ from engine.core.runfolder import RunError, RunFolder
 from engine.core.runtime import Runtime, make_deterministic
 from engine.data.shards.index import data_digest
 from engine.evaluate.datasets import Dataset
-from engine.evaluate.finetune import check_recipe, finetune, from_scratch
+from engine.evaluate.finetune import Finetuning, check_recipe, from_scratch
 from engine.evaluate.protocols import evaluate_many
 from engine.evaluate.scores import Evaluated, write_confusion
 from engine.features.extract import Report
@@ -69,7 +69,7 @@ def run_finetuning(
 ) -> Evaluated:
     """Do what is left of the recipe's protocol, and write results.json and confusion.csv.
 
-    Raises RunError where the videos are not those that the run began with, and what ``finetune`` raises.
+    Raises RunError where the videos are not those that the run began with, and what ``Finetuning`` raises.
     """
     make_deterministic(runtime)
     check_recipe(recipe, dataset)
@@ -93,7 +93,7 @@ def run_finetuning(
     else:
         shared |= {"folder": run.path, "checkpoint_every": checkpoint_every, "say": say}
         seeds = range(recipe.seed, recipe.seed + inputs["seeds"])
-        result = finetune(network, card, dataset, recipe=recipe, seeds=seeds, **shared)
+        result = Finetuning(network, card, dataset, recipe, **shared).run(seeds)
     run.write_json("results.json", result.row())
     write_confusion(run.path / "confusion.csv", result)
     return result

@@ -18,8 +18,6 @@ from sklearn.linear_model import (  # type: ignore[import-untyped]
     RidgeClassifier,
 )
 from sklearn.model_selection import StratifiedGroupKFold  # type: ignore[import-untyped]
-from sklearn.neighbors import KNeighborsClassifier  # type: ignore[import-untyped]
-from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 Floats = NDArray[np.float64]
@@ -48,8 +46,8 @@ class Layer:
 
     def scores(self, features: NDArray[np.floating[Any]]) -> Floats:
         """float64 (..., K) of features (..., D)."""
-        found: Floats = (features - self.mean) / self.std @ self.weight.T + self.bias
-        return found
+        scores: Floats = (features - self.mean) / self.std @ self.weight.T + self.bias
+        return scores
 
 
 def fit(
@@ -105,13 +103,6 @@ def layers_predict(*, num_classes: int, gpu: bool = False) -> Predictor:
 def ridge_predict(x: Floats, labels: Ints, test: Floats, strengths: Sequence[float]) -> Ints:
     """The classes that one-against-all ridge regressions on -1 and 1 take test for; strengths are their alphas."""
     return np.stack([RidgeClassifier(alpha=a).fit(x, labels).predict(test) for a in strengths])
-
-
-def neighbours_predict(x: Floats, labels: Ints, test: Floats, *, neighbours: int) -> Ints:
-    """The commonest class of the nearest by standardised features; of equals, the first class."""
-    nearest = KNeighborsClassifier(min(neighbours, len(x)), algorithm="brute")
-    found: Ints = make_pipeline(StandardScaler(), nearest).fit(x, labels).predict(test)
-    return found
 
 
 def choose_strength(

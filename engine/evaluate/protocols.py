@@ -21,7 +21,7 @@ from engine.core.recipe import Evaluation, Recipe
 from engine.core.runtime import Runtime, one_thread
 from engine.evaluate import linear, scores
 from engine.evaluate.datasets import Dataset, Fold
-from engine.evaluate.finetune import finetune
+from engine.evaluate.finetune import Finetuning
 from engine.evaluate.scores import Evaluated, Spread
 from engine.features import kmeans
 from engine.features.extract import Cuts, Extractor, Report
@@ -74,9 +74,8 @@ def evaluate_many(
             judge = Judge(dataset, videos, settings, runtime, card)
             by_protocol = {name: judge.judged(name, every, origin, on_progress) for name in frozen}
         if training is not None and "finetune" in protocols:
-            by_protocol["finetune"] = finetune(
-                network, card, dataset, recipe=training, seeds=every, **shared
-            )
+            work = Finetuning(network, card, dataset, training, **shared)
+            by_protocol["finetune"] = work.run(every)
         results.append({protocol: by_protocol[protocol] for protocol in protocols})
         if on_progress is not None:
             on_progress("judging networks", number + 1, len(networks))

@@ -1,4 +1,4 @@
-"""What networks make of a data set's clips: decoded once for all of them, ahead of them, view by view.
+"""Outputs of networks for a data set's clips, which are decoded once for all of them, view by view.
 
 Shape letters: N clips, V views (in time x crops), D outputs of a network.
 """
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import msgspec
@@ -84,7 +84,6 @@ class Extractor:
         # Batch statistics must not tell classes apart by the order in which folders were read.
         rng = np.random.Generator(np.random.Philox(key=[0, ORDER_STREAM]))
         self._order = rng.permutation(len(clips))
-        self._sizes = balanced(len(clips), cuts.batch_size)
 
     def outputs(
         self,
@@ -101,47 +100,45 @@ class Extractor:
         uses the ``running`` statistics, or each ``batch``'s own; nothing in the networks changes. Networks run side
         by side on a CPU.
         """
-        device, wholes, done = self.runtime.device, list[Tensor](), 0
-        total = len(self.clips) * self.cuts.count
+        outputs: list[list[Tensor]] = [[] for _ in networks]
+        done, total = 0, len(self.clips) * self.cuts.count
         # Sums over a batch depend on how many threads share them: then each network has one.
         alone = len(networks) == 1 and batch_norm == "running"
         with _evaluating(networks, batch_norm=batch_norm):
-            for view, part, frames in self._batches():
-                made = forward(networks, cards, frames, runtime=self.runtime, all_cores=alone)
-                if not wholes:
-                    shape = (len(self.clips), self.cuts.count)
-                    wholes = [torch.empty(*shape, out.shape[1], device=device) for out in made]
-                rows = torch.from_numpy(self._order[part]).to(device)
-                for whole, out in zip(wholes, made, strict=True):
-                    whole[rows, view] = out
-                done += len(part)
+            for frames in self._batches():
+                rows = forward(networks, cards, frames, runtime=self.runtime, all_cores=alone)
+                for own, new in zip(outputs, rows, strict=True):
+                    own.append(new)
+                done += len(frames)
                 if on_progress is not None:
                     on_progress("taking features", done, total)
         if self._strict:
             check_undamaged(self.index)
-        return [whole.cpu() for whole in wholes] if to_host else wholes
+        shape = (self.cuts.count, len(self.clips), -1)
+        back = torch.from_numpy(np.argsort(self._order)).to(self.runtime.device)
+        wholes = (torch.cat(each).view(shape)[:, back].transpose(0, 1) for each in outputs)
+        return [each.contiguous().cpu() if to_host else each.contiguous() for each in wholes]
 
-    def _batches(self) -> Iterator[tuple[int, NDArray[np.int64], Tensor]]:
-        """(view, places in the shuffled order, uint8 (n, T, H, W, 3)): all clips at one view, then at the next."""
-        ends = np.cumsum(self._sizes)
-        parts = [np.arange(end - size, end) for end, size in zip(ends, self._sizes, strict=True)]
-        places = [(view, part) for view in range(self.cuts.count) for part in parts]
-        kept = None if self._bank is None else self._bank.get(self._key)
-        if kept is None:
-            plans = (self._plan(view, self.clips[self._order[part]]) for view, part in places)
-            decode = partial(decoded, batch_size=max(self._sizes), runtime=self.runtime)
-            batches = decode(self.index, plans, clip=clip_of(self.cuts.clip))
-            frames_of: Iterable[Tensor] = (batch.rgb for batch in batches)
-        else:
-            frames_of = kept
-        keeping: list[Tensor] = []
-        for (view, part), frames in zip(places, frames_of, strict=True):
+    def _batches(self) -> Iterator[Tensor]:
+        """uint8 (n, T, H, W, 3): all clips in the shuffled order at one view, then at the next."""
+        if self._bank is not None and self._key in self._bank:
+            yield from self._bank[self._key]
+            return
+        parts = batches(len(self.clips), self.cuts.batch_size)
+        plans = (
+            self._plan(view, self.clips[self._order[part]])
+            for view in range(self.cuts.count)
+            for part in parts
+        )
+        kept: list[Tensor] = []
+        how: dict[str, Any] = {"clip": clip_of(self.cuts.clip), "runtime": self.runtime}
+        for batch in decoded(self.index, plans, batch_size=max(map(len, parts)), **how):
             if self._bank is not None:
-                keeping.append(frames)
-            yield view, part, frames
-        if self._bank is not None and kept is None:
+                kept.append(batch.rgb)
+            yield batch.rgb
+        if self._bank is not None:
             self._bank.clear()  # one set of clips at a time
-            self._bank[self._key] = keeping
+            self._bank[self._key] = kept
 
     def _plan(self, number: int, clips: NDArray[np.int64]) -> ClipPlan:
         view, crop = divmod(number, self.cuts.crops)
@@ -239,7 +236,7 @@ def forward(
     runtime: Runtime,
     all_cores: bool = False,
 ) -> list[Tensor]:
-    """What each network makes of uint8 (n, T, H, W, 3), by its card's statistics: float32 (n, D) on the device.
+    """Each network's output for uint8 (n, T, H, W, 3), by its card's statistics: float32 (n, D) on the device.
 
     On a CPU each network has a core of its own, unless ``all_cores``, which takes them in turn, on all of them.
     """
@@ -306,13 +303,12 @@ def _choose(index: ClipIndex, recipe: Recipe) -> tuple[NDArray[np.int64], NDArra
     return clips, labels
 
 
-def balanced(count: int, largest: int) -> list[int]:
-    """Split ``count`` into the fewest batches of at most ``largest``, sizes equal within one.
+def batches(count: int, largest: int) -> list[NDArray[np.int64]]:
+    """Split the places of ``count`` clips into the fewest batches of at most ``largest``, sizes equal within one.
 
     A small last batch would have unlike batch statistics.
     """
-    batches = -(-count // largest)
-    return [count // batches + (i < count % batches) for i in range(batches)]
+    return np.array_split(np.arange(count), -(-count // largest))
 
 
 def check_undamaged(index: ClipIndex) -> None:

@@ -2,7 +2,7 @@
 
 Columns: path (string), start and end (seconds, float64), label (string, null where unknown), vector (D float32);
 a file of videos has clips (int32) too, how many were averaged. Metadata of the schema, all UTF-8: ``card`` (JSON),
-``protocol``, ``engine_version``, ``rejected`` (how many sources or stretches gave no row) and ``identity``.
+``protocol``, ``engine_version``, ``rejected`` (how many sources or segments gave no row) and ``identity``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ STORED: dict[str, Any] = {"use_dictionary": ["path", "label"], "compression": "z
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """Stretches of videos and their features; N rows of D features."""
+    """Segments of videos and their features; N rows of D features."""
 
     path: list[str]
     """The video, as it was named."""
@@ -49,14 +49,14 @@ class FeatureRows:
     def take(self, keep: NDArray[np.bool_] | slice) -> FeatureRows:
         """Some of the rows."""
         chosen = np.arange(len(self))[keep]
-        return FeatureRows(
-            [self.path[i] for i in chosen],
-            self.start[keep],
-            self.end[keep],
-            [self.label[i] for i in chosen],
-            self.vector[keep],
-            None if self.clips is None else self.clips[keep],
-            self.rejects,
+        return replace(
+            self,
+            path=[self.path[i] for i in chosen],
+            start=self.start[keep],
+            end=self.end[keep],
+            label=[self.label[i] for i in chosen],
+            vector=self.vector[keep],
+            clips=None if self.clips is None else self.clips[keep],
         )
 
 
@@ -70,9 +70,7 @@ def write_part(path: Path, rows: FeatureRows) -> None:
 
 def is_part(path: Path) -> bool:
     """Whether ``write_part`` has written this file, as far as its end tells."""
-    with suppress(OSError, pa.ArrowException):
-        return b"rejects" in (pq.read_schema(path).metadata or {})
-    return False
+    return b"rejects" in _metadata(path)
 
 
 def read_features(path: Path) -> FeatureRows:
@@ -121,10 +119,14 @@ def merge_parts(
 
 def identity_of(path: Path) -> str | None:
     """The ``identity`` of a file of features; None where there is no such file."""
+    return _metadata(path).get(b"identity", b"").decode() or None
+
+
+def _metadata(path: Path) -> dict[bytes, bytes]:
+    """The metadata of a Parquet file's schema; empty where there is no such file."""
     with suppress(OSError, pa.ArrowException):
-        told: bytes = (pq.read_schema(path).metadata or {}).get(b"identity", b"")
-        return told.decode() or None
-    return None
+        return pq.read_schema(path).metadata or {}
+    return {}
 
 
 def count_rows(path: Path) -> int:
@@ -145,7 +147,7 @@ def joined(parts: Sequence[FeatureRows]) -> FeatureRows:
 
 
 def rejects_file(out: Path) -> Path:
-    """Where it is told what gave no row of ``out``."""
+    """The list of what gave no row of ``out``."""
     return out.with_name(f"{out.name}.rejects.jsonl")
 
 
@@ -166,8 +168,8 @@ def read_rejects(out: Path) -> list[dict[str, Any]]:
 
 
 def _rejects(schema: pa.Schema) -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = json.loads((schema.metadata or {}).get(b"rejects", b"[]"))
-    return told
+    rejects: list[dict[str, Any]] = json.loads((schema.metadata or {}).get(b"rejects", b"[]"))
+    return rejects
 
 
 def _videos(sources: Iterator[FeatureRows]) -> Iterator[FeatureRows]:
@@ -187,7 +189,7 @@ def _videos(sources: Iterator[FeatureRows]) -> Iterator[FeatureRows]:
 
 
 def _averaged(rows: FeatureRows, first: Sequence[int]) -> FeatureRows:
-    """One row for each stretch of rows that begins at ``first``."""
+    """One row for each group of rows that begins at ``first``."""
     size = np.diff([*first, len(rows)])
     mean = np.add.reduceat(rows.vector.astype(np.float64), first) / size[:, None]
     return FeatureRows(

@@ -246,7 +246,8 @@ def test_test_labels_decide_nothing_but_the_scores(colour_set: Dataset) -> None:
     for label in (colour_set.label, lied):
         dataset = replace(colour_set, label=label, folds=(fold,))
         judge = Judge(dataset, videos_of(dataset, views), SETTINGS, RUNTIME, card)
-        row, predicted = judge._linear(fold, 0)
+        rows = (judge.videos.of(clips) for clips in (fold.train, fold.test))
+        row, predicted = judge._linear(*rows, 0)
         chosen.append((row["C"], row["train_video_top1"], predicted.tolist()))
     assert chosen[0] == chosen[1]
 

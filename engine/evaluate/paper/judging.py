@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.core.display import Display
 from engine.core.runtime import Runtime, is_device_error, is_out_of_memory
 from engine.evaluate.datasets import Dataset, Fold
-from engine.evaluate.finetune import finetune
+from engine.evaluate.finetune import Finetuning
 from engine.evaluate.paper.cells import Cell, Store
 from engine.evaluate.paper.rows import Column
 from engine.evaluate.paper.scale import Scale, drawn
@@ -160,15 +160,9 @@ class Judging:
         if self.scale.checkpoint_every:
             folder.mkdir(parents=True, exist_ok=True)
             more = {"folder": folder, "checkpoint_every": self.scale.checkpoint_every}
-        result = finetune(
-            network,
-            card,
-            dataset,
-            recipe=msgspec.structs.replace(self.scale.finetune, seed=cell.seed),
-            runtime=self.runtime,
-            seeds=[cell.seed],
-            **more,
-        )
+        recipe = msgspec.structs.replace(self.scale.finetune, seed=cell.seed)
+        work = Finetuning(network, card, dataset, recipe, self.runtime, **more)
+        result = work.run([cell.seed])
         self._keep(cell, result, card, time.perf_counter() - began)
         shutil.rmtree(folder, ignore_errors=True)
 

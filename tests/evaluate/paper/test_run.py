@@ -64,7 +64,7 @@ def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def interrupt(patched: pytest.MonkeyPatch, place: str, *, step: int) -> None:
     """Raise KeyboardInterrupt at a training step, or at the second network that is fine-tuned."""
-    original, tune, tuned = Trainer.step, judging.finetune, []
+    original, tune, tuned = Trainer.step, judging.Finetuning, []
 
     def stepped(self: Trainer, member: Member, views: Views) -> float:
         if member.step == step:
@@ -80,7 +80,7 @@ def interrupt(patched: pytest.MonkeyPatch, place: str, *, step: int) -> None:
     if place == "training":
         patched.setattr(Trainer, "step", stepped)
     else:
-        patched.setattr(judging, "finetune", once)
+        patched.setattr(judging, "Finetuning", once)
 
 
 @pytest.mark.parametrize("place", ["training", "fine-tuning"])
