@@ -16,13 +16,14 @@ from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 from engine.core.recipe import Clip
 from engine.core.runtime import Runtime, one_thread
+from engine.data.library import Report
 from engine.data.plan import ClipPlan, central_plan
 from engine.data.shards.index import ClipIndex
 from engine.evaluate.datasets import Dataset
 from engine.evaluate.linear import Floats, Ints, choose_strength, ridge_predict
 from engine.evaluate.protocols import used_clips, videos_of
 from engine.evaluate.scores import Spread
-from engine.features.extract import Report, decoded
+from engine.features.extract import decoded
 
 SIZE = 16
 PAIRS = 16

@@ -1,4 +1,4 @@
-"""Labelled data sets with the parts that their protocols train and test on: UCF101, HMDB51, Kinetics, class folders."""
+"""Labelled data sets with the folds that their protocols train and test on: UCF101, HMDB51, Kinetics, class folders."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class IncompleteDataset(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What one training and its test use: indices of clips, rising."""
+    """The clips of one training and its test: indices, rising."""
 
     name: str
     train: Ints
@@ -81,7 +81,7 @@ class Dataset:
 
     @property
     def incomplete(self) -> str | None:
-        """What is missing, for the protocol's string; None for a whole data set."""
+        """The number of videos that are missing, in words; None for a whole data set."""
         present = len(self.videos)
         if present >= self.listed:
             return None
@@ -157,7 +157,7 @@ def _ingested(
 
 
 def _rejects_of(shards: Sequence[Path]) -> list[Reject]:
-    """What ``engine ingest`` could not use when it made the shards."""
+    """The rejects that ``engine ingest`` listed when it made the shards."""
     files = [path / "rejects.jsonl" for path in shards if (path / "rejects.jsonl").is_file()]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return [Reject(**json.loads(line)) for line in lines]

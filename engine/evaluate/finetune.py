@@ -28,6 +28,7 @@ from engine.core.presets import RecipeError
 from engine.core.provenance import provenance
 from engine.core.recipe import Recipe, recipe_hash
 from engine.core.runtime import Runtime, set_seed
+from engine.data.library import Report
 from engine.data.plan import plan_batch
 from engine.data.shards.index import ClipIndex
 from engine.evaluate import scores
@@ -37,7 +38,6 @@ from engine.evaluate.scores import Evaluated, words
 from engine.features.extract import (
     Cuts,
     Extractor,
-    Report,
     check_undamaged,
     decoded,
     normalised,
@@ -53,7 +53,7 @@ from engine.train.trainer import NonFiniteLoss
 Ints = NDArray[np.int64]
 
 LOG_EVERY = 10
-"""Steps between points in TensorBoard, and between looks at whether the loss is finite."""
+"""Steps between points in TensorBoard, and between checks that the loss is finite."""
 HEAD_SD = 0.01
 """Standard deviation of the new layer's first weights."""
 
@@ -252,7 +252,8 @@ class Finetuning:
         d = self.dataset
         extractor = Extractor(d.index, clips, cuts=self.cuts, runtime=self.runtime, bank=d.decoded)
         (logits,) = extractor.outputs([model], [self.card], on_progress=self.on_progress)
-        shares = logits.double().softmax(-1)
+        check_undamaged(d.index)
+        shares = logits.cpu().double().softmax(-1)
         of_video, first = scores.video_means(shares, d.video[clips])
         each = np.repeat(d.label[clips], shares.shape[1])
         labels = d.label[clips][first]

@@ -10,12 +10,12 @@ from engine.core.provenance import provenance, write_provenance
 from engine.core.recipe import Recipe
 from engine.core.runfolder import RunError, RunFolder
 from engine.core.runtime import Runtime, make_deterministic
+from engine.data.library import Report
 from engine.data.shards.index import data_digest
 from engine.evaluate.datasets import Dataset
 from engine.evaluate.finetune import Finetuning, check_recipe, from_scratch
 from engine.evaluate.protocols import evaluate_many
 from engine.evaluate.scores import Evaluated, write_confusion
-from engine.features.extract import Report
 from engine.model.network_file import load_network
 
 INPUTS = "finetune.json"

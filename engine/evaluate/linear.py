@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Predictor = Callable[[Floats, Ints, Floats, Sequence[float]], Ints]
-"""Of train features, their labels, test features and strengths: classes (S, test)."""
+"""Takes train features, their labels, test features and strengths; gives classes (S, test)."""
 
 MAX_ITERATIONS = 1000
 TOLERANCE = 1e-5
@@ -91,7 +91,7 @@ def _logistic(gpu: bool) -> Any:
 
 
 def layers_predict(*, num_classes: int, gpu: bool = False) -> Predictor:
-    """The classes that layers of several strengths take test for."""
+    """A predictor by layers of several strengths."""
 
     def predict(x: Floats, labels: Ints, test: Floats, strengths: Sequence[float]) -> Ints:
         layers = fit(x, labels, num_classes=num_classes, strengths=strengths, gpu=gpu)
@@ -101,7 +101,7 @@ def layers_predict(*, num_classes: int, gpu: bool = False) -> Predictor:
 
 
 def ridge_predict(x: Floats, labels: Ints, test: Floats, strengths: Sequence[float]) -> Ints:
-    """The classes that one-against-all ridge regressions on -1 and 1 take test for; strengths are their alphas."""
+    """Predict by one-against-all ridge regressions on -1 and 1; strengths are their alphas."""
     return np.stack([RidgeClassifier(alpha=a).fit(x, labels).predict(test) for a in strengths])
 
 

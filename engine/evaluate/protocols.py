@@ -19,12 +19,13 @@ from torch import Tensor
 from engine.core.provenance import provenance
 from engine.core.recipe import Evaluation, Recipe
 from engine.core.runtime import Runtime, one_thread
+from engine.data.library import Report
 from engine.evaluate import linear, scores
 from engine.evaluate.datasets import Dataset, Fold
 from engine.evaluate.finetune import Finetuning
 from engine.evaluate.scores import Evaluated, Spread
 from engine.features import kmeans
-from engine.features.extract import Cuts, Extractor, Report
+from engine.features.extract import Cuts, Extractor, check_undamaged
 from engine.model.network_file import Card
 from engine.model.resnet3d import ResNet3D
 
@@ -104,7 +105,8 @@ def take_features(
             batch_norm=settings.batch_norm,
             on_progress=on_progress,
         )
-        features |= dict(zip(same, outputs, strict=True))
+        check_undamaged(dataset.index)
+        features |= {i: output.cpu() for i, output in zip(same, outputs, strict=True)}
     return [features[i] for i in range(len(networks))]
 
 

@@ -52,7 +52,7 @@ class Evaluated:
 
     protocol: str
     protocol_string: str
-    """All that decides the numbers, in words."""
+    """The settings that decide the numbers, in words."""
     labels_used: bool
     """Whether labels had a part in the network's weights before."""
     metrics: dict[str, Spread]
@@ -67,7 +67,7 @@ class Evaluated:
     provenance: dict[str, Any]
 
     def row(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Every field, for JSON."""
         return asdict(self)
 
     @property
@@ -79,7 +79,7 @@ class Evaluated:
 def words(
     protocol: str, how: str, *, dataset: Dataset, cuts: Cuts, batch_norm: str, seeds: Sequence[int]
 ) -> str:
-    """The protocol's string: all that decides its numbers."""
+    """The protocol's string: every setting that decides its numbers."""
     parts = [protocol, how, f"{dataset.name}: {dataset.folds_by}", str(cuts)]
     parts.append(f"{batch_norm} batch-norm statistics")
     parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}")
@@ -129,7 +129,7 @@ def retrieval(
 
 
 def cluster_scores(labels: Ints, clusters: Ints) -> dict[str, float]:
-    """How well one run's clusters (N,) match the classes (N,).
+    """Agreement of one run's clusters (N,) with the classes (N,).
 
     V-measure with equal weights is the same number as NMI by the arithmetic mean (Rosenberg and Hirschberg 2007).
     """

@@ -1,4 +1,4 @@
-"""How well clusters match classes (Hungarian accuracy, mutual information, Rand index), or Zipf's law.
+"""Agreement of clusters with classes (Hungarian accuracy, mutual information, Rand index), and with Zipf's law.
 
 Shape letters: N clips, D features, K clusters.
 """
@@ -25,7 +25,7 @@ Ints = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well clusters match classes; 1 is a perfect match by every measure."""
+    """Measures of how well clusters match classes; each is 1 for a perfect match."""
 
     hungarian: float
     """Accuracy in [0, 1] under the best one-to-one matching of clusters and classes."""

@@ -29,9 +29,10 @@ from engine.core.files import take_lock
 from engine.core.prefetch import ahead
 from engine.core.runtime import Runtime, choose_runtime, num_cores
 from engine.data.ingest.sources import Found, find_sources
+from engine.data.library import Report
 from engine.data.plan import ClipPlan
 from engine.data.shards.index import ClipIndex, is_shards
-from engine.features.extract import Report, clip_of, decoded, forward
+from engine.features.extract import clip_of, decoded, forward
 from engine.features.parquet import (
     FeatureRows,
     count_rows,
@@ -44,21 +45,14 @@ from engine.features.parquet import (
     write_part,
     write_rejects,
 )
-from engine.features.segments import (
-    Chunk,
-    Cutter,
-    Cutting,
-    EmbedSettings,
-    Segments,
-    shard_chunks,
-)
+from engine.features.segments import Chunk, Cutter, Cutting, EmbedSettings, Segments, shard_chunks
 from engine.model.network_file import Card
 from engine.model.resnet3d import ResNet3D
 
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What became of the videos."""
+    """The outcome of ``embed``."""
 
     rows: int
     rejects: list[dict[str, Any]]
@@ -68,9 +62,8 @@ class EmbedReport:
 
 
 def protocol_of(card: Card, settings: EmbedSettings, *, amp: bool) -> str:
-    """How features came about, in words: network, frames, views, averages, number format."""
-    clip, s = card.input, Cutting.of(card.input, settings)
-    fps = settings.fps
+    """The protocol in words: network, frames, views, averages, number format."""
+    clip, s, fps = card.input, Cutting.of(card.input, settings), settings.fps
     return (
         f"{card.arch}{' with pool' if card.pool else ''} of width {card.width:g}, {clip.num_frames} frames"
         f" {clip.frame_stride} apart, central {clip.size}x{clip.size}; raw videos at {fps:g} frames/s in clips of"
@@ -94,19 +87,15 @@ def embed(
     """Write the features of ``videos`` (files, folders, lists, shards) to the Parquet file ``out``.
 
     A file of the same features that is there already is left as it is; what an earlier run that was killed had
-    made, in a hidden folder beside ``out``, is used. Where something gave no row, ``out`` with ``.rejects.jsonl``
+    left in a hidden folder beside ``out`` is used. Where something gave no row, ``out`` with ``.rejects.jsonl``
     after it lists what and why. ``workers`` counts the processes that cut raw videos (None: one a core).
     Raises ValueError for videos that are not there or give no row, and an ``out`` that is something else;
     OSError where it can't be written.
     """
     settings, runtime = settings or EmbedSettings(), runtime or choose_runtime()
     protocol = protocol_of(card, settings, amp=runtime.amp)
-    with (
-        _working_beside(out) as work,
-        closing(
-            Cutter(card.input, settings, folder=work, workers=workers or num_cores())
-        ) as cutter,
-    ):
+    count = workers or num_cores()
+    with _working_beside(out) as work, closing(Cutter(card.input, settings, work, count)) as cutter:
         chunks, listed = _chunks(videos, cutter)
         about = _about(network, card, protocol, [listed, *(chunk.key for chunk in chunks)])
         if out.exists():
@@ -160,7 +149,7 @@ def embed_video(
     settings, runtime = settings or EmbedSettings(), runtime or choose_runtime()
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(Cutter(card.input, settings, folder=Path(folder), workers=1)) as cutter,
+        closing(Cutter(card.input, settings, Path(folder), 1)) as cutter,
     ):
         chunks, _ = _chunks([video], cutter)
         embedder = Embedder(network, card, settings, runtime, cutter.stopping, warnings.warn)

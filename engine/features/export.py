@@ -1,7 +1,7 @@
 """The RGB network with its preprocessing as a portable file: raw frames in, features out.
 
-What goes in is uint8 (N, T, H, W, 3), RGB, cut and resized to the card's input; the frames' scaling and normalisation
-are inside. What comes out is float32 (N, D), equal to the engine's within 1e-4 of the largest feature: every export
+Its input is uint8 (N, T, H, W, 3), RGB, cut and resized to the card's input; the frames' scaling and normalisation
+are inside. Its output is float32 (N, D), equal to the engine's within 1e-4 of the largest feature: every export
 is run before it is written. N is free in both formats; so are T, H and W in ONNX. In torch they are as long as
 the last stage keeps several frames (rows, columns) where it had several, and one where it had one.
 """
@@ -55,7 +55,7 @@ class FramesToFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written."""
+    """The outcome of an export."""
 
     format: str
     difference: float | None
@@ -168,7 +168,7 @@ def _random_frames(count: int, shape: tuple[int, ...], *, seed: int) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what torch's exporters say of themselves."""
+    """Silences the warnings of torch's exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

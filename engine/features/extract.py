@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import kernels
 from engine.core.recipe import Audio, Clip, Recipe
 from engine.core.runtime import Runtime
-from engine.data.library import Report as Report
+from engine.data.library import Report
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_views
 from engine.data.shards.index import ClipIndex
@@ -30,7 +30,7 @@ from engine.model.network_file import Card, ClipInput, card_of
 BANK_BYTES = 256 * 2**20
 """Decoded views up to this size stay in memory between networks."""
 CROPS = {1: (float("nan"),), 3: (float("nan"), 0.0, 1.0)}
-"""Where the squares of a view lie along the frame's longer side; nan: in the middle."""
+"""Places of a view's squares along the frame's longer side; nan: in the middle."""
 UNLABELLED_CLIPS = 2000
 """Most clips that judge where none has a label and ``fitness.max_clips`` does not say so."""
 CHOICE_STREAM, ORDER_STREAM = 0xC405, 0xFEA7
@@ -39,7 +39,7 @@ CHOICE_STREAM, ORDER_STREAM = 0xC405, 0xFEA7
 
 @dataclass(frozen=True)
 class Cuts:
-    """Which views of clips are taken, and how many at a time."""
+    """The views to take of each clip, and the clips of a batch."""
 
     clip: ClipInput
     views: int
@@ -62,8 +62,7 @@ class Cuts:
 class Extractor:
     """Decodes the chosen views of some clips of a data set, and runs networks on them.
 
-    ``bank`` keeps decoded views between calls, for extractors of the same clips and cuts; None keeps nothing. Where a
-    damaged clip's place was taken by another, a ``strict`` one raises ValueError.
+    ``bank`` keeps decoded views between calls, for extractors of the same clips and cuts; None keeps nothing.
     """
 
     def __init__(
@@ -74,10 +73,8 @@ class Extractor:
         cuts: Cuts,
         runtime: Runtime,
         bank: dict[Any, Any] | None = None,
-        strict: bool = True,
     ) -> None:
         self.index, self.clips, self.cuts, self.runtime = index, clips, cuts, runtime
-        self._strict = strict
         size = len(clips) * cuts.count * cuts.clip.num_frames * cuts.clip.size**2 * 3
         self._bank = bank if size <= BANK_BYTES else None
         self._key = (cuts, clips.tobytes(), str(runtime.device))
@@ -92,11 +89,10 @@ class Extractor:
         *,
         batch_norm: str = "running",
         on_progress: Report | None = None,
-        to_host: bool = True,
     ) -> list[Tensor]:
-        """Each network's output for every view of every clip: float32 (N, V, D), in the clips' order.
+        """Each network's output for every view of every clip: float32 (N, V, D) on the device, in the clips' order.
 
-        On the CPU, or unless ``to_host`` on the device. Clips are normalised by each card's mean and std. Batch norm
+        Clips are normalised by each card's mean and std. Batch norm
         uses the ``running`` statistics, or each ``batch``'s own; nothing in the networks changes. Networks run side
         by side on a CPU.
         """
@@ -112,12 +108,10 @@ class Extractor:
                 done += len(frames)
                 if on_progress is not None:
                     on_progress("taking features", done, total)
-        if self._strict:
-            check_undamaged(self.index)
         shape = (self.cuts.count, len(self.clips), -1)
         back = torch.from_numpy(np.argsort(self._order)).to(self.runtime.device)
-        wholes = (torch.cat(each).view(shape)[:, back].transpose(0, 1) for each in outputs)
-        return [each.contiguous().cpu() if to_host else each.contiguous() for each in wholes]
+        wholes = (torch.cat(each).view(shape)[:, back] for each in outputs)
+        return [whole.transpose(0, 1).contiguous() for whole in wholes]
 
     def _batches(self) -> Iterator[Tensor]:
         """uint8 (n, T, H, W, 3): all clips in the shuffled order at one view, then at the next."""
@@ -168,23 +162,16 @@ class LabelledClips:
         self.clips, self.labels = _choose(index, recipe)
         self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
         clusters = recipe.fitness.clusters_for(self.num_classes)
-        if len(self.clips) <= max(clusters, self.num_classes):
-            kind, what = (
-                ("labelled clips", "classes") if self.num_classes else ("clips", "clusters")
-            )
+        most = max(clusters, self.num_classes)
+        if len(self.clips) <= most:
+            kind, what = ("labelled ", "classes") if self.num_classes else ("", "clusters")
             raise ValueError(
-                f"{len(self.clips)} {kind} for {max(clusters, self.num_classes)} {what}: "
-                f"fitness needs more clips than {what}"
+                f"{len(self.clips)} {kind}clips for {most} {what}: fitness needs more clips than {what}"
             )
         self._card, self._fitness = card_of(recipe), recipe.fitness
-        cuts = Cuts(
-            self._card.input,
-            recipe.fitness.views_per_clip,
-            batch_size=recipe.fitness.batch_size,
-        )
-        self._extractor = Extractor(
-            index, self.clips, cuts=cuts, runtime=runtime, bank={}, strict=False
-        )
+        f = recipe.fitness
+        cuts = Cuts(self._card.input, f.views_per_clip, batch_size=f.batch_size)
+        self._extractor = Extractor(index, self.clips, cuts=cuts, runtime=runtime, bank={})
 
     def features(self, networks: Sequence[nn.Module]) -> list[Tensor]:
         """Pooled features of each network, float32 (clips, D) in the order of ``clips``, from one decode.
@@ -192,12 +179,8 @@ class LabelledClips:
         They stay on the device. A clip's features are the mean over its views. Batch norm uses each batch's own
         statistics or the running ones, as the recipe says; either way nothing in the networks changes.
         """
-        views = self._extractor.outputs(
-            networks,
-            [self._card] * len(networks),
-            batch_norm=self._fitness.batch_norm,
-            to_host=False,
-        )
+        cards = [self._card] * len(networks)
+        views = self._extractor.outputs(networks, cards, batch_norm=self._fitness.batch_norm)
         return [reduce(torch.add, (each / each.shape[1]).unbind(1)) for each in views]
 
 
@@ -276,7 +259,7 @@ def _evaluating(networks: Sequence[nn.Module], *, batch_norm: str) -> Iterator[N
 
 
 def _choose(index: ClipIndex, recipe: Recipe) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """Which clips judge, rising, and their classes numbered from 0."""
+    """The clips that judge, rising, and their classes numbered from 0."""
     (clips,) = np.nonzero(index.label >= 0)
     known = len(np.unique(index.label[clips]))
     blind = not recipe.fitness.uses_labels and known < 2

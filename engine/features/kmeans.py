@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 Backend = Literal["sklearn", "cuml", "batched"]
 
 AUTO: dict[str, Backend] = {"cpu": "sklearn", "cuda": "batched"}
-"""What ``auto`` stands for, by type of device; a measurement may change it.
+"""The k-means that ``auto`` stands for, by type of device; a measurement may change it.
 
 A CPU is bound by arithmetic, of which scikit-learn does half: it adds up a cluster's clips where the batched
 one multiplies by one-hot assignments. On a GPU one clustering of some thousand clips is bound by launches,
@@ -64,7 +64,7 @@ class Clusterings(NamedTuple):
 
 
 def kmeans_backend(device: str, choice: str = "auto") -> Backend:
-    """Whose k-means a device gets for a choice of ``fitness.kmeans``.
+    """The k-means that a device runs for a choice of ``fitness.kmeans``.
 
     Raises ValueError for cuML where it is not installed or there is no GPU.
     """
@@ -279,7 +279,7 @@ def lloyd(x: Tensor, centres: Tensor, *, check_every: int | None = None) -> Clus
 def best_of_runs(
     labels: NDArray[np.int64], inertia: Sequence[float] | NDArray[np.float64], *, runs: int
 ) -> NDArray[np.int64]:
-    """Of a member's labels (runs * restarts, N), each run's with the least inertia: (runs, N)."""
+    """Labels (runs, N) of each run's start with the least inertia, of a member's labels (runs * restarts, N)."""
     best = np.reshape(inertia, (runs, -1)).argmin(1)
     chosen: NDArray[np.int64] = labels[best + len(labels) // runs * np.arange(runs)]
     return chosen

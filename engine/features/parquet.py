@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from engine.core.files import replacing, write_atomic
 
 STORED: dict[str, Any] = {"use_dictionary": ["path", "label"], "compression": "zstd"}
-"""How columns are written: vectors are all different, and as they are."""
+"""Settings of the writer; vectors, which are all different, get no dictionary."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FeatureRows:
     clips: NDArray[np.int32] | None = None
     """(N,) clips that were averaged, for rows that are videos."""
     rejects: list[dict[str, Any]] = field(default_factory=list)
-    """What gave no row: path, reason, and where in it (see ``engine.data.ingest.sources.Reject``)."""
+    """Videos and segments that gave no row: path, reason, place (see ``engine.data.ingest.sources.Reject``)."""
 
     def __len__(self) -> int:
         return len(self.path)
@@ -130,7 +130,7 @@ def _metadata(path: Path) -> dict[bytes, bytes]:
 
 
 def count_rows(path: Path) -> int:
-    """How many rows a file of features has."""
+    """The number of rows of a file of features."""
     return int(pq.read_metadata(path).num_rows)
 
 
@@ -147,12 +147,12 @@ def joined(parts: Sequence[FeatureRows]) -> FeatureRows:
 
 
 def rejects_file(out: Path) -> Path:
-    """The list of what gave no row of ``out``."""
+    """The file of the rejects of ``out``."""
     return out.with_name(f"{out.name}.rejects.jsonl")
 
 
 def write_rejects(out: Path, rejects: Sequence[dict[str, Any]]) -> None:
-    """Write what gave no row, a JSON object a line; no file for none."""
+    """Write the rejects, a JSON object a line; no file for none."""
     if rejects:
         text = "".join(f"{json.dumps(reject)}\n" for reject in rejects)
         write_atomic(rejects_file(out), text.encode())
@@ -161,7 +161,7 @@ def write_rejects(out: Path, rejects: Sequence[dict[str, Any]]) -> None:
 
 
 def read_rejects(out: Path) -> list[dict[str, Any]]:
-    """What ``write_rejects`` wrote."""
+    """Read the rejects that ``write_rejects`` wrote."""
     with suppress(FileNotFoundError):
         return [json.loads(line) for line in rejects_file(out).read_text().splitlines()]
     return []

@@ -46,7 +46,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """What becomes a row, and how it is seen."""
+    """Settings of ``embed``: what a row is, and how it is seen."""
 
     per: Literal["clip", "video"] = "clip"
     """A row a segment, or a row a video: the mean over its segments."""
@@ -73,7 +73,7 @@ class EmbedSettings:
 
 @dataclass(frozen=True)
 class Cutting:
-    """How raw videos are divided, for a network's input."""
+    """The division of raw videos into segments, for a network's input."""
 
     length: int
     every: int
@@ -149,7 +149,7 @@ class Cutter:
     """Cuts raw videos into shards in ``folder``, by processes that start with the first video, until it is closed."""
 
     def __init__(
-        self, clip: ClipInput, settings: EmbedSettings, *, folder: Path, workers: int
+        self, clip: ClipInput, settings: EmbedSettings, folder: Path, workers: int
     ) -> None:
         self.cutting, self.fps = Cutting.of(clip, settings), settings.fps
         # a margin, as 128 is to 112; films are no larger than that before they are cropped

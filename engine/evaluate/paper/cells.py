@@ -1,4 +1,4 @@
-"""Where a table's results lie: a JSON file a cell, a file a trained network; each is written whole or not at all.
+"""The store of a table's results: a JSON file a cell, a file a trained network; each is written whole or not at all.
 
 RUN/cells/ROW/SEED/COLUMN.json, RUN/networks/NETWORK/SEED.safetensors. What is there is not done again.
 """
@@ -72,18 +72,18 @@ class Store:
         return network.file is not None or self.network_path(network, seed).exists()
 
     def seconds(self, network: Network, seed: int) -> float | None:
-        """How long its training took, where the run's own file says so."""
+        """Seconds that its training took, where the run's own file says so."""
         if network.file is not None or not self.has(network, seed):
             return None
         value = load_tensors(self.network_path(network, seed))[1].get("seconds")
         return None if value is None else float(value)
 
     def fail(self, network: Network, seed: int, reason: str) -> None:
-        """Keep why a network could not be trained."""
+        """Write why a network could not be trained."""
         _write(self._failure(network, seed), {"failed": reason})
 
     def failure(self, network: Network, seed: int) -> str | None:
-        """Why a network could not be trained; None where it was not tried, or could be."""
+        """The reason why a network could not be trained; None where it was not tried, or could be."""
         record = _read(self._failure(network, seed))
         return None if record is None else str(record["failed"])
 

@@ -90,7 +90,7 @@ def with_fewer_labels(dataset: Dataset, share: float, *, seed: int) -> Dataset:
 
 @dataclass
 class Judging:
-    """What judging of one run shares."""
+    """Fills the cells of one run."""
 
     scale: Scale
     store: Store
@@ -101,7 +101,7 @@ class Judging:
     """For checkpoints of fine-tuning, where the scale asks for some."""
 
     def judge(self, cells: Sequence[Cell], *, on_seed: Callable[[], object] = lambda: None) -> None:
-        """Fill cells whose networks are there, or write down why they can't be; ``on_seed`` is called now and then."""
+        """Fill cells whose networks are there, or write why they can't be; ``on_seed`` is called after each seed."""
         alike: dict[int, dict[Column, list[Cell]]] = {}
         for cell in cells:
             reason = self.store.failure(cell.network, cell.seed)
@@ -177,7 +177,7 @@ class Judging:
         return network, card
 
     def _guarded(self, cell: Cell, work: Callable[[], Any]) -> Any:
-        """Do something for a cell; what goes wrong is the cell's, unless the GPU itself does."""
+        """Do work for a cell; an error fails the cell alone, unless it is the GPU that is at fault."""
         try:
             return work()
         except (ValueError, RuntimeError, MemberFailed) as error:

@@ -1,4 +1,4 @@
-"""What a table or figure holds: its rows with the paper's numbers, the networks that they judge, and its columns."""
+"""Rows and columns of a table or figure, with the paper's numbers and the networks that rows judge."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ PAPER: dict[str, tuple[Sequence[str], Mapping[str, Sequence[float]]]] = {
     "table1": (("hmdb51/kmeans", "hmdb51/linear", "hmdb51/finetune"), TABLE1),
     "table2": (("hmdb51/finetune", "ucf101/finetune"), TABLE2),
 }
-"""What the paper's numbers in the tables are of, and the numbers."""
+"""Data sets and protocols of the paper's numbers in a table, and the numbers by row."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Network:
     file: Path | None = None
     """Weights that were trained elsewhere."""
     share: float = 1.0
-    """Of the unlabelled clips that it is trained on."""
+    """Share of the unlabelled clips that it is trained on."""
     epochs: bool = False
     """Whether steps are in proportion to ``share``."""
 
@@ -111,7 +111,7 @@ class Row:
     group: str
     network: Network | None
     missing: str = ""
-    """Why there is no network."""
+    """The reason why there is no network."""
     paper: Mapping[str, float] = field(default_factory=dict)
     """By data set and protocol's name, ``hmdb51/kmeans``, %."""
     labelled: float = 1.0
@@ -126,7 +126,7 @@ class Column:
     """A protocol on a data set, or on its part that no training saw."""
 
     name: str
-    """Of its cells' files."""
+    """The name of its cells' files."""
     title: str
     protocol: str
     dataset: int = 0

@@ -1,4 +1,4 @@
-"""Runs a table or figure of the paper: what is missing of it, in a folder that the same command goes on with."""
+"""Runs a table or figure of the paper in a folder, whose missing cells the same command fills after a kill."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Reproduction:
         ], cells
 
     def plan(self) -> list[str]:
-        """What is to do, in lines, with times estimated from what is done."""
+        """The networks to train and cells to fill, a line each, with times estimated from those that are done."""
         networks, cells = self.to_do()
         trained, judged = self._seconds_spent()
         known = [s for seconds in trained.values() for s in seconds]
@@ -115,7 +115,7 @@ class Reproduction:
         return trained, judged
 
     def go(self, write: Callable[[Reproduction], object], *, retry_failed: bool = False) -> None:
-        """Do what is missing; ``write`` writes the table so far, after each seed and at the end."""
+        """Train and judge what is missing; ``write`` writes the table so far, after each seed and at the end."""
         make_deterministic(self.runtime)
         unlabelled = self._unlabelled()
         self.run.begin()
@@ -158,7 +158,7 @@ class Reproduction:
         return whole.subset(np.concatenate(chosen))
 
     def _note(self) -> None:
-        """What the run works on, written as it begins; raises RunError where it goes on with something else."""
+        """Writes what the run works on as it begins; raises RunError where it is continued with something else."""
         facts: dict[str, Any] = {
             "table": self.name,
             "scale": self.scale.name,
@@ -201,7 +201,7 @@ def _check_known(asked: Sequence[str], known: Sequence[str], what: str) -> None:
 
 
 def _fingerprint(datasets: Sequence[Dataset]) -> str:
-    """Of clips and of how they are divided into folds."""
+    """Fingerprint of clips and of their division into folds."""
     content = [
         (data_digest(d.index.folders), [(f.name, f.test.tolist()) for f in d.folds])
         for d in datasets

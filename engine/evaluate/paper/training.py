@@ -39,7 +39,7 @@ Seeded = tuple[Network, int]
 
 @dataclass
 class Training:
-    """What trainings of one run share."""
+    """Trains the networks of one run."""
 
     scale: Scale
     store: Store
