@@ -35,14 +35,8 @@ from engine.evaluate import scores
 from engine.evaluate.datasets import Dataset, Fold
 from engine.evaluate.linear import deal_groups
 from engine.evaluate.scores import Evaluated, words
-from engine.features.extract import (
-    Cuts,
-    Extractor,
-    check_undamaged,
-    decoded,
-    normalised,
-    without_future,
-)
+from engine.features import extract
+from engine.features.extract import Cuts, Extractor, check_undamaged
 from engine.model.network_file import Card, ClipInput, card_of
 from engine.model.resnet3d import ResNet3D
 from engine.train.checkpoint import load_state, save_state
@@ -192,7 +186,9 @@ class Finetuning:
         index = self.dataset.index.subset(clips)
         with closing(self._batches(index, self.dataset.label[clips], seed, first)) as batches:
             for step, (frames, labels) in enumerate(batches, start=first):
-                value = self._step(forward, model, optimizer, frames, labels, seed=seed, step=step)
+                torch.manual_seed(seed * 1_000_003 + step)  # dropout's
+                backward = self._backward(forward, frames, labels)
+                value = descend(model, optimizer, optim, step=step, backward=backward)
                 final = step + 1 == optim.steps
                 if step % LOG_EVERY == 0 or final:
                     mean = _checked(value, mean, name, step)
@@ -209,22 +205,13 @@ class Finetuning:
             board.close()
         return mean
 
-    def _step(
-        self,
-        forward: Callable[[Tensor], Tensor],
-        model: Classifier,
-        optimizer: torch.optim.Optimizer,
-        frames: Tensor,
-        labels: Tensor,
-        *,
-        seed: int,
-        step: int,
-    ) -> Tensor:
-        """One step: cross-entropy, backward, clipped gradient, optimizer; gives the loss, still on the device."""
-        torch.manual_seed(seed * 1_000_003 + step)  # dropout's
+    def _backward(
+        self, forward: Callable[[Tensor], Tensor], frames: Tensor, labels: Tensor
+    ) -> Callable[[], Tensor]:
+        """A function that runs a batch forward and back, and gives the cross-entropy, still on the device."""
 
         def backward() -> Tensor:
-            clips = normalised(frames, self.card, self.runtime.device)
+            clips = extract.normalised(frames, self.card, self.runtime.device)
             with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
                 logits = forward(clips)
             smoothing = self.recipe.finetune.label_smoothing
@@ -232,19 +219,21 @@ class Finetuning:
             loss.backward()
             return loss.detach()
 
-        return descend(model, optimizer, self.recipe.optim, step=step, backward=backward)
+        return backward
 
     def _batches(
         self, index: ClipIndex, label: Ints, seed: int, first: int
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Frames and labels of the steps from ``first`` on, of clips with these labels, decoded in advance."""
         r, size = self.recipe, self.recipe.optim.batch_size
-        clip = without_future(r.clip)
+        clip = extract.without_future(r.clip)
         plans = (
             plan_batch(index, clip, r.audio, seed=seed, step=step, batch_size=size)
             for step in range(first, r.optim.steps)
         )
-        for batch in decoded(index, plans, clip=clip, batch_size=size, runtime=self.runtime):
+        for batch in extract.decoded(
+            index, plans, clip=clip, batch_size=size, runtime=self.runtime
+        ):
             yield batch.rgb, torch.from_numpy(label[batch.clip]).to(self.runtime.device)
 
     def _test(self, model: Classifier, clips: Ints) -> tuple[dict[str, float], Ints, Ints]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -234,7 +235,7 @@ class Judge:
                 seed=seed,
             )
             runs = [scores.cluster_scores(labels, run) for run in clusters]
-            metrics |= {f"{part}_{name}": value for name, value in scores.mean_of(runs).items()}
+            metrics |= {f"{part}_{name}": fmean(run[name] for run in runs) for name in runs[0]}
             metrics[f"{part}_accuracy_runs"] = [run["accuracy"] for run in runs]
             if part == "train":
                 held = self._rows(test), self.videos.label[test]

@@ -158,12 +158,6 @@ def assigned_accuracy(
     return float((meaning[nearest] == test_labels).mean())
 
 
-def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric that all rows have."""
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    return {name: fmean(row[name] for row in rows) for name in names}
-
-
 def spreads(rows: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
     """Each metric over the rows that have it, nan aside."""
     names = dict.fromkeys(name for row in rows for name in row)

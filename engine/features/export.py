@@ -136,14 +136,12 @@ def _write_onnx(model: nn.Module, example: Tensor, card: str) -> tuple[bytes, Ru
     proto = program.model_proto
     proto.metadata_props.add(key="card", value=card)
     data = proto.SerializeToString()
-    return data, _onnx_runner(data) if find_spec("onnxruntime") else None
-
-
-def _onnx_runner(data: bytes) -> Runner:
+    if find_spec("onnxruntime") is None:
+        return data, None
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return lambda frames: torch.from_numpy(session.run(None, {"frames": frames.numpy()})[0])
+    return data, lambda frames: torch.from_numpy(session.run(None, {"frames": frames.numpy()})[0])
 
 
 def _checked(model: nn.Module, run: Runner, shape: tuple[int, ...]) -> float:

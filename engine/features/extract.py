@@ -260,20 +260,20 @@ def _evaluating(networks: Sequence[nn.Module], *, batch_norm: str) -> Iterator[N
 
 def _choose(index: ClipIndex, recipe: Recipe) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
     """The clips that judge, rising, and their classes numbered from 0."""
-    (clips,) = np.nonzero(index.label >= 0)
+    clips = np.flatnonzero(index.label >= 0)
     known = len(np.unique(index.label[clips]))
     blind = not recipe.fitness.uses_labels and known < 2
-    if not blind and known == 0:
+    if blind:
+        clips = np.arange(len(index.label))
+    elif known == 0:
         raise ValueError(
             "no labelled clips: labels come from class folders, VIDEOS/CLASS/clip.mp4; "
             "put each class's videos into a folder of its own"
         )
-    if not blind and known < 2:
+    elif known == 1:
         raise ValueError(
             "the labelled clips are all of one class; fitness needs two classes or more"
         )
-    if blind:
-        clips = np.arange(len(index.label))
     most = recipe.fitness.max_clips or (UNLABELLED_CLIPS if blind else len(clips))
     if len(clips) > most:
         rng = np.random.Generator(np.random.Philox(key=[recipe.seed, CHOICE_STREAM]))

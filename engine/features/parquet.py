@@ -203,28 +203,22 @@ def _averaged(rows: FeatureRows, first: Sequence[int]) -> FeatureRows:
 
 
 def _schema(dim: int, *, videos: bool) -> pa.Schema:
-    columns = [
-        ("path", pa.string()),
-        ("start", pa.float64()),
-        ("end", pa.float64()),
-        ("label", pa.string()),
-        ("vector", pa.list_(pa.float32(), dim)),
-        *([("clips", pa.int32())] if videos else []),
-    ]
-    return pa.schema(columns)
+    columns = {"path": pa.string(), "start": pa.float64(), "end": pa.float64()}
+    columns |= {"label": pa.string(), "vector": pa.list_(pa.float32(), dim)}
+    return pa.schema(columns | ({"clips": pa.int32()} if videos else {}))
 
 
 def _table(rows: FeatureRows, schema: pa.Schema) -> pa.Table:
     flat = pa.array(np.ascontiguousarray(rows.vector, np.float32).ravel())
-    columns = [
-        pa.array([_utf8(path) for path in rows.path], pa.string()),
-        pa.array(rows.start),
-        pa.array(rows.end),
-        pa.array([None if x is None else _utf8(x) for x in rows.label], pa.string()),
-        pa.FixedSizeListArray.from_arrays(flat, rows.vector.shape[1]),
-        *([] if rows.clips is None else [pa.array(rows.clips)]),
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
+    columns = {
+        "path": [_utf8(path) for path in rows.path],
+        "start": rows.start,
+        "end": rows.end,
+        "label": [None if label is None else _utf8(label) for label in rows.label],
+        "vector": pa.FixedSizeListArray.from_arrays(flat, rows.vector.shape[1]),
+    }
+    columns |= {} if rows.clips is None else {"clips": rows.clips}
+    return pa.table(columns, schema=schema)
 
 
 def _utf8(name: str) -> str:
