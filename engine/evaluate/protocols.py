@@ -267,10 +267,7 @@ class Judge:
         each_label = np.repeat(self.videos.label[self.videos.clip_video[clips]], views.shape[1])
         of_videos, of_train = layer.scores(every[test]), layer.scores(every[train])
         metrics = scores.accuracies(
-            torch.from_numpy(each),
-            torch.from_numpy(of_videos),
-            each_label,
-            self.videos.label[test],
+            torch.from_numpy(each), torch.from_numpy(of_videos), each_label, self.videos.label[test]
         )
         metrics["train_video_top1"] = scores.top_k(torch.from_numpy(of_train), labels, 1)
         return {**metrics, "C": strength}, of_videos.argmax(1)
