@@ -104,14 +104,14 @@ class Table:
 
     def notes(self) -> list[str]:
         """Footnotes: why numbers are missing."""
-        found: dict[str, list[str]] = {}
+        notes: dict[str, list[str]] = {}
         for row in self.rows:
             for column in self.columns:
                 if note := self.entry(row, column).note:
-                    names = found.setdefault(note, [])
+                    names = notes.setdefault(note, [])
                     if row.title not in names:
                         names.append(row.title)
-        return [f"{', '.join(names)}: {note}" for note, names in found.items()]
+        return [f"{', '.join(names)}: {note}" for note, names in notes.items()]
 
 
 def table_of(work: Reproduction) -> Table:
@@ -154,28 +154,28 @@ def build(
     protocols: dict[str, str] = {}
     for row in rows:
         for column in columns:
-            found = [store.read(Cell(row, seed, column)) for seed in seeds]
-            entries[row.name, column.name] = _entry(row, column, found)
-            for told in found:
-                if told and "protocol_string" in told and row.labelled == 1.0:
-                    protocols.setdefault(column.name, _without_seed(told["protocol_string"]))
+            results = [store.read(Cell(row, seed, column)) for seed in seeds]
+            entries[row.name, column.name] = _entry(row, column, results)
+            for result in results:
+                if result and "protocol_string" in result and row.labelled == 1.0:
+                    protocols.setdefault(column.name, _without_seed(result["protocol_string"]))
     return Table(name, scale, tuple(columns), tuple(rows), entries, protocols, baselines or {})
 
 
-def _entry(row: Row, column: Column, found: Sequence[dict[str, Any] | None]) -> Entry:
-    done = [told for told in found if told and "failed" not in told]
-    failed = [str(told["failed"]) for told in found if told and "failed" in told]
+def _entry(row: Row, column: Column, results: Sequence[dict[str, Any] | None]) -> Entry:
+    done = [result for result in results if result and "failed" not in result]
+    failed = [str(result["failed"]) for result in results if result and "failed" in result]
     if row.network is None:
         note = row.missing
     elif failed:
-        note = f"{len(failed)} of {len(found)} failed: {failed[0]}"
+        note = f"{len(failed)} of {len(results)} failed: {failed[0]}"
     else:
-        note = "" if len(done) == len(found) else f"{len(done)} of {len(found)} seeds done"
-    trains = [told["train_videos"] for told in done if told.get("train_videos") is not None]
+        note = "" if len(done) == len(results) else f"{len(done)} of {len(results)} seeds done"
+    trains = [result["train_videos"] for result in done if result.get("train_videos") is not None]
     return Entry(
-        values=tuple(100 * float(told["value"]) for told in done),
+        values=tuple(100 * float(result["value"]) for result in done),
         paper=row.paper.get(column.paper),
-        labels_used=any(told["labels_used"] for told in done) if done else None,
+        labels_used=any(result["labels_used"] for result in done) if done else None,
         train_videos=fmean(trains) if trains else None,
         note=note,
     )

@@ -265,49 +265,50 @@ def lineage_finding(run: Run) -> str:
     return text.strip()
 
 
-def importance_finding(found: Importance) -> str:
+def importance_finding(result: Importance) -> str:
     """Which weights fitness depends on, and whether more than by chance."""
-    order = sorted(TERM_NAMES, key=lambda n: -found.share[n])
-    above = [n for n in order if found.share[n] > found.chance]
-    say = [f"{n} {100 * found.share[n]:.1f} %" for n in above[:3]]
+    order = sorted(TERM_NAMES, key=lambda n: -result.share[n])
+    above = [n for n in order if result.share[n] > result.chance]
+    say = [f"{n} {100 * result.share[n]:.1f} %" for n in above[:3]]
     lead = (
         f"Fitness depends most on {spoken(say)}"
         if above
         else "No weight matters more than chance gives"
     )
     text = (
-        f"{lead}. {len(above)} of 39 terms {'lies' if len(above) == 1 else 'lie'} above the {100 * found.chance:.1f} % "
-        f"that the highest term reaches when fitness is dealt out at random ({plural(found.shuffles, 'time')}). Single "
-        f"weights make {100 * sum(found.share.values()):.0f} % of the variance that {found.trees} trees over "
-        f"{found.members:,} members predict."
+        f"{lead}. {len(above)} of 39 terms {'lies' if len(above) == 1 else 'lie'} above the "
+        f"{100 * result.chance:.1f} % that the highest term reaches when fitness is dealt out at random "
+        f"({plural(result.shuffles, 'time')}). Single weights make "
+        f"{100 * sum(result.share.values()):.0f} % of the variance that {result.trees} trees over "
+        f"{result.members:,} members predict."
     )
-    if found.agreement is None:
+    if result.agreement is None:
         return text
-    return text + f" Rank correlation with the final weights: {found.agreement:+.2f}."
+    return text + f" Rank correlation with the final weights: {result.agreement:+.2f}."
 
 
-def zipf_finding(found: Agreement) -> str:
+def zipf_finding(result: Agreement) -> str:
     """Whether the label-free fitness ranks members as labels do."""
-    members = plural(found.n, "member")
-    if found.rho is None or found.low is None or found.high is None:
+    members = plural(result.n, "member")
+    if result.rho is None or result.low is None or result.high is None:
         return f"Zipf fitness against k-means accuracy of {members}: one never changes."
-    sure = "" if found.low > 0 or found.high < 0 else " It includes 0: they may be unrelated."
+    sure = "" if result.low > 0 or result.high < 0 else " It includes 0: they may be unrelated."
     return (
-        f"Spearman's rank correlation of Zipf fitness and k-means accuracy over {members} is {found.rho:+.2f} "
-        f"(95 % interval {found.low:+.2f} to {found.high:+.2f}).{sure}"
+        f"Spearman's rank correlation of Zipf fitness and k-means accuracy over {members} is {result.rho:+.2f} "
+        f"(95 % interval {result.low:+.2f} to {result.high:+.2f}).{sure}"
     )
 
 
 def rate_finding(run: Run) -> str:
     """How fast members were trained."""
-    found = throughput(run)
+    result = throughput(run)
     rates = [t.clips_per_second for t in run.complete if t.clips_per_second]
     text = (
-        f"Training clips a second of {plural(len(rates), 'member')}: median {found.clips_per_second:,.0f}, "
+        f"Training clips a second of {plural(len(rates), 'member')}: median {result.clips_per_second:,.0f}, "
         f"{min(rates):,.0f} to {max(rates):,.0f}."
     )
-    if found.members_per_hour is not None:
-        text += f" The whole run did {found.members_per_hour:,.1f} members an hour."
+    if result.members_per_hour is not None:
+        text += f" The whole run did {result.members_per_hour:,.1f} members an hour."
     return text
 
 

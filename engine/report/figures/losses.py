@@ -70,7 +70,7 @@ def _key(figure: Figure, x: float, y: float) -> None:
     note(figure, x + 189, y, "1")
 
 
-def _seat(term: Term) -> tuple[int, int]:
+def _cell_of(term: Term) -> tuple[int, int]:
     """A term's row and column among the tasks, or among the distilled layers."""
     if term.layer is None:
         return MODALITIES.index(term.modality), tuple(TASK_LABELS).index(term.task)
@@ -104,9 +104,9 @@ def loss(run: Run, width: float) -> Figure:
     note(figure, left, 9, "Tasks", "ink", weight="bold", size=12)
     note(figure, x, y - 31, "Distillation into RGB, by layer", "ink", weight="bold", size=12)
     drawn = {step.term for step in lineage(run)}
-    seats = {_seat(t) for t in TERMS if t.layer is None}
+    taken = {_cell_of(t) for t in TERMS if t.layer is None}
     for row, column in np.ndindex(len(MODALITIES), len(TASK_LABELS)):
-        if (row, column) not in seats:
+        if (row, column) not in taken:
             tasks.plot(column + 0.5, row + 0.5, "o", ms=4, mew=0, color=COLOR["rule"])
     for term in TERMS:
         axes, weight = tasks if term.layer is None else layers, run.weights[term.name]
@@ -118,7 +118,7 @@ def loss(run: Run, width: float) -> Figure:
 
 def _square(axes: Axes, term: Term, weight: float, *, cell: float, radius: float) -> None:
     """A term's square on its shade; ``cell`` and ``radius`` are in pixels."""
-    row, column = _seat(term)
+    row, column = _cell_of(term)
     gap = 3 / cell if radius > 2 else 1 / cell
     corner, side = (column + gap / 2, row + gap / 2), 1 - gap
     style = f"round,pad=0,rounding_size={radius / cell}"
@@ -128,7 +128,7 @@ def _square(axes: Axes, term: Term, weight: float, *, cell: float, radius: float
 
 def _letters(axes: Axes, term: Term, weight: float, *, cell: float, marked: bool) -> None:
     """A term's code and weight on its square, which the page's script may change."""
-    row, column = _seat(term)
+    row, column = _cell_of(term)
     letters = shade(weight)[1]
     look: dict[str, Any] = {"ha": "center", "va": "center_baseline", "color": letters}
     large, small = (14, 11) if cell > 40 else (11, 9)
@@ -191,7 +191,10 @@ def weights(run: Run, width: float) -> Figure:
     _rows(figure, run, DISTILL_GROUPS, left=left, top=top, width=panel)
     _key(figure, left + 124, below)
     note(
-        figure, left + 124, below + 22, "\N{BLACK DOWN-POINTING SMALL TRIANGLE} a new best is found"
+        figure,
+        left + 124,
+        below + 22,
+        "\N{BLACK DOWN-POINTING SMALL TRIANGLE} a new best is result",
     )
     return figure
 
@@ -357,15 +360,15 @@ def layers(run: Run, width: float) -> Figure:
 
 
 @themed
-def importance(found: Importance, width: float) -> Figure:
+def importance(result: Importance, width: float) -> Figure:
     """Every term's share of the variance of fitness beside its weight in the best loss."""
     wide = is_wide(width)
-    order = sorted(TERM_NAMES, key=lambda n: (-found.share[n], TERM_NAMES.index(n)))
+    order = sorted(TERM_NAMES, key=lambda n: (-result.share[n], TERM_NAMES.index(n)))
     left, middle = (160, 70) if wide else (104, 44)
     each = (width - left - middle - (44 if wide else 30)) / 2
     tall = BAR * len(order)
     figure = sheet(width, 40 + tall)
-    top = max(*found.share.values(), found.chance, 1e-9)
+    top = max(*result.share.values(), result.chance, 1e-9)
     heads = ("share of variance", "weight in the best loss") if wide else ("share", "weight")
     bars = []
     for x, limit, head in ((left, top, heads[0]), (left + each + middle, 1, heads[1])):
@@ -376,13 +379,13 @@ def importance(found: Importance, width: float) -> Figure:
         note(figure, x, 9, head, "ink", weight="bold", size=12)
         bars.append(axes)
     for row, name in enumerate(order):
-        share, weight = found.share[name], found.weight[name]
-        color = "accent" if share > found.chance else "muted"
+        share, weight = result.share[name], result.weight[name]
+        color = "accent" if share > result.chance else "muted"
         y = 34 + (row + 0.5) * BAR
         if wide:
             note(figure, 0, y, BY_NAME[name].code, "ink", weight="bold", size=12)
         note(figure, 36 if wide else 0, y, name, size=11 if wide else 10)
-        sign = "+" if found.direction[name] >= 0 else "\N{MINUS SIGN}"
+        sign = "+" if result.direction[name] >= 0 else "\N{MINUS SIGN}"
         say = f"{name}: share {share:.3f}, weight {weight:.2f}"
         text = f"{100 * share:.1f} % {sign}" if wide else f"{100 * share:.0f} {sign}"
         for axes, value, ink, label in (
@@ -395,7 +398,7 @@ def importance(found: Importance, width: float) -> Figure:
             tag(bar, say)
             said = "accent" if ink == "accent" else "muted"
             beside(axes, label, (value, row), (5, 0), color=said, size=10)
-    bars[0].axvline(found.chance, color=COLOR["random"], lw=1.4, ls="--")
+    bars[0].axvline(result.chance, color=COLOR["random"], lw=1.4, ls="--")
     style: dict[str, Any] = {"units": ("data", "axes fraction"), "ha": "center", "size": 10}
-    beside(bars[0], "chance", (found.chance, 1), (0, 9), color="random", **style)
+    beside(bars[0], "chance", (result.chance, 1), (0, 9), color="random", **style)
     return figure

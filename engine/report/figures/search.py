@@ -183,12 +183,12 @@ def _dumbbell(axes: Axes, step: Step, row: int) -> str:
 
 
 @themed
-def zipf(found: Agreement, width: float) -> Figure:
+def zipf(agreement: Agreement, width: float) -> Figure:
     """One mark a member: k-means accuracy against the fitness that needs no labels."""
     figure = sheet(width, 332)
     axes = place(figure, 48, 26, min(width - 60, 460), 260, xlabel="zipf")
     note(figure, 48, 9, "k-means accuracy")
-    dots(axes, found.pairs, color="accent", size=6.5, many=len(found.pairs) > MANY)
+    dots(axes, agreement.pairs, color="accent", size=6.5, many=len(agreement.pairs) > MANY)
     axes.margins(0.06)
     axes.xaxis.set_major_locator(rounded(5))
     axes.yaxis.set_major_locator(rounded(5))
