@@ -96,7 +96,7 @@ def reproduce(
     scale = load_scale(scale_name, more["assignments"])
     inputs = _inputs(more)
     seeds = [int(s) for s in _listed(more["seeds"], "--seeds", digits=True)]
-    selection = Selection(
+    only = Selection(
         _listed(more["rows"], "--rows"), seeds, _listed(more["protocols"], "--protocols")
     )
     _check_apart(videos, roots)
@@ -107,16 +107,7 @@ def reproduce(
         library = open_library(videos, cache=default_shard_cache(), report=display.prepare)
         say_rejects(display, library)
         todo = Reproduction(
-            table,
-            scale,
-            inputs,
-            library,
-            datasets,
-            run,
-            runtime,
-            display,
-            selection,
-            with_baselines,
+            table, scale, inputs, library, datasets, run, runtime, display, only, with_baselines
         )
         if dry_run:
             for line in todo.plan():
