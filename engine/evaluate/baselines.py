@@ -44,8 +44,8 @@ def baselines(
     index = dataset.index
     facts = np.stack([index.num_frames, index.width, index.height, index.has_audio], axis=1)[clips]
     trivial: dict[str, tuple[Floats, Callable[..., Ints]]] = {
-        "ridge on the mean 16x16 frame": (mean, _ridge),
-        "ridge on mean absolute frame differences": (change, _ridge),
+        "ridge on the mean 16x16 frame": (mean, ridge),
+        "ridge on mean absolute frame differences": (change, ridge),
         "5 nearest neighbours by file facts": (facts.astype(np.float64), neighbours),
     }
     spreads, done, total = {}, 0, len(trivial) * len(dataset.folds)
@@ -91,7 +91,7 @@ def _plan(index: ClipIndex, clips: Ints) -> ClipPlan:
     return central_plan(clips, frames)
 
 
-def _ridge(x: Floats, labels: Ints, groups: Ints, test: Floats, seed: int) -> Ints:
+def ridge(x: Floats, labels: Ints, groups: Ints, test: Floats, seed: int) -> Ints:
     """Ridge regression, its strength chosen on held-out groups."""
     alpha = choose_strength(
         ridge_predict,
