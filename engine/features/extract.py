@@ -103,15 +103,19 @@ class Extractor:
         with _evaluating(networks, batch_norm=batch_norm):
             for frames in self._batches():
                 rows = forward(networks, cards, frames, runtime=self.runtime, all_cores=alone)
-                for own, new in zip(outputs, rows, strict=True):
-                    own.append(new)
+                for batches_of, output in zip(outputs, rows, strict=True):
+                    batches_of.append(output)
                 done += len(frames)
                 if on_progress is not None:
                     on_progress("taking features", done, total)
         shape = (self.cuts.count, len(self.clips), -1)
         back = torch.from_numpy(np.argsort(self._order)).to(self.runtime.device)
-        wholes = (torch.cat(each).view(shape)[:, back] for each in outputs)
-        return [whole.transpose(0, 1).contiguous() for whole in wholes]
+        wholes = []
+        for batches_of in outputs:
+            whole = torch.cat(batches_of).view(shape)[:, back]
+            batches_of.clear()  # a data set's outputs may be large
+            wholes.append(whole.transpose(0, 1).contiguous())
+        return wholes
 
     def _batches(self) -> Iterator[Tensor]:
         """uint8 (n, T, H, W, 3): all clips in the shuffled order at one view, then at the next."""
