@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from rows import DEVICE, JSON, PATH, append
 from engine.core.runtime import Runtime, choose_runtime
 from engine.data.shards.index import ClipIndex
 from engine.features.embed import Embedder, embed
-from engine.features.segments import EmbedSettings, Workers, shard_pieces
+from engine.features.segments import EmbedSettings, shard_chunks
 from engine.model.network_file import Card, ClipInput
 from engine.model.resnet3d import ResNet3D
 
@@ -41,7 +42,7 @@ def rates(
     torch.manual_seed(0)
     network = ResNet3D(card.arch, 3, width=card.width, pool=card.pool)
     network.to(runtime.device, memory_format=torch.channels_last_3d)
-    index, workers = ClipIndex([shards]), Workers(1)
+    index, stopping = ClipIndex([shards]), threading.Event()
     clip = card.input
     batch = torch.randint(
         0, 256, (8, clip.num_frames, clip.size, clip.size, 3), dtype=torch.uint8
@@ -50,14 +51,14 @@ def rates(
 
     def embedder() -> Embedder:
         settings = EmbedSettings(batch_size=8, views=views)
-        return Embedder(network, card, settings, runtime, workers.stopping, warnings.warn)
+        return Embedder(network, card, settings, runtime, stopping, warnings.warn)
 
     def synchronised() -> None:
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()
 
     def input_alone() -> int:
-        opened = (piece.open() for piece in shard_pieces(index))
+        opened = (chunk.open() for chunk in shard_chunks(index))
         return sum(len(f) for _, f in embedder().decoded(opened) if f is not None)
 
     def network_alone() -> int:

@@ -85,8 +85,8 @@ def ours(dataset: Dataset, videos: Videos) -> dict[str, Callable[[], object]]:
             name: lambda name=name: judge.judged(name, [SEED], {})
             for name in ("linear", "kmeans", "retrieval")
         },
-        "ridge": trivial(baselines._ridge),
-        "neighbours": trivial(baselines._neighbours),
+        "ridge": trivial(baselines.ridge),
+        "neighbours": trivial(baselines.neighbours),
     }
 
 

@@ -230,6 +230,6 @@ def test_the_rules_see_what_they_forbid() -> None:
     assert not points_down("engine.data.media.decode", "engine.data.ingest.run")
     assert not points_down("engine.core.recipe", "engine.objective.loss")
     assert not points_down("kernels.reference", "engine.core.runtime")
-    assert not points_down("engine.search.study", "engine.evaluate.evaluate")
+    assert not points_down("engine.search.study", "engine.evaluate.protocols")
     with pytest.raises(AssertionError, match="none of the packages"):
         package_of("engine.nowhere")

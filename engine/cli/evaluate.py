@@ -75,8 +75,8 @@ def evaluate(
     from engine.core.display import Display
     from engine.core.runtime import choose_runtime, make_deterministic
     from engine.evaluate.baselines import baselines
-    from engine.evaluate.evaluate import FROZEN, evaluate_many
-    from engine.evaluate.protocols import append_rows
+    from engine.evaluate.protocols import FROZEN, evaluate_many
+    from engine.evaluate.scores import append_rows
     from engine.model.network_file import load_network
 
     runtime = choose_runtime(device)

@@ -20,7 +20,7 @@ from engine.cli.common import (
 
 if TYPE_CHECKING:
     from engine.core.run import RunFolder
-    from engine.evaluate.paper.rows import Given
+    from engine.evaluate.paper.rows import Inputs
 
 
 @click.command()
@@ -82,18 +82,18 @@ def reproduce(
     from engine.cli.tables import print_paper
     from engine.core.display import Display
     from engine.core.runtime import check_kernels_package, choose_runtime
-    from engine.evaluate.paper.run import Chosen, Reproduction
+    from engine.evaluate.paper.run import Reproduction, Selection
     from engine.evaluate.paper.scale import load_scale
     from engine.report.paper import table_of, write
 
     check_kernels_package()
     scale = load_scale(scale_name, assignments)
-    given = _given(*(more.pop(key) for key in ("losses", "imagenet", "kinetics")))
+    inputs = _inputs(*(more.pop(key) for key in ("losses", "imagenet", "kinetics")))
     rows, seeds, protocols = (
         _listed(more.pop(key), f"--{key}", digits=key == "seeds")
         for key in ("rows", "seeds", "protocols")
     )
-    chosen = Chosen(rows, [int(seed) for seed in seeds], protocols)
+    only = Selection(rows, [int(seed) for seed in seeds], protocols)
     pairs = _pairs(names, root)
     _check_apart(videos, root)
     runtime = choose_runtime(device, amp=scale.pretrain.optim.amp)
@@ -103,7 +103,7 @@ def reproduce(
         datasets = [open_labelled(display, name, size, root=r, **more) for name, r in pairs]
         (library,) = open_videos(display, videos)
         todo = Reproduction(
-            table, scale, given, library, datasets, run, runtime, display, chosen, with_baselines
+            table, scale, inputs, library, datasets, run, runtime, display, only, with_baselines
         )
         if dry_run:
             for line in todo.plan():
@@ -114,8 +114,8 @@ def reproduce(
     print_paper(table_of(todo), run.path)
 
 
-def _given(texts: tuple[str, ...], imagenet: Path | None, kinetics: Path | None) -> Given:
-    from engine.evaluate.paper.rows import TABLE1, Given
+def _inputs(texts: tuple[str, ...], imagenet: Path | None, kinetics: Path | None) -> Inputs:
+    from engine.evaluate.paper.rows import TABLE1, Inputs
 
     losses = {}
     for text in texts:
@@ -133,7 +133,7 @@ def _given(texts: tuple[str, ...], imagenet: Path | None, kinetics: Path | None)
                 f"--loss {text}: the table has a row {name} of its own; give another name"
             )
         losses[name] = str(Path(loss).resolve()) if Path(loss).is_file() else loss
-    return Given(losses, imagenet, kinetics)
+    return Inputs(losses, imagenet, kinetics)
 
 
 def _listed(text: str | None, option: str, *, digits: bool = False) -> list[str]:

@@ -15,8 +15,7 @@ from engine.core.run import plain
 
 if TYPE_CHECKING:
     from engine.data.shards.inspect import Description
-    from engine.evaluate.protocols import Evaluated
-    from engine.evaluate.scores import Spread
+    from engine.evaluate.scores import Evaluated, Spread
     from engine.report.paper import Table
     from engine.report.runs import Row
 

@@ -1,4 +1,4 @@
-"""What a number is worth: how far trivial looks at the same videos go, on the same folds.
+"""Trivial baselines: how far the simplest features of the same videos go, on the same folds.
 
 Ridge regression on the mean 16x16 frame, and on the mean absolute difference of neighbouring frames; the five nearest
 neighbours by facts of the files alone (frames, width, height, sound). A representation is interesting above these.
@@ -10,22 +10,20 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from sklearn.neighbors import KNeighborsClassifier  # type: ignore[import-untyped]
+from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
+from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 from engine.core.recipe import Clip
 from engine.core.runtime import Runtime, one_thread
+from engine.data.library import Report
 from engine.data.plan import ClipPlan, central_plan
 from engine.data.shards.index import ClipIndex
 from engine.evaluate.datasets import Dataset
-from engine.evaluate.linear import (
-    Floats,
-    Ints,
-    choose_strength,
-    neighbours_predict,
-    ridge_predict,
-)
+from engine.evaluate.linear import Floats, Ints, choose_strength, ridge_predict
 from engine.evaluate.protocols import used_clips, videos_of
 from engine.evaluate.scores import Spread
-from engine.features.extract import Report, decoded
+from engine.features.extract import decoded
 
 SIZE = 16
 PAIRS = 16
@@ -45,13 +43,13 @@ def baselines(
     mean, change = _pictures(dataset, clips, runtime)
     index = dataset.index
     facts = np.stack([index.num_frames, index.width, index.height, index.has_audio], axis=1)[clips]
-    looks: dict[str, tuple[Floats, Callable[..., Ints]]] = {
-        "ridge on the mean 16x16 frame": (mean, _ridge),
-        "ridge on mean absolute frame differences": (change, _ridge),
-        "5 nearest neighbours by file facts": (facts.astype(np.float64), _neighbours),
+    trivial: dict[str, tuple[Floats, Callable[..., Ints]]] = {
+        "ridge on the mean 16x16 frame": (mean, ridge),
+        "ridge on mean absolute frame differences": (change, ridge),
+        "5 nearest neighbours by file facts": (facts.astype(np.float64), neighbours),
     }
-    found, done, total = {}, 0, len(looks) * len(dataset.folds)
-    for name, (values, predict) in looks.items():
+    spreads, done, total = {}, 0, len(trivial) * len(dataset.folds)
+    for name, (values, predict) in trivial.items():
         videos = videos_of(dataset, torch.from_numpy(values)[:, None])
         x, shares = videos.features.numpy(), []
         for fold in dataset.folds:
@@ -62,8 +60,8 @@ def baselines(
             done += 1
             if on_progress is not None:
                 on_progress("trivial baselines, folds", done, total)
-        found[name] = Spread.of(shares)
-    return found
+        spreads[name] = Spread.of(shares)
+    return spreads
 
 
 def _pictures(dataset: Dataset, clips: Ints, runtime: Runtime) -> tuple[Floats, Floats]:
@@ -79,7 +77,7 @@ def _pictures(dataset: Dataset, clips: Ints, runtime: Runtime) -> tuple[Floats, 
     )
     means, changes = [], []
     for batch in batches:
-        frames = batch.double().div_(255).unflatten(1, (PAIRS, 2))
+        frames = batch.rgb.double().div_(255).unflatten(1, (PAIRS, 2))
         means.append(frames.mean((1, 2)).flatten(1).cpu().numpy())
         changes.append((frames[:, :, 1] - frames[:, :, 0]).abs().mean(1).flatten(1).cpu().numpy())
     return np.concatenate(means), np.concatenate(changes)
@@ -93,7 +91,7 @@ def _plan(index: ClipIndex, clips: Ints) -> ClipPlan:
     return central_plan(clips, frames)
 
 
-def _ridge(x: Floats, labels: Ints, groups: Ints, test: Floats, seed: int) -> Ints:
+def ridge(x: Floats, labels: Ints, groups: Ints, test: Floats, seed: int) -> Ints:
     """Ridge regression, its strength chosen on held-out groups."""
     alpha = choose_strength(
         ridge_predict,
@@ -108,5 +106,8 @@ def _ridge(x: Floats, labels: Ints, groups: Ints, test: Floats, seed: int) -> In
     return np.asarray(ridge_predict(x, labels, test, [alpha])[0], np.int64)
 
 
-def _neighbours(x: Floats, labels: Ints, groups: Ints, test: Floats, seed: int) -> Ints:
-    return neighbours_predict(x, labels, test, neighbours=NEIGHBOURS)
+def neighbours(x: Floats, labels: Ints, groups: Ints, test: Floats, seed: int) -> Ints:
+    """The commonest class of the nearest by standardised features; of equals, the first class."""
+    nearest = KNeighborsClassifier(min(NEIGHBOURS, len(x)), algorithm="brute")
+    classes: Ints = make_pipeline(StandardScaler(), nearest).fit(x, labels).predict(test)
+    return classes

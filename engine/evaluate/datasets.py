@@ -1,12 +1,11 @@
-"""Labelled data sets with the parts that their protocols train and test on: UCF101, HMDB51, Kinetics, class folders."""
+"""Labelled data sets with the folds that their protocols train and test on: UCF101, HMDB51, Kinetics, class folders."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,9 @@ from numpy.typing import NDArray
 from engine.data.ingest.run import ingest
 from engine.data.ingest.sources import Reject, SourceList, find_sources
 from engine.data.ingest.splits import MISSING, NUM_SPLITS, hmdb51, kinetics, ucf101
-from engine.data.library import reported
+from engine.data.library import Report, reported
 from engine.data.shards.index import ClipIndex, is_shards
 
-Report = Callable[[str, int, int], None]
-"""Called while something is prepared: what, done, total."""
 Ints = NDArray[np.int64]
 
 NAMES = ("ucf101", "hmdb51", "kinetics", "folders")
@@ -50,7 +47,7 @@ class IncompleteDataset(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What one training and its test use: indices of clips, rising."""
+    """The clips of one training and its test: indices, rising."""
 
     name: str
     train: Ints
@@ -84,7 +81,7 @@ class Dataset:
 
     @property
     def incomplete(self) -> str | None:
-        """What is missing, for the protocol's string; None for a whole data set."""
+        """The number of videos that are missing, in words; None for a whole data set."""
         present = len(self.videos)
         if present >= self.listed:
             return None
@@ -115,37 +112,57 @@ def open_dataset(
     """
     if name not in NAMES:
         raise ValueError(f"unknown data set {name!r}: {', '.join(NAMES)}")
-    roots = _existing([root] if isinstance(root, str | Path) else root)
+    roots = [
+        Path(p).expanduser().resolve() for p in ([root] if isinstance(root, str | Path) else root)
+    ]
+    absent = [path for path in roots if not path.exists()]
+    if absent:
+        raise ValueError(f"{absent[0]}: no such file or folder")
     folds = folds or ("group" if name == "folders" else "official")
     if folds not in ("official", "group"):
         raise ValueError(f"--folds {folds}: write official or group")
     pattern = _pattern(group_pattern, name, folds)
-    warnings: list[str] = []
-    if all(map(is_shards, roots)):
-        index = ClipIndex(roots, warn=warnings.append)
-        rejects = [reject for path in roots for reject in _rejects_of(path)]
-        listed = None
-    else:
-        found = find(roots, name=name, splits=splits)
-        if not allow_missing:
-            _check_whole(found, name, roots)
-        out = _shard_folder(cache, name, roots, splits, short_side)
-        rejects = _ingested(found, out, short_side, workers, report)
-        index, listed = ClipIndex([out], warn=warnings.append), len(found.sources)
-    missing = [r for r in rejects if r.reason.startswith(MISSING)]
-    if listed is None and missing and not allow_missing:
-        _check_whole(SourceList(rejects=rejects), name, roots)
-    return _described(
-        index, name, folds, pattern, rejects, tuple(warnings), listed and listed + len(missing)
+    raw = not all(map(is_shards, roots))
+    listing = (
+        find(roots, name=name, splits=splits) if raw else SourceList(rejects=_rejects_of(roots))
     )
+    missing = [reject.path for reject in listing.rejects if reject.reason.startswith(MISSING)]
+    if missing and not allow_missing:
+        raise _incomplete(name, roots, missing, listing)
+    rejects, listed, folders = listing.rejects, 0, roots
+    if raw:
+        folders = [cache / _folder_name(name, roots, splits, short_side)]
+        rejects = _ingested(listing, folders[0], short_side, workers, report)
+        listed = len(listing.sources) + len(missing)
+    warnings: list[str] = []
+    index = ClipIndex(folders, warn=warnings.append)
+    return _described(index, name, folds == "group", pattern, rejects, warnings, listed)
 
 
-def _existing(paths: Sequence[Path]) -> list[Path]:
-    roots = [Path(path).expanduser().resolve() for path in paths]
-    for path in roots:
-        if not path.exists():
-            raise ValueError(f"{path}: no such file or folder")
-    return roots
+def _folder_name(name: str, roots: Sequence[Path], splits: Path | None, short_side: int) -> str:
+    content = json.dumps([name, [str(root) for root in roots], str(splits or ""), short_side])
+    return f"{name}-{roots[0].name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+
+
+def _ingested(
+    listing: SourceList, out: Path, short_side: int, workers: int | None, report: Report
+) -> list[Reject]:
+    return ingest(
+        listing,
+        out,
+        short_side=short_side,
+        clip_seconds=CLIP_SECONDS,
+        min_seconds=0.0,  # the shortest labelled videos are half a second long
+        workers=workers,
+        progress=reported("the labelled videos", report),
+    ).rejects
+
+
+def _rejects_of(shards: Sequence[Path]) -> list[Reject]:
+    """The rejects that ``engine ingest`` listed when it made the shards."""
+    files = [path / "rejects.jsonl" for path in shards if (path / "rejects.jsonl").is_file()]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [Reject(**json.loads(line)) for line in lines]
 
 
 def find(roots: Sequence[Path], *, name: str, splits: Path | None = None) -> SourceList:
@@ -155,15 +172,15 @@ def find(roots: Sequence[Path], *, name: str, splits: Path | None = None) -> Sou
     """
     if name == "folders":
         return find_sources(roots)
-    parts = []
+    listings = []
     for root in roots:
         lists = splits or _find_lists(root, name)
         if name == "kinetics":
             files = sorted(lists.glob("*.csv")) if lists.is_dir() else [lists]
-            parts.append(kinetics(root, files))
+            listings.append(kinetics(root, files))
         else:
-            parts.append({"ucf101": ucf101, "hmdb51": hmdb51}[name](root, lists))
-    return parts[0] if len(parts) == 1 else SourceList.of(parts)
+            listings.append({"ucf101": ucf101, "hmdb51": hmdb51}[name](root, lists))
+    return listings[0] if len(listings) == 1 else SourceList.of(listings)
 
 
 def _find_lists(root: Path, name: str) -> Path:
@@ -186,54 +203,21 @@ def _find_lists(root: Path, name: str) -> Path:
     )
 
 
-def _check_whole(found: SourceList, name: str, roots: Sequence[Path]) -> None:
-    missing = sorted(r.path for r in found.rejects if r.reason.startswith(MISSING))
-    if not missing:
-        return
-    where = ", ".join(map(str, roots))
-    total = len(found.sources) + len(found.rejects)
+def _incomplete(
+    name: str, roots: Sequence[Path], missing: Sequence[str], listing: SourceList
+) -> IncompleteDataset:
     packed = [p for root in roots for kind in ("*.rar", "*.zip") for p in root.glob(kind)]
     unpack = f"{packed[0].name} is packed still: unpack it" if packed else "unpack all of it there"
-    few = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-    of = f" of {total}" if found.sources else ""
-    raise IncompleteDataset(
-        f"{name}: {len(missing)}{of} listed videos are missing below {where}: {few}; {unpack}, or go on with what is"
-        " there by --allow-missing"
+    few = ", ".join(sorted(missing)[:5]) + (", ..." if len(missing) > 5 else "")
+    of = f" of {len(listing.sources) + len(listing.rejects)}" if listing.sources else ""
+    return IncompleteDataset(
+        f"{name}: {len(missing)}{of} listed videos are missing below {', '.join(map(str, roots))}: {few}; {unpack}, or"
+        " go on with what is there by --allow-missing"
     )
 
 
-def _shard_folder(
-    cache: Path, name: str, roots: Sequence[Path], splits: Path | None, short_side: int
-) -> Path:
-    told = json.dumps([name, [str(r) for r in roots], str(splits or ""), short_side])
-    return cache / f"{name}-{roots[0].name}-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
-
-
-def _ingested(
-    found: SourceList, out: Path, short_side: int, workers: int | None, report: Report
-) -> list[Reject]:
-    result = ingest(
-        found,
-        out,
-        short_side=short_side,
-        clip_seconds=CLIP_SECONDS,
-        min_seconds=0.0,  # the shortest labelled videos are half a second long
-        workers=workers,
-        progress=reported("the labelled videos", report),
-    )
-    return result.rejects
-
-
-def _rejects_of(shards: Path) -> Iterator[Reject]:
-    """What ``engine ingest`` could not use when it made the shards."""
-    path = shards / "rejects.jsonl"
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield Reject(**json.loads(line))
-
-
-def _pattern(given: str | None, name: str, folds: str) -> re.Pattern[str] | None:
-    text = given or GROUP_PATTERNS.get(name)
+def _pattern(pattern: str | None, name: str, folds: str) -> re.Pattern[str] | None:
+    text = pattern or GROUP_PATTERNS.get(name)
     if text is None:
         if folds == "group" and name == "folders":
             raise ValueError(
@@ -253,63 +237,54 @@ def _pattern(given: str | None, name: str, folds: str) -> re.Pattern[str] | None
 def _described(
     index: ClipIndex,
     name: str,
-    folds: str,
+    by_group: bool,
     pattern: re.Pattern[str] | None,
     rejects: Sequence[Reject],
-    warnings: tuple[str, ...],
-    listed: int | None,
+    warnings: Sequence[str],
+    listed: int,
 ) -> Dataset:
     """Videos, groups and folds of opened shards."""
-    sources = [index.facts(i)["source"] for i in range(len(index))]
-    classes = index.classes
     label = index.label.astype(np.int64)
     if not (label >= 0).any():
         raise ValueError("no labelled clips: put each class's videos into a folder of its own")
+    clips = [(index.facts(i)["source"], int(label[i])) for i in range(len(index))]
     # one film may be listed with several stretches of other classes
-    video, videos = _numbered([f"{s}\0{c}" for s, c in zip(sources, label.tolist(), strict=True)])
-    groups = [
-        _group_of(s, pattern, None if c < 0 else classes[c])
-        for s, c in zip(sources, label, strict=True)
-    ]
-    strict = folds == "group" and pattern is not None
-    unmatched = [s for s, g in zip(sources, groups, strict=True) if g is None]
-    if strict and unmatched:
-        assert pattern is not None
+    video, videos = _numbered([f"{source}\0{number}" for source, number in clips])
+    groups = [_group_of(s, pattern, None if c < 0 else index.classes[c]) for s, c in clips]
+    unmatched = [s for (s, _), group in zip(clips, groups, strict=True) if group is None]
+    if by_group and pattern is not None and unmatched:
         raise ValueError(
-            f"the group pattern {pattern.pattern!r} matches {len(unmatched)} of {len(sources)} names nowhere, such as"
+            f"the group pattern {pattern.pattern!r} matches {len(unmatched)} of {len(clips)} names nowhere, such as"
             f" {unmatched[0]}: give another with --group-pattern"
         )
-    group, names = _numbered([s if g is None else g for s, g in zip(sources, groups, strict=True)])
-    by_group = folds == "group"
-    parts = _group_folds(group, names, label) if by_group else _official(index, name, label)
-    lost = Counter(r.path for r in rejects if not r.partial)
+    group, names = _numbered(
+        [s if g is None else g for (s, _), g in zip(clips, groups, strict=True)]
+    )
+    folds = _group_folds(group, names, label) if by_group else _official(index, name, label)
+    official = f"{len(folds)} official split{'s'[: len(folds) > 1]}"
+    lost = {reject.path for reject in rejects if not reject.partial}
     return Dataset(
         name=name,
         index=index,
-        classes=classes,
+        classes=index.classes,
         label=label,
         group=group,
         groups=names,
         video=video,
         videos=tuple(v.partition("\0")[0] for v in videos),
-        folds=parts,
-        folds_by=f"leave one group out, {len(parts)} folds"
-        if by_group
-        else f"{len(parts)} official split{'s'[: len(parts) > 1]}",
+        folds=folds,
+        folds_by=f"leave one group out, {len(folds)} folds" if by_group else official,
         rejects=tuple(rejects),
-        listed=max(listed or 0, len(videos) + len(lost)),
-        warnings=warnings,
+        listed=max(listed, len(videos) + len(lost)),
+        warnings=tuple(warnings),
     )
 
 
 def _group_of(source: str, pattern: re.Pattern[str] | None, label: str | None) -> str | None:
-    if pattern is None:
+    match = pattern.search(source.rsplit("/", 1)[-1]) if pattern else None
+    if pattern is None or match is None:
         return None
-    found = pattern.search(source.rsplit("/", 1)[-1])
-    if found is None:
-        return None
-    name = found[1] if pattern.groups else found[0]
-    return (name or "").removesuffix(f"_{label}")
+    return (match[1 if pattern.groups else 0] or "").removesuffix(f"_{label}")
 
 
 def _numbered(names: Sequence[str]) -> tuple[Ints, tuple[str, ...]]:
@@ -318,13 +293,13 @@ def _numbered(names: Sequence[str]) -> tuple[Ints, tuple[str, ...]]:
 
 
 def _official(index: ClipIndex, name: str, label: Ints) -> tuple[Fold, ...]:
-    known = label >= 0
     folds = []
     for number in range(1, 2 if name == "kinetics" else NUM_SPLITS + 1):
-        train = np.flatnonzero(known & index.in_split(number, "train"))
-        test = np.flatnonzero(known & index.in_split(number, "test"))
-        if not len(test):
-            test = np.flatnonzero(known & index.in_split(number, "validation"))
+        train, test, validation = (
+            np.flatnonzero((label >= 0) & index.in_split(number, part))
+            for part in ("train", "test", "validation")
+        )
+        test = test if len(test) else validation
         if len(train) and len(test):
             folds.append(Fold(f"split{number}", train, test))
     if not folds:

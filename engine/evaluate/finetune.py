@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -26,13 +27,15 @@ from engine.core.files import write_text_atomic
 from engine.core.provenance import provenance
 from engine.core.recipe import Recipe, RecipeError, recipe_hash
 from engine.core.runtime import Runtime, set_seed
-from engine.data.pipeline import InputPipeline
+from engine.data.library import Report
 from engine.data.plan import plan_batch
+from engine.data.shards.index import ClipIndex
 from engine.evaluate import scores
 from engine.evaluate.datasets import Dataset, Fold
 from engine.evaluate.linear import deal_groups
-from engine.evaluate.protocols import Evaluated, words
-from engine.features.extract import Cuts, Extractor, check_undamaged, normalised, without_future
+from engine.evaluate.scores import Evaluated, words
+from engine.features import extract
+from engine.features.extract import Cuts, Extractor, check_undamaged
 from engine.model.network_file import Card, ClipInput, card_of
 from engine.model.resnet3d import ResNet3D
 from engine.train.checkpoint import load_state, save_state
@@ -41,10 +44,9 @@ from engine.train.optim import descend, learning_rate, make_optimizer
 from engine.train.trainer import NonFiniteLoss
 
 Ints = NDArray[np.int64]
-Report = Callable[[str, int, int], None]
 
 LOG_EVERY = 10
-"""Steps between points in TensorBoard, and between looks at whether the loss is finite."""
+"""Steps between points in TensorBoard, and between checks that the loss is finite."""
 HEAD_SD = 0.01
 """Standard deviation of the new layer's first weights."""
 
@@ -66,17 +68,11 @@ class Classifier(nn.Module):
 
 
 @dataclass
-class _TrainingClips:
-    """The clips that are trained on, as planning asks for them."""
-
-    num_frames: NDArray[np.int32]
-    fps: float
-    shard: NDArray[np.int32]
-
-
-@dataclass
 class Finetuning:
-    """What the folds of one fine-tuning share."""
+    """Fine-tunes a network on a data set's folds and tests it.
+
+    ``run`` raises CheckpointError for a checkpoint of another run, and NonFiniteLoss where training diverges.
+    """
 
     network: ResNet3D
     card: Card
@@ -107,13 +103,11 @@ class Finetuning:
             for fold in self.dataset.folds:
                 row, predicted, labels = self._fold(fold, seed)
                 rows.append({"fold": fold.name, "seed": seed, **row})
-                total += scores.confusion(predicted, labels, count)
+                total += confusion_matrix(labels, predicted, labels=range(count))
         shares = [{k: v for k, v in row.items() if "_top" in k} for row in rows]
         scratch = self.recipe.finetune.init == "scratch"
-        facts = {
-            "checkpoint": "" if scratch else self.card.source,
-            "recipe_hash": recipe_hash(self.recipe),
-        }
+        source = "" if scratch else self.card.source
+        facts = {"checkpoint": source, "recipe_hash": recipe_hash(self.recipe)}
         return Evaluated(
             protocol="finetune",
             protocol_string=self._words(seeds),
@@ -137,11 +131,8 @@ class Finetuning:
         model = self._model(seed)
         loss = self._train(model, train, name, seed)
         accuracies, predicted, labels = self._test(model, fold.test)
-        row: dict[str, Any] = {
-            "train": len(np.unique(self.dataset.video[train])),
-            "test": len(labels),
-        }
-        row |= {**accuracies, "train_loss": loss}
+        videos = len(np.unique(self.dataset.video[train]))
+        row = {"train": videos, "test": len(labels), **accuracies, "train_loss": loss}
         if len(held):
             validation, _, _ = self._test(model, held)
             row |= {f"validation_{key}": value for key, value in validation.items()}
@@ -185,12 +176,18 @@ class Finetuning:
             saved = load_state(last, model, optimizer, expected=facts)
             first, mean = saved["step"], saved["loss"]
             self.say(f"{name}: going on from step {first}")
-        board = self._board(name, first)
-        step_of = self._compiled(model)
+        board = None
+        if self.folder is not None:
+            board = SummaryWriter(str(self.folder / "tensorboard" / name), purge_step=first)
+        mode = compile_mode(optim, self.runtime.device)
+        forward = model if mode == "off" else torch.compile(model, mode=mode)
         model.train()
-        with closing(self._batches(clips, seed, first)) as batches:
+        index = self.dataset.index.subset(clips)
+        with closing(self._batches(index, self.dataset.label[clips], seed, first)) as batches:
             for step, (frames, labels) in enumerate(batches, start=first):
-                value = self._step(step_of, model, optimizer, frames, labels, seed=seed, step=step)
+                torch.manual_seed(seed * 1_000_003 + step)  # dropout's
+                backward = self._backward(forward, frames, labels)
+                value = descend(model, optimizer, optim, step=step, backward=backward)
                 final = step + 1 == optim.steps
                 if step % LOG_EVERY == 0 or final:
                     mean = _checked(value, mean, name, step)
@@ -202,36 +199,18 @@ class Finetuning:
                     save_state(last, model, optimizer, facts=now)
                 if self.on_progress is not None:
                     self.on_progress(f"fine-tuning {name}", step + 1, optim.steps)
-        check_undamaged(self.dataset.index)
+        check_undamaged(index)
         if board is not None:
             board.close()
         return mean
 
-    def _board(self, name: str, first: int) -> SummaryWriter | None:
-        if self.folder is None:
-            return None
-        return SummaryWriter(str(self.folder / "tensorboard" / name), purge_step=first)
-
-    def _compiled(self, model: Classifier) -> Callable[[Tensor], Tensor]:
-        mode = compile_mode(self.recipe.optim, self.runtime.device)
-        return model if mode == "off" else torch.compile(model, mode=mode)
-
-    def _step(
-        self,
-        forward: Callable[[Tensor], Tensor],
-        model: Classifier,
-        optimizer: torch.optim.Optimizer,
-        frames: Tensor,
-        labels: Tensor,
-        *,
-        seed: int,
-        step: int,
-    ) -> Tensor:
-        """One step: cross-entropy, backward, clipped gradient, optimizer; gives the loss, still on the device."""
-        torch.manual_seed(seed * 1_000_003 + step)  # dropout's
+    def _backward(
+        self, forward: Callable[[Tensor], Tensor], frames: Tensor, labels: Tensor
+    ) -> Callable[[], Tensor]:
+        """A function that runs a batch forward and back, and gives the cross-entropy, still on the device."""
 
         def backward() -> Tensor:
-            clips = normalised(frames, self.card, self.runtime.device)
+            clips = extract.normalised(frames, self.card, self.runtime.device)
             with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
                 logits = forward(clips)
             smoothing = self.recipe.finetune.label_smoothing
@@ -239,86 +218,49 @@ class Finetuning:
             loss.backward()
             return loss.detach()
 
-        return descend(model, optimizer, self.recipe.optim, step=step, backward=backward)
+        return backward
 
     def _batches(
-        self, clips: Ints, seed: int, first: int
+        self, index: ClipIndex, label: Ints, seed: int, first: int
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Frames and labels of the steps from ``first`` on, decoded in advance."""
-        index, r = self.dataset.index, self.recipe
-        clip = without_future(r.clip)
-        chosen = _TrainingClips(index.num_frames[clips], index.fps, index.shard[clips])
-        pipeline = InputPipeline(
-            index,
-            clip,
-            audio=r.audio,
-            device=self.runtime.device,
-            batch_size=r.optim.batch_size,
-            num_frames=clip.num_frames,
-            threads=self.runtime.threads,
-            flow=False,
-            sound=False,
-        )
+        """Frames and labels of the steps from ``first`` on, of clips with these labels, decoded in advance."""
+        r, size = self.recipe, self.recipe.optim.batch_size
+        clip = extract.without_future(r.clip)
         plans = (
-            plan_batch(chosen, clip, r.audio, seed=seed, step=step, batch_size=r.optim.batch_size)
+            plan_batch(index, clip, r.audio, seed=seed, step=step, batch_size=size)
             for step in range(first, r.optim.steps)
         )
-        for batch in pipeline.batches(replace(plan, clip=clips[plan.clip]) for plan in plans):
-            labels = torch.from_numpy(self.dataset.label[batch.clip]).to(self.runtime.device)
-            yield batch.rgb, labels
+        for batch in extract.decoded(
+            index, plans, clip=clip, batch_size=size, runtime=self.runtime
+        ):
+            yield batch.rgb, torch.from_numpy(label[batch.clip]).to(self.runtime.device)
 
     def _test(self, model: Classifier, clips: Ints) -> tuple[dict[str, float], Ints, Ints]:
         """Accuracies, and the classes that videos were taken for and are of; softmax is averaged over a video."""
-        bank = self.dataset.decoded
-        extractor = Extractor(
-            self.dataset.index, clips, cuts=self.cuts, runtime=self.runtime, bank=bank
-        )
+        d = self.dataset
+        extractor = Extractor(d.index, clips, cuts=self.cuts, runtime=self.runtime, bank=d.decoded)
         (logits,) = extractor.outputs([model], [self.card], on_progress=self.on_progress)
-        shares = logits.double().softmax(-1)
-        of_video, first = scores.video_means(shares, self.dataset.video[clips])
-        labels, each = (
-            self.dataset.label[clips][first],
-            np.repeat(self.dataset.label[clips], shares.shape[1]),
-        )
+        check_undamaged(d.index)
+        shares = logits.cpu().double().softmax(-1)
+        of_video, first = scores.video_means(shares, d.video[clips])
+        each = np.repeat(d.label[clips], shares.shape[1])
+        labels = d.label[clips][first]
         accuracies = scores.accuracies(shares.flatten(0, 1), of_video, each, labels)
         return accuracies, of_video.argmax(1).numpy(), labels
 
     def _words(self, seeds: Sequence[int]) -> str:
         f, o = self.recipe.finetune, self.recipe.optim
-        how = [
-            "whole network and a new layer" + (" from scratch" if f.init == "scratch" else ""),
-            f"{o.name} lr {o.lr:g} (layer x {f.head_lr:g}), {o.steps} steps of {o.batch_size} clips",
-            f"dropout {f.dropout:g}",
-            "softmax mean a video",
-        ]
-        if f.validation:
-            how.insert(2, f"{f.validation:g} of train held out by group")
+        held = f", {f.validation:g} of train held out by group" if f.validation else ""
         return words(
             "finetune",
-            ", ".join(how),
+            f"whole network and a new layer{' from scratch' * (f.init == 'scratch')}, {o.name} lr {o.lr:g}"
+            f" (layer x {f.head_lr:g}), {o.steps} steps of {o.batch_size} clips{held}, dropout {f.dropout:g},"
+            " softmax mean a video",
             dataset=self.dataset,
             cuts=self.cuts,
             batch_norm="running",
             seeds=seeds,
         )
-
-
-def finetune(
-    network: ResNet3D,
-    card: Card,
-    dataset: Dataset,
-    *,
-    recipe: Recipe,
-    runtime: Runtime,
-    seeds: Sequence[int] = (0,),
-    **more: Any,
-) -> Evaluated:
-    """Fine-tune a network on a data set's folds and test it; ``more`` are the other fields of ``Finetuning``.
-
-    Raises RecipeError for a recipe of another data set, CheckpointError for a checkpoint of another run, and
-    NonFiniteLoss where training diverges.
-    """
-    return Finetuning(network, card, dataset, recipe, runtime, **more).run(seeds)
 
 
 def from_scratch(recipe: Recipe, runtime: Runtime) -> tuple[ResNet3D, Card]:

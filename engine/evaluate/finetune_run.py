@@ -10,11 +10,12 @@ from engine.core.provenance import provenance, write_provenance
 from engine.core.recipe import Recipe
 from engine.core.run import RunError, RunFolder
 from engine.core.runtime import Runtime, make_deterministic
+from engine.data.library import Report
 from engine.data.shards.index import data_digest
 from engine.evaluate.datasets import Dataset
-from engine.evaluate.evaluate import evaluate_many
-from engine.evaluate.finetune import check_recipe, finetune, from_scratch
-from engine.evaluate.protocols import Evaluated, write_confusion
+from engine.evaluate.finetune import Finetuning, check_recipe, from_scratch
+from engine.evaluate.protocols import evaluate_many
+from engine.evaluate.scores import Evaluated, write_confusion
 from engine.model.network_file import load_network
 
 INPUTS = "finetune.json"
@@ -63,12 +64,12 @@ def run_finetuning(
     inputs: dict[str, Any],
     runtime: Runtime,
     checkpoint_every: int,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: Report,
     say: Callable[[str], object],
 ) -> Evaluated:
     """Do what is left of the recipe's protocol, and write results.json and confusion.csv.
 
-    Raises RunError where the videos are not those that the run began with, and what ``finetune`` raises.
+    Raises RunError where the videos are not those that the run began with, and what ``Finetuning`` raises.
     """
     make_deterministic(runtime)
     check_recipe(recipe, dataset)
@@ -76,26 +77,23 @@ def run_finetuning(
         network, card = load_network(Path(inputs["checkpoint"]), device=runtime.device)
     else:
         network, card = from_scratch(recipe, runtime)
-    run.begin(lambda: _note(run, inputs, dataset, runtime))
-    seeds = range(recipe.seed, recipe.seed + inputs["seeds"])
+
+    def note() -> None:
+        """Write what the run begins with, or check that it is continued on the same videos."""
+        digest = data_digest(dataset.index.folders)
+        write_provenance(run, {**provenance(runtime), "data": digest})
+        run.write_json(INPUTS, inputs)
+
+    run.begin(note)
     shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
     if recipe.finetune.protocol == "linear":
-        more: dict[str, Any] = {
-            "settings": recipe.evaluation,
-            "seed": recipe.seed,
-            "seeds": inputs["seeds"],
-        }
-        every = evaluate_many([(network, card)], dataset, protocols=["linear"], **more, **shared)
-        result = every[0]["linear"]
+        shared |= {"seed": recipe.seed, "seeds": inputs["seeds"], "settings": recipe.evaluation}
+        (results,) = evaluate_many([(network, card)], dataset, protocols=["linear"], **shared)
+        result = results["linear"]
     else:
-        more = {"folder": run.path, "checkpoint_every": checkpoint_every, "say": say}
-        result = finetune(network, card, dataset, recipe=recipe, seeds=seeds, **more, **shared)
+        shared |= {"folder": run.path, "checkpoint_every": checkpoint_every, "say": say}
+        seeds = range(recipe.seed, recipe.seed + inputs["seeds"])
+        result = Finetuning(network, card, dataset, recipe, **shared).run(seeds)
     run.write_json("results.json", result.row())
     write_confusion(run.path / "confusion.csv", result)
     return result
-
-
-def _note(run: RunFolder, inputs: dict[str, Any], dataset: Dataset, runtime: Runtime) -> None:
-    """Write what the run begins with, or check that it is continued on the same videos."""
-    write_provenance(run, {**provenance(runtime), "data": data_digest(dataset.index.folders)})
-    run.write_json(INPUTS, inputs)

@@ -18,14 +18,12 @@ from sklearn.linear_model import (  # type: ignore[import-untyped]
     RidgeClassifier,
 )
 from sklearn.model_selection import StratifiedGroupKFold  # type: ignore[import-untyped]
-from sklearn.neighbors import KNeighborsClassifier  # type: ignore[import-untyped]
-from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Predictor = Callable[[Floats, Ints, Floats, Sequence[float]], Ints]
-"""Of train features, their labels, test features and strengths: classes (S, test)."""
+"""Takes train features, their labels, test features and strengths; gives classes (S, test)."""
 
 MAX_ITERATIONS = 1000
 TOLERANCE = 1e-5
@@ -48,8 +46,8 @@ class Layer:
 
     def scores(self, features: NDArray[np.floating[Any]]) -> Floats:
         """float64 (..., K) of features (..., D)."""
-        found: Floats = (features - self.mean) / self.std @ self.weight.T + self.bias
-        return found
+        scores: Floats = (features - self.mean) / self.std @ self.weight.T + self.bias
+        return scores
 
 
 def fit(
@@ -93,7 +91,7 @@ def _logistic(gpu: bool) -> Any:
 
 
 def layers_predict(*, num_classes: int, gpu: bool = False) -> Predictor:
-    """The classes that layers of several strengths take test for."""
+    """A predictor by layers of several strengths."""
 
     def predict(x: Floats, labels: Ints, test: Floats, strengths: Sequence[float]) -> Ints:
         layers = fit(x, labels, num_classes=num_classes, strengths=strengths, gpu=gpu)
@@ -103,15 +101,8 @@ def layers_predict(*, num_classes: int, gpu: bool = False) -> Predictor:
 
 
 def ridge_predict(x: Floats, labels: Ints, test: Floats, strengths: Sequence[float]) -> Ints:
-    """The classes that one-against-all ridge regressions on -1 and 1 take test for; strengths are their alphas."""
+    """Predict by one-against-all ridge regressions on -1 and 1; strengths are their alphas."""
     return np.stack([RidgeClassifier(alpha=a).fit(x, labels).predict(test) for a in strengths])
-
-
-def neighbours_predict(x: Floats, labels: Ints, test: Floats, *, neighbours: int) -> Ints:
-    """The commonest class of the nearest by standardised features; of equals, the first class."""
-    nearest = KNeighborsClassifier(min(neighbours, len(x)), algorithm="brute")
-    found: Ints = make_pipeline(StandardScaler(), nearest).fit(x, labels).predict(test)
-    return found
 
 
 def choose_strength(

@@ -1,64 +1,114 @@
-"""The protocols on features of labelled videos, fold by fold: k-means, a linear layer, retrieval; and their words.
+"""The protocols that judge a network on labelled videos: k-means, a linear layer, retrieval, fine-tuning.
 
-``docs/evaluation.md`` says what each computes. Labels of a test part decide nothing but the numbers that are reported.
+All of them judge videos: a video's features are the mean over its views. ``docs/evaluation.md`` says what each
+computes. Labels of the test part decide nothing but the numbers that are reported.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from io import StringIO
-from pathlib import Path
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix  # type: ignore[import-untyped]
 from torch import Tensor
 
-from engine.core.files import write_text_atomic
-from engine.core.recipe import Evaluation
+from engine.core.provenance import provenance
+from engine.core.recipe import Evaluation, Recipe
 from engine.core.runtime import Runtime, one_thread
+from engine.data.library import Report
 from engine.evaluate import linear, scores
 from engine.evaluate.datasets import Dataset, Fold
-from engine.evaluate.scores import Spread
+from engine.evaluate.finetune import Finetuning
+from engine.evaluate.scores import Evaluated, Spread
 from engine.features import kmeans
-from engine.features.extract import Cuts, Report
+from engine.features.extract import Cuts, Extractor, check_undamaged
 from engine.model.network_file import Card
+from engine.model.resnet3d import ResNet3D
 
 Ints = NDArray[np.int64]
 
+FROZEN = ("kmeans", "linear", "retrieval")
+PROTOCOLS = (*FROZEN, "finetune")
+HEADLINES = {
+    "kmeans": ("all_accuracy", "test_accuracy", "train_accuracy"),
+    "linear": ("video_top1",),
+    "retrieval": ("r@1",),
+}
+"""The metric that stands for a protocol in tables: the first of these that there is."""
 
-@dataclass(frozen=True)
-class Evaluated:
-    """What a protocol found."""
 
-    protocol: str
-    protocol_string: str
-    """All that decides the numbers, in words."""
-    labels_used: bool
-    """Whether labels had a part in the network's weights before."""
-    metrics: dict[str, Spread]
-    """Over folds (and seeds); shares in [0, 1]."""
-    headline: str
-    """The metric that stands for the protocol in tables."""
-    folds: list[dict[str, Any]]
-    """A row a fold and seed: fold, seed, train and test videos, its metrics, what was chosen."""
-    classes: tuple[str, ...]
-    confusion: list[list[int]] | None
-    """Test videos of all folds and seeds: rows are classes, columns what they were taken for."""
-    provenance: dict[str, Any]
+def evaluate_many(
+    networks: Sequence[tuple[ResNet3D, Card]],
+    dataset: Dataset,
+    *,
+    protocols: Sequence[str],
+    settings: Evaluation,
+    runtime: Runtime,
+    seed: int = 0,
+    seeds: int = 1,
+    training: Recipe | None = None,
+    on_progress: Report | None = None,
+) -> list[dict[str, Evaluated]]:
+    """Judge networks by several protocols; frozen ones of equal input share one decode.
 
-    def row(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return asdict(self)
+    Gives a dict by protocol for each network. With ``seeds``, each protocol runs with that many seeds from ``seed``
+    on, and folds and seeds are spread over alike; retrieval has nothing to draw.
+    """
+    for protocol in protocols:
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"unknown protocol {protocol!r}: {', '.join(PROTOCOLS)}")
+    if "finetune" in protocols and training is None:
+        raise ValueError("fine-tuning needs a recipe to train by")
+    frozen = [protocol for protocol in protocols if protocol in FROZEN]
+    shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
+    views = take_features(networks, dataset, settings=settings, **shared) if frozen else []
+    every, origin, results = range(seed, seed + seeds), provenance(runtime), []
+    for number, (network, card) in enumerate(networks):
+        by_protocol = {}
+        if frozen:
+            videos = videos_of(dataset, views[number])
+            _check_finite(videos, card, dataset)
+            judge = Judge(dataset, videos, settings, runtime, card)
+            by_protocol = {name: judge.judged(name, every, origin, on_progress) for name in frozen}
+        if training is not None and "finetune" in protocols:
+            work = Finetuning(network, card, dataset, training, **shared)
+            by_protocol["finetune"] = work.run(every)
+        results.append({protocol: by_protocol[protocol] for protocol in protocols})
+        if on_progress is not None:
+            on_progress("judging networks", number + 1, len(networks))
+    return results
 
-    @property
-    def value(self) -> Spread:
-        """The headline metric."""
-        return self.metrics[self.headline]
+
+def take_features(
+    networks: Sequence[tuple[ResNet3D, Card]],
+    dataset: Dataset,
+    *,
+    settings: Evaluation,
+    runtime: Runtime,
+    on_progress: Report | None = None,
+) -> list[Tensor]:
+    """Features of each network: float32 (clips that folds use, V, D), clips in their order in the data set."""
+    clips = used_clips(dataset)
+    features: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(card.input for _, card in networks):
+        same = [i for i, (_, card) in enumerate(networks) if card.input == shape]
+        cuts = Cuts(shape, settings.views, settings.crops, settings.batch_size)
+        extractor = Extractor(
+            dataset.index, clips, cuts=cuts, runtime=runtime, bank=dataset.decoded
+        )
+        outputs = extractor.outputs(
+            *zip(*(networks[i] for i in same), strict=True),
+            batch_norm=settings.batch_norm,
+            on_progress=on_progress,
+        )
+        check_undamaged(dataset.index)
+        features |= {i: output.cpu() for i, output in zip(same, outputs, strict=True)}
+    return [features[i] for i in range(len(networks))]
 
 
 @dataclass(frozen=True)
@@ -82,18 +132,13 @@ class Videos:
         return np.unique(self.row_of[clips])
 
 
-def cuts_of(card: Card, settings: Evaluation) -> Cuts:
-    """The views that a network's input and the settings ask for."""
-    return Cuts(card.input, settings.views, settings.crops, settings.batch_size)
-
-
 def used_clips(dataset: Dataset) -> Ints:
     """Clips that a fold trains or tests on, rising."""
     return np.unique(np.concatenate([np.r_[fold.train, fold.test] for fold in dataset.folds]))
 
 
 def videos_of(dataset: Dataset, views: Tensor) -> Videos:
-    """Videos of ``used_clips``, whose outputs (clips, V, D) are given."""
+    """Videos of ``used_clips``, from their outputs (clips, V, D)."""
     clips = used_clips(dataset)
     features, first = scores.video_means(views, dataset.video[clips])
     _, number = np.unique(dataset.video[clips], return_inverse=True)
@@ -120,10 +165,10 @@ class Judge:
         provenance: Mapping[str, Any],
         on_progress: Report | None = None,
     ) -> Evaluated:
-        """All folds and seeds of a protocol."""
-        count = len(self.dataset.classes)
-        total = np.zeros((count, count), np.int64)
-        one: Callable[[Fold, int], tuple[dict[str, Any], Ints | None]] = getattr(
+        """Runs all folds and seeds of a protocol."""
+        classes = range(len(self.dataset.classes))
+        total = np.zeros((len(classes), len(classes)), np.int64)
+        one: Callable[[Ints, Ints, int], tuple[dict[str, Any], Ints | None]] = getattr(
             self, f"_{protocol}"
         )
         seeds = seeds[:1] if protocol == "retrieval" else seeds
@@ -131,25 +176,32 @@ class Judge:
         rows = []
         for number, (seed, fold) in enumerate(turns, start=1):
             train, test = self.videos.of(fold.train), self.videos.of(fold.test)
-            with one_thread(largest_product=len(train) * self.features.shape[1] * count):
-                metrics, predicted = one(fold, seed)
+            with one_thread(largest_product=len(train) * self.features.shape[1] * len(classes)):
+                metrics, predicted = one(train, test, seed)
             sizes = {"train": len(train), "test": len(test)}
             rows.append({"fold": fold.name, "seed": seed, **sizes, **metrics})
             if predicted is not None:
-                total += scores.confusion(predicted, self.videos.label[test], count)
+                total += confusion_matrix(self.videos.label[test], predicted, labels=classes)
             if on_progress is not None:
                 on_progress(f"{protocol}, folds", number, len(turns))
-        spread = scores.spreads([_metrics(row) for row in rows])
+        spread = scores.spreads(
+            [{k: v for k, v in row.items() if isinstance(v, float) and k != "C"} for row in rows]
+        )
         if "all_accuracy" in spread:  # one fold: what varies is k-means' luck
             runs = [value for row in rows for value in row.get("all_accuracy_runs", [])]
             spread["all_accuracy"] = Spread.of(runs)
+        headline = next((name for name in HEADLINES[protocol] if name in spread), None)
+        if headline is None:
+            raise ValueError(
+                f"k-means: no part of {self.dataset.name} has two videos a class or more: clusters would say nothing"
+            )
         source = {"checkpoint": self.card.source, "recipe_hash": self.card.recipe_hash}
         return Evaluated(
             protocol=protocol,
             protocol_string=self._words(protocol, seeds),
             labels_used=self.card.labels_used,
             metrics=spread,
-            headline=self._headline(protocol, spread),
+            headline=headline,
             folds=rows,
             classes=self.dataset.classes,
             confusion=total.tolist() if total.any() else None,
@@ -163,21 +215,9 @@ class Judge:
             folds.append(Fold("all", used_clips(self.dataset), np.array([], np.int64)))
         return folds
 
-    def _headline(self, protocol: str, metrics: Mapping[str, Spread]) -> str:
-        known = {"linear": ["video_top1"], "retrieval": ["r@1"]}
-        names = known.get(protocol, ["all_accuracy", "test_accuracy", "train_accuracy"])
-        for name in names:
-            if name in metrics:
-                return name
-        raise ValueError(
-            f"k-means: no part of {self.dataset.name} has two videos a class or more: clusters would say nothing"
-        )
-
-    def _kmeans(self, fold: Fold, seed: int) -> tuple[dict[str, Any], None]:
-        """Means over the runs, and each run's accuracy."""
-        parts = {"train": self.videos.of(fold.train), "test": self.videos.of(fold.test)}
-        if fold.name == "all":
-            parts = {"all": parts["train"]}
+    def _kmeans(self, train: Ints, test: Ints, seed: int) -> tuple[dict[str, Any], None]:
+        """Means over the runs, and each run's accuracy; without a test part, of all videos at once."""
+        parts = {"train": train, "test": test} if len(test) else {"all": train}
         metrics: dict[str, Any] = {}
         for part, rows in parts.items():
             labels = self.videos.label[rows]
@@ -195,16 +235,15 @@ class Judge:
                 seed=seed,
             )
             runs = [scores.cluster_scores(labels, run) for run in clusters]
-            metrics |= {f"{part}_{name}": value for name, value in scores.mean_of(runs).items()}
+            metrics |= {f"{part}_{name}": fmean(run[name] for run in runs) for name in runs[0]}
             metrics[f"{part}_accuracy_runs"] = [run["accuracy"] for run in runs]
             if part == "train":
-                test = self._rows(parts["test"]), self.videos.label[parts["test"]]
-                shares = [scores.assigned_accuracy(x, labels, run, *test) for run in clusters]
+                held = self._rows(test), self.videos.label[test]
+                shares = [scores.assigned_accuracy(x, labels, run, *held) for run in clusters]
                 metrics["assigned_accuracy"] = float(np.mean(shares))
         return metrics, None
 
-    def _linear(self, fold: Fold, seed: int) -> tuple[dict[str, Any], Ints]:
-        train, test = self.videos.of(fold.train), self.videos.of(fold.test)
+    def _linear(self, train: Ints, test: Ints, seed: int) -> tuple[dict[str, Any], Ints]:
         labels, s = self.videos.label[train], self.settings
         every = self.videos.features.numpy()
         how: dict[str, Any] = {
@@ -228,19 +267,14 @@ class Judge:
         each_label = np.repeat(self.videos.label[self.videos.clip_video[clips]], views.shape[1])
         of_videos, of_train = layer.scores(every[test]), layer.scores(every[train])
         metrics = scores.accuracies(
-            torch.from_numpy(each),
-            torch.from_numpy(of_videos),
-            each_label,
-            self.videos.label[test],
+            torch.from_numpy(each), torch.from_numpy(of_videos), each_label, self.videos.label[test]
         )
         metrics["train_video_top1"] = scores.top_k(torch.from_numpy(of_train), labels, 1)
         return {**metrics, "C": strength}, of_videos.argmax(1)
 
-    def _retrieval(self, fold: Fold, seed: int) -> tuple[dict[str, Any], None]:
-        train, test = self.videos.of(fold.train), self.videos.of(fold.test)
-        pairs = ((self._rows(rows), self.videos.label[rows]) for rows in (test, train))
-        (queries, labels), (gallery, known) = pairs
-        return dict(scores.retrieval(queries, labels, gallery, known)), None
+    def _retrieval(self, train: Ints, test: Ints, seed: int) -> tuple[dict[str, Any], None]:
+        queries, gallery = ((self._rows(rows), self.videos.label[rows]) for rows in (test, train))
+        return dict(scores.retrieval(*queries, *gallery)), None
 
     def _rows(self, rows: Ints) -> Tensor:
         return self.features[torch.from_numpy(rows).to(self.features.device)]
@@ -258,50 +292,20 @@ class Judge:
             ),
             "retrieval": "cosine of video means, gallery train, queries test",
         }[protocol]
-        return words(
+        return scores.words(
             protocol,
             how,
             dataset=self.dataset,
-            cuts=cuts_of(self.card, s),
+            cuts=Cuts(self.card.input, s.views, s.crops, s.batch_size),
             batch_norm=s.batch_norm,
             seeds=seeds,
         )
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if isinstance(value, float) and key != "C"}
-
-
-def words(
-    protocol: str, how: str, *, dataset: Dataset, cuts: Cuts, batch_norm: str, seeds: Sequence[int]
-) -> str:
-    """The protocol's string: all that decides its numbers."""
-    parts = [protocol, how, f"{dataset.name}: {dataset.folds_by}", str(cuts)]
-    parts.append(f"{batch_norm} batch-norm statistics")
-    parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}")
-    return ", ".join([*parts, *([dataset.incomplete] if dataset.incomplete else [])])
-
-
-def append_rows(path: Path, found: Sequence[Evaluated], baselines: Mapping[str, Spread]) -> None:
-    """Append a row a protocol to a JSON Lines file, and write the confusion matrices beside it."""
-    trivial = {name: asdict(spread) for name, spread in baselines.items()}
-    with path.open("a", encoding="utf-8") as file:
-        for each in found:
-            row = each.row() | ({"baselines": trivial} if trivial else {})
-            file.write(json.dumps(row) + "\n")
-    for number, each in enumerate(found):
-        if each.confusion is not None:
-            write_confusion(
-                path.with_name(f"{path.stem}-{number}-{each.protocol}-confusion.csv"), each
-            )
-
-
-def write_confusion(path: Path, found: Evaluated) -> None:
-    """Write a confusion matrix as CSV: a row a class, a column for what its videos were taken for."""
-    text = StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["class", *found.classes])
-    assert found.confusion is not None
-    for name, row in zip(found.classes, found.confusion, strict=True):
-        writer.writerow([name, *row])
-    write_text_atomic(path, text.getvalue())
+def _check_finite(videos: Videos, card: Card, dataset: Dataset) -> None:
+    bad = ~torch.isfinite(videos.features).all(1)
+    if bad.any():
+        raise ValueError(
+            f"{card.source or 'the network'}: features of {int(bad.sum())} of {len(bad)} videos of {dataset.name} are"
+            " not finite: its training diverged, or it is not the network that its card says"
+        )

@@ -1,4 +1,4 @@
-"""How well clusters match classes (Hungarian accuracy, mutual information, Rand index), or Zipf's law.
+"""Agreement of clusters with classes (Hungarian accuracy, mutual information, Rand index), and with Zipf's law.
 
 Shape letters: N clips, D features, K clusters.
 """
@@ -25,7 +25,7 @@ Ints = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well clusters match classes; 1 is a perfect match by every measure."""
+    """Measures of how well clusters match classes; each is 1 for a perfect match."""
 
     hungarian: float
     """Accuracy in [0, 1] under the best one-to-one matching of clusters and classes."""
@@ -131,11 +131,11 @@ def cluster_shares(
     if spread > np.finfo(np.float64).tiny:
         logits = (own_distances[:, None] - distances) / spread
         soft = np.exp(logits - logits.max(1, keepdims=True))
-        found = (soft / soft.sum(1, keepdims=True)).mean(0)
+        own_shares = (soft / soft.sum(1, keepdims=True)).mean(0)
     else:
-        found = np.bincount(own, minlength=len(there)) / len(own)
+        own_shares = np.bincount(own, minlength=len(there)) / len(own)
     shares = np.zeros(num_clusters)
-    shares[there] = found
+    shares[there] = own_shares
     return shares
 
 
@@ -152,6 +152,6 @@ def _squared_distances(
     names = torch.from_numpy(np.asarray(clusters, np.int64)).to(x.device)
     one_hot = torch.nn.functional.one_hot(names, num_clusters).double()
     centroids = one_hot.T @ x / one_hot.sum(0)[:, None]
-    found = torch.cdist(x, centroids, compute_mode="donot_use_mm_for_euclid_dist").square()
-    array: NDArray[np.float64] = found.cpu().numpy()
+    distances = torch.cdist(x, centroids, compute_mode="donot_use_mm_for_euclid_dist").square()
+    array: NDArray[np.float64] = distances.cpu().numpy()
     return array

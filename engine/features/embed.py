@@ -1,7 +1,7 @@
 """Features of videos by a trained RGB network: of folders into a file that survives a kill, or of one video at once.
 
-While one piece's videos are cut by processes, the one before is decoded in threads and the network works on the one
-before that. Each piece's rows are a file of their own until all are there.
+While one chunk's videos are cut by processes, the one before is decoded in threads and the network works on the one
+before that. Each chunk's rows are a file of their own until all are there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from engine.core.files import take_lock
 from engine.core.prefetch import prefetch
 from engine.core.runtime import Runtime, choose_runtime, num_cores
 from engine.data.ingest.sources import SourceList, find_sources
+from engine.data.library import Report
 from engine.data.plan import ClipPlan
 from engine.data.shards.index import ClipIndex, is_shards
 from engine.features.extract import clip_of, decoded, forward
@@ -43,37 +45,25 @@ from engine.features.parquet import (
     write_part,
     write_rejects,
 )
-from engine.features.segments import (
-    EmbedSettings,
-    Opened,
-    Piece,
-    Stretches,
-    Workers,
-    raw_pieces,
-    shard_pieces,
-)
+from engine.features.segments import Chunk, Cutter, Cutting, EmbedSettings, Segments, shard_chunks
 from engine.model.network_file import Card
 from engine.model.resnet3d import ResNet3D
-
-Report = Callable[[str, int, int], None]
-"""Called while features are made: what, done, total."""
 
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What became of the videos."""
+    """The outcome of ``embed``."""
 
     rows: int
     rejects: list[dict[str, Any]]
     reused: int
-    """Pieces whose rows an earlier run had made."""
+    """Chunks whose rows an earlier run had made."""
     protocol: str
 
 
 def protocol_of(card: Card, settings: EmbedSettings, *, amp: bool) -> str:
-    """How features came about, in words: network, frames, views, averages, number format."""
-    clip, s = card.input, Stretches.of(card.input, settings)
-    fps = settings.fps
+    """The protocol in words: network, frames, views, averages, number format."""
+    clip, s, fps = card.input, Cutting.of(card.input, settings), settings.fps
     return (
         f"{card.arch}{' with pool' if card.pool else ''} of width {card.width:g}, {clip.num_frames} frames"
         f" {clip.frame_stride} apart, central {clip.size}x{clip.size}; raw videos at {fps:g} frames/s in clips of"
@@ -97,27 +87,27 @@ def embed(
     """Write the features of ``videos`` (files, folders, lists, shards) to the Parquet file ``out``.
 
     A file of the same features that is there already is left as it is; what an earlier run that was killed had
-    made, in a hidden folder beside ``out``, is used. Where something gave no row, ``out`` with ``.rejects.jsonl``
+    left in a hidden folder beside ``out`` is used. Where something gave no row, ``out`` with ``.rejects.jsonl``
     after it lists what and why. ``workers`` counts the processes that cut raw videos (None: one a core).
     Raises ValueError for videos that are not there or give no row, and an ``out`` that is something else;
     OSError where it can't be written.
     """
     settings, runtime = settings or EmbedSettings(), runtime or choose_runtime()
     protocol = protocol_of(card, settings, amp=runtime.amp)
-    with _working_beside(out) as work, Workers(workers or num_cores()) as pool:
-        pieces, listed = _pieces(videos, card, settings, folder=work, pool=pool)
-        about = _about(network, card, protocol, [listed, *(piece.key for piece in pieces)])
+    count = workers or num_cores()
+    with _working_beside(out) as work, closing(Cutter(card.input, settings, work, count)) as cutter:
+        chunks, listed = _chunks(videos, cutter)
+        about = _about(network, card, protocol, [listed, *(chunk.key for chunk in chunks)])
         if out.exists():
             if identity_of(out) != about["identity"]:
                 raise ValueError(
                     f"{out} is there already, and not with these features: give another --out, or delete it"
                 )
-            return EmbedReport(count_rows(out), read_rejects(out), len(pieces), protocol)
-        job = Embedder(network, card, settings, runtime, pool.stopping, warn)
-        parts, reused = _made(job, pieces, work, report)
-        rows, rejects = merge_parts(
-            parts, out, videos=settings.per == "video", about=about, listed=listed
-        )
+            return EmbedReport(count_rows(out), read_rejects(out), len(chunks), protocol)
+        embedder = Embedder(network, card, settings, runtime, cutter.stopping, warn)
+        parts, reused = _write_parts(embedder, chunks, work, report)
+        per_video = settings.per == "video"
+        rows, rejects = merge_parts(parts, out, videos=per_video, about=about, listed=listed)
         write_rejects(out, rejects)
     if not rows:
         raise ValueError(
@@ -127,21 +117,21 @@ def embed(
     return EmbedReport(rows, rejects, reused, protocol)
 
 
-def _made(
-    job: Embedder, pieces: Sequence[Piece], work: Path, report: Report | None
+def _write_parts(
+    embedder: Embedder, chunks: Sequence[Chunk], work: Path, report: Report | None
 ) -> tuple[list[Path], int]:
-    """The files of all pieces' rows in ``work``, and how many of them were there before."""
-    parts = {piece.key: work / f"{piece.key}.parquet" for piece in pieces}
-    missing = [piece for piece in pieces if not is_part(parts[piece.key])]
-    left, total = (sum(piece.units for piece in some) for some in (missing, pieces))
-    with closing(job.features(missing)) as made:
-        for piece, (opened, rows) in zip(missing, made, strict=True):
-            write_part(parts[piece.key], rows)
-            opened.close()
-            left -= piece.units
+    """The files of all chunks' rows in ``work``, and how many of them were there before."""
+    parts = {chunk.key: work / f"{chunk.key}.parquet" for chunk in chunks}
+    missing = [chunk for chunk in chunks if not is_part(parts[chunk.key])]
+    left, total = (sum(chunk.units for chunk in some) for some in (missing, chunks))
+    with closing(embedder.features(missing)) as features:
+        for chunk, (segments, rows) in zip(missing, features, strict=True):
+            write_part(parts[chunk.key], rows)
+            segments.close()
+            left -= chunk.units
             if report is not None:
                 report("embedding", total - left, total)
-    return list(parts.values()), len(pieces) - len(missing)
+    return list(parts.values()), len(chunks) - len(missing)
 
 
 def embed_video(
@@ -152,125 +142,121 @@ def embed_video(
     settings: EmbedSettings | None = None,
     runtime: Runtime | None = None,
 ) -> FeatureRows:
-    """The features of one video file, or of a folder of shards, a row a stretch, as ``embed`` makes them.
+    """The features of one video file, or of a folder of shards, a row a segment, as ``embed`` makes them.
 
     Works in this process alone. Raises ValueError with the reason for a video that gives none.
     """
     settings, runtime = settings or EmbedSettings(), runtime or choose_runtime()
-    with tempfile.TemporaryDirectory() as folder, Workers(1) as pool:
-        pieces, _ = _pieces([video], card, settings, folder=Path(folder), pool=pool)
-        job = Embedder(network, card, settings, runtime, pool.stopping, warnings.warn)
-        rows = joined([rows for _, rows in job.features(pieces)])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(Cutter(card.input, settings, Path(folder), 1)) as cutter,
+    ):
+        chunks, _ = _chunks([video], cutter)
+        embedder = Embedder(network, card, settings, runtime, cutter.stopping, warnings.warn)
+        rows = joined([rows for _, rows in embedder.features(chunks)])
     if not len(rows):
         raise ValueError(f"{video}: {rows.rejects[0]['reason']}")
     return rows
 
 
-def _pieces(
-    videos: Sequence[Path], card: Card, settings: EmbedSettings, *, folder: Path, pool: Workers
-) -> tuple[list[Piece], list[dict[str, Any]]]:
-    """What is to be embedded, and what can't be by the lists' and shards' own account."""
-    given = list(dict.fromkeys(videos))
-    shards = [path for path in given if is_shards(path)]
-    raw = [path for path in given if path not in shards]
-    found = find_sources(raw) if raw else SourceList()
-    pieces = list(raw_pieces(found, card.input, settings, folder=folder, workers=pool))
-    rejects = [reject.as_dict() for reject in found.rejects]
-    for path in shards:
+def _chunks(videos: Sequence[Path], cutter: Cutter) -> tuple[list[Chunk], list[dict[str, Any]]]:
+    """Chunks of what can be embedded, and rejects by the lists' and shards' own account."""
+    paths = list(dict.fromkeys(videos))
+    raw = [path for path in paths if not is_shards(path)]
+    sources = find_sources(raw) if raw else SourceList()
+    chunks = list(cutter.chunks(sources))
+    rejects = [reject.as_dict() for reject in sources.rejects]
+    for path in [path for path in paths if path not in raw]:
         index = ClipIndex([path], warn=lambda text: None)
-        pieces += shard_pieces(index)
+        chunks += shard_chunks(index)
         rejects += [{"path": str(path), "reason": str(damage)} for damage in index.damaged]
-    if not pieces:
+    if not chunks:
         why = f": {rejects[0]['path']}: {rejects[0]['reason']}" if rejects else ""
-        raise ValueError(f"no videos found in {', '.join(map(str, given))}{why}")
-    return pieces, rejects
+        raise ValueError(f"no videos found in {', '.join(map(str, paths))}{why}")
+    return chunks, rejects
 
 
+@dataclass
 class Embedder:
-    """A network at work on pieces."""
+    """Runs a network on chunks of segments."""
 
-    def __init__(
-        self,
-        network: ResNet3D,
-        card: Card,
-        settings: EmbedSettings,
-        runtime: Runtime,
-        stopping: threading.Event,
-        warn: Callable[[str], object],
-    ) -> None:
-        self.network = network.eval().to(runtime.device)
-        self.card, self.settings, self.runtime = card, settings, runtime
-        self.stopping, self.warn = stopping, warn
-        self.clip = clip_of(card.input)
+    network: ResNet3D
+    card: Card
+    settings: EmbedSettings
+    runtime: Runtime
+    stopping: threading.Event
+    """Set when nobody waits for features any more."""
+    warn: Callable[[str], object]
+
+    def __post_init__(self) -> None:
+        self.network.eval().to(self.runtime.device)
+        self.clip = clip_of(self.card.input)
 
     def features(
-        self, pieces: Sequence[Piece]
-    ) -> Generator[tuple[Opened, FeatureRows], None, None]:
-        """Each piece's rows, in order; the pieces after it are cut and decoded meanwhile."""
-        opened = prefetch((piece.open() for piece in pieces), depth=1, name="embed-cut")
+        self, chunks: Sequence[Chunk]
+    ) -> Generator[tuple[Segments, FeatureRows], None, None]:
+        """Each chunk's rows, in order; the chunks after it are cut and decoded meanwhile."""
+        opened = prefetch((chunk.open() for chunk in chunks), depth=1, name="embed-cut")
         batches = prefetch(self.decoded(opened), depth=2, name="embed-decode")
-        kept: list[Tensor] = []
+        outputs: list[Tensor] = []
         try:
-            for piece, frames in batches:
+            for segments, frames in batches:
                 if frames is not None:
-                    kept.append(self.embed_clips(frames))
+                    outputs.append(self.embed_clips(frames))
                     continue
-                yield piece, self._rows(piece, kept)
-                kept = []
+                yield segments, self._rows(segments, outputs)
+                outputs = []
         finally:
             self.stopping.set()
             batches.close()  # type: ignore[attr-defined]
 
     def embed_clips(self, frames: Tensor) -> Tensor:
         """Features float32 (n, D) of uint8 (n, T, H, W, 3), on the device."""
-        (features,) = forward(
-            [self.network], [self.card], frames, runtime=self.runtime, all_cores=True
-        )
+        networks, cards = [self.network], [self.card]
+        (features,) = forward(networks, cards, frames, runtime=self.runtime, all_cores=True)
         return features
 
-    def decoded(self, opened: Iterator[Opened]) -> Iterator[tuple[Opened, Tensor | None]]:
-        """The pieces' batches, uint8 (n, T, H, W, 3), and None after the last one of each."""
+    def decoded(self, chunks: Iterator[Segments]) -> Iterator[tuple[Segments, Tensor | None]]:
+        """The chunks' batches, uint8 (n, T, H, W, 3), and None after the last one of each."""
+        size = self.settings.batch_size
+        how: dict[str, Any] = {"clip": self.clip, "runtime": self.runtime, "warn": self.warn}
         try:
-            for piece in opened:
-                if piece.index is not None and len(piece.clip):
-                    for frames in decoded(
-                        piece.index,
-                        self._plans(piece),
-                        clip=self.clip,
-                        batch_size=self.settings.batch_size,
-                        runtime=self.runtime,
-                        warn=self.warn,
-                    ):
-                        yield piece, frames
-                yield piece, None
+            for segments in chunks:
+                if segments.index is not None and len(segments.clip):
+                    plans = self._plans(segments)
+                    for batch in decoded(segments.index, plans, batch_size=size, **how):
+                        yield segments, batch.rgb
+                yield segments, None
         finally:
-            opened.close()  # type: ignore[attr-defined]
+            chunks.close()  # type: ignore[attr-defined]
 
-    def _plans(self, piece: Opened) -> Iterator[ClipPlan]:
-        """Every view of every stretch, a stretch's views one after the other."""
+    def _plans(self, segments: Segments) -> Iterator[ClipPlan]:
+        """Every view of every segment, a segment's views one after the other."""
         views, size = self.settings.views, self.settings.batch_size
-        for first in range(0, len(piece.clip) * views, size):
-            items = np.arange(first, min(first + size, len(piece.clip) * views))
+        for first in range(0, len(segments.clip) * views, size):
+            items = np.arange(first, min(first + size, len(segments.clip) * views))
             row, view = items // views, items % views
-            yield piece.plan(row, self.clip, place=(view + 0.5) / views)
+            yield segments.plan(row, self.clip, place=(view + 0.5) / views)
 
-    def _rows(self, piece: Opened, kept: list[Tensor]) -> FeatureRows:
-        """A piece's rows: means over views, without clips that are damaged or whose features are not finite."""
-        n, views = len(piece.clip), self.settings.views
-        fps = 1.0 if piece.index is None else piece.index.fps
-        every = torch.cat(kept) if kept else torch.zeros(0, self.network.feature_dim)
-        vectors = every.view(n, views, self.network.feature_dim).mean(1).cpu().numpy()
-        end = piece.start + piece.size / fps
-        rows = FeatureRows(
-            piece.path, piece.start, end, piece.label, vectors, rejects=list(piece.rejects)
-        )
+    def _rows(self, segments: Segments, outputs: list[Tensor]) -> FeatureRows:
+        """A chunk's rows: means over views, without clips that are damaged or whose features are not finite."""
+        n, dim = len(segments.clip), self.network.feature_dim
+        every = torch.cat(outputs) if outputs else torch.zeros(0, dim)
+        vectors = every.view(n, self.settings.views, dim).mean(1).cpu().numpy()
+        end, lost = segments.start, Counter[int]()
+        if segments.index is not None:
+            end = segments.start + segments.size / segments.index.fps
+            lost = segments.index.substituted
         finite = np.isfinite(vectors).all(1)
-        lost = {} if piece.index is None else piece.index.substituted
-        intact = np.array([clip not in lost for clip in piece.clip.tolist()], np.bool_)
+        intact = np.array([clip not in lost for clip in segments.clip.tolist()], np.bool_)
+        rejects = list(segments.rejects)
         for i in np.flatnonzero(~(finite & intact)):
             why = "its features are not finite" if intact[i] else "it is damaged in its shard"
-            told = {"path": rows.path[i], "reason": why, "where": f"{rows.start[i]:.3f} s"}
-            rows.rejects.append({**told, "partial": True})
+            where = f"{segments.start[i]:.3f} s"
+            reject = {"path": segments.path[i], "reason": why, "where": where, "partial": True}
+            rejects.append(reject)
+        s = segments
+        rows = FeatureRows(s.path, s.start, end, s.label, vectors, rejects=rejects)
         return rows.take(finite & intact)
 
 
@@ -295,14 +281,14 @@ def _working_beside(out: Path) -> Iterator[Path]:
 
 
 def _about(network: ResNet3D, card: Card, protocol: str, content: list[Any]) -> dict[str, str]:
-    """The metadata of a file of features; ``content`` says whose."""
+    """The metadata of a file of features; ``content`` identifies the videos."""
     facts = msgspec.to_builtins(card)
-    told = [{**facts, "source": ""}, protocol, _weights_hash(network), content]
+    whole = [{**facts, "source": ""}, protocol, _weights_hash(network), content]
     return {
         "card": json.dumps(facts),
         "protocol": protocol,
         "engine_version": engine.__version__,
-        "identity": hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24],
+        "identity": hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:24],
     }
 
 

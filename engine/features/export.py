@@ -1,7 +1,7 @@
 """The RGB network with its preprocessing as a portable file: raw frames in, features out.
 
-What goes in is uint8 (N, T, H, W, 3), RGB, cut and resized to the card's input; the frames' scaling and normalisation
-are inside. What comes out is float32 (N, D), equal to the engine's within 1e-4 of the largest feature: every export
+Its input is uint8 (N, T, H, W, 3), RGB, cut and resized to the card's input; the frames' scaling and normalisation
+are inside. Its output is float32 (N, D), equal to the engine's within 1e-4 of the largest feature: every export
 is run before it is written. N is free in both formats; so are T, H and W in ONNX. In torch they are as long as
 the last stage keeps several frames (rows, columns) where it had several, and one where it had one.
 """
@@ -55,7 +55,7 @@ class FramesToFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written."""
+    """The outcome of an export."""
 
     format: str
     difference: float | None
@@ -73,9 +73,8 @@ def export(network: ResNet3D, card: Card, *, out: Path, format: str | None = Non
     chosen = format_of(out, format)
     model = FramesToFeatures(copy.deepcopy(network), card).cpu().float().eval()
     clip = card.input
-    shape = (2, clip.num_frames, clip.size, clip.size, 3)
-    example = torch.randint(0, 256, shape, dtype=torch.uint8, generator=_generator(0))
-    told = {
+    shape = (clip.num_frames, clip.size, clip.size, 3)
+    metadata = {
         **msgspec.to_builtins(card),
         "format": chosen,
         "engine_version": engine.__version__,
@@ -85,14 +84,14 @@ def export(network: ResNet3D, card: Card, *, out: Path, format: str | None = Non
     }
     write = _write_torch if chosen == "torch" else _write_onnx
     with torch.no_grad(), _quiet():
-        data, run = write(model, example, json.dumps(told))
+        data, run = write(model, _random_frames(2, shape, seed=0), json.dumps(metadata))
         difference = None if run is None else _checked(model, run, shape)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(error.errno, f"can't write there: {error.strerror}", str(out)) from None
     write_atomic(out, data)
-    write_atomic(out.with_name(f"{out.name}.json"), json.dumps(told, indent=2).encode() + b"\n")
+    write_atomic(out.with_name(f"{out.name}.json"), json.dumps(metadata, indent=2).encode() + b"\n")
     return ExportReport(chosen, difference, len(data))
 
 
@@ -137,25 +136,22 @@ def _write_onnx(model: nn.Module, example: Tensor, card: str) -> tuple[bytes, Ru
     proto = program.model_proto
     proto.metadata_props.add(key="card", value=card)
     data = proto.SerializeToString()
-    return data, _onnx_runner(data) if find_spec("onnxruntime") else None
-
-
-def _onnx_runner(data: bytes) -> Runner:
+    if find_spec("onnxruntime") is None:
+        return data, None
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return lambda frames: torch.from_numpy(session.run(None, {"frames": frames.numpy()})[0])
+    return data, lambda frames: torch.from_numpy(session.run(None, {"frames": frames.numpy()})[0])
 
 
 def _checked(model: nn.Module, run: Runner, shape: tuple[int, ...]) -> float:
     """The largest difference on random clips, in other numbers than the example's; raises RuntimeError."""
     worst = 0.0
     for count in (1, 3):
-        size = (count, *shape[1:])
-        frames = torch.randint(0, 256, size, dtype=torch.uint8, generator=_generator(count))
-        wanted = model(frames)
-        difference = float((run(frames) - wanted).abs().max())
-        if not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):
+        frames = _random_frames(count, shape, seed=count)
+        expected = model(frames)
+        difference = float((run(frames) - expected).abs().max())
+        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
             raise RuntimeError(
                 f"the exported network differs from the engine's by {difference:.2g}: nothing was written"
             )
@@ -163,21 +159,19 @@ def _checked(model: nn.Module, run: Runner, shape: tuple[int, ...]) -> float:
     return worst
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _random_frames(count: int, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what torch's exporters say of themselves."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    before = [logger.level for logger in loggers]
+    """Silences the warnings of torch's exporters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -1,4 +1,4 @@
-"""What networks make of a data set's clips: decoded once for all of them, ahead of them, view by view.
+"""Outputs of networks for a data set's clips, which are decoded once for all of them, view by view.
 
 Shape letters: N clips, V views (in time x crops), D outputs of a network.
 """
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import msgspec
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import kernels
 from engine.core.recipe import Audio, Clip, Recipe
 from engine.core.runtime import Runtime
-from engine.data.pipeline import InputPipeline
+from engine.data.library import Report
+from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_views
 from engine.data.shards.index import ClipIndex
 from engine.features.fitness import FitnessResult, cohort_fitness
@@ -30,17 +31,16 @@ from engine.model.network_file import Card, ClipInput, card_of
 BANK_BYTES = 256 * 2**20
 """Decoded views up to this size stay in memory between networks."""
 CROPS = {1: (float("nan"),), 3: (float("nan"), 0.0, 1.0)}
-"""Where the squares of a view lie along the frame's longer side; nan: in the middle."""
+"""Places of a view's squares along the frame's longer side; nan: in the middle."""
 UNLABELLED_CLIPS = 2000
 """Most clips that judge where none has a label and ``fitness.max_clips`` does not say so."""
 CHOICE_STREAM, ORDER_STREAM = 0xC405, 0xFEA7
 """Keep the draw of judged clips, and the order that they are taken in, apart from other draws of the same seed."""
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """Which views of clips are taken, and how many at a time."""
+    """The views to take of each clip, and the clips of a batch."""
 
     clip: ClipInput
     views: int
@@ -63,8 +63,7 @@ class Cuts:
 class Extractor:
     """Decodes the chosen views of some clips of a data set, and runs networks on them.
 
-    ``bank`` keeps decoded views between calls, for extractors of the same clips and cuts; None keeps nothing. Where a
-    damaged clip's place was taken by another, a ``strict`` one raises ValueError.
+    ``bank`` keeps decoded views between calls, for extractors of the same clips and cuts; None keeps nothing.
     """
 
     def __init__(
@@ -75,17 +74,14 @@ class Extractor:
         cuts: Cuts,
         runtime: Runtime,
         bank: dict[Any, Any] | None = None,
-        strict: bool = True,
     ) -> None:
         self.index, self.clips, self.cuts, self.runtime = index, clips, cuts, runtime
-        self._strict = strict
         size = len(clips) * cuts.count * cuts.clip.num_frames * cuts.clip.size**2 * 3
         self._bank = bank if size <= BANK_BYTES else None
         self._key = (cuts, clips.tobytes(), str(runtime.device))
         # Batch statistics must not tell classes apart by the order in which folders were read.
         rng = np.random.Generator(np.random.Philox(key=[0, ORDER_STREAM]))
         self._order = rng.permutation(len(clips))
-        self._sizes = balanced(len(clips), cuts.batch_size)
 
     def outputs(
         self,
@@ -94,54 +90,54 @@ class Extractor:
         *,
         batch_norm: str = "running",
         on_progress: Report | None = None,
-        to_host: bool = True,
     ) -> list[Tensor]:
-        """Each network's output for every view of every clip: float32 (N, V, D), in the clips' order.
+        """Each network's output for every view of every clip: float32 (N, V, D) on the device, in the clips' order.
 
-        On the CPU, or unless ``to_host`` on the device. Clips are normalised by each card's mean and std. Batch norm
+        Clips are normalised by each card's mean and std. Batch norm
         uses the ``running`` statistics, or each ``batch``'s own; nothing in the networks changes. Networks run side
         by side on a CPU.
         """
-        device, wholes, done = self.runtime.device, list[Tensor](), 0
-        total = len(self.clips) * self.cuts.count
+        outputs: list[list[Tensor]] = [[] for _ in networks]
+        done, total = 0, len(self.clips) * self.cuts.count
         # Sums over a batch depend on how many threads share them: then each network has one.
         alone = len(networks) == 1 and batch_norm == "running"
         with _evaluating(networks, batch_norm=batch_norm):
-            for view, part, frames in self._batches():
-                made = forward(networks, cards, frames, runtime=self.runtime, all_cores=alone)
-                if not wholes:
-                    shape = (len(self.clips), self.cuts.count)
-                    wholes = [torch.empty(*shape, out.shape[1], device=device) for out in made]
-                rows = torch.from_numpy(self._order[part]).to(device)
-                for whole, out in zip(wholes, made, strict=True):
-                    whole[rows, view] = out
-                done += len(part)
+            for frames in self._batches():
+                rows = forward(networks, cards, frames, runtime=self.runtime, all_cores=alone)
+                for batches_of, output in zip(outputs, rows, strict=True):
+                    batches_of.append(output)
+                done += len(frames)
                 if on_progress is not None:
                     on_progress("taking features", done, total)
-        if self._strict:
-            check_undamaged(self.index)
-        return [whole.cpu() for whole in wholes] if to_host else wholes
+        shape = (self.cuts.count, len(self.clips), -1)
+        back = torch.from_numpy(np.argsort(self._order)).to(self.runtime.device)
+        wholes = []
+        for batches_of in outputs:
+            whole = torch.cat(batches_of).view(shape)[:, back]
+            batches_of.clear()  # a data set's outputs may be large
+            wholes.append(whole.transpose(0, 1).contiguous())
+        return wholes
 
-    def _batches(self) -> Iterator[tuple[int, NDArray[np.int64], Tensor]]:
-        """(view, places in the shuffled order, uint8 (n, T, H, W, 3)): all clips at one view, then at the next."""
-        ends = np.cumsum(self._sizes)
-        parts = [np.arange(end - size, end) for end, size in zip(ends, self._sizes, strict=True)]
-        places = [(view, part) for view in range(self.cuts.count) for part in parts]
-        kept = None if self._bank is None else self._bank.get(self._key)
-        if kept is None:
-            plans = (self._plan(view, self.clips[self._order[part]]) for view, part in places)
-            decode = partial(decoded, batch_size=max(self._sizes), runtime=self.runtime)
-            batches: Iterable[Tensor] = decode(self.index, plans, clip=clip_of(self.cuts.clip))
-        else:
-            batches = kept
-        keeping: list[Tensor] = []
-        for (view, part), frames in zip(places, batches, strict=True):
+    def _batches(self) -> Iterator[Tensor]:
+        """uint8 (n, T, H, W, 3): all clips in the shuffled order at one view, then at the next."""
+        if self._bank is not None and self._key in self._bank:
+            yield from self._bank[self._key]
+            return
+        parts = batches(len(self.clips), self.cuts.batch_size)
+        plans = (
+            self._plan(view, self.clips[self._order[part]])
+            for view in range(self.cuts.count)
+            for part in parts
+        )
+        kept: list[Tensor] = []
+        how: dict[str, Any] = {"clip": clip_of(self.cuts.clip), "runtime": self.runtime}
+        for batch in decoded(self.index, plans, batch_size=max(map(len, parts)), **how):
             if self._bank is not None:
-                keeping.append(frames)
-            yield view, part, frames
-        if self._bank is not None and kept is None:
+                kept.append(batch.rgb)
+            yield batch.rgb
+        if self._bank is not None:
             self._bank.clear()  # one set of clips at a time
-            self._bank[self._key] = keeping
+            self._bank[self._key] = kept
 
     def _plan(self, number: int, clips: NDArray[np.int64]) -> ClipPlan:
         view, crop = divmod(number, self.cuts.crops)
@@ -171,23 +167,16 @@ class LabelledClips:
         self.clips, self.labels = _choose(index, recipe)
         self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
         clusters = recipe.fitness.clusters_for(self.num_classes)
-        if len(self.clips) <= max(clusters, self.num_classes):
-            kind, what = (
-                ("labelled clips", "classes") if self.num_classes else ("clips", "clusters")
-            )
+        most = max(clusters, self.num_classes)
+        if len(self.clips) <= most:
+            kind, what = ("labelled ", "classes") if self.num_classes else ("", "clusters")
             raise ValueError(
-                f"{len(self.clips)} {kind} for {max(clusters, self.num_classes)} {what}: "
-                f"fitness needs more clips than {what}"
+                f"{len(self.clips)} {kind}clips for {most} {what}: fitness needs more clips than {what}"
             )
         self._card, self._fitness, self._runtime = card_of(recipe), recipe.fitness, runtime
-        cuts = Cuts(
-            self._card.input,
-            recipe.fitness.views_per_clip,
-            batch_size=recipe.fitness.batch_size,
-        )
-        self._extractor = Extractor(
-            index, self.clips, cuts=cuts, runtime=runtime, bank={}, strict=False
-        )
+        f = recipe.fitness
+        cuts = Cuts(self._card.input, f.views_per_clip, batch_size=f.batch_size)
+        self._extractor = Extractor(index, self.clips, cuts=cuts, runtime=runtime, bank={})
 
     def features(self, networks: Sequence[nn.Module]) -> list[Tensor]:
         """Pooled features of each network, float32 (clips, D) in the order of ``clips``, from one decode.
@@ -195,12 +184,8 @@ class LabelledClips:
         They stay on the device. A clip's features are the mean over its views. Batch norm uses each batch's own
         statistics or the running ones, as the recipe says; either way nothing in the networks changes.
         """
-        views = self._extractor.outputs(
-            networks,
-            [self._card] * len(networks),
-            batch_norm=self._fitness.batch_norm,
-            to_host=False,
-        )
+        cards = [self._card] * len(networks)
+        views = self._extractor.outputs(networks, cards, batch_norm=self._fitness.batch_norm)
         return [reduce(torch.add, (each / each.shape[1]).unbind(1)) for each in views]
 
     def fitness(self, networks: Sequence[nn.Module], *, seed: int) -> list[FitnessResult | str]:
@@ -224,8 +209,8 @@ def decoded(
     runtime: Runtime,
     num_frames: int | None = None,
     warn: Callable[[str], object] = warnings.warn,
-) -> Iterator[Tensor]:
-    """Frames of planned batches, uint8 (n, T, H, W, 3), decoded ahead; ``num_frames``: T, the clip's unless given."""
+) -> Iterator[ClipBatch]:
+    """Planned batches without sound and flow, decoded in advance; ``num_frames``: T, by default the clip's."""
     pipeline = InputPipeline(
         index,
         clip,
@@ -238,8 +223,7 @@ def decoded(
         sound=False,
         warn=warn,
     )
-    for batch in pipeline.batches(plans):
-        yield batch.rgb
+    yield from pipeline.batches(plans)
 
 
 @torch.no_grad()
@@ -251,7 +235,7 @@ def forward(
     runtime: Runtime,
     all_cores: bool = False,
 ) -> list[Tensor]:
-    """What each network makes of uint8 (n, T, H, W, 3), by its card's statistics: float32 (n, D) on the device.
+    """Each network's output for uint8 (n, T, H, W, 3), by its card's statistics: float32 (n, D) on the device.
 
     On a CPU each network has a core of its own, unless ``all_cores``, which takes them in turn, on all of them.
     """
@@ -291,21 +275,21 @@ def _evaluating(networks: Sequence[nn.Module], *, batch_norm: str) -> Iterator[N
 
 
 def _choose(index: ClipIndex, recipe: Recipe) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """Which clips judge, rising, and their classes numbered from 0."""
-    (clips,) = np.nonzero(index.label >= 0)
+    """The clips that judge, rising, and their classes numbered from 0."""
+    clips = np.flatnonzero(index.label >= 0)
     known = len(np.unique(index.label[clips]))
     blind = not recipe.fitness.uses_labels and known < 2
-    if not blind and known == 0:
+    if blind:
+        clips = np.arange(len(index.label))
+    elif known == 0:
         raise ValueError(
             "no labelled clips: labels come from class folders, VIDEOS/CLASS/clip.mp4; "
             "put each class's videos into a folder of its own"
         )
-    if not blind and known < 2:
+    elif known == 1:
         raise ValueError(
             "the labelled clips are all of one class; fitness needs two classes or more"
         )
-    if blind:
-        clips = np.arange(len(index.label))
     most = recipe.fitness.max_clips or (UNLABELLED_CLIPS if blind else len(clips))
     if len(clips) > most:
         rng = np.random.Generator(np.random.Philox(key=[recipe.seed, CHOICE_STREAM]))
@@ -318,13 +302,12 @@ def _choose(index: ClipIndex, recipe: Recipe) -> tuple[NDArray[np.int64], NDArra
     return clips, labels
 
 
-def balanced(count: int, largest: int) -> list[int]:
-    """Split ``count`` into the fewest batches of at most ``largest``, sizes equal within one.
+def batches(count: int, largest: int) -> list[NDArray[np.int64]]:
+    """Split the places of ``count`` clips into the fewest batches of at most ``largest``, sizes equal within one.
 
     A small last batch would have unlike batch statistics.
     """
-    batches = -(-count // largest)
-    return [count // batches + (i < count % batches) for i in range(batches)]
+    return np.array_split(np.arange(count), -(-count // largest))
 
 
 def check_undamaged(index: ClipIndex) -> None:

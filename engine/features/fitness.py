@@ -37,10 +37,10 @@ class FitnessResult:
     effective_rank: float
     """Effective rank of the features: near 1, they have collapsed."""
     backend: Backend
-    """Whose k-means was run: scikit-learn's, cuML's or the engine's own batched one."""
+    """The k-means that was run: scikit-learn's, cuML's or the engine's own batched one."""
 
     def measures(self) -> dict[str, float]:
-        """All that was measured, by name; for a record."""
+        """Every measure by name, for a record."""
         agreed = {} if self.metrics is None else asdict(self.metrics)
         return {**agreed, "zipf": self.zipf, "effective_rank": self.effective_rank}
 
@@ -146,7 +146,7 @@ def _result(
     num_clusters: int,
     by: Backend,
 ) -> FitnessResult:
-    """Of one member's features (N, D) and their clusters in each run (S, N)."""
+    """The fitness of one member, of its features (N, D) and their clusters in each run (S, N)."""
     s = settings.zipf_exponent
     zipf = [zipf_fitness(features, run, num_clusters=num_clusters, exponent=s) for run in runs]
     agreed = [] if labels is None else [agreement(labels, run) for run in runs]
@@ -174,7 +174,7 @@ def _gram_spectrum(features: Tensor) -> Floats:
 
 
 def _fault(features: Any, labels: Ints | None = None) -> str | None:
-    """Why features can't be judged, where they can't."""
+    """The reason why features can't be judged; None where they can."""
     shape, on_torch = tuple(features.shape), isinstance(features, Tensor)
     library: Any = torch if on_torch else np
     is_float = features.is_floating_point() if on_torch else features.dtype.kind == "f"

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 Backend = Literal["sklearn", "cuml", "batched"]
 
 AUTO: dict[str, Backend] = {"cpu": "sklearn", "cuda": "batched"}
-"""What ``auto`` stands for, by type of device; a measurement may change it.
+"""The k-means that ``auto`` stands for, by type of device; a measurement may change it.
 
 A CPU is bound by arithmetic, of which scikit-learn does half: it adds up a cluster's clips where the batched
 one multiplies by one-hot assignments. On a GPU one clustering of some thousand clips is bound by launches,
@@ -45,16 +45,15 @@ TOLERANCE = 1e-4
 """scikit-learn's: share of the mean variance below which the centres' squared shift ends a run."""
 MAX_ITERATIONS = 300
 CHECK_EVERY = 4
-"""Iterations between two looks, from the host, at what has converged on a GPU."""
+"""Iterations between two checks, from the host, of what has converged on a GPU."""
 NOISE = 32.0
 """Squared distances below this many roundings of the point's squared norm are taken for zero."""
 MEMORY = 2**30
 """Bytes that one chunk of problems may take on a GPU."""
 
 
-@dataclass(frozen=True)
-class Clusterings:
-    """What k-means found for every member from every start."""
+class Clusterings(NamedTuple):
+    """The clusters of every member from every start."""
 
     labels: Tensor
     """(M, R, N) int64: each clip's cluster."""
@@ -65,7 +64,7 @@ class Clusterings:
 
 
 def kmeans_backend(device: str, choice: str = "auto") -> Backend:
-    """Whose k-means a device gets for a choice of ``fitness.kmeans``.
+    """The k-means that a device runs for a choice of ``fitness.kmeans``.
 
     Raises ValueError for cuML where it is not installed or there is no GPU.
     """
@@ -102,9 +101,8 @@ def cluster(
     tensors = [_on_device(each, device) for each in members]
     if backend == "cuml":
         return [_by_cuml(x, num_clusters, starts, runs) for x in tensors]
-    found = kmeans(tensors, starts)
-    both = zip(found.labels.cpu().numpy(), found.inertia.cpu().numpy(), strict=True)
-    return [best_of_runs(*each, runs=runs) for each in both]
+    labels, inertia, _ = (each.cpu().numpy() for each in kmeans(tensors, starts))
+    return [best_of_runs(*each, runs=runs) for each in zip(labels, inertia, strict=True)]
 
 
 def _by_sklearn(
@@ -124,17 +122,11 @@ def _by_cuml(features: Tensor, num_clusters: int, starts: NDArray[np.float64], r
     from cuml.cluster import KMeans as GpuKMeans
 
     x, _ = centred(features, dtype=torch.float32)
-    tolerance = TOLERANCE * float(x.square().mean())  # cuML's is not relative
+    how: dict[str, Any] = {"n_clusters": num_clusters, "n_init": 1, "max_iter": MAX_ITERATIONS}
+    how["tol"] = TOLERANCE * float(x.square().mean())  # cuML's is not relative
     labels, inertia = [], []
     for start in plus_plus(x[None], starts)[0]:
-        model = GpuKMeans(
-            n_clusters=num_clusters,
-            init=_cuml_array(x[start]),
-            n_init=1,
-            max_iter=MAX_ITERATIONS,
-            tol=tolerance,
-            output_type="numpy",
-        )
+        model = GpuKMeans(**how, init=_cuml_array(x[start]), output_type="numpy")
         labels.append(np.asarray(model.fit_predict(_cuml_array(x))).astype(np.int64))
         inertia.append(float(model.inertia_))
     return best_of_runs(np.stack(labels), inertia, runs=runs)
@@ -230,7 +222,7 @@ def kmeans(
     """Cluster every member's features from every start of ``plus_plus``.
 
     ``features`` are M float tensors (N, D), finite, of one shape, on one device; ``uniforms`` (R, K, C) are
-    from ``draws``. ``dtype`` is float32 on a GPU and float64 on a CPU unless given. ``chunk``, (members,
+    from ``draws``. ``dtype`` is float32 on a GPU and float64 on a CPU by default. ``chunk``, (members,
     starts) computed at once, is what ``MEMORY`` holds; on a CPU it is one member, whose bits are then the same
     in any company. On a GPU they can differ with the company, for a library may choose another kernel for
     a batch of another size. Raises ValueError for members of different shapes.
@@ -244,27 +236,27 @@ def kmeans(
     members, width = chunk or _chunk(shapes[0], restarts, num_clusters, bytes_each=dtype.itemsize)
     if on_cpu and chunk is None:
         members = 1
-    parts = []
+    results = []
     for first in range(0, len(features), members):
         scaled = [centred(rows, dtype=dtype) for rows in features[first : first + members]]
         x = torch.stack([rows for rows, _ in scaled])
         at = torch.arange(len(x), device=x.device)[:, None, None]
         starts = plus_plus(x, uniforms)
-        pieces = [lloyd(x, x[at, starts[:, i : i + width]]) for i in range(0, restarts, width)]
-        whole = _joined(pieces, dim=1)
+        runs = [lloyd(x, x[at, starts[:, i : i + width]]) for i in range(0, restarts, width)]
+        whole = _joined(runs, dim=1)
         scale = torch.tensor([[by] for _, by in scaled], dtype=torch.float64, device=x.device)
-        parts.append(replace(whole, inertia=whole.inertia * scale * scale))
-    return _joined(parts, dim=0)
+        results.append(whole._replace(inertia=whole.inertia * scale * scale))
+    return _joined(results, dim=0)
 
 
 @torch.no_grad()
 def lloyd(x: Tensor, centres: Tensor, *, check_every: int | None = None) -> Clusterings:
-    """Lloyd's iterations from given centres, to scikit-learn's rules; inertia in the units of ``x``.
+    """Lloyd's iterations from some centres, to scikit-learn's rules; inertia in the units of ``x``.
 
     ``x`` (M, N, D) is centred; ``centres`` (M, R, K, D) are in its dtype, K at most N. An empty cluster gets
     the clip farthest from its centre; a run ends when no label changes, when the centres shift by less than
     ``TOLERANCE`` allows, or after ``MAX_ITERATIONS``. A problem that has converged no longer changes, and
-    leaves the batch at the next look, every ``check_every`` iterations.
+    leaves the batch at the next check, every ``check_every`` iterations.
     """
     every = check_every or (1 if x.device.type == "cpu" else CHECK_EVERY)
     with ieee_products():
@@ -287,7 +279,7 @@ def lloyd(x: Tensor, centres: Tensor, *, check_every: int | None = None) -> Clus
 def best_of_runs(
     labels: NDArray[np.int64], inertia: Sequence[float] | NDArray[np.float64], *, runs: int
 ) -> NDArray[np.int64]:
-    """Of a member's labels (runs * restarts, N), each run's with the least inertia: (runs, N)."""
+    """Labels (runs, N) of each run's start with the least inertia, of a member's labels (runs * restarts, N)."""
     best = np.reshape(inertia, (runs, -1)).argmin(1)
     chosen: NDArray[np.int64] = labels[best + len(labels) // runs * np.arange(runs)]
     return chosen
@@ -355,7 +347,7 @@ def _scores(x: Tensor, centres: Tensor) -> Tensor:
 
 
 def _to_clips(x: Tensor, norms: Tensor, clips: Tensor) -> Tensor:
-    """Squared distances (M, R, C, N) of all clips to given ones (M, R, C)."""
+    """Squared distances (M, R, C, N) of all clips to some (M, R, C)."""
     m, r, c = clips.shape
     flat = clips.reshape(m, r * c)
     rows = _picked(x, flat, dim=1)
@@ -374,7 +366,7 @@ def _distances(scores: Tensor, norms: Tensor) -> Tensor:
 def _relocate(labels: Tensor, distances: Tensor, num_clusters: int) -> Tensor:
     """Labels (m, r, N) after each empty cluster has taken one of the clips farthest from their centres.
 
-    Without a look from the host: as many clips as could ever be needed are found every time.
+    Without waiting for the host: as many clips as could ever be needed are found every time.
     """
     most = num_clusters - 1
     if most == 0:
@@ -382,9 +374,9 @@ def _relocate(labels: Tensor, distances: Tensor, num_clusters: int) -> Tensor:
     empty = ~_one_hot(labels, num_clusters).any(3)
     names = empty.int().argsort(dim=2, descending=True, stable=True)[..., :most]  # empty ones first
     far = distances.topk(most, dim=2)
-    wanted = torch.arange(most, device=labels.device) < empty.sum(2, keepdim=True)
+    needed = torch.arange(most, device=labels.device) < empty.sum(2, keepdim=True)
     old = labels.gather(2, far.indices)
-    return labels.scatter(2, far.indices, torch.where(wanted & (far.values > 0), names, old))
+    return labels.scatter(2, far.indices, torch.where(needed & (far.values > 0), names, old))
 
 
 def _means(x: Tensor, labels: Tensor, before: Tensor) -> Tensor:
@@ -424,8 +416,7 @@ def _inertia(x: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
 
 def _write_back(work: _Batch, whole: _Batch) -> None:
     where = (work.members[:, None], work.restarts)
-    for name in ("centres", "iterations"):
-        getattr(whole, name)[where] = getattr(work, name)
+    whole.centres[where], whole.iterations[where] = work.centres, work.iterations
 
 
 def _narrow(work: _Batch, left: list[int]) -> _Batch:
@@ -456,5 +447,4 @@ def _chunk(
 
 
 def _joined(parts: Sequence[Clusterings], *, dim: int) -> Clusterings:
-    names = ("labels", "inertia", "iterations")
-    return Clusterings(*(torch.cat([getattr(part, name) for part in parts], dim) for name in names))
+    return Clusterings(*(torch.cat(tensors, dim) for tensors in zip(*parts, strict=True)))

@@ -2,7 +2,7 @@
 
 Columns: path (string), start and end (seconds, float64), label (string, null where unknown), vector (D float32);
 a file of videos has clips (int32) too, how many were averaged. Metadata of the schema, all UTF-8: ``card`` (JSON),
-``protocol``, ``engine_version``, ``rejected`` (how many sources or stretches gave no row) and ``identity``.
+``protocol``, ``engine_version``, ``rejected`` (how many sources or segments gave no row) and ``identity``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from engine.core.files import replacing, write_atomic
 
 STORED: dict[str, Any] = {"use_dictionary": ["path", "label"], "compression": "zstd"}
-"""How columns are written: vectors are all different, and as they are."""
+"""Settings of the writer; vectors, which are all different, get no dictionary."""
 
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """Stretches of videos and their features; N rows of D features."""
+    """Segments of videos and their features; N rows of D features."""
 
     path: list[str]
     """The video, as it was named."""
@@ -41,7 +41,7 @@ class FeatureRows:
     clips: NDArray[np.int32] | None = None
     """(N,) clips that were averaged, for rows that are videos."""
     rejects: list[dict[str, Any]] = field(default_factory=list)
-    """What gave no row: path, reason, and where in it (see ``engine.data.ingest.sources.Reject``)."""
+    """Videos and segments that gave no row: path, reason, place (see ``engine.data.ingest.sources.Reject``)."""
 
     def __len__(self) -> int:
         return len(self.path)
@@ -49,14 +49,14 @@ class FeatureRows:
     def take(self, keep: NDArray[np.bool_] | slice) -> FeatureRows:
         """Some of the rows."""
         chosen = np.arange(len(self))[keep]
-        return FeatureRows(
-            [self.path[i] for i in chosen],
-            self.start[keep],
-            self.end[keep],
-            [self.label[i] for i in chosen],
-            self.vector[keep],
-            None if self.clips is None else self.clips[keep],
-            self.rejects,
+        return replace(
+            self,
+            path=[self.path[i] for i in chosen],
+            start=self.start[keep],
+            end=self.end[keep],
+            label=[self.label[i] for i in chosen],
+            vector=self.vector[keep],
+            clips=None if self.clips is None else self.clips[keep],
         )
 
 
@@ -70,9 +70,7 @@ def write_part(path: Path, rows: FeatureRows) -> None:
 
 def is_part(path: Path) -> bool:
     """Whether ``write_part`` has written this file, as far as its end tells."""
-    with suppress(OSError, pa.ArrowException):
-        return b"rejects" in (pq.read_schema(path).metadata or {})
-    return False
+    return b"rejects" in _metadata(path)
 
 
 def read_features(path: Path) -> FeatureRows:
@@ -121,14 +119,18 @@ def merge_parts(
 
 def identity_of(path: Path) -> str | None:
     """The ``identity`` of a file of features; None where there is no such file."""
+    return _metadata(path).get(b"identity", b"").decode() or None
+
+
+def _metadata(path: Path) -> dict[bytes, bytes]:
+    """The metadata of a Parquet file's schema; empty where there is no such file."""
     with suppress(OSError, pa.ArrowException):
-        told: bytes = (pq.read_schema(path).metadata or {}).get(b"identity", b"")
-        return told.decode() or None
-    return None
+        return pq.read_schema(path).metadata or {}
+    return {}
 
 
 def count_rows(path: Path) -> int:
-    """How many rows a file of features has."""
+    """The number of rows of a file of features."""
     return int(pq.read_metadata(path).num_rows)
 
 
@@ -145,12 +147,12 @@ def joined(parts: Sequence[FeatureRows]) -> FeatureRows:
 
 
 def rejects_file(out: Path) -> Path:
-    """Where it is told what gave no row of ``out``."""
+    """The file of the rejects of ``out``."""
     return out.with_name(f"{out.name}.rejects.jsonl")
 
 
 def write_rejects(out: Path, rejects: Sequence[dict[str, Any]]) -> None:
-    """Write what gave no row, a JSON object a line; no file for none."""
+    """Write the rejects, a JSON object a line; no file for none."""
     if rejects:
         text = "".join(f"{json.dumps(reject)}\n" for reject in rejects)
         write_atomic(rejects_file(out), text.encode())
@@ -159,15 +161,15 @@ def write_rejects(out: Path, rejects: Sequence[dict[str, Any]]) -> None:
 
 
 def read_rejects(out: Path) -> list[dict[str, Any]]:
-    """What ``write_rejects`` wrote."""
+    """Read the rejects that ``write_rejects`` wrote."""
     with suppress(FileNotFoundError):
         return [json.loads(line) for line in rejects_file(out).read_text().splitlines()]
     return []
 
 
 def _rejects(schema: pa.Schema) -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = json.loads((schema.metadata or {}).get(b"rejects", b"[]"))
-    return told
+    rejects: list[dict[str, Any]] = json.loads((schema.metadata or {}).get(b"rejects", b"[]"))
+    return rejects
 
 
 def _videos(sources: Iterator[FeatureRows]) -> Iterator[FeatureRows]:
@@ -187,7 +189,7 @@ def _videos(sources: Iterator[FeatureRows]) -> Iterator[FeatureRows]:
 
 
 def _averaged(rows: FeatureRows, first: Sequence[int]) -> FeatureRows:
-    """One row for each stretch of rows that begins at ``first``."""
+    """One row for each group of rows that begins at ``first``."""
     size = np.diff([*first, len(rows)])
     mean = np.add.reduceat(rows.vector.astype(np.float64), first) / size[:, None]
     return FeatureRows(
@@ -201,28 +203,22 @@ def _averaged(rows: FeatureRows, first: Sequence[int]) -> FeatureRows:
 
 
 def _schema(dim: int, *, videos: bool) -> pa.Schema:
-    columns = [
-        ("path", pa.string()),
-        ("start", pa.float64()),
-        ("end", pa.float64()),
-        ("label", pa.string()),
-        ("vector", pa.list_(pa.float32(), dim)),
-        *([("clips", pa.int32())] if videos else []),
-    ]
-    return pa.schema(columns)
+    columns = {"path": pa.string(), "start": pa.float64(), "end": pa.float64()}
+    columns |= {"label": pa.string(), "vector": pa.list_(pa.float32(), dim)}
+    return pa.schema(columns | ({"clips": pa.int32()} if videos else {}))
 
 
 def _table(rows: FeatureRows, schema: pa.Schema) -> pa.Table:
     flat = pa.array(np.ascontiguousarray(rows.vector, np.float32).ravel())
-    columns = [
-        pa.array([_utf8(path) for path in rows.path], pa.string()),
-        pa.array(rows.start),
-        pa.array(rows.end),
-        pa.array([None if x is None else _utf8(x) for x in rows.label], pa.string()),
-        pa.FixedSizeListArray.from_arrays(flat, rows.vector.shape[1]),
-        *([] if rows.clips is None else [pa.array(rows.clips)]),
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
+    columns = {
+        "path": [_utf8(path) for path in rows.path],
+        "start": rows.start,
+        "end": rows.end,
+        "label": [None if label is None else _utf8(label) for label in rows.label],
+        "vector": pa.FixedSizeListArray.from_arrays(flat, rows.vector.shape[1]),
+    }
+    columns |= {} if rows.clips is None else {"clips": rows.clips}
+    return pa.table(columns, schema=schema)
 
 
 def _utf8(name: str) -> str:

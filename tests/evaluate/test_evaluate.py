@@ -21,8 +21,14 @@ from engine.core.recipe import Evaluation
 from engine.core.runtime import choose_runtime
 from engine.evaluate import linear
 from engine.evaluate.datasets import Dataset, Fold
-from engine.evaluate.evaluate import evaluate, evaluate_many, take_features
-from engine.evaluate.protocols import Judge, Videos, used_clips, videos_of
+from engine.evaluate.protocols import (
+    Judge,
+    Videos,
+    evaluate_many,
+    take_features,
+    used_clips,
+    videos_of,
+)
 from engine.features import extract
 from engine.model.network_file import IMAGENET_MEAN, IMAGENET_STD, Card, ClipInput, load_network
 from engine.model.resnet3d import ResNet3D
@@ -33,6 +39,12 @@ SETTINGS = Evaluation(
     views=2, kmeans_init=2, kmeans_seeds=3, strengths=(1e-3, 0.1), holdout_turns=2
 )
 SHARED: dict[str, Any] = {"settings": SETTINGS, "runtime": RUNTIME}
+
+
+def evaluate(net: ResNet3D, card: Card, dataset: Dataset, *, protocol: str, **how: Any) -> Any:
+    """One network by one protocol."""
+    (by_protocol,) = evaluate_many([(net, card)], dataset, protocols=[protocol], **how)
+    return by_protocol[protocol]
 
 
 def twenty(dataset: Dataset) -> Dataset:
@@ -234,7 +246,8 @@ def test_test_labels_decide_nothing_but_the_scores(colour_set: Dataset) -> None:
     for label in (colour_set.label, lied):
         dataset = replace(colour_set, label=label, folds=(fold,))
         judge = Judge(dataset, videos_of(dataset, views), SETTINGS, RUNTIME, card)
-        row, predicted = judge._linear(fold, 0)
+        rows = (judge.videos.of(clips) for clips in (fold.train, fold.test))
+        row, predicted = judge._linear(*rows, 0)
         chosen.append((row["C"], row["train_video_top1"], predicted.tolist()))
     assert chosen[0] == chosen[1]
 

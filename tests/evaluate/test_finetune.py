@@ -16,7 +16,7 @@ from engine.core.recipe import Optim, Recipe, RecipeError, load_recipe, override
 from engine.core.runtime import choose_runtime, make_deterministic
 from engine.core.tensors import CheckpointError, load_tensors, save_tensors
 from engine.evaluate.datasets import Dataset, Fold
-from engine.evaluate.finetune import Classifier, Finetuning, check_recipe, finetune, from_scratch
+from engine.evaluate.finetune import Classifier, Finetuning, check_recipe, from_scratch
 from engine.train.optim import make_optimizer
 from engine.train.trainer import NonFiniteLoss
 from tests.labelled import network
@@ -44,6 +44,10 @@ def twenty(dataset: Dataset) -> Dataset:
     """Twenty clips, four a class, to train and to test on."""
     some = np.sort(np.concatenate([np.flatnonzero(dataset.label == c)[:4] for c in range(5)]))
     return replace(dataset, folds=(Fold("same", some, some),))
+
+
+def finetune(*arguments: Any, seeds: tuple[int, ...] = (0,), **more: Any) -> Any:
+    return Finetuning(*arguments, **more).run(seeds)
 
 
 def tuned(dataset: Dataset, *changes: str, **more: Any) -> Any:

@@ -14,13 +14,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from engine.evaluate import linear
+from engine.evaluate.baselines import neighbours
 from engine.evaluate.linear import (
     Layer,
     choose_strength,
     deal_groups,
     fit,
     layers_predict,
-    neighbours_predict,
     ridge_predict,
 )
 
@@ -148,9 +148,9 @@ def test_neighbours_are_those_by_standardised_features() -> None:
     test = rng.normal(size=(30, 3)) * [1, 100, 0.01]
     scaler = StandardScaler().fit(x)
     model = KNeighborsClassifier(5).fit(scaler.transform(x), labels)
-    found = neighbours_predict(x, labels, test, neighbours=5)
+    found = neighbours(x, labels, labels, test, 0)
     assert (found == model.predict(scaler.transform(test))).all()
-    assert len(neighbours_predict(x[:3], labels[:3], test, neighbours=5)) == 30  # fewer than five
+    assert len(neighbours(x[:3], labels[:3], labels[:3], test, 0)) == 30  # fewer than five
 
 
 def test_cuml_fits_the_same_layers(monkeypatch: pytest.MonkeyPatch) -> None:

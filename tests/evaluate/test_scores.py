@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
-from sklearn.metrics import confusion_matrix, top_k_accuracy_score, v_measure_score
+from sklearn.metrics import top_k_accuracy_score, v_measure_score
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.neighbors import NearestNeighbors
 
@@ -33,13 +33,6 @@ def test_equal_scores_do_not_count_as_right_for_all() -> None:
     flat = torch.zeros(10, 5)
     assert scores.top_k(flat, np.arange(10) % 5, 1) == 0.2
     assert scores.top_k(flat, np.arange(10) % 5, 5) == 1.0
-
-
-def test_confusion_is_scikit_learns() -> None:
-    rng = np.random.default_rng(2)
-    labels, found = rng.integers(0, 4, 50), rng.integers(0, 4, 50)
-    expected = confusion_matrix(labels, found, labels=range(5))
-    assert (scores.confusion(found, labels, 5) == expected).all()
 
 
 def test_a_videos_mean_is_over_its_clips_views() -> None:

@@ -23,11 +23,11 @@ from engine.data.ingest.run import ingest
 from engine.data.media.encode import write_video
 from engine.data.shards.index import ClipIndex
 from engine.features import embed as embed_module
-from engine.features import segments as embed_pieces
+from engine.features import segments
 from engine.features.embed import EmbedReport, embed, embed_video
 from engine.features.extract import LabelledClips
 from engine.features.parquet import FeatureRows, read_features
-from engine.features.segments import EmbedSettings, Stretches
+from engine.features.segments import Cutting, EmbedSettings
 from engine.model.network_file import Card, ClipInput, load_network, save_network
 from engine.model.resnet3d import ResNet3D
 
@@ -115,7 +115,7 @@ def test_settings_say_how_long_and_how_often(tmp_path: Path, checkpoint: Path) -
     np.testing.assert_allclose(rows.end - rows.start, [0.64] * 4 + [0.32], atol=1e-9)
     # views of 7 frames in 16 begin at floor(9 / 4) and floor(27 / 4): frames 2 4 6 8, and 6 8 10 12
     network, card = load_network(checkpoint)
-    short = Stretches.of(card.input, EmbedSettings(clip_seconds=0.64, every=0.32))
+    short = Cutting.of(card.input, EmbedSettings(clip_seconds=0.64, every=0.32))
     assert (short.length, short.every, short.least) == (16, 8, 8)
     still = expected(network, card, list(COLOURS[:5]))
     nearest = np.abs(rows.vector[:, None] - still).mean(2).argmin(1)
@@ -127,7 +127,7 @@ def test_settings_say_how_long_and_how_often(tmp_path: Path, checkpoint: Path) -
 def test_a_long_video_is_stored_in_several_clips_and_misses_nothing(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed_pieces, "STORED_SECONDS", 0.7)  # two stretches, 0.64 s
+    monkeypatch.setattr(segments, "STORED_SECONDS", 0.7)  # two stretches, 0.64 s
     coloured(tmp_path / "a.mp4", frames=8 * 9 + 3)
     run(checkpoint, tmp_path / "f", tmp_path / "a.mp4")
     rows = read_features(tmp_path / "f")
@@ -175,14 +175,14 @@ def test_shards_give_what_fitness_sees(tmp_path: Path, tiny_shards: Path, checkp
     np.testing.assert_allclose(rows.end - rows.start, index.duration)
 
 
-def test_videos_are_means_over_their_clips_in_whatever_pieces(
+def test_videos_are_means_over_their_clips_in_whatever_chunks(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i, frames in enumerate((29, 8, 80)):
         coloured(tmp_path / "films" / f"{i}.mp4", frames=frames)
     cut = {"clip_seconds": 0.32, "every": 0.32, "min_seconds": 0.16, "workers": 1}
     ingest([tmp_path / "films"], tmp_path / "shards", short_side=32, **cut)
-    monkeypatch.setattr(embed_pieces, "CLIPS_A_PIECE", 3)  # a video's clips in several pieces
+    monkeypatch.setattr(segments, "CLIPS_A_CHUNK", 3)  # a video's clips in several chunks
     for name in ("films", "shards"):
         source = tmp_path / name
         run(checkpoint, tmp_path / "clips", source)

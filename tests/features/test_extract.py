@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.core.recipe import Audio
+from engine.core.recipe import Audio, Evaluation
 from engine.core.runtime import choose_runtime
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_views
 from engine.evaluate.datasets import Dataset
+from engine.evaluate.protocols import take_features
 from engine.features import extract
 from engine.features.extract import Cuts, Extractor, check_undamaged, clip_of
 from engine.model.network_file import Card
@@ -131,6 +132,6 @@ def test_damage_is_an_error_and_not_another_clip(colour_set: Dataset) -> None:
     colour_set.index.substituted[3] += 1
     try:
         with pytest.raises(ValueError, match="damaged"):
-            extractor(colour_set, np.arange(4)).outputs([Colours()], [PLAIN])
+            take_features([network()], colour_set, settings=Evaluation(views=1), runtime=RUNTIME)
     finally:
         colour_set.index.substituted.clear()

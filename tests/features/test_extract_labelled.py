@@ -20,7 +20,7 @@ from engine.data.plan import plan_views
 from engine.data.shards.index import ClipIndex
 from engine.data.views import ViewMaker
 from engine.features import extract as module
-from engine.features.extract import LabelledClips, balanced
+from engine.features.extract import LabelledClips, batches
 from engine.model.resnet3d import ResNet3D
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
@@ -229,7 +229,7 @@ def test_classes_without_a_clip_are_left_out(index: ClipIndex) -> None:
 @pytest.mark.parametrize("count", [1, 2, 9, 32, 33, 63, 64, 65, 1000])
 @pytest.mark.parametrize("largest", [2, 7, 32])
 def test_batches_are_few_and_of_like_size(count: int, largest: int) -> None:
-    sizes = balanced(count, largest)
+    sizes = [len(batch) for batch in batches(count, largest)]
     assert sum(sizes) == count and max(sizes) <= largest
     assert max(sizes) - min(sizes) <= 1
     assert largest * (len(sizes) - 1) < count

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from engine.evaluate.paper.cells import Cell, Store
-from engine.evaluate.paper.rows import Given, columns_of, rows_of
+from engine.evaluate.paper.rows import Inputs, columns_of, rows_of
 from engine.evaluate.paper.scale import load_scale
 from engine.report.figures.theme import svg, write_png
 from engine.report.paper import Table, as_csv, as_json, as_markdown, as_text, build, figure
@@ -24,7 +24,7 @@ SEEDS = (0, 1, 2)
 def made(folder: Path, table: str, *, skip: tuple[str, ...] = ()) -> Table:
     """A table whose cells hold (place of the row + seed / 10) %, but for a failed one and those of ``skip``."""
     scale, store = load_scale("cpu"), Store(folder)
-    rows = rows_of(table, scale, Given({"evolved": "sec4"}))
+    rows = rows_of(table, scale, Inputs({"evolved": "sec4"}))
     columns = columns_of(table, scale, datasets=["folders"], by_group=[True])
     for place, row in enumerate(rows):
         for seed in SEEDS:
@@ -105,7 +105,7 @@ def test_figures_are_files_that_parse(tmp_path: Path, name: str) -> None:
 def test_an_empty_table_has_a_figure(tmp_path: Path) -> None:
     scale = load_scale("cpu")
     for name in ("table1", "fig5"):
-        rows = rows_of(name, scale, Given())
+        rows = rows_of(name, scale, Inputs())
         columns = columns_of(name, scale, datasets=["folders"], by_group=[True])
         empty = build(name, "cpu", rows=rows, columns=columns, seeds=SEEDS, store=Store(tmp_path))
         ElementTree.fromstring(svg(figure(empty), label="x"))

@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from engine.core.display import Display
 from engine.core.runtime import Runtime, is_device_error, is_out_of_memory
 from engine.evaluate.datasets import Dataset, Fold
-from engine.evaluate.evaluate import evaluate_many
-from engine.evaluate.finetune import finetune
+from engine.evaluate.finetune import Finetuning
 from engine.evaluate.paper.cells import Cell, Store
 from engine.evaluate.paper.rows import Column
 from engine.evaluate.paper.scale import Scale, drawn
-from engine.evaluate.paper.training import recipe_of
-from engine.evaluate.protocols import Evaluated
-from engine.model.network_file import Card, card_of
+from engine.evaluate.protocols import evaluate_many
+from engine.evaluate.scores import Evaluated
+from engine.model.network_file import Card, card_of, load_network
 from engine.model.resnet3d import ResNet3D
 from engine.train.trainer import MemberFailed, device_failed
 
@@ -91,41 +90,35 @@ def with_fewer_labels(dataset: Dataset, share: float, *, seed: int) -> Dataset:
 
 @dataclass
 class Judging:
-    """What judging of one run shares."""
+    """Fills the cells of one run."""
 
     scale: Scale
-    datasets: Sequence[Dataset]
     store: Store
-    folder: Path
-    """For checkpoints of fine-tuning, where the scale asks for some."""
     runtime: Runtime
     display: Display
+    datasets: Sequence[Dataset]
+    folder: Path
+    """For checkpoints of fine-tuning, where the scale asks for some."""
 
     def judge(self, cells: Sequence[Cell], *, on_seed: Callable[[], object] = lambda: None) -> None:
-        """Fill cells whose networks are there, or write down why they can't be; ``on_seed`` is called now and then."""
-        ready = []
+        """Fill cells whose networks are there, or write why they can't be; ``on_seed`` is called after each seed."""
+        alike: dict[int, dict[Column, list[Cell]]] = {}
         for cell in cells:
-            assert cell.row.network is not None
-            reason = self.store.failure(cell.row.network, cell.seed)
+            reason = self.store.failure(cell.network, cell.seed)
             if reason is None:
-                ready.append(cell)
+                alike.setdefault(cell.seed, {}).setdefault(cell.column, []).append(cell)
             else:
                 self._fail(cell, f"training failed: {reason}")
-        for seed in dict.fromkeys(cell.seed for cell in ready):
-            mine = [c for c in ready if c.seed == seed]
-            for column in dict.fromkeys(c.column for c in mine):
-                same = [c for c in mine if c.column == column]
+        for columns in alike.values():
+            for column, same in columns.items():
                 (self._tuned if column.protocol == "finetune" else self._frozen)(same)
             on_seed()
 
     def _frozen(self, cells: Sequence[Cell]) -> None:
         """Cells of one seed and column, from one decode."""
         self.display.start(f"{cells[0].column.title}, seed {cells[0].seed}", len(cells))
-        loaded = []
-        for cell in cells:
-            network = self._guarded(cell, partial(self._load, cell))
-            if network is not None:
-                loaded.append((cell, network))
+        networks = [(cell, self._guarded(cell, partial(self._load, cell))) for cell in cells]
+        loaded = [pair for pair in networks if pair[1] is not None]
         if not loaded:
             return
         try:
@@ -138,9 +131,9 @@ class Judging:
 
     def _judged(self, loaded: Sequence[tuple[Cell, tuple[ResNet3D, Card]]]) -> None:
         began, (first, _) = time.perf_counter(), loaded[0]
-        found = evaluate_many(
+        results = evaluate_many(
             [network for _, network in loaded],
-            dataset_for(first.column, self.datasets[first.column.dataset], self.scale),
+            self._dataset(first),
             protocols=[first.column.protocol],
             settings=self.scale.pretrain.evaluation,
             runtime=self.runtime,
@@ -148,7 +141,7 @@ class Judging:
             on_progress=self.display.prepare,
         )
         seconds = (time.perf_counter() - began) / len(loaded)
-        for (cell, (_, card)), by_protocol in zip(loaded, found, strict=True):
+        for (cell, (_, card)), by_protocol in zip(loaded, results, strict=True):
             self._keep(cell, by_protocol[cell.column.protocol], card, seconds)
 
     def _tuned(self, cells: Sequence[Cell]) -> None:
@@ -161,34 +154,30 @@ class Judging:
     def _tune(self, cell: Cell) -> None:
         began = time.perf_counter()
         network, card = self._load(cell)
-        dataset = dataset_for(cell.column, self.datasets[cell.column.dataset], self.scale)
-        dataset = with_fewer_labels(dataset, cell.row.labelled, seed=cell.seed)
+        dataset = with_fewer_labels(self._dataset(cell), cell.row.labelled, seed=cell.seed)
         more: dict[str, Any] = {}
         folder = self.folder / cell.row.name / str(cell.seed) / cell.column.name
         if self.scale.checkpoint_every:
             folder.mkdir(parents=True, exist_ok=True)
             more = {"folder": folder, "checkpoint_every": self.scale.checkpoint_every}
-        found = finetune(
-            network,
-            card,
-            dataset,
-            recipe=recipe_of(self.scale, cell.seed),
-            runtime=self.runtime,
-            seeds=[cell.seed],
-            **more,
-        )
-        self._keep(cell, found, card, time.perf_counter() - began)
+        recipe = msgspec.structs.replace(self.scale.finetune, seed=cell.seed)
+        work = Finetuning(network, card, dataset, recipe, self.runtime, **more)
+        result = work.run([cell.seed])
+        self._keep(cell, result, card, time.perf_counter() - began)
         shutil.rmtree(folder, ignore_errors=True)
 
+    def _dataset(self, cell: Cell) -> Dataset:
+        return dataset_for(cell.column, self.datasets[cell.column.dataset], self.scale)
+
     def _load(self, cell: Cell) -> tuple[ResNet3D, Card]:
-        assert cell.row.network is not None
-        network, card = self.store.load(cell.row.network, cell.seed, device=self.runtime.device)
-        if cell.row.network.file is not None:  # judged on the clips of all other rows
+        path = self.store.network_path(cell.network, cell.seed)
+        network, card = load_network(path, device=self.runtime.device)
+        if cell.network.file is not None:  # judged on the clips of all other rows
             card = msgspec.structs.replace(card, input=card_of(self.scale.pretrain).input)
         return network, card
 
     def _guarded(self, cell: Cell, work: Callable[[], Any]) -> Any:
-        """Do something for a cell; what goes wrong is the cell's, unless the GPU itself does."""
+        """Do work for a cell; an error fails the cell alone, unless it is the GPU that is at fault."""
         try:
             return work()
         except (ValueError, RuntimeError, MemberFailed) as error:
@@ -197,25 +186,19 @@ class Judging:
             self._fail(cell, next(iter(str(error).splitlines()), type(error).__name__))
             return None
 
-    def _keep(self, cell: Cell, found: Evaluated, card: Card, seconds: float) -> None:
-        value = found.value
-        trains = [row["train"] for row in found.folds if row.get("train")]
-        told = {
-            "value": value.mean,
-            "over_folds": asdict(value),
-            "protocol": found.protocol,
-            "protocol_string": found.protocol_string,
-            "headline": found.headline,
-            "labels_used": found.labels_used,
+    def _keep(self, cell: Cell, result: Evaluated, card: Card, seconds: float) -> None:
+        trains = [row["train"] for row in result.folds if row.get("train")]
+        facts = {
+            "value": result.value.mean,
+            "over_folds": asdict(result.value),
             "train_videos": float(np.mean(trains)) if trains else None,
-            "metrics": {name: asdict(spread) for name, spread in found.metrics.items()},
-            "folds": found.folds,
             "loss": card.loss,
             "num_clips": card.num_clips,
             "seconds": seconds,
-            "provenance": found.provenance,
         }
-        self.store.write(cell, told)
+        large = ("classes", "confusion")
+        row = {key: value for key, value in result.row().items() if key not in large}
+        self.store.write(cell, facts | row)
 
     def _fail(self, cell: Cell, reason: str) -> None:
         self.store.write(cell, {"failed": reason})

@@ -1,9 +1,9 @@
-"""What a table or figure holds: its rows with the paper's numbers, the networks that they judge, and its columns."""
+"""Rows and columns of a table or figure, with the paper's numbers and the networks that rows judge."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.evaluate.paper.scale import Scale
@@ -60,11 +60,31 @@ NAMES = {
     "no_distillation": "Equal weights, no distillation",
     "evolved": "Evolved loss",
 }
-SUPERVISED, UNSUPERVISED, OURS = (
-    "Supervised",
-    "Single tasks, no labels",
-    "Evolved search space, no labels",
-)
+FURTHER = "*"
+"""Stands for the losses that the user names beside the evolved one, a row each."""
+GROUPS = {
+    "table1": {
+        "Supervised": ("scratch", "imagenet", "kinetics"),
+        "Single tasks, no labels": tuple(TABLE1)[3:9],
+        "Evolved search space, no labels": (
+            "random",
+            "equal",
+            "no_distillation",
+            FURTHER,
+            "evolved",
+        ),
+    },
+    "table2": {
+        "Supervised": ("scratch", "imagenet", "kinetics"),
+        "Unsupervised": ("shuffle", "opn", "avts", FURTHER, "evolved"),
+    },
+}
+"""Rows of the tables by group, in order."""
+PAPER: dict[str, tuple[Sequence[str], Mapping[str, Sequence[float]]]] = {
+    "table1": (("hmdb51/kmeans", "hmdb51/linear", "hmdb51/finetune"), TABLE1),
+    "table2": (("hmdb51/finetune", "ucf101/finetune"), TABLE2),
+}
+"""Data sets and protocols of the paper's numbers in a table, and the numbers by row."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +97,7 @@ class Network:
     file: Path | None = None
     """Weights that were trained elsewhere."""
     share: float = 1.0
-    """Of the unlabelled clips that it is trained on."""
+    """Share of the unlabelled clips that it is trained on."""
     epochs: bool = False
     """Whether steps are in proportion to ``share``."""
 
@@ -90,10 +110,10 @@ class Row:
     title: str
     group: str
     network: Network | None
+    missing: str = ""
+    """The reason why there is no network."""
     paper: Mapping[str, float] = field(default_factory=dict)
     """By data set and protocol's name, ``hmdb51/kmeans``, %."""
-    missing: str = ""
-    """Why there is no network."""
     labelled: float = 1.0
     """Share of the labelled train clips."""
     series: str = ""
@@ -106,11 +126,11 @@ class Column:
     """A protocol on a data set, or on its part that no training saw."""
 
     name: str
-    """Of its cells' files."""
+    """The name of its cells' files."""
     title: str
     protocol: str
     dataset: int = 0
-    """Place among the data sets given."""
+    """Place among the run's data sets."""
     unseen: bool = False
     """Train on groups that pretraining saw (without labels), test on those that it did not."""
     paper: str = ""
@@ -118,8 +138,8 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the user gave for rows that need more than unlabelled videos."""
+class Inputs:
+    """Losses and weights that the user names, for rows that need more than unlabelled videos."""
 
     losses: Mapping[str, str] = field(default_factory=dict)
     """By the row's name: "evolved", and any other."""
@@ -127,130 +147,92 @@ class Given:
     kinetics: Path | None = None
 
 
-def rows_of(table: str, scale: Scale, given: Given) -> list[Row]:
+def rows_of(table: str, scale: Scale, inputs: Inputs) -> list[Row]:
     """All rows of a table or figure, in order; those that lack something say so."""
-    return {"table1": _table1, "table2": _table2, "fig4": _fig4, "fig5": _fig5}[table](scale, given)
-
-
-def _table1(scale: Scale, given: Given) -> list[Row]:
-    def row(name: str, group: str, network: Network | None, missing: str = "") -> Row:
-        keys = ("hmdb51/kmeans", "hmdb51/linear", "hmdb51/finetune")
-        paper = dict(zip(keys, TABLE1.get(name, ()), strict=False))
-        title = NAMES.get(name, f"Loss {name}")
-        return Row(name, title, group, network, paper, missing)
-
-    single = list(TABLE1)[3:9]
-    more = [n for n in given.losses if n != "evolved"]
-    evolved = _evolved(given)
-    return [
-        row("scratch", SUPERVISED, Network("scratch")),
-        row("imagenet", SUPERVISED, *_file("imagenet", given.imagenet)),
-        row("kinetics", SUPERVISED, *_file("kinetics", given.kinetics)),
-        *(row(name, UNSUPERVISED, Network(name, loss=name)) for name in single),
-        row("random", OURS, Network("random", loss="random:{seed}")),
-        row("equal", OURS, Network("equal", loss="equal")),
-        row("no_distillation", OURS, Network("no_distillation", loss="no_distillation")),
-        *(row(n, OURS, Network(n, loss=given.losses[n])) for n in more),
-        row("evolved", OURS, *evolved),
-    ]
-
-
-def _table2(scale: Scale, given: Given) -> list[Row]:
-    def row(name: str, group: str, network: Network | None, missing: str) -> Row:
-        paper = dict(
-            zip(("hmdb51/finetune", "ucf101/finetune"), TABLE2.get(name, ()), strict=False)
-        )
-        return Row(name, NAMES.get(name, f"Loss {name}"), group, network, paper, missing)
-
-    peer, unsupervised = "the paper's number, no run of ours", "Unsupervised"
-    more = [n for n in given.losses if n != "evolved"]
-    return [
-        row("scratch", SUPERVISED, Network("scratch"), ""),
-        row("imagenet", SUPERVISED, *_file("imagenet", given.imagenet)),
-        row("kinetics", SUPERVISED, *_file("kinetics", given.kinetics)),
-        *(row(name, unsupervised, None, peer) for name in ("shuffle", "opn", "avts")),
-        *(row(n, unsupervised, Network(n, loss=given.losses[n]), "") for n in more),
-        row("evolved", unsupervised, *_evolved(given)),
-    ]
-
-
-def _fig4(scale: Scale, given: Given) -> list[Row]:
+    if table == "fig4":
+        return _fig4(scale, inputs)
+    if table == "fig5":
+        return _fig5(scale, inputs)
+    further = [name for name in inputs.losses if name != "evolved"]
+    keys, numbers = PAPER[table]
     rows = []
-    starts = {"scratch": (Network("scratch"), ""), "evolved": _evolved(given)}
-    starts |= {n: (Network(n, loss=loss), "") for n, loss in given.losses.items() if n != "evolved"}
-    for name, (network, missing) in starts.items():
-        series = NAMES.get(name, f"Loss {name}")
-        for share in scale.labelled:
-            paper = {}
-            if name == "evolved" and share == 0.1:
-                paper = {"kinetics/finetune": FIG4_TENTH}
-            title = f"{series}, {_percent(share)} of the labels"
-            point = f"{name}-{_percent(share, sign='')}"
-            row = Row(point, title, series, network, paper, missing, share, series, share)
-            rows.append(row)
+    for group, names in GROUPS[table].items():
+        for name in [n for each in names for n in (further if each == FURTHER else [each])]:
+            paper = dict(zip(keys, numbers.get(name, ()), strict=False))
+            rows.append(Row(name, _title(name), group, *_network(name, inputs), paper))
     return rows
 
 
-def _fig5(scale: Scale, given: Given) -> list[Row]:
+def _network(name: str, inputs: Inputs) -> tuple[Network | None, str]:
+    """A row's network by the row's name, or why there is none."""
+    if name in inputs.losses:
+        return Network(name, loss=inputs.losses[name]), ""
+    if name in ("shuffle", "opn", "avts"):
+        return None, "the paper's number, no run of ours"
+    if name in ("imagenet", "kinetics"):
+        file: Path | None = getattr(inputs, name)
+        if file is None:
+            return None, f"not given: --{name} STATE_DICT"
+        return Network(name, file=file), ""
+    if name == "evolved":
+        return None, "not given: --loss RUN/best.toml"
+    presets = {"scratch": None, "random": "random:{seed}"}
+    return Network(name, loss=presets.get(name, name)), ""
+
+
+def _fig4(scale: Scale, inputs: Inputs) -> list[Row]:
+    """Points of fine-tuning with a share of the labels, from scratch and from each loss."""
     rows = []
-    _, missing = _evolved(given)
-    loss = given.losses.get("evolved")
+    for name in dict.fromkeys(["scratch", "evolved", *inputs.losses]):
+        network, missing = _network(name, inputs)
+        series = _title(name)
+        for share in scale.labelled:
+            title = f"{series}, {_percent(share)} of the labels"
+            known = name == "evolved" and share == 0.1
+            paper = {"kinetics/finetune": FIG4_TENTH} if known else {}
+            point = f"{name}-{100 * share:g}"
+            rows.append(Row(point, title, series, network, missing, paper, share, series, share))
+    return rows
+
+
+def _fig5(scale: Scale, inputs: Inputs) -> list[Row]:
+    """Points of the evolved loss trained on a share of the clips, for equal steps and for equal epochs."""
+    rows = []
+    evolved, missing = _network("evolved", inputs)
     for mode, series in (("iterations", "Fixed iterations"), ("epochs", "Fixed epochs")):
         for share in scale.unlabelled:
-            network = None
-            if loss is not None:
-                # with all clips both are one training
-                name = "evolved" if share == 1.0 else f"{mode}-{_percent(share, sign='')}"
-                network = Network(
-                    name, loss=loss, share=share, epochs=mode == "epochs" and share < 1.0
-                )
+            point, network = f"{mode}-{100 * share:g}", evolved
+            if evolved is not None and share < 1.0:  # with all clips both are one training
+                network = replace(evolved, name=point, share=share, epochs=mode == "epochs")
             title = f"{series}, {_percent(share)} of the clips"
-            point = f"{mode}-{_percent(share, sign='')}"
-            rows.append(Row(point, title, series, network, {}, missing, 1.0, series, share))
+            rows.append(Row(point, title, series, network, missing, series=series, x=share))
     return rows
 
 
-def _evolved(given: Given) -> tuple[Network | None, str]:
-    loss = given.losses.get("evolved")
-    if loss is None:
-        return None, "not given: --loss RUN/best.toml"
-    return Network("evolved", loss=loss), ""
+def _title(name: str) -> str:
+    return NAMES.get(name, f"Loss {name}")
 
 
-def _file(name: str, path: Path | None) -> tuple[Network | None, str]:
-    if path is None:
-        return None, f"not given: --{name} STATE_DICT"
-    return Network(name, file=path), ""
-
-
-def _percent(share: float, *, sign: str = " %") -> str:
-    return f"{100 * share:g}{sign}"
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
 
 
 def columns_of(
     table: str, scale: Scale, *, datasets: Sequence[str], by_group: Sequence[bool]
 ) -> list[Column]:
-    """A table's columns on the data sets given, of which some are held out by group."""
+    """A table's columns on data sets, of which some are held out by group."""
     columns = []
     for number, (name, grouped) in enumerate(zip(datasets, by_group, strict=True)):
         split = grouped and scale.seen_groups > 0
-        suffix = f"-{name}" if len(datasets) > 1 else ""
-        where = f", {name}" if len(datasets) > 1 else ""
+        suffix, where = (f"-{name}", f", {name}") if len(datasets) > 1 else ("", "")
+        reference = "kinetics" if table == "fig4" else name if name == "ucf101" else "hmdb51"
         for protocol in scale.protocols(table):
-            said = COLUMNS.get(protocol, protocol)
-            paper = f"{'kinetics' if table == 'fig4' else name if name == 'ucf101' else 'hmdb51'}/{protocol}"
-            tuned = protocol == "finetune"
-            columns.append(
-                Column(
-                    f"{protocol}{suffix}",
-                    said + (" (unseen groups)" if split and tuned else "") + where,
-                    protocol,
-                    number,
-                    split and tuned,
-                    paper,
-                )
-            )
-            if protocol == "linear" and split:
-                title = f"{said} (unseen groups){where}"
-                columns.append(Column(f"linear-unseen{suffix}", title, protocol, number, True))
+            # a network that is fine-tuned is tested on unseen groups alone, a linear layer there too
+            tests = {"finetune": (split,), "linear": (False, True)[: 1 + split]}
+            for unseen in tests.get(protocol, (False,)):
+                title = COLUMNS.get(protocol, protocol) + " (unseen groups)" * unseen + where
+                second = unseen and protocol == "linear"
+                file = f"{protocol}{'-unseen' * second}{suffix}"
+                paper = "" if second else f"{reference}/{protocol}"
+                columns.append(Column(file, title, protocol, number, unseen, paper))
     return columns

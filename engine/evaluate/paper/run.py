@@ -1,10 +1,11 @@
-"""Runs a table or figure of the paper: what is missing of it, in a folder that the same command goes on with."""
+"""Runs a table or figure of the paper in a folder, whose missing cells the same command fills after a kill."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from engine.evaluate.baselines import baselines
 from engine.evaluate.datasets import Dataset
 from engine.evaluate.paper.cells import Cell, Store
 from engine.evaluate.paper.judging import Judging, dataset_for, seen_clips
-from engine.evaluate.paper.rows import Given, columns_of, rows_of
+from engine.evaluate.paper.rows import Inputs, columns_of, rows_of
 from engine.evaluate.paper.scale import Scale
-from engine.evaluate.paper.training import Seeded, Training, check_loss
+from engine.evaluate.paper.training import Seeded, Training
+from engine.objective.lossfile import load_loss
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """Which rows, seeds and protocols of a table are run; empty: all (seeds: the scale's)."""
 
     rows: Sequence[str] = ()
@@ -39,29 +41,29 @@ class Reproduction:
 
     name: str
     scale: Scale
-    given: Given
+    inputs: Inputs
     videos: Library
     datasets: Sequence[Dataset]
     run: RunFolder
     runtime: Runtime
     display: Display
-    chosen: Chosen = field(default_factory=Chosen)
+    selection: Selection = field(default_factory=Selection)
     with_baselines: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for rows, seeds or protocols that the table has not, and losses that can't be read."""
-        for loss in self.given.losses.values():
-            check_loss(loss)
+        for loss in self.inputs.losses.values():
+            load_loss(loss.format(seed=0))
         names = [dataset.name for dataset in self.datasets]
         by_group = [d.folds_by.startswith("leave one group out") for d in self.datasets]
-        self.all_rows = rows_of(self.name, self.scale, self.given)
-        every = columns_of(self.name, self.scale, datasets=names, by_group=by_group)
-        _check_known(self.chosen.rows, [row.name for row in self.all_rows], "--rows")
-        _check_known(self.chosen.protocols, [c.protocol for c in every], "--protocols")
-        self.rows = [r for r in self.all_rows if r.name in self.chosen.rows or not self.chosen.rows]
-        wanted = self.chosen.protocols
-        self.columns = [c for c in every if c.protocol in wanted or not wanted]
-        self.seeds = tuple(self.chosen.seeds) or self.scale.seeds
+        rows = rows_of(self.name, self.scale, self.inputs)
+        columns = columns_of(self.name, self.scale, datasets=names, by_group=by_group)
+        asked = self.selection
+        _check_known(asked.rows, [row.name for row in rows], "--rows")
+        _check_known(asked.protocols, [c.protocol for c in columns], "--protocols")
+        self.rows = [r for r in rows if r.name in asked.rows or not asked.rows]
+        self.columns = [c for c in columns if c.protocol in asked.protocols or not asked.protocols]
+        self.seeds = tuple(asked.seeds) or self.scale.seeds
         self.store = Store(self.run.path)
 
     @property
@@ -75,90 +77,67 @@ class Reproduction:
     def to_do(self) -> tuple[list[Seeded], list[Cell]]:
         """Networks to train and cells to fill."""
         cells = [cell for cell in self.cells if self.store.read(cell) is None]
-        jobs: dict[Seeded, None] = {}
-        for cell in cells:
-            network = cell.row.network
-            assert network is not None
-            missing = not self.store.has(network, cell.seed)
-            if missing and self.store.failure(network, cell.seed) is None:
-                jobs[network, cell.seed] = None
-        return list(jobs), cells
+        networks = dict.fromkeys((cell.network, cell.seed) for cell in cells)
+        return [
+            key for key in networks if not self.store.has(*key) and self.store.failure(*key) is None
+        ], cells
 
     def plan(self) -> list[str]:
-        """What is to do, in lines, with times estimated from what is done."""
-        jobs, cells = self.to_do()
-        lines = [f"{len(self.cells) - len(cells)} of {len(self.cells)} cells done"]
-        trained = self._seconds_trained()
+        """The networks to train and cells to fill, a line each, with times estimated from those that are done."""
+        networks, cells = self.to_do()
+        trained, judged = self._seconds_spent()
         known = [s for seconds in trained.values() for s in seconds]
-        total, guessed = 0.0, True
-        for network, seed in jobs:
-            seconds = _mean(trained.get(network.name, [])) or _mean(known)
-            lines.append(f"train  {network.name}, seed {seed}  {_about(seconds)}")
-            total, guessed = total + (seconds or 0.0), guessed and seconds is not None
-        spent = self._seconds_judged()
-        for cell in cells:
-            seconds = _mean(spent.get(cell.column.name, []))
-            lines.append(f"judge  {cell}  {_about(seconds)}")
-            total, guessed = total + (seconds or 0.0), guessed and seconds is not None
+        work = [(f"train  {n.name}, seed {s}", trained.get(n.name, known)) for n, s in networks]
+        work += [(f"judge  {cell}", judged.get(cell.column.name, [])) for cell in cells]
+        lines = [f"{len(self.cells) - len(cells)} of {len(self.cells)} cells done"]
+        for what, seconds in work:
+            about = f"about {duration(fmean(seconds))}" if seconds else "(no estimate yet)"
+            lines.append(f"{what}  {about}")
         if cells:
-            more = "" if guessed else ", and what no finished cell tells the time of"
+            total = sum(fmean(seconds) for _, seconds in work if seconds)
+            unknown = not all(seconds for _, seconds in work)
+            more = ", and what no finished cell tells the time of" if unknown else ""
             lines.append(f"to do: about {duration(total)}{more}")
         return lines
 
-    def _seconds_trained(self) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {}
-        for network, seed in {(c.row.network, c.seed): None for c in self.cells}:
-            seconds = None if network is None else self.store.seconds(network, seed)
-            if network is not None and seconds is not None:
-                found.setdefault(network.name, []).append(seconds)
-        return found
-
-    def _seconds_judged(self) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {}
+    def _seconds_spent(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Seconds of what is done: trainings by the network's name, cells by the column's."""
+        trained: dict[str, list[float]] = {}
+        for network, seed in dict.fromkeys((cell.network, cell.seed) for cell in self.cells):
+            seconds = self.store.seconds(network, seed)
+            if seconds is not None:
+                trained.setdefault(network.name, []).append(seconds)
+        judged: dict[str, list[float]] = {}
         for cell in self.cells:
-            told = self.store.read(cell) or {}
-            if "seconds" in told:
-                found.setdefault(cell.column.name, []).append(told["seconds"])
-        return found
+            record = self.store.read(cell) or {}
+            if "seconds" in record:
+                judged.setdefault(cell.column.name, []).append(record["seconds"])
+        return trained, judged
 
     def go(self, write: Callable[[Reproduction], object], *, retry_failed: bool = False) -> None:
-        """Do what is missing; ``write`` writes the table so far, after each seed and at the end."""
+        """Train and judge what is missing; ``write`` writes the table so far, after each seed and at the end."""
         make_deterministic(self.runtime)
         unlabelled = self._unlabelled()
         self.run.begin()
         self._note()
         if retry_failed:
             self.store.forget_failures(self.cells)
-        self.store.check_losses([(c.row.network, c.seed) for c in self.cells if c.row.network])
-        jobs, cells = self.to_do()
+        self.store.check_losses([(cell.network, cell.seed) for cell in self.cells])
+        networks, cells = self.to_do()
         self.display.say(
-            f"{len(cells)} of {len(self.cells)} cells to do, {len(jobs)} networks to train"
+            f"{len(cells)} of {len(self.cells)} cells to do, {len(networks)} networks to train"
         )
-        training = Training(
-            self.scale,
-            unlabelled,
-            self.store,
-            self.run.checkpoints,
-            self.runtime,
-            self.display,
-        )
-        judging = Judging(
-            self.scale,
-            self.datasets,
-            self.store,
-            self.run.path / "finetune",
-            self.runtime,
-            self.display,
-        )
+        shared = self.scale, self.store, self.runtime, self.display
+        training = Training(*shared, unlabelled, self.run.checkpoints)
+        judging = Judging(*shared, self.datasets, self.run.path / "finetune")
         # a seed at a time, so that a table of fewer seeds is there early; Fig. 5's cohorts of one fill cores together
-        parts = [list(self.seeds)] if self.name == "fig5" else [[seed] for seed in self.seeds]
-        for part in parts:
-            mine = [job for job in jobs if job[1] in part]
+        together = [self.seeds] if self.name == "fig5" else [(seed,) for seed in self.seeds]
+        for seeds in together:
+            mine = [key for key in networks if key[1] in seeds]
             if mine:
                 training.train(mine)
-            judging.judge(
-                [cell for cell in cells if cell.seed in part], on_seed=lambda: write(self)
-            )
+            here = [cell for cell in cells if cell.seed in seeds]
+            judging.judge(here, on_seed=lambda: write(self))
         if self.with_baselines:
             self._find_baselines()
         write(self)
@@ -179,7 +158,7 @@ class Reproduction:
         return whole.subset(np.concatenate(chosen))
 
     def _note(self) -> None:
-        """What the run works on, written as it begins; raises RunError where it goes on with something else."""
+        """Writes what the run works on as it begins; raises RunError where it is continued with something else."""
         facts: dict[str, Any] = {
             "table": self.name,
             "scale": self.scale.name,
@@ -190,8 +169,8 @@ class Reproduction:
         }
         old = self.run.read_json("reproduce.json")
         if old is None:
-            told = {"facts": facts, "provenance": provenance(self.runtime)}
-            self.run.write_json("reproduce.json", told)
+            begun = {"facts": facts, "provenance": provenance(self.runtime)}
+            self.run.write_json("reproduce.json", begun)
             return
         for key, value in facts.items():
             before = old["facts"].get(key)
@@ -205,14 +184,14 @@ class Reproduction:
 
     def _find_baselines(self) -> None:
         """Baselines of each column's folds, kept in baselines.json."""
-        found: dict[str, dict[str, float]] = {}
+        shares: dict[str, dict[str, float]] = {}
         for column in self.columns:
             if column.protocol == "kmeans":
                 continue  # they are trained with labels
             dataset = dataset_for(column, self.datasets[column.dataset], self.scale)
             for name, value in baselines(dataset, runtime=self.runtime).items():
-                found.setdefault(name, {})[column.name] = 100 * value.mean
-        self.run.write_json("baselines.json", found)
+                shares.setdefault(name, {})[column.name] = 100 * value.mean
+        self.run.write_json("baselines.json", shares)
 
 
 def _check_known(asked: Sequence[str], known: Sequence[str], what: str) -> None:
@@ -222,17 +201,9 @@ def _check_known(asked: Sequence[str], known: Sequence[str], what: str) -> None:
 
 
 def _fingerprint(datasets: Sequence[Dataset]) -> str:
-    """Of clips and of how they are divided into folds."""
-    told = [
+    """Fingerprint of clips and of their division into folds."""
+    content = [
         (data_digest(d.index.folders), [(f.name, f.test.tolist()) for f in d.folds])
         for d in datasets
     ]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _about(seconds: float | None) -> str:
-    return "(no estimate yet)" if seconds is None else f"about {duration(seconds)}"
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""A scale: how large a table's networks, clips and trainings are, and its seeds; TOML files in recipes/reproduce."""
+"""Scales: the size of a table's networks, clips and trainings, and its seeds; TOML files in recipes/reproduce."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Names = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 
 class Scale(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a scale's file says, its two recipes made whole."""
+    """A scale's file, with its two recipes made whole."""
 
     name: str
     pretrain: Recipe
@@ -48,7 +48,7 @@ class Scale(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Protocols of each table and figure."""
 
     def protocols(self, table: str) -> tuple[str, ...]:
-        """Those of a table or figure."""
+        """The protocols of a table or figure."""
         names: tuple[str, ...] = getattr(self, table)
         return names
 

@@ -12,21 +12,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from torch import Tensor
 
 from engine.core.display import Display
 from engine.core.provenance import provenance
-from engine.core.recipe import Recipe, RecipeError, load_recipe, preset_names, recipe_hash
+from engine.core.recipe import RecipeError, load_recipe, preset_names, recipe_hash
 from engine.core.runtime import Runtime, num_cores
 from engine.data.shards.index import ClipIndex
 from engine.data.views import Views
 from engine.evaluate.paper.cells import Store, weights_of
 from engine.evaluate.paper.rows import Network
 from engine.evaluate.paper.scale import Scale, drawn
-from engine.model.network_file import card_of
-from engine.objective.lossfile import load_loss
+from engine.model.network_file import card_of, save_network
 from engine.train.checkpoint import load_last, save_last
 from engine.train.member import Member
 from engine.train.memory import CohortMemory
@@ -38,15 +38,15 @@ Seeded = tuple[Network, int]
 
 @dataclass
 class Training:
-    """What trainings of one run share."""
+    """Trains the networks of one run."""
 
     scale: Scale
-    index: ClipIndex
-    """All unlabelled clips."""
     store: Store
-    checkpoints: Path
     runtime: Runtime
     display: Display
+    index: ClipIndex
+    """All unlabelled clips."""
+    checkpoints: Path
 
     def train(self, networks: Sequence[Seeded]) -> None:
         """Train and keep each network, or keep why it could not be."""
@@ -59,10 +59,10 @@ class Training:
         while waiting or at_work:
             while waiting and sum(len(c.members) for c in at_work) < at_once:
                 at_work.append(waiting.popleft())
-                at_work[-1].begin(self)
+                at_work[-1].begin()
             done += self._step(at_work)
             for cohort in [c for c in at_work if c.ended]:
-                cohort.finish(self)
+                cohort.finish()
                 at_work.remove(cohort)
             note = "  ".join(c.name for c in at_work)
             self.display.update("training", min(done, total), total, note=note)
@@ -80,10 +80,7 @@ class Training:
             for cohort, members, views in going:
                 outcomes += cohort.trainer.step_all([*members.values()], views)
         for (cohort, key), outcome in zip(keys, outcomes, strict=True):
-            if isinstance(outcome, MemberFailed):
-                cohort.fail(self, key, str(outcome))
-            else:
-                cohort.keep(self, key)
+            cohort.stepped(key, outcome)
         for cohort, *_ in going:
             cohort.seconds += (time.perf_counter() - began) / len(going)
         return len(keys)
@@ -99,9 +96,8 @@ class Training:
             fits = CohortMemory().members_that_fit(trainer, losses, seed=seed)
             for first in range(0, len(same), fits):
                 name = f"seed{seed}" + (f"-{share:g}" if share < 1 else "") + "-epochs" * epochs
-                yield _Cohort(
-                    f"{name}-{first}" if first else name, trainer, same[first : first + fits]
-                )
+                name = f"{name}-{first}" if first else name
+                yield _Cohort(self, name, trainer, same[first : first + fits])
 
     def _trainer(self, seed: int, share: float, epochs: bool) -> Trainer:
         recipe, index = msgspec.structs.replace(self.scale.pretrain, seed=seed), self.index
@@ -120,6 +116,7 @@ class Training:
 class _Cohort:
     """Networks that are trained on the same batches."""
 
+    work: Training
     name: str
     trainer: Trainer
     networks: list[Seeded]
@@ -133,25 +130,24 @@ class _Cohort:
         """Networks that are trained; others stay as they begin."""
         return sum(network.loss is not None for network, _ in self.networks)
 
-    def begin(self, of: Training) -> None:
+    def begin(self) -> None:
         """Make the members, from their last checkpoint if there is one; untrained networks are done with that."""
         seed = self.networks[0][1]
         for key in self.networks:
             if key[0].loss is None:
-                self._save(of, key, self.trainer.initial_loss(seed).rgb.state_dict())
+                self._save(key, self.trainer.initial_loss(seed).rgb.state_dict())
                 continue
             try:
                 self.members[key] = self.trainer.member(weights_of(*key), seed=seed)
             except ValueError as error:
-                of.store.fail(*key, str(error))
-        digest = recipe_hash(self.trainer.recipe)
+                self.work.store.fail(*key, str(error))
+        digest, say = recipe_hash(self.trainer.recipe), self.work.display.say
         resumed = [
-            load_last(self._folder(of, key), member, recipe_hash=digest, warn=of.display.say)
+            load_last(self._folder(key), member, recipe_hash=digest, warn=say)
             for key, member in self.members.items()
         ]
         if any(resumed):
-            step = min(member.step for member in self.members.values())
-            of.display.say(f"{self.name}: going on from step {step}")
+            say(f"{self.name}: going on from step {min(m.step for m in self.members.values())}")
         if self.members:
             self.rounds = self.trainer.rounds(list(self.members.values()), seed=seed)
 
@@ -164,43 +160,50 @@ class _Cohort:
         step, views = batch
         return {key: member for key, member in self.members.items() if member.step == step}, views
 
-    def fail(self, of: Training, key: Seeded, reason: str) -> None:
-        """Leave a member out from here on."""
-        of.store.fail(*key, reason)
-        of.display.say(f"{key[0].name}, seed {key[1]}: {reason}")
-        del self.members[key]
-
-    def keep(self, of: Training, key: Seeded) -> None:
-        """Save a member's state after a step, where it is time for it."""
-        every, recipe, member = of.scale.checkpoint_every, self.trainer.recipe, self.members[key]
+    def stepped(self, key: Seeded, outcome: float | MemberFailed) -> None:
+        """Save a member's state after a step, where it is time for it; leave one out that failed."""
+        work, recipe, member = self.work, self.trainer.recipe, self.members[key]
+        if isinstance(outcome, MemberFailed):
+            work.store.fail(*key, str(outcome))
+            work.display.say(f"{key[0].name}, seed {key[1]}: {outcome}")
+            del self.members[key]
+            return
+        every = work.scale.checkpoint_every
         if every and member.step % every == 0 and member.step < recipe.optim.steps:
             facts = {"recipe_hash": recipe_hash(recipe), "seed": recipe.seed}
-            save_last(self._folder(of, key), member, facts=facts)
+            save_last(self._folder(key), member, facts=facts)
 
-    def _folder(self, of: Training, key: Seeded) -> Path:
-        return of.checkpoints / self.name / key[0].name
+    def _folder(self, key: Seeded) -> Path:
+        return self.work.checkpoints / self.name / key[0].name
 
-    def finish(self, of: Training) -> None:
+    def finish(self) -> None:
         """Keep the trained networks."""
         for key, member in self.members.items():
-            self._save(of, key, member.loss.rgb.state_dict())
-        shutil.rmtree(of.checkpoints / self.name, ignore_errors=True)
+            self._save(key, member.loss.rgb.state_dict())
+        shutil.rmtree(self.work.checkpoints / self.name, ignore_errors=True)
 
-    def _save(self, of: Training, key: Seeded, state: dict[str, Tensor]) -> None:
+    def _save(self, key: Seeded, state: dict[str, Tensor]) -> None:
         network, seed = key
-        facts = provenance(of.runtime)
+        trained: dict[str, Any] = {"num_clips": 0}
+        if network.loss is not None:
+            trained = {
+                "loss": weights_of(network, seed),
+                "labels_used": labels_chose(network.loss),
+                "num_clips": len(self.trainer.index),
+            }
+        facts = provenance(self.work.runtime)
         card = card_of(
             self.trainer.recipe,
-            loss=None if network.loss is None else weights_of(network, seed),
-            labels_used=network.loss is not None and labels_chose(network.loss),
             recipe_hash=recipe_hash(self.trainer.recipe),
             seed=seed,
-            num_clips=0 if network.loss is None else len(self.trainer.index),
             git_sha=facts["git_sha"],
             versions=facts["versions"],
+            **trained,
         )
         seconds = 0.0 if network.loss is None else self.seconds / self.trained
-        of.store.save(network, seed, state, card, seconds=seconds)
+        path = self.work.store.network_path(network, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_network(path, state, card, seconds=seconds)
 
 
 def labels_chose(loss: str) -> bool:
@@ -215,13 +218,3 @@ def labels_chose(loss: str) -> bool:
     except RecipeError:
         return True
     return str(recipe.fitness.metric) != "zipf"
-
-
-def check_loss(loss: str) -> None:
-    """Raise RecipeError for a loss that can't be read."""
-    load_loss(loss.format(seed=0))
-
-
-def recipe_of(scale: Scale, seed: int) -> Recipe:
-    """The recipe that fine-tuning follows, with a seed."""
-    return msgspec.structs.replace(scale.finetune, seed=seed)

@@ -11,7 +11,7 @@ from engine.evaluate.paper.rows import (
     TABLE1,
     TABLE2,
     TABLES,
-    Given,
+    Inputs,
     columns_of,
     rows_of,
 )
@@ -67,7 +67,7 @@ def test_a_wrong_number_would_be_seen(paper: list[str]) -> None:
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("scale", ["cpu", "small", "paper"])
 def test_every_row_has_a_network_or_says_why_not(table: str, scale: str) -> None:
-    rows = rows_of(table, load_scale(scale), Given())
+    rows = rows_of(table, load_scale(scale), Inputs())
     assert len({row.name for row in rows}) == len(rows)
     assert all((row.network is None) == bool(row.missing) for row in rows)
     for row in rows:
@@ -76,7 +76,7 @@ def test_every_row_has_a_network_or_says_why_not(table: str, scale: str) -> None
 
 
 def test_table1_has_all_methods_of_the_paper_and_further_losses() -> None:
-    given = Given({"evolved": "sec4", "mine": "equal"}, Path("a.pt"), Path("b.pt"))
+    given = Inputs({"evolved": "sec4", "mine": "equal"}, Path("a.pt"), Path("b.pt"))
     rows = {row.name: row for row in rows_of("table1", load_scale("cpu"), given)}
     assert set(TABLE1) | {"equal", "no_distillation", "mine"} == set(rows)
     assert all(row.network is not None for row in rows.values())
@@ -86,7 +86,7 @@ def test_table1_has_all_methods_of_the_paper_and_further_losses() -> None:
 
 def test_fig5_trains_once_with_all_clips() -> None:
     scale = load_scale("cpu")
-    rows = rows_of("fig5", scale, Given({"evolved": "sec4"}))
+    rows = rows_of("fig5", scale, Inputs({"evolved": "sec4"}))
     networks = {row.network for row in rows}
     assert len(networks) == 2 * len(scale.unlabelled) - 1
     assert {n.epochs for n in networks if n is not None and n.share < 1} == {True, False}

@@ -21,7 +21,7 @@ from engine.data.library import open_library
 from engine.data.views import Views
 from engine.evaluate.datasets import Dataset, open_dataset
 from engine.evaluate.paper import judging, run, training
-from engine.evaluate.paper.rows import Column, Given
+from engine.evaluate.paper.rows import Column, Inputs
 from engine.evaluate.paper.scale import load_scale
 from engine.objective.lossfile import load_loss
 from engine.train.member import Member
@@ -64,7 +64,7 @@ def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def interrupt(patched: pytest.MonkeyPatch, place: str, *, step: int) -> None:
     """Raise KeyboardInterrupt at a training step, or at the second network that is fine-tuned."""
-    original, tune, tuned = Trainer.step, judging.finetune, []
+    original, tune, tuned = Trainer.step, judging.Finetuning, []
 
     def stepped(self: Trainer, member: Member, views: Views) -> float:
         if member.step == step:
@@ -80,7 +80,7 @@ def interrupt(patched: pytest.MonkeyPatch, place: str, *, step: int) -> None:
     if place == "training":
         patched.setattr(Trainer, "step", stepped)
     else:
-        patched.setattr(judging, "finetune", once)
+        patched.setattr(judging, "Finetuning", once)
 
 
 @pytest.mark.parametrize("place", ["training", "fine-tuning"])
@@ -253,7 +253,7 @@ def test_no_clip_of_an_unseen_group_is_trained_on(
     todo = run.Reproduction(
         "table1",
         scale,
-        Given(),
+        Inputs(),
         library,
         [labelled],
         RunFolder.create(tmp_path / "run", scale.pretrain),
