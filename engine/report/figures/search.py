@@ -117,7 +117,8 @@ def _members(axes: Axes, run: Run) -> None:
         "pruned": (pruned, {"color": "muted", "marker": "v"}),
     }
     for label, (points, style) in groups.items():
-        dots(axes, points, **{"color": "accent", "size": 6, "many": many, "label": label} | style)
+        style = {"color": "accent", "size": 6, "many": many, "label": label, **style}
+        dots(axes, points, **style)
     axes.margins(y=0.07)
     axes.set_ylim(*axes.get_ylim())
     floor = [(t.number, axes.get_ylim()[0]) for t in run.failed]
