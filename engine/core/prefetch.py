@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
-from collections import deque
+import queue
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 Item = TypeVar("Item")
 
+POLL_SECONDS = 0.1
+"""Between two looks at whether the reader is gone."""
+
+
+@dataclass(frozen=True)
+class _End:
+    """Comes after the last item, with the error that there was."""
+
+    error: BaseException | None = None
+
 
 def prefetch(items: Iterator[Item], *, depth: int, name: str) -> Iterator[Item]:
-    """Yields the same items, of which one thread makes up to ``depth`` + 1 before the reader asks for them.
+    """Yields the same items, of which a thread called ``name`` makes up to ``depth`` + 1 before they are asked for.
 
-    An error reaches the reader in its turn. A reader that stops early closes ``items``, in their thread.
+    An error reaches the reader in its turn. A reader that stops early ends the thread, which closes ``items``.
+
+    An executor would not do: readers are also closed by the garbage collector, at any moment of any thread, and
+    executors take a lock that all of them share.
     """
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix=name) as thread:
+    ready: queue.Queue[Item | _End] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
 
-        def submit() -> Any:
-            return thread.submit(next, items, end)
+    def put(item: Item | _End) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
 
-        made = deque(submit() for _ in range(depth + 1))
+    def work() -> None:
+        end = _End()
         try:
-            while (item := made.popleft().result()) is not end:
-                made.append(submit())
-                yield item
+            for item in items:
+                if not put(item):
+                    return
+        except BaseException as error:
+            end = _End(error)
         finally:
-            for future in made:
-                future.cancel()
             if hasattr(items, "close"):
-                thread.submit(items.close).result()
+                items.close()
+        put(end)
+
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := ready.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        stop.set()
+        thread.join()

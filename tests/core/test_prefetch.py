@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -70,4 +71,29 @@ def test_a_reader_that_stops_early_closes_the_items_in_their_thread() -> None:
     next(reader)
     before = threading.active_count()
     reader.close()  # type: ignore[attr-defined]
-    assert closed == ["numbers_0"] and threading.active_count() == before - 1
+    assert closed == ["numbers"] and threading.active_count() == before - 1
+
+
+def test_readers_in_a_cycle_of_garbage_are_closed() -> None:
+    """Whichever of them is collected first, and whatever the collector interrupts."""
+    closed: list[int] = []
+
+    class Holder:
+        reader: Iterator[int]
+
+    def items(number: int) -> Iterator[int]:
+        try:
+            while True:
+                yield number
+        finally:
+            closed.append(number)
+
+    for number in range(50):
+        holder = Holder()
+        inner = prefetch(items(number), depth=1, name="inner")
+        holder.reader = prefetch(inner, depth=1, name="outer")
+        holder.itself = holder  # type: ignore[attr-defined]
+        next(holder.reader)
+        del holder, inner
+    gc.collect()
+    assert sorted(closed) == list(range(50))
