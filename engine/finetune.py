@@ -30,7 +30,7 @@ from engine.extract import Cuts, Extractor, check_undamaged, normalised, without
 from engine.finetune_model import Classifier, make_optimizer
 from engine.finetune_state import load_state, save_state
 from engine.linear import deal_groups
-from engine.model.resnet3d import ResNet3D
+from engine.model.resnet3d import ResNet3D, video_network
 from engine.network_file import Card, ClipInput
 from engine.presets import RecipeError, write_text_atomic
 from engine.protocols import Evaluated, words
@@ -146,9 +146,7 @@ class Finetuning:
         set_seed(seed)
         network = copy.deepcopy(n)
         if f.init == "scratch":
-            network = ResNet3D(
-                n.arch, n.in_channels, width=n.width, pool=isinstance(n.pool, nn.MaxPool3d)
-            )
+            network = video_network(self.card, n.in_channels)
         model = Classifier(network, len(self.dataset.classes), dropout=f.dropout)
         model.to(device=self.runtime.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         return model

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from engine.model.resnet3d import ResNet3D
+from engine.model.resnet3d import ResNet3D, video_network
 from engine.network_file import Card, card_of
 from engine.recipe import Optim, Recipe
 from engine.runtime import Runtime, set_seed
@@ -48,5 +48,5 @@ def make_optimizer(model: Classifier, settings: Optim, *, head_lr: float) -> tor
 def from_scratch(recipe: Recipe, runtime: Runtime) -> tuple[ResNet3D, Card]:
     """A network with initial weights, by the recipe's model, and its card."""
     set_seed(recipe.seed)
-    network = ResNet3D(recipe.model.arch, 3, width=recipe.model.width, pool=recipe.model.pool)
+    network = video_network(recipe.model)
     return network.to(runtime.device), card_of(recipe)

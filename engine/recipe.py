@@ -23,6 +23,7 @@ Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Meta(gt=0.0)]
+Strides = tuple[Positive, Positive, Positive, Positive, Positive]
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -65,6 +66,12 @@ class Model(Section, frozen=True):
     """Factor on the channels (64 in the stem at 1.0)."""
     pool: bool = False
     """Halve time and space again after the stem."""
+    depths: tuple[Positive, ...] = ()
+    """Residual blocks in each of the four stages; none: as many as ``arch`` has."""
+    time_strides: Strides = (1, 1, 2, 2, 2)
+    """What the stem and the four stages divide the number of frames by."""
+    space_strides: Strides = (2, 1, 2, 2, 2)
+    """Likewise of height and width, and of the sound's frames and mels."""
 
 
 class Objective(Section, frozen=True):

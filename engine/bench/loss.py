@@ -19,7 +19,7 @@ from torch import Tensor
 import kernels
 from engine.bench.base import Bench, told
 from engine.bench.rows import Row
-from engine.model.resnet3d import ResNet3D
+from engine.model.resnet3d import video_network
 from engine.recipe import Clip, Model
 from kernels import reference
 
@@ -46,7 +46,7 @@ def activation_shapes(
     ``whole_stem`` takes the stem's output from before the pool.
     """
     with torch.device("meta"):
-        network = ResNet3D(model.arch, 3, width=model.width, pool=model.pool)
+        network = video_network(model)
         x = torch.empty(batch_size, 3, clip.num_frames, clip.size, clip.size)
         maps = network.forward_features(x)[:5]
         if whole_stem:

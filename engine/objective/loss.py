@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import kernels
 from engine.data.views import Views, backward, shuffled
-from engine.model.audio_resnet import AudioResNet
+from engine.model.audio_resnet import audio_network
 from engine.model.decoder import Decoder
-from engine.model.resnet3d import ResNet, ResNet3D
+from engine.model.resnet3d import ResNet, ResNet3D, video_network
 from engine.objective.align import AlignAudioTask, EmbedTask
 from engine.objective.distill import DistillTask
 from engine.objective.order import OrderTask
@@ -50,13 +50,8 @@ class EvolvedLoss(nn.Module):
         """``audio_size``: log-mel frames of the clip, of its future, and mels."""
         super().__init__()
         self.order_share, self.teacher_grad = objective.order_share, not objective.stop_gradient
-        self.networks = nn.ModuleDict(
-            {
-                m: ResNet3D(model.arch, CHANNELS[m], width=model.width, pool=model.pool)
-                for m in VISUAL
-            }
-        )
-        self.networks["audio"] = AudioResNet(model.arch, width=model.width)
+        self.networks = nn.ModuleDict({m: video_network(model, CHANNELS[m]) for m in VISUAL})
+        self.networks["audio"] = audio_network(model)
         feature_dim = self.rgb.channels[4]
         embed = {"embed_dim": objective.embed_dim, "margin": objective.margin}
         tasks: list[Task] = []
