@@ -15,8 +15,8 @@ class Board:
     """Writes one point a member, at its trial's number.
 
     ``search/`` fitness, best_so_far, failed, pruned; ``metrics/`` every other measure of the same features;
-    ``terms/`` last values of the loss terms; ``best/`` the 39 weights whenever a new best is found;
-    ``throughput/`` clips_per_second and seconds_per_member.
+    ``terms/`` last values of the loss terms; ``ranks/`` how far each network's features spread; ``best/`` the 39
+    weights whenever a new best is found; ``throughput/`` clips_per_second and seconds_per_member.
     """
 
     def __init__(self, folder: Path, *, before: Sequence[MemberRecord] = ()) -> None:
@@ -36,6 +36,7 @@ class Board:
             points["search/fitness"] = fitness
             points |= {f"metrics/{name}": value for name, value in record["metrics"].items()}
             points |= {f"terms/{name}": value for name, value in record["terms"].items()}
+            points |= {f"ranks/{m}": now for m, (_, now) in record.get("feature_ranks", {}).items()}
             points["throughput/clips_per_second"] = record["clips_per_second"]
             points["throughput/seconds_per_member"] = record["seconds"]
             if self._best is None or fitness > self._best:

@@ -158,8 +158,8 @@ def save_member(
         for key, value in state.items()
         if value is not None
     }
-    if member.values is not None:
-        tensors["values"] = member.values
+    kept = {"values": member.values, "start": member.start}
+    tensors |= {name: tensor for name, tensor in kept.items() if tensor is not None}
     place = {"step": member.step, "computed": member.computed, "active": member.active}
     save_tensors(
         path, {**tensors, **states}, facts={**facts, **place, "optimizer_tensors": len(states)}
@@ -199,8 +199,8 @@ def load_member(
         else:
             like = target if tensor.shape == target.shape else None
             state[key] = _placed(tensor, target.device, like)
-    if "values" in tensors:
-        member.values = tensors["values"].to(member.weights.device)
+    for name in {"values", "start"} & tensors.keys():
+        setattr(member, name, tensors[name].to(member.weights.device))
     member.step = facts["step"]
     return facts
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from msgspec.structs import replace
@@ -54,14 +54,20 @@ class MemberResult:
     seconds: float
     """Its share of its cohort's time, input and clustering included."""
     clips_per_second: float
-    terms: dict[str, float]
-    """Unweighted terms near the end of training, running mean; of the last repeat."""
+    learnt: dict[str, Any]
+    """What ``Member.learnt`` says at the end of training; of the last repeat, empty where one failed."""
     rgb: dict[str, Tensor] | None
     """The RGB network's weights; of the last repeat."""
     rungs: tuple[tuple[int, float], ...] = ()
     """Steps trained and fitness measured then, on the way to the end."""
     steps: int = 0
     """Steps trained, of all repeats."""
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Unweighted terms near the end of training, running mean; of the last repeat."""
+        found: dict[str, float] = self.learnt.get("terms", {})
+        return found
 
 
 def evaluate_cohort(
@@ -194,7 +200,7 @@ def _result(trainer: Trainer, runs: Sequence[Run], search: Search) -> MemberResu
         seeds=tuple(run.seed for run in runs),
         seconds=sum(run.seconds for run in runs),
         clips_per_second=float(np.mean(speeds)),
-        terms={} if bad else runs[-1].terms,
+        learnt={} if bad else runs[-1].learnt,
         rgb=runs[-1].rgb if state == "complete" else None,
         rungs=tuple((at - runs[0].first, rung_fitness(runs, at)) for at in common)
         if search.halving

@@ -69,7 +69,8 @@ class Run:
     looks: dict[int, FitnessResult | float] = field(default_factory=dict)
     """What was found at its rungs: fitness, or where only collapse is looked for, the effective rank."""
     result: FitnessResult | None = None
-    terms: dict[str, float] = field(default_factory=dict)
+    learnt: dict[str, Any] = field(default_factory=dict)
+    """``Member.learnt``."""
     rgb: dict[str, Tensor] | None = None
     end: dict[str, Tensor] | None = None
     """Its end state, where its job keeps it."""
@@ -213,7 +214,7 @@ class Part:
                 how = how_judged(self.trainer, self.labelled, judged[0].seed)
                 found = cohort_fitness(features, self.labelled.labels, **how)
         for run, member, each in zip(judged, members, found, strict=True):
-            run.terms = member.term_values()
+            run.learnt = member.learnt()
             if isinstance(each, str):
                 run.failed = each
             elif end < self.steps:

@@ -107,7 +107,10 @@ class Records:
             "seeds": list(result.seeds),
             "seconds": round(result.seconds, 3),
             "clips_per_second": round(result.clips_per_second, 2),
-            "terms": result.terms,
+            "terms": {},
+            "terms_at_start": {},
+            "feature_ranks": {},
+            **result.learnt,
             "recipe_hash": self.hash,
             "labels_used": self.recipe.fitness.uses_labels,
         }

@@ -178,6 +178,7 @@ class Record:
         card = self._card(labels_used=used)
         told = {"steps": self.member.step, "processes": self.trainer.ranks.world}
         save_network(out, self._network(), card, **told)
+        self.run.write_json("terms.json", self.member.learnt())
         text = json.dumps({**msgspec.to_builtins(card), **told}, indent=1)
         write_text_atomic(out.with_suffix(".json"), text + "\n")
         if self.member.step > self._saved:
@@ -202,6 +203,7 @@ class Record:
             "train/clips_per_second": speed.clips_per_second,
             **({} if speed.mfu is None else {"train/mfu": speed.mfu}),
             **{f"terms/{name}": value for name, value in self.member.term_values().items()},
+            **{f"ranks/{name}": value for name, value in self.member.ranks().items()},
         }
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)

@@ -79,6 +79,11 @@ class Objective(Section, frozen=True):
 
     stop_gradient: bool = True
     """Stop the gradient of the distillation target."""
+    units: Literal["chance", "raw"] = "chance"
+    """chance: each term is divided by what comes of no learning on the same batch, so that 1 is nothing and 0 all that
+    can be learnt; raw: as it is (the paper does not say)."""
+    distill: Literal["l2", "standardised", "projected"] = "l2"
+    """What is compared: activations as they are (the paper), standardised ones, or a linear map of RGB's with those."""
     margin: PositiveFloat = 0.5
     embed_dim: Positive = 64
     decoder_width: Positive = 32
@@ -103,8 +108,8 @@ class Optim(Section, frozen=True):
     grad_clip: PositiveFloat = 1.0
     """Largest norm of the gradient."""
     accumulate: Positive = 1
-    """Pieces that each process takes its part of the batch in, one after another, for memory; negatives and batch
-    norm's statistics then come from a piece (of all processes)."""
+    """Pieces that each process takes its part of the batch in, one after another, for memory; negatives, mean pictures,
+    what chance gets and batch norm's statistics then come from a piece (of all processes)."""
     batch_norm: Literal["local", "sync", "frozen"] = "local"
     """Statistics of each process's part of the batch, of all processes' parts, or the running ones, unchanged."""
     ema: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0

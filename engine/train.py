@@ -289,11 +289,7 @@ class Trainer:
         optimizer.step()
         if self.seat is not None and member.state is not None:
             self.seat.give_back(member.state)
-        # a copy: a CUDA graph writes the next member's values to the same place
-        member.values = (
-            values.clone() if member.values is None else torch.lerp(values, member.values, 0.9)
-        )
-        member.step += 1
+        member.note(values)
         return seen
 
     def _check(self, member: Member, views: Views) -> None:
@@ -320,7 +316,7 @@ class Trainer:
         found = total.item()
         if math.isfinite(found):
             return found
-        pairs = zip(member.computed, values.tolist(), strict=True)
+        pairs = zip(member.computed, values.tolist(), strict=False)
         bad = [name for name, value in pairs if not math.isfinite(value)]
         raise NonFiniteLoss(
             f"loss is {found} at step {member.step}; terms: {', '.join(bad) or 'their weighted sum'}"

@@ -94,7 +94,7 @@ def differentiate(
     settings: Optim,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
-    """The total and the computed terms' values of the whole batch, whose gradient is then in ``loss``'s parameters.
+    """``EvolvedLoss.evaluate`` of the whole batch, whose total's gradient is then in ``loss``'s parameters.
 
     ``views`` are this rank's part of the batch. Running statistics become their mean over ranks, so that all ranks keep
     equal networks.
@@ -104,7 +104,10 @@ def differentiate(
         total.backward()
         return total, values
     parts, gradient, once = split(views, member.computed, pieces=settings.accumulate, ranks=ranks)
-    sums = torch.zeros_like(member.ordered)
+    terms, networks = len(member.computed), len(member.alive.networks)
+    even = once.new_full((len(parts), networks), 1.0 / (len(parts) * ranks.world))
+    once = torch.cat([once, even], 1)  # ranks of the networks' features are averaged
+    sums = once.new_zeros(terms + networks)
     for part, of_gradient, of_value in zip(parts, gradient, once, strict=True):
         weights = member.ordered * of_gradient
         total, values = evaluate(member, part, seat=seat, runtime=runtime, weights=weights)
@@ -117,4 +120,5 @@ def differentiate(
             torch._foreach_div_(statistics, ranks.world)
             exchanged += statistics
         ranks.sum_([*exchanged, sums])
-    return torch.where(member.ordered > 0, member.ordered * sums, 0.0).sum(), sums
+    total = torch.where(member.ordered > 0, member.ordered * sums[:terms], 0.0).sum()
+    return total, sums

@@ -79,6 +79,7 @@ def test_members_are_on_disk_as_the_study_has_them(reference: Path) -> None:
             assert record[name] == getattr(member, name)
         assert record["recipe_hash"] == recipe_hash(RECIPE) and record["seeds"] == [0]
         assert record["labels_used"] is True and set(record["terms"]) <= set(TERM_NAMES)
+        assert record["terms_at_start"].keys() == record["terms"].keys() and record["feature_ranks"]
     for child in done[3:]:
         assert child.parent in (0, 1, 2) and child.mutated is not None
         parent = done[child.parent].weights

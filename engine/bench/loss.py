@@ -29,12 +29,17 @@ Case = tuple[str, list[tuple[int, ...]], torch.dtype]
 
 
 def mse_sum(
-    students: list[Tensor], teachers: list[Tensor], masks: Tensor, weights: Tensor, scalars: Tensor
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: Tensor,
+    weights: Tensor,
+    divisors: Tensor,
+    scalars: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What one would write without the op; it knows no masks."""
     del masks
     losses = [F.mse_loss(s, t) for s, t in zip(students, teachers, strict=True)]
-    values = torch.cat([torch.stack(losses).float(), scalars])
+    values = torch.cat([torch.stack(losses).float(), scalars]) / divisors
     return (weights * values).sum(), values
 
 
@@ -92,8 +97,9 @@ def _case(
         student.requires_grad_()
     masks = torch.ones(len(shapes), shapes[0][0], device=bench.device)
     weights = torch.rand(len(shapes) + SCALARS, device=bench.device)
+    divisors = torch.rand_like(weights) + 0.5
     scalars = torch.rand(SCALARS, device=bench.device, requires_grad=True)
-    inputs = (students, teachers, masks, weights, scalars)
+    inputs = (students, teachers, masks, weights, divisors, scalars)
 
     def gradients(function: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*inputs)[0], [*students, scalars])
