@@ -238,3 +238,31 @@ def test_average_is_float32_under_bf16() -> None:
 def test_mistakes_are_named(arch: str, in_channels: int, width: float, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ResNet3D(arch, in_channels, width=width)
+
+
+def test_strides_and_depths_keep_time_and_space_of_small_clips() -> None:
+    network = ResNet3D(
+        "r3d_18",
+        3,
+        width=0.125,
+        depths=(1, 2, 1, 1),
+        time_strides=(1, 1, 1, 2, 1),
+        space_strides=(4, 2, 2, 1, 1),
+    )
+    maps = network.forward_features(torch.randn(2, 3, 8, 48, 48))
+    assert [tuple(m.shape[2:]) for m in maps[:5]] == [
+        (8, 12, 12),
+        (8, 6, 6),
+        (8, 3, 3),
+        (4, 3, 3),
+        (4, 3, 3),
+    ]
+    assert [len(getattr(network, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 2, 1, 1]
+    factorized = ResNet3D("r2plus1d_18", 3, width=0.125, time_strides=(2, 1, 1, 2, 2))
+    assert factorized.forward_features(torch.randn(1, 3, 8, 32, 32))[0].shape[2:] == (4, 16, 16)
+
+
+@pytest.mark.parametrize("depths", [(1, 1), (1, 0, 1, 1)])
+def test_depths_that_can_not_be(depths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="depths"):
+        ResNet3D("r3d_18", 3, depths=depths)
