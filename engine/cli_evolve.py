@@ -80,6 +80,12 @@ if TYPE_CHECKING:
     "--storage", metavar="URL", help="Database for the study [default: a file in the run]."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how long it would take.")
+@click.option(
+    "--signal",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="With --dry-run: train N random losses under two seeds, and say how well fitness ranks them.",
+)
 @run_options
 @errors_explained
 def evolve(
@@ -96,6 +102,7 @@ def evolve(
     clip_bank: str | None,
     storage: str | None,
     dry_run: bool,
+    signal: int | None,
     recipe_name: str | None,
     assignments: tuple[str, ...],
     seed: int | None,
@@ -109,6 +116,8 @@ def evolve(
 
     if labelled and not videos:
         raise ValueError("--videos is missing: videos to train on, beside those that judge")
+    if signal and not dry_run:
+        raise ValueError("--signal is a part of --dry-run: add that, or use `engine bench signal`")
     check_kernels_package()
     given = {"search.method": method, "search.rounds": rounds, "search.clip_bank": clip_bank}
     assignments += tuple(f"{key}={value}" for key, value in given.items() if value is not None)
@@ -126,8 +135,18 @@ def evolve(
             from engine.evolve_dry_run import dry_run as look
 
             look(recipe, data, runtime=runtime, workers=crew, display=display)
+            if signal:
+                _signal(recipe, data, signal, runtime=runtime, display=display)
             return
         _evolve(recipe, data, run=run, runtime=runtime, workers=crew, display=display)
+
+
+def _signal(recipe: Recipe, data: Data, losses: int, *, runtime: Runtime, display: Display) -> None:
+    from engine.bench.signal import Signal, measure, plan_of
+
+    plan = plan_of(recipe, losses=losses, repeats=1, looks=(), presets=False)
+    bench = Signal(recipe, data.videos, data.labelled, runtime=runtime, rows=None)
+    measure(bench, plan, say=display.say, show=display.console.print)
 
 
 def _judged(videos: tuple[Path, ...], recipe: Recipe) -> tuple[Path, ...]:

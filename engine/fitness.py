@@ -24,6 +24,7 @@ from torch import Tensor
 
 from engine import kmeans, recipe
 from engine.agreement import Agreement, Ints, agreement, check_labels
+from engine.readout import read_out
 from engine.zipf import zipf_fitness
 
 Floats = NDArray[np.floating[Any]]
@@ -90,13 +91,12 @@ def cohort_fitness(
 ) -> list[FitnessResult | str]:
     """Cluster each member's features; compare with the classes (the paper) and with Zipf's law (its follow-up).
 
-    ``features`` (N, D) float, an array or a tensor a member, are clustered as they are: the paper clusters
-    the representation itself, k-means is blind to a shift and to a common scale, and no other scaling is
-    better for every kind of feature. ``labels`` (N,) are class ids in [0, num_classes), or None where there are
-    none and the metric is zipf. Clusters are ``settings.num_clusters``, or as many as classes. Averages
-    ``settings.kmeans_seeds`` runs, each the best of ``settings.kmeans_init`` starts, whose random numbers
-    depend on ``seed`` alone. In any company a member's numbers are the same on a CPU, to the bit and
-    whatever the number of threads; on a GPU (``device`` "cuda...") up to float32's rounding.
+    ``features`` (N, D) float, an array or a tensor a member, are scaled as ``settings.readout`` says, and then
+    clustered; their effective rank is that of the features themselves. ``labels`` (N,) are class ids in
+    [0, num_classes), or None where there are none and the metric is zipf. Clusters are ``settings.num_clusters``, or
+    as many as classes. Averages ``settings.kmeans_seeds`` runs, each the best of ``settings.kmeans_init`` starts,
+    whose random numbers depend on ``seed`` alone. In any company a member's numbers are the same on a CPU, to the bit
+    and whatever the number of threads; on a GPU (``device`` "cuda...") up to float32's rounding.
 
     A member without fitness gets the reason: features that are not finite, or not one row a label. Raises
     ValueError for labels outside the classes, fewer clips than classes or clusters, a metric that wants labels where
@@ -118,10 +118,12 @@ def cohort_fitness(
         sound = [_on_device(each, device) for each in sound]
     cluster = {"sklearn": _cluster_sklearn, "cuml": _cluster_cuml, "batched": _cluster_batched}
     with _one_thread():
-        clustered = cluster[backend](sound, num_clusters, settings, seed) if sound else []
+        scaled = [read_out(each, settings.readout) for each in sound]
+        clustered = cluster[backend](scaled, num_clusters, settings, seed) if sound else []
+        ranks = [effective_rank(each) for each in sound]
         results = iter(
-            _result(each, runs, labels, settings=settings, num_clusters=num_clusters, by=backend)
-            for each, runs in zip(sound, clustered, strict=True)
+            _result(*each, labels, settings=settings, num_clusters=num_clusters, by=backend)
+            for each in zip(scaled, ranks, clustered, strict=True)
         )
         return [next(results) if fault is None else fault for fault in faults]
 
@@ -233,6 +235,7 @@ def _cuml_array(tensor: Tensor) -> Any:
 
 def _result(
     features: Floats | Tensor,
+    rank: float,
     runs: Ints,
     labels: Ints | None,
     *,
@@ -240,7 +243,7 @@ def _result(
     num_clusters: int,
     by: Backend,
 ) -> FitnessResult:
-    """Of one member's features (N, D) and their clusters in each run (S, N)."""
+    """Of one member's scaled features (N, D), their rank before that, and their clusters in each run (S, N)."""
     s = settings.zipf_exponent
     zipf = [zipf_fitness(features, run, num_clusters=num_clusters, exponent=s) for run in runs]
     agreed = [] if labels is None else [agreement(labels, run) for run in runs]
@@ -251,7 +254,7 @@ def _result(
         metrics=metrics,
         zipf=fmean(zipf),
         sd=stdev(values) if len(values) > 1 else 0.0,
-        effective_rank=effective_rank(features),
+        effective_rank=rank,
         backend=by,
     )
 

@@ -23,6 +23,7 @@ Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Meta(gt=0.0)]
+Readout = Literal["raw", "unit", "zscore", "white"]
 Strides = tuple[Positive, Positive, Positive, Positive, Positive]
 
 
@@ -132,6 +133,8 @@ class Fitness(Section, frozen=True):
     """Most clips that are judged, drawn with the recipe's seed; 0: all that have labels, 2000 where none has."""
     views_per_clip: Positive = 2
     """Views in time, evenly spread over a clip, whose features are averaged."""
+    readout: Readout = "raw"
+    """How features are scaled before they are clustered; ``engine.readout`` describes each."""
     kmeans_init: Positive = 10
     """K-means starts per run; the one with the least inertia counts."""
     kmeans_seeds: Positive = 3

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine.data",),
     ("engine.model",),
     ("engine.objective",),
-    ("engine.agreement", "engine.kmeans", "engine.zipf"),
+    ("engine.agreement", "engine.kmeans", "engine.readout", "engine.reliability", "engine.zipf"),
     ("engine.samplers",),
     ("engine.study_storage",),
     ("engine.features", "engine.fitness", "engine.search"),
@@ -58,6 +58,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     ),
     "click": (
         "engine/cli.py",
+        "engine/cli_bench.py",
         "engine/cli_common.py",
         "engine/cli_evaluate.py",
         "engine/cli_evolve.py",
