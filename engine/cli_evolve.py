@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     "--signal",
     type=click.IntRange(min=2),
     metavar="N",
-    help="With --dry-run: train N random losses under two seeds, and say how well fitness ranks them.",
+    help="A dry run that also trains N random losses under two seeds, and says how well fitness ranks them.",
 )
 @run_options
 @errors_explained
@@ -116,8 +116,6 @@ def evolve(
 
     if labelled and not videos:
         raise ValueError("--videos is missing: videos to train on, beside those that judge")
-    if signal and not dry_run:
-        raise ValueError("--signal is a part of --dry-run: add that, or use `engine bench signal`")
     check_kernels_package()
     given = {"search.method": method, "search.rounds": rounds, "search.clip_bank": clip_bank}
     assignments += tuple(f"{key}={value}" for key, value in given.items() if value is not None)
@@ -129,9 +127,9 @@ def evolve(
         device = "auto" if crew.gpus else "cpu"
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     run.use_storage(storage)
-    with Display(log=None if dry_run else run.path) as display:
+    with Display(log=None if dry_run or signal else run.path) as display:
         data = _data(run, videos, labelled, resume=resume, display=display)
-        if dry_run:
+        if dry_run or signal:
             from engine.evolve_dry_run import dry_run as look
 
             look(recipe, data, runtime=runtime, workers=crew, display=display)

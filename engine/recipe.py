@@ -73,6 +73,8 @@ class Model(Section, frozen=True):
     """What the stem and the four stages divide the number of frames by."""
     space_strides: Strides = (2, 1, 2, 2, 2)
     """Likewise of height and width, and of the sound's frames and mels."""
+    motion_stem: Share = 0.0
+    """Share of the stem's channels, in the networks that see pictures, whose kernels start with no mean over time."""
 
 
 class Objective(Section, frozen=True):
