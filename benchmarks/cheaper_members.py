@@ -27,14 +27,17 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau, spearmanr
 
-from engine.cohort import MemberJob, MemberResult, evaluate_cohort
+from engine.core.provenance import provenance
+from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
+from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.library import default_shard_cache, demo_folders, fingerprint, open_library
-from engine.features import LabelledClips
-from engine.lossfile import random_weights
+from engine.features.extract import LabelledClips
+from engine.objective.lossfile import random_weights
 from engine.objective.terms import TERM_NAMES, LossWeights
-from engine.recipe import Recipe, load_recipe, override, recipe_hash
-from engine.runtime import choose_runtime, make_deterministic, provenance
-from engine.train import Trainer
+from engine.search.cohort import MemberResult, evaluate_cohort
+from engine.search.samplers import Proposal
+from engine.train.memory import CohortMemory
+from engine.train.trainer import Trainer
 
 FULL, AGAIN = "full", "full, other seed"
 RESAMPLES = 2000
@@ -131,24 +134,25 @@ class Bench:
         trainer = Trainer(recipe, self.videos.index, self.runtime, warn=click.echo)
         labelled = LabelledClips(self.judges.index, recipe, runtime=self.runtime)
         labelled.features([trainer.initial_loss(0).rgb])  # judged clips are decoded once a search
-        if search.clip_bank:
-            trainer.bank = self._bank(trainer, search.clip_bank)
+        bank = self._bank(trainer, search.clip_bank) if search.clip_bank else None
+        memory = CohortMemory(bank=bank)
         began, cpu = time.perf_counter(), time.process_time()
-        results = evaluate_cohort(trainer, labelled, jobs=jobs, seeds=[recipe.seed + way.seed])
+        seeds = [recipe.seed + way.seed]
+        results = evaluate_cohort(trainer, labelled, members=jobs, seeds=seeds, memory=memory)
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         shares = np.array([result.seconds for result in results])
         shares /= shares.sum()
         for loss, result, share in zip(losses, results, shares, strict=True):
             self._write(way, loss, result, seconds=seconds * share, cpu=cpu * share)
 
-    def _jobs(self, way: Way, cohort: Sequence[Loss]) -> tuple[list[MemberJob], list[Loss]]:
+    def _jobs(self, way: Way, cohort: Sequence[Loss]) -> tuple[list[Proposal], list[Loss]]:
         """All of the cohort; of warm starts alone its children, and with all together its parents as initialised."""
         chosen = [loss for loss in cohort if loss.parent or way.name != "warm start"]
         jobs = []
         for loss in chosen:
             start = self.end(loss.parent) if way.warm and loss.parent else None
             keep = self.end(loss.name) if way.name == FULL and not loss.parent else None
-            jobs.append(MemberJob(loss.weights, start=start, keep=keep))
+            jobs.append(Proposal(0, loss.weights, start=start, keep=keep))
         return jobs, chosen
 
     def end(self, name: str) -> Path:
@@ -162,8 +166,8 @@ class Bench:
         trainer = Trainer(self.recipe, self.videos.index, self.runtime, warn=click.echo)
         cost: dict[str, float] = {}
         for name, bank in (("pipeline", None), ("bank", self._bank(trainer, size))):
-            trainer.bank = bank
-            batches = trainer.batches(seed=0, first=0, modalities=("rgb", "flow", "audio"))
+            modalities = ("rgb", "flow", "audio")
+            batches = trainer.batches(seed=0, first=0, modalities=modalities, bank=bank)
             next(batches)
             cpu = time.process_time()
             count = sum(1 for _ in batches)

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from engine.data.shards import ClipIndex
-from engine.embed import Embedder, embed
-from engine.embed_pieces import EmbedSettings, Workers, shard_pieces
+from engine.core.provenance import provenance
+from engine.core.runtime import Runtime, choose_runtime
+from engine.data.shards.index import ClipIndex
+from engine.features.embed import Embedder, embed
+from engine.features.segments import EmbedSettings, Workers, shard_pieces
+from engine.model.network_file import Card, ClipInput
 from engine.model.resnet3d import ResNet3D
-from engine.network_file import Card, ClipInput
-from engine.runtime import Runtime, choose_runtime, provenance
 
 NETWORKS = {
     "r3d_18, 16x112x112": Card(arch="r3d_18", input=ClipInput(16, 2, 112)),

@@ -15,11 +15,12 @@ import click
 import numpy as np
 import torch
 
-from engine.data.shards import ClipIndex
-from engine.extract import Cuts, Extractor
+from engine.core.provenance import provenance
+from engine.core.runtime import choose_runtime, set_seed
+from engine.data.shards.index import ClipIndex
+from engine.features.extract import Cuts, Extractor
+from engine.model.network_file import Card, ClipInput
 from engine.model.resnet3d import DEPTHS, ResNet3D
-from engine.network_file import Card, ClipInput
-from engine.runtime import choose_runtime, provenance, set_seed
 
 
 def rate(work: Callable[[], object], views: int, runtime_device: torch.device) -> float:

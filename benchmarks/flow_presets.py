@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from engine.core.provenance import provenance
+from engine.core.runtime import choose_runtime
 from engine.data.flow import FlowPreset, Search, search_for, searcher
-from engine.runtime import choose_runtime, provenance
 
 FRAMES = 12
 """Of the clip that is timed: eight input and four future frames."""

@@ -11,11 +11,12 @@ from pathlib import Path
 import click
 import torch
 
+from engine.core.provenance import provenance
+from engine.core.recipe import Audio, Clip
+from engine.core.runtime import choose_runtime
 from engine.data.pipeline import InputPipeline
 from engine.data.plan import plan_batch
-from engine.data.shards import ClipIndex
-from engine.recipe import Audio, Clip
-from engine.runtime import choose_runtime, provenance
+from engine.data.shards.index import ClipIndex
 
 
 def resident() -> float:

@@ -36,14 +36,22 @@ import torch
 from input_decoders import Frames, Peer, find_peers, versions
 from numpy.typing import NDArray
 
-from engine.data.codecs import JPEG, Pictures
-from engine.data.encode import encode_jpeg
-from engine.data.film import encode_vp9
-from engine.data.media import SAMPLE_RATE, MediaError, Window, decode_window, full_range, probe
-from engine.data.shard_writer import NewClip, ShardWriter
-from engine.data.shards import ClipIndex
-from engine.data.sources import find_videos
-from engine.runtime import choose_runtime, provenance
+from engine.core.provenance import provenance
+from engine.core.runtime import choose_runtime
+from engine.data.ingest.sources import find_videos
+from engine.data.media.codecs import JPEG, Pictures
+from engine.data.media.decode import (
+    SAMPLE_RATE,
+    MediaError,
+    Window,
+    decode_window,
+    full_range,
+    probe,
+)
+from engine.data.media.encode import encode_jpeg
+from engine.data.media.film import encode_vp9
+from engine.data.shards.index import ClipIndex
+from engine.data.shards.writer import NewClip, ShardWriter
 
 THREADS, FPS, SHORT, SECONDS = 2, 25.0, 128, 10.0
 FRAMES, STRIDE, BATCHES = 16, 2, 4

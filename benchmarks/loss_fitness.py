@@ -13,14 +13,16 @@ from statistics import fmean, stdev
 import click
 import torch
 
-from engine.cohort import MemberJob, evaluate_cohort, untrained_fitness
+from engine.core.provenance import provenance
+from engine.core.recipe import load_recipe, override, recipe_hash
+from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.library import default_shard_cache, open_library
-from engine.evolve import FRESH_SEEDS
-from engine.features import LabelledClips
-from engine.lossfile import load_loss
-from engine.recipe import load_recipe, override, recipe_hash
-from engine.runtime import choose_runtime, make_deterministic, provenance
-from engine.train import Trainer
+from engine.features.extract import LabelledClips
+from engine.objective.lossfile import load_loss
+from engine.search.cohort import evaluate_cohort, untrained_fitness
+from engine.search.records import FRESH_SEEDS
+from engine.search.samplers import Proposal
+from engine.train.trainer import Trainer
 
 
 @click.command()
@@ -54,8 +56,8 @@ def main(
     found: dict[str, list[float]] = {name: [] for name in ("untrained", *losses)}
     for seed in range(recipe.seed + FRESH_SEEDS, recipe.seed + FRESH_SEEDS + num_seeds):
         found["untrained"].append(untrained_fitness(trainer, clips, seed=seed).value)
-        jobs = [MemberJob(load_loss(name)) for name in losses]
-        results = evaluate_cohort(trainer, clips, jobs=jobs, seeds=[seed])
+        jobs = [Proposal(0, load_loss(name)) for name in losses]
+        results = evaluate_cohort(trainer, clips, members=jobs, seeds=[seed])
         for name, result in zip(losses, results, strict=True):
             if result.fitness is None:
                 click.echo(f"{name}: failed with seed {seed}: {result.reason}", err=True)

@@ -19,8 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from engine.jobs import Crew, Done, Evaluator
-from engine.workers import RayPool
+from engine.core.pool import Crew, Done, Evaluator
+from engine.core.ray_pool import RayPool
 
 
 def sleeper(workers_here: int) -> Evaluator:
@@ -108,7 +108,8 @@ def main() -> None:
 
 def facts(seed: int) -> dict[str, Any]:
     """What the numbers belong to; imported late, since workers are to need no torch."""
-    from engine.runtime import choose_runtime, provenance
+    from engine.core.provenance import provenance
+    from engine.core.runtime import choose_runtime
 
     load = {"load_1_min": round(os.getloadavg()[0], 1), "ray": metadata.version("ray")}
     more = {"benchmark": "ray_overhead", "seed": seed, "recipe_hash": None}

@@ -26,14 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from engine.display import table
+from engine.core.display import table
+from engine.core.provenance import provenance
+from engine.core.recipe import Search
+from engine.core.runtime import choose_runtime
 from engine.objective.terms import TERM_NAMES, LossWeights
-from engine.recipe import Search
-from engine.reporting.races import color
-from engine.reporting.sketch import WIDE, Area, Frame, Line, Sketch, Text, ticks
-from engine.reporting.svg import svg
-from engine.runtime import choose_runtime, provenance
-from engine.search import SearchStudy
+from engine.report.figures.compare import color
+from engine.report.figures.theme import COLOR, WIDE, ends, note, place, rounded, sheet, svg, themed
+from engine.search.study import SearchStudy
 
 BASE, GAIN, IMPORTANT, NOISE = 0.25, 0.20, 10, 0.03
 MARKS = (50, 100, 250, 2000)
@@ -44,7 +44,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "evolution": {"method": "evolution"},
     "cmaes": {"method": "cmaes"},
     "random": {"method": "random"},
-    "tpe": {"method": "tpe"},
 }
 """Every setting at its default."""
 
@@ -60,10 +59,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cmaes, sigma 0.5": {"method": "cmaes", "sigma": 0.5},
     "cmaes, 7 a generation": {"method": "cmaes", "cmaes_population": 7},
     "cmaes, 28 a generation": {"method": "cmaes", "cmaes_population": 28},
-    "tpe, generation 1": {"method": "tpe", "generation": 1},
-    "qmc": {"method": "qmc"},
-    "nsgaii": {"method": "nsgaii"},
-    "optuna_cmaes": {"method": "optuna_cmaes"},
 }
 
 
@@ -95,8 +90,8 @@ def search(settings: Search, kind: str, *, seed: int, noise: float) -> dict[str,
     while not study.finished:
         for proposal in study.ask():
             true = truth(proposal.weights)
-            seen = true + noise * np.random.default_rng([seed, 2, proposal.trial]).normal()
-            study.tell(proposal.trial, fitness=seen, attributes={})
+            seen = true + noise * np.random.default_rng([seed, 2, proposal.number]).normal()
+            study.tell(proposal.number, fitness=seen, attributes={})
             count += 1
             last = [*last, list(proposal.weights.values())][-LAST:]
             if seen > best:
@@ -131,37 +126,29 @@ def summary(rows: Sequence[dict[str, Any]]) -> Iterable[tuple[str, ...]]:
         yield label, *cells, f"{centre:.4f}", f"{seen:.4f}"
 
 
+@themed
 def draw(rows: Sequence[dict[str, Any]], members: int, marks: Sequence[int]) -> str:
     """Mean curves with a band of one sd over the seeds, as SVG."""
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    sketch = Sketch(WIDE, 390)
-    curves = {n: np.array([curve(r)[:members] for r in rows if r["label"] == n]) for n in labels}
-    edges = [c.mean(0) + s * c.std(0, ddof=1) for c in curves.values() for s in (-1, 1)]
-    low, high = min(e[9:].min() for e in edges), max(e.max() for e in edges)
-    frame = Frame(sketch, 48, 34, WIDE - 168, 300, (0, members), (low - 0.003, high + 0.003))
-    frame.rules(ticks(*frame.ylim, count=6), digits=2)
-    frame.ticks(ticks(*frame.xlim, count=6, whole=True), name="members")
+    figure = sheet(WIDE, 390)
+    axes = place(figure, 48, 34, WIDE - 188, 300, xlabel="members")
     title = "true fitness of the best-looking member: mean and sd over seeds"
-    sketch.add(Text(8, 12, title, "muted", 11))
+    note(figure, 8, 12, title)
     for mark in marks:
-        x = frame.x(mark)
-        sketch.add(Line(((x, frame.top), (x, frame.bottom)), "muted", alpha=0.5, dash=True))
-    ends = []
+        axes.axvline(mark, color=COLOR["muted"], lw=1, ls="--", alpha=0.5)
+    labels, bounds = [], []
     at = np.arange(1, members + 1)
-    for i, name in enumerate(labels):
-        mean, sd = curves[name].mean(0), curves[name].std(0, ddof=1)
-        upper = [(frame.x(x), frame.y(min(y, high))) for x, y in zip(at, mean + sd, strict=True)]
-        lower = [(frame.x(x), frame.y(max(y, low))) for x, y in zip(at, mean - sd, strict=True)]
-        sketch.add(Area((*upper, *reversed(lower)), color(i), 0.13))
-        points = tuple((frame.x(x), frame.y(max(y, low))) for x, y in zip(at, mean, strict=True))
-        sketch.add(Line(points, color(i), 2.2))
-        ends.append((points[-1][1], i, f"{name} {mean[-1]:.3f}"))
-    floor = 0.0
-    for y, i, text in sorted(ends):
-        floor = max(y, floor + 16)
-        sketch.add(Text(frame.right + 8, floor, text, color(i), 12, bold=True))
-    told = ", ".join(text for _, _, text in sorted(ends))
-    return svg(sketch, label=f"{title}, after {members} members: {told}", variables=False)
+    for i, name in enumerate(dict.fromkeys(row["label"] for row in rows)):
+        curves = np.array([curve(row)[:members] for row in rows if row["label"] == name])
+        mean, sd = curves.mean(0), curves.std(0, ddof=1)
+        axes.fill_between(at, mean - sd, mean + sd, color=COLOR[color(i)], alpha=0.13)
+        axes.plot(at, mean, color=COLOR[color(i)], lw=2.2)
+        labels.append((float(mean[-1]), f"{name} {mean[-1]:.3f}", color(i)))
+        bounds += [(mean - sd)[9:].min(), (mean + sd).max()]
+    axes.set(xlim=(0, members), ylim=(min(bounds) - 0.003, max(bounds) + 0.003))
+    axes.yaxis.set_major_locator(rounded(6))
+    ends(axes, labels, gap=16, weight="bold", size=12)
+    said = ", ".join(text for _, text, _ in sorted(labels, reverse=True))
+    return svg(figure, label=f"{title}, after {members} members: {said}")
 
 
 @click.command()
@@ -169,7 +156,7 @@ def draw(rows: Sequence[dict[str, Any]], members: int, marks: Sequence[int]) -> 
 @click.option("--members", default=250, show_default=True)
 @click.option("--kind", type=click.Choice(["peaks", "slopes"]), default="peaks", show_default=True)
 @click.option("--noise", default=NOISE, show_default=True, help="Standard deviation.")
-@click.option("--variants", is_flag=True, help="Other settings, rather than the four methods.")
+@click.option("--variants", is_flag=True, help="Other settings, rather than the methods.")
 @click.option("--only", multiple=True, metavar="LABEL", help="These rows alone.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Append rows to this file.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Draw the curves as SVG.")

@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import kernels
+from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
+from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.library import Library, default_shard_cache, open_library
-from engine.embed import embed, embed_video
-from engine.embed_pieces import EmbedSettings
-from engine.export import export
-from engine.feature_file import read_features
-from engine.fitness import kmeans_fitness
-from engine.lossfile import load_loss
+from engine.features.embed import embed, embed_video
+from engine.features.export import export
+from engine.features.fitness import kmeans_fitness
+from engine.features.parquet import read_features
+from engine.features.segments import EmbedSettings
+from engine.model.network_file import Card, card_of, load_network, save_network
 from engine.model.resnet3d import ResNet3D
-from engine.network_file import Card, card_of, load_network, save_network
+from engine.objective.lossfile import load_loss
 from engine.objective.terms import LossWeights
-from engine.recipe import Recipe, load_recipe, override, recipe_hash
 from engine.report import write_report
-from engine.runtime import choose_runtime, make_deterministic
-from engine.search import SearchStudy
-from engine.train import Trainer
+from engine.search.study import SearchStudy
+from engine.train.trainer import Trainer
 
 __all__ = [
     "EmbedSettings",

@@ -1,1 +1,1 @@
-"""Recipes and losses as TOML files, loaded by name through ``engine.recipe``; no code."""
+"""Recipes and losses as TOML files, loaded by name through ``engine.core.recipe``; no code."""

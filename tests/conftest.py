@@ -51,7 +51,7 @@ def postgres() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small share of the demo: 8 classes x 3 labelled clips, 8 unlabelled; folders labelled and unlabelled."""
-    from engine.data.demo import make_demo
+    from engine.data.demo.demo import make_demo
 
     folder = tmp_path_factory.mktemp("demo") / "set"
     make_demo(folder, clips_per_class=3, unlabelled_clips=8)
@@ -61,7 +61,7 @@ def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_shards(tiny_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of ``tiny_demo``, in folders labelled and unlabelled."""
-    from engine.data.ingest import ingest
+    from engine.data.ingest.run import ingest
 
     root = tmp_path_factory.mktemp("shards")
     for name in ("labelled", "unlabelled"):
@@ -81,8 +81,8 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def colour_set(colours: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    """The same, opened: an ``engine.datasets.Dataset`` of three official splits."""
-    from engine.datasets import open_dataset
+    """The same, opened: an ``engine.evaluate.datasets.Dataset`` of three official splits."""
+    from engine.evaluate.datasets import open_dataset
 
     return open_dataset(
         colours,

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.data.encode import write_video
+from engine.data.media.encode import write_video
+from engine.model.network_file import Card, ClipInput, save_network
 from engine.model.resnet3d import ResNet3D
-from engine.network_file import Card, ClipInput, save_network
 
 COLOURS = {
     "Archery": (220, 40, 40),

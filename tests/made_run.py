@@ -11,6 +11,8 @@ from typing import Any
 import tomli_w
 
 from engine.objective.terms import BY_NAME, TERM_NAMES
+from engine.search.samplers import Trial
+from engine.search.storage import StudyStorage
 
 GOOD = {"align_audio": 0.12, "predict": 0.1, "cross": 0.1, "distill": 0.05, "shuffle": -0.1}
 
@@ -73,9 +75,8 @@ def make_run(
         else:
             alive = sorted([*alive, row], key=lambda r: -r["fitness"])[:population]
         rows.append(row)
-    (folder / "members").mkdir(parents=True)
-    for row in rows:
-        (folder / "members" / f"{row['trial']:05d}.json").write_text(json.dumps(row))
+    folder.mkdir(parents=True, exist_ok=True)
+    store(folder, *map(trial_of, rows))
     recipe = {
         "name": "weizmann-demo",
         "seed": seed,
@@ -108,6 +109,30 @@ def make_run(
         out["summary"] = make_summary(rows, failures=len(failed or {}))
         (folder / "summary.json").write_text(json.dumps(out["summary"]))
     return out
+
+
+def trial_of(row: dict[str, Any]) -> Trial:
+    """A made-up member as the study keeps it."""
+    attributes = ("metrics", "seconds", "clips_per_second", "terms", "reason")
+    return Trial(
+        number=row["trial"],
+        weights=row["weights"],
+        parent=row["parent"],
+        mutated=row["mutated"],
+        round=row["round"],
+        state=row["state"],
+        fitness=row["fitness"] if row["state"] == "complete" else None,
+        rungs=((75, row["fitness"]),) if row["state"] == "pruned" else (),
+        attributes={key: row[key] for key in attributes},
+    )
+
+
+def store(folder: Path, *trials: Trial) -> None:
+    """Put members into a run's study."""
+    storage = StudyStorage(folder / "study.jsonl", name="evolve")
+    storage.load()
+    for trial in trials:
+        storage.add(trial)
 
 
 def make_summary(rows: list[dict[str, Any]], *, failures: int) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 
-from engine.checkpoint import load_tensors
-from engine.cli import main
-from engine.lossfile import load_loss
-from engine.recipe import load_recipe, recipe_hash
-from engine.search import MemberRecord, SearchStudy
+from engine.cli.main import main
+from engine.core.recipe import load_recipe
+from engine.core.tensors import load_tensors
+from engine.objective.lossfile import load_loss
+from engine.search.samplers import Trial
+from engine.search.study import read_trials
 
 TINY = Path(__file__).with_name("tiny.toml")
 RECIPE = load_recipe(TINY)
@@ -51,15 +52,8 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
-def members(run: Path) -> list[MemberRecord]:
-    study = SearchStudy(
-        RECIPE.search,
-        storage=run / "study.db",
-        name="evolve",
-        seed=RECIPE.seed,
-        recipe_hash=recipe_hash(RECIPE),
-    )
-    return study.members()
+def members(run: Path) -> list[Trial]:
+    return read_trials(run / "study.jsonl", name="evolve")
 
 
 TIMES = ("seconds", "clips_per_second")
@@ -70,7 +64,7 @@ def history(run: Path) -> list[dict[str, Any]]:
     rows = []
     for member in members(run):
         told = {k: v for k, v in member.attributes.items() if k not in TIMES}
-        fields = ("trial", "weights", "fitness", "parent", "mutated", "round", "state")
+        fields = ("number", "weights", "fitness", "parent", "mutated", "round", "state")
         rows.append({**{name: getattr(member, name) for name in fields}, **told})
     return rows
 

@@ -17,7 +17,6 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import sys
 import tempfile
 import time
@@ -120,7 +119,7 @@ class Soak:
             code, began = None, time.monotonic()
             while code is None:
                 code = self.wait(child, self.rng.uniform(0.1, 0.2 + self.start_seconds))
-                if not self.start_seconds and any((run / "members").glob("0*.json")):
+                if not self.start_seconds and has_member(run / "study.jsonl"):
                     self.start_seconds = time.monotonic() - began
                 assert time.monotonic() - began < WAIT_SECONDS, f"{run}: hangs: {_log(run)}"
                 pids = [pid for pid in descendants(child) if is_worker(pid)]
@@ -196,7 +195,7 @@ def _drive(arguments: list[str], log: Path) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        from engine.cli import main
+        from engine.cli.main import main
 
         main(arguments, standalone_mode=False)
         code = 0
@@ -214,23 +213,24 @@ def _drive(arguments: list[str], log: Path) -> None:
 
 def outcome(run: Path) -> dict[str, Any]:
     """All that must not depend on kills."""
-    members = {}
-    for path in sorted((run / "members").glob("*.json")):
-        record = json.loads(path.read_text())
-        timed = {"seconds", "clips_per_second"}
-        for part in (record, *(record.get(k) for k in ("best", "random"))):
-            for key in timed & set(part or ()):
-                del part[key]
-        members[path.name] = record
+    confirmed = json.loads((run / "confirmations.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
     del summary["seconds"]
     return {
-        "trials": trials(run / "study.db"),
-        "members": members,
+        "trials": trials(run / "study.jsonl"),
+        "confirmed": timeless(confirmed),
         "summary": summary,
         "network": network(run / "checkpoints" / "best.safetensors"),
         "best": (run / "best.toml").read_text().split("[weights]")[-1],
     }
+
+
+def timeless(value: Any) -> Any:
+    """Nested tables without what a clock measured."""
+    if not isinstance(value, dict):
+        return value
+    times = {"seconds", "clips_per_second"}
+    return {key: timeless(each) for key, each in value.items() if key not in times}
 
 
 def network(path: Path) -> dict[str, Any]:
@@ -240,20 +240,23 @@ def network(path: Path) -> dict[str, Any]:
     return {**json.loads(whole[8:start]), "digest": hashlib.sha256(whole[start:]).hexdigest()}
 
 
-def trials(path: Path) -> dict[str, Any]:
-    """The study as its database has it, read without the engine."""
-    found: dict[str, Any] = {}
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
-        for name, query in {
-            "states": "SELECT number, state FROM trials",
-            "values": "SELECT number, value FROM trial_values JOIN trials USING (trial_id)",
-            "weights": "SELECT number, param_name, param_value FROM trial_params JOIN trials USING (trial_id)",
-            "lineage": "SELECT number, key, value_json FROM trial_user_attributes JOIN trials USING (trial_id)"
-            " WHERE key IN ('parent', 'mutated', 'round', 'seeds', 'metrics', 'terms', 'reason')",
-        }.items():
-            found[name] = sorted(map(tuple, database.execute(query)), key=repr)
-    database.close()
-    return found
+def trials(path: Path) -> list[Any]:
+    """The members as the study's journal has them, read without the engine; raises where one is there twice."""
+    found: dict[int, Any] = {}
+    for line in path.read_text().splitlines():
+        log = json.loads(line)
+        if "params" not in log:
+            continue
+        number = log["user_attrs"]["number"]
+        assert number not in found, f"{path}: member {number} is there twice"
+        keys = ("state", "value", "params", "user_attrs", "intermediate_values")
+        found[number] = timeless({key: log.get(key) for key in keys})
+    return [found[number] for number in sorted(found)]
+
+
+def has_member(path: Path) -> bool:
+    """Whether a search has got anywhere."""
+    return path.exists() and '"number"' in path.read_text()
 
 
 def descendants(process: int) -> list[int]:
@@ -297,8 +300,8 @@ def _log(run: Path) -> str:
 
 def make_data(folder: Path) -> None:
     """Shards of a few of the demo's scenes, in ``labelled`` and ``unlabelled``."""
-    from engine.data.demo import make_demo
-    from engine.data.ingest import ingest
+    from engine.data.demo.demo import make_demo
+    from engine.data.ingest.run import ingest
 
     make_demo(folder / "scenes", clips_per_class=2, unlabelled_clips=8)
     for name in ("labelled", "unlabelled"):
@@ -312,16 +315,17 @@ def import_everything() -> None:
     """
     import torch
 
-    import engine.cli
-    import engine.evolve
+    import engine.cli.main
     import engine.report
-    from engine.recipe import Search as Settings
+    import engine.search.evolve
+    from engine.core.recipe import Search as Settings
+    from engine.search.study import SearchStudy
 
     with (
         tempfile.TemporaryDirectory() as folder
-    ):  # what a database needs is imported when it is opened
-        path = Path(folder) / "study.db"
-        engine.evolve.SearchStudy(Settings(), storage=path, name="x", seed=0, recipe_hash="x").ask()
+    ):  # what a study needs is imported when it is opened
+        path = Path(folder) / "study.jsonl"
+        SearchStudy(Settings(), storage=path, name="x", seed=0, recipe_hash="x").ask()
     torch.use_deterministic_algorithms(True)  # imports as much as all the rest
     engine.report.write_report = lambda run: run / "report.html"
 

@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from engine.api import __all__ as API
-from engine.cli import main
-from engine.data.demo import default_cache
+from engine.cli.main import main
+from engine.data.demo.demo import default_cache
+from engine.model.network_file import Card, ClipInput, save_network
 from engine.model.resnet3d import ResNet3D
-from engine.network_file import Card, ClipInput, save_network
 from engine.objective.terms import TERMS
 from tests.made_run import make_run
 
@@ -87,7 +87,7 @@ def test_examples_of_the_python_api(
 def test_neighbours_are_found_as_the_page_does_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from engine.feature_file import FeatureRows, merge_parts, write_part
+    from engine.features.parquet import FeatureRows, merge_parts, write_part
 
     monkeypatch.chdir(tmp_path)
     vectors = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)

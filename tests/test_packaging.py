@@ -60,7 +60,7 @@ def test_every_source_and_data_file_is_inside(wheel: zipfile.Path) -> None:
 
 def test_metadata_names_the_command_and_the_licence(wheel: zipfile.Path) -> None:
     info = wheel / f"evolved_losses-{engine.__version__}.dist-info"
-    assert "engine = engine.cli:main" in (info / "entry_points.txt").read_text()
+    assert "engine = engine.cli.main:main" in (info / "entry_points.txt").read_text()
     metadata = (info / "METADATA").read_text()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
@@ -71,7 +71,7 @@ def test_installed_recipes_load_by_name(wheel: zipfile.Path, tmp_path: Path) -> 
     """From the wheel alone, in a process that does not see the source tree."""
     wheel.root.extractall(tmp_path / "site")
     program = (
-        "import engine.lossfile as f, engine.presets as p, engine.recipe as r\n"
+        "import engine.objective.lossfile as f, engine.core.presets as p, engine.core.recipe as r\n"
         "print(r.__file__)\n"
         "print(sorted(n for n, w in f.load_loss('rgb_to_flow').items() if w))\n"
         "print(len(p.preset_names('losses')))\n"

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine import kmeans
 from engine.bench.kmeans import Problem, draw
-from engine.fitness import cohort_fitness, effective_rank
-from engine.recipe import Fitness
+from engine.core.recipe import Fitness
+from engine.features import kmeans
+from engine.features.fitness import cohort_fitness, effective_rank
 from gpu_checks.job import Job
 from gpu_checks.record import Absent, Recorder
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import engine.train
+import engine.train.trainer
 import kernels
+from engine.core.recipe import Recipe
+from engine.core.runtime import choose_runtime
 from engine.data.views import RGB_MEAN, RGB_STD, Views
-from engine.lossfile import load_loss
-from engine.recipe import Recipe
-from engine.runtime import choose_runtime
-from engine.train import Trainer
+from engine.objective.lossfile import load_loss
+from engine.train.trainer import Trainer
 from gpu_checks.inputs import moved
 from gpu_checks.job import Job
 from gpu_checks.record import Absent, Recorder
@@ -179,7 +179,7 @@ def _apart(one: float, other: float) -> float:
 
 
 def _first_losses(job: Job, rec: Recorder, recipe: Recipe) -> None:
-    engine.train.CHECK_EVERY_ON_GPU = 1  # every loss is wanted
+    engine.train.trainer.CHECK_EVERY_ON_GPU = 1  # every loss is wanted
     _convolutions(tf32=False)
     weights = load_loss("equal")
     host = Trainer(recipe, job.index, choose_runtime("cpu", amp="off"))

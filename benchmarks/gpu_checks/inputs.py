@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.bench.timing import interleaved
-from engine.data.graphs import to_torch
+from engine.core.runtime import num_cores
+from engine.data.dali import to_torch
 from engine.data.pipeline import ClipBatch
 from engine.data.plan import plan_batch
 from engine.data.views import ViewMaker, Views
-from engine.runtime import num_cores
 from gpu_checks.job import Job, input_pipeline
 from gpu_checks.record import Absent, Recorder
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from engine.bench.base import Bench
 from engine.bench.suite import chosen_recipe
+from engine.core.recipe import Recipe, load_recipe, override
+from engine.core.runtime import Runtime, choose_runtime, num_cores
 from engine.data import pipeline
 from engine.data.flow import dis_flow
-from engine.data.shards import ClipIndex
-from engine.recipe import Recipe, load_recipe, override
-from engine.runtime import Runtime, choose_runtime, num_cores
+from engine.data.shards.index import ClipIndex
 from gpu_checks.record import Absent
 
 HOST = "GPU_CHECK_HOST"
@@ -60,8 +60,8 @@ class Job:
         """Shards to train on and labelled shards, the built-in ones made on first use."""
         if self.shards and self.labelled:
             return list(self.shards), list(self.labelled)
-        from engine.data.demo import make_demo
-        from engine.data.ingest import ingest
+        from engine.data.demo.demo import make_demo
+        from engine.data.ingest.run import ingest
 
         name = self.size("demo", "demo-tiny")
         counts = self.size((12, 96), (2, 6))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from engine.bench import limits
-from engine.doctor import diagnose
+from engine.cli.doctor import diagnose
 from gpu_checks.job import Job
 from gpu_checks.record import ROOT, Absent, Recorder
 

@@ -172,7 +172,8 @@ def about_machine(*, cpu: bool, sha: str | None) -> dict[str, Any]:
     """What every row is written with."""
     import torch
 
-    from engine.runtime import choose_runtime, provenance
+    from engine.core.provenance import provenance
+    from engine.core.runtime import choose_runtime
 
     facts = provenance(choose_runtime("cpu" if cpu else "cuda"))
     versions = dict(facts["versions"]) | {"cuda": torch.version.cuda or "none"}

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.bench.rows import teraflops
 from engine.bench.step import Variant
+from engine.core.runtime import make_deterministic
 from engine.data.views import Views
-from engine.lossfile import random_weights
 from engine.model.resnet3d import ResNet3D
-from engine.runtime import make_deterministic
-from engine.train import Trainer
+from engine.objective.lossfile import random_weights
+from engine.train.trainer import Trainer
 from gpu_checks.inputs import milliseconds
 from gpu_checks.job import Job
 from gpu_checks.record import Recorder
@@ -187,8 +187,8 @@ class Turns:
 
     def addresses(self) -> list[int]:
         """Where the networks lie that compiled code works on."""
-        seat = self.trainer.seat
-        return [] if seat is None else [p.data_ptr() for p in seat.loss.parameters()]
+        buffers = self.trainer.buffers
+        return [] if buffers is None else [p.data_ptr() for p in buffers.loss.parameters()]
 
 
 def _one_graph(rec: Recorder, turns: Turns, recorded: list[int]) -> None:
@@ -197,13 +197,13 @@ def _one_graph(rec: Recorder, turns: Turns, recorded: list[int]) -> None:
     rec.row(
         f"{mode}: first step", turns.first_seconds, unit="s", detail="compiling and checks included"
     )
-    if turns.trainer.seat is None:
+    if turns.trainer.buffers is None:
         raise RuntimeError(f"{mode}: {'; '.join(turns.told) or 'the step was not compiled'}")
     graphs = counters["stats"]["unique_graphs"]
     before = turns.addresses()
     turns.around(ROUNDS)
     name = f"{mode}: graphs after {MEMBERS} members x {ROUNDS} steps"
-    detail = f"{turns.trainer.seat.graphs} in the seat, {graphs} after the first step"
+    detail = f"{turns.trainer.buffers.graphs} in the buffers, {graphs} after the first step"
     rec.row(name, counters["stats"]["unique_graphs"], goal=1, sense="==", detail=detail)
     first = recorded[0]
     turns.around(2)

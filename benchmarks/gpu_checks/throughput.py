@@ -13,7 +13,7 @@ import kernels
 from engine.bench import input, loss, views
 from engine.bench.base import Bench
 from engine.bench.rows import Row, gigabytes_per_second, quantiles
-from engine.recipe import Clip, Model
+from engine.core.recipe import Clip, Model
 from gpu_checks.job import Job
 from gpu_checks.record import Recorder
 

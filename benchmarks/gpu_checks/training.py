@@ -11,14 +11,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.bench.cohort import possible_gain
-from engine.bench.solo import Job as SoloJob
-from engine.bench.solo import Soloist, costs, seconds_a_step, trainer_for
-from engine.lossfile import random_weights
+from engine.bench.cohort import (
+    SoloJob,
+    SoloProcess,
+    costs,
+    possible_gain,
+    seconds_a_step,
+    trainer_for,
+)
+from engine.core.recipe import override
+from engine.core.runtime import make_deterministic
+from engine.objective.lossfile import random_weights
 from engine.objective.terms import LossWeights
-from engine.recipe import override
-from engine.runtime import make_deterministic
-from engine.train import Member, MemberFailed, Trainer
+from engine.train.trainer import Member, MemberFailed, Trainer
 from gpu_checks.job import Job
 from gpu_checks.record import ROOT, Absent, Recorder
 
@@ -64,14 +69,14 @@ def cohort(job: Job, rec: Recorder) -> None:
 
 def _processes(job: Job, rec: Recorder, rates: dict[int, float], solo: SoloJob, steps: int) -> None:
     """A process of its own trains one member after another; it has the GPU and the cores to itself."""
-    with Soloist(solo, steps=steps) as soloist:
-        soloist.ask("costs", job.size(8, 2))
-        pairs = sorted(soloist.answer())
+    with SoloProcess(solo, steps=steps) as process:
+        process.ask("costs", job.size(8, 2))
+        pairs = sorted(process.answer())
         d, c = (sorted(column)[len(pairs) // 2] for column in zip(*pairs, strict=True))
         seconds = []
         for number in range(3):
-            soloist.ask("train", number)
-            seconds.append(soloist.answer())
+            process.ask("train", number)
+            seconds.append(process.answer())
     alone = 3600 / (sorted(seconds)[1] * solo.recipe.optim.steps)
     rec.row("one process a member", alone, unit="members/h", detail="one after another")
     detail = f"D {d:.1f} ms, C {c:.1f} ms"
@@ -111,7 +116,7 @@ def _trained(trainer: Trainer, losses: Sequence[LossWeights]) -> list[Member]:
     return members
 
 
-BOOT = "from gpu_checks.job import use_host; use_host(); from engine.cli import main; main()"
+BOOT = "from gpu_checks.job import use_host; use_host(); from engine.cli.main import main; main()"
 
 
 def evolve(job: Job, rec: Recorder) -> None:

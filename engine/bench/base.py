@@ -12,9 +12,9 @@ from torch import Tensor
 from engine.bench import limits
 from engine.bench.rows import BANDWIDTH, Limit, Row, gigabytes_per_second, quantiles
 from engine.bench.timing import Step, interleaved
-from engine.data.shards import ClipIndex
-from engine.recipe import Recipe
-from engine.runtime import Runtime
+from engine.core.recipe import Recipe
+from engine.core.runtime import Runtime
+from engine.data.shards.index import ClipIndex
 
 INDUCTOR: dict[str, dict[str, str | int | bool | Callable[..., Any]]] = {
     "Inductor": {"combo_kernels": False},

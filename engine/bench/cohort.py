@@ -15,18 +15,32 @@ same time are added up.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from statistics import median
+from typing import Any
+
+import torch
 
 from engine.bench.base import Bench, told
 from engine.bench.rows import Limit, Row, per_second, quantiles
-from engine.bench.solo import Job, Soloist, seconds_a_step, trainer_for
-from engine.lossfile import random_weights
+from engine.bench.timing import timed
+from engine.core.recipe import Recipe, override
+from engine.core.runtime import Runtime, make_deterministic
+from engine.data.shards.index import ClipIndex
+from engine.objective.lossfile import random_weights
+from engine.objective.terms import LossWeights
+from engine.train.trainer import MemberFailed, Trainer
 
 UNIT = "members/h"
+WARM_STEPS, SPARE_STEPS = 3, 3
+"""Steps before the clock starts, and batches that are planned but not taken: at both ends of the time taken,
+as many are decoded ahead."""
 GPU_SIZES, GPU_QUICK, CPU_SIZE, CPU_QUICK = (1, 2, 4, 8, 16), (1, 4), 8, 4
 
 
@@ -64,38 +78,38 @@ def run(bench: Bench) -> Iterator[Row]:
     together: dict[int, list[float]] = {members: [] for members in counts}
     alone: list[float] = []
     with ExitStack() as stack:
-        soloists = [stack.enter_context(Soloist(job, steps=steps)) for job in _jobs(bench)]
-        costs = _costs(soloists, repeats=3 if bench.quick else 10)
+        processes = [stack.enter_context(SoloProcess(job, steps=steps)) for job in _jobs(bench)]
+        costs = _costs(processes, repeats=3 if bench.quick else 10)
         for turn in range(repeats):
             for members in counts:
                 losses = [random_weights(seed) for seed in range(members)]
                 together[members].append(1e3 * seconds_a_step(trainer, losses))
-            alone.append(_milliseconds_a_member(soloists, first=turn))
+            alone.append(_milliseconds_a_member(processes, first=turn))
     yield _row(bench, "input and views of a step (D)", costs.input, members=1, trained=False)
     yield _row(bench, "step of a member (C)", costs.step, members=1, trained=False)
     for members in counts:
-        yield from _rows(bench, members, together[members], alone, costs, len(soloists))
+        yield from _rows(bench, members, together[members], alone, costs, len(processes))
 
 
-def _jobs(bench: Bench) -> list[Job]:
+def _jobs(bench: Bench) -> list[SoloJob]:
     cores: Sequence[int | None] = [None]
     if not bench.gpu and hasattr(os, "sched_getaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-    return [Job(bench.recipe, bench.videos, bench.runtime, core) for core in cores]
+    return [SoloJob(bench.recipe, bench.videos, bench.runtime, core) for core in cores]
 
 
-def _costs(soloists: Sequence[Soloist], *, repeats: int) -> Costs:
-    for soloist in soloists:
-        soloist.ask("costs", repeats)
-    found = [pair for soloist in soloists for pair in soloist.answer()]
-    return Costs([d for d, _ in found], [c for _, c in found])
+def _costs(processes: Sequence[SoloProcess], *, repeats: int) -> Costs:
+    for process in processes:
+        process.ask("costs", repeats)
+    pairs = [pair for process in processes for pair in process.answer()]
+    return Costs([d for d, _ in pairs], [c for _, c in pairs])
 
 
-def _milliseconds_a_member(soloists: Sequence[Soloist], *, first: int) -> float:
+def _milliseconds_a_member(processes: Sequence[SoloProcess], *, first: int) -> float:
     """Milliseconds of one member's step, all processes at work: of the sum of their rates."""
-    for number, soloist in enumerate(soloists, start=first * len(soloists)):
-        soloist.ask("train", number)
-    seconds: list[float] = [soloist.answer() for soloist in soloists]
+    for number, process in enumerate(processes, start=first * len(processes)):
+        process.ask("train", number)
+    seconds: list[float] = [process.answer() for process in processes]
     return 1e3 / sum(1 / each for each in seconds)
 
 
@@ -164,3 +178,135 @@ def _row(
         peer=peer,
         figures=figures or {},
     )
+
+
+@dataclass(frozen=True)
+class SoloJob:
+    """What a process that trains one member at a time works on."""
+
+    recipe: Recipe
+    index: ClipIndex
+    runtime: Runtime
+    core: int | None
+    """The one core that it may use; None for all, beside a GPU."""
+
+
+def trainer_for(recipe: Recipe, index: ClipIndex, runtime: Runtime, *, steps: int) -> Trainer:
+    """A trainer whose rounds last ``steps`` and what is not timed."""
+    total = WARM_STEPS + steps + SPARE_STEPS
+    short = override(recipe, [f"optim.steps={total}", "optim.warmup_steps=0"])
+    return Trainer(short, index, runtime)
+
+
+def seconds_a_step(trainer: Trainer, losses: Sequence[LossWeights]) -> float:
+    """Seconds of one step of all members, input included, once under way.
+
+    Raises MemberFailed where a member can't go on.
+    """
+    seed = trainer.recipe.seed
+    steps = trainer.recipe.optim.steps - WARM_STEPS - SPARE_STEPS
+    members = [trainer.member(weights, seed=seed) for weights in losses]
+    began = 0.0
+    rounds = trainer.rounds(members, seed=seed)
+    for done, (_, views) in enumerate(rounds, start=1):
+        for outcome in trainer.step_all(members, views):
+            if isinstance(outcome, MemberFailed):
+                raise outcome
+        if done in (WARM_STEPS, WARM_STEPS + steps):
+            _wait(trainer.runtime)
+            now = time.perf_counter()
+            if done > WARM_STEPS:
+                return (now - began) / steps
+            began = now
+    raise AssertionError("more steps than batches")
+
+
+def costs(trainer: Trainer, weights: LossWeights, *, repeats: int) -> list[tuple[float, float]]:
+    """Milliseconds (D, C) of input with views and of a member's step, one after the other, nothing ahead."""
+    seed = trainer.recipe.seed
+    member = trainer.member(weights, seed=seed)
+    wanted = member.alive.modalities
+    pipeline, pairs = trainer.pipeline(wanted), []
+    for step in range(repeats + 2):
+        plan = trainer.plan(step, seed=seed)
+        kept: list[Any] = []
+
+        def load(plan: Any = plan, kept: list[Any] = kept) -> None:
+            kept.append(trainer.views(pipeline.load(plan), wanted))
+
+        def train(kept: list[Any] = kept) -> None:
+            (outcome,) = trainer.step_all([member], kept[0])
+            if isinstance(outcome, MemberFailed):
+                raise outcome
+
+        pairs.append((timed(load, trainer.runtime.device), timed(train, trainer.runtime.device)))
+    return pairs[2:]
+
+
+def _wait(runtime: Runtime) -> None:
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize(runtime.device)
+
+
+class SoloProcess:
+    """A process of its own that trains one member at a time; a context, which ends it."""
+
+    def __init__(self, job: SoloJob, *, steps: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, job, steps), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> SoloProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._pipe.send(None)
+            self._process.join(timeout=10)
+        except OSError:  # it is gone already
+            pass
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+    def ask(self, what: str, number: int) -> None:
+        """Have it begin: ``train`` member ``number``, or take ``costs`` as many times."""
+        self._pipe.send((what, number))
+
+    def answer(self) -> Any:
+        """Its result; raises RuntimeError with its reason where it could not."""
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise RuntimeError("cohort: a member's process ended without a word") from None
+        if isinstance(answer, str):
+            raise RuntimeError(f"cohort: a member's process failed: {answer}")
+        return answer
+
+
+def _serve(pipe: Connection, job: SoloJob, steps: int) -> None:
+    if job.core is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {job.core})
+    if job.runtime.device.type == "cpu":
+        torch.set_num_threads(1)
+    elif job.runtime.device.index is not None:
+        torch.cuda.set_device(job.runtime.device)
+    make_deterministic(job.runtime)
+    trainer = trainer_for(job.recipe, job.index, job.runtime, steps=steps)
+    while True:
+        try:
+            order = pipe.recv()
+        except EOFError:  # whoever asked is gone
+            return
+        if order is None:
+            return
+        what, number = order
+        try:
+            if what == "train":
+                pipe.send(seconds_a_step(trainer, [random_weights(number)]))
+            else:
+                pipe.send(costs(trainer, random_weights(0), repeats=number))
+        except Exception as error:
+            pipe.send((str(error).splitlines() or [type(error).__name__])[0])

@@ -22,13 +22,13 @@ from engine.bench.base import Bench, told
 from engine.bench.limits import jpeg_engines, video_decoders
 from engine.bench.rows import BANDWIDTH, Limit, Row, gigabytes_per_second, per_second, quantiles
 from engine.bench.timing import Step, timed
-from engine.data.codecs import JPEG
+from engine.core.recipe import override
+from engine.data.media.codecs import JPEG
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_batch
-from engine.data.shards import EncodedClip
+from engine.data.shards.index import EncodedClip
 from engine.data.views import Views
-from engine.recipe import override
-from engine.train import Trainer
+from engine.train.trainer import Trainer
 
 PLANS = 4
 """Batches that are taken in turn, so that no cache holds just the one."""

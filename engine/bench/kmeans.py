@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from engine.bench.base import Bench, told
 from engine.bench.rows import Row, per_second, quantiles
 from engine.bench.timing import Step, timed
-from engine.fitness import FitnessResult, cohort_fitness
-from engine.kmeans import draws, kmeans
+from engine.core.recipe import Fitness
+from engine.features.fitness import FitnessResult, cohort_fitness
+from engine.features.kmeans import draws, kmeans
 from engine.model.resnet3d import video_network
-from engine.recipe import Fitness
 
 Features = list[NDArray[np.float32]]
 ONE_BY_ONE, AT_ONCE, SKLEARN = "batched, one by one", "batched, all at once", "scikit-learn"

@@ -19,8 +19,8 @@ from torch import Tensor
 import kernels
 from engine.bench.base import Bench, told
 from engine.bench.rows import Row
+from engine.core.recipe import Clip, Model
 from engine.model.resnet3d import video_network
-from engine.recipe import Clip, Model
 from kernels import reference
 
 MODALITIES, SCALARS, ELEMENT_FLOPS = 3, 24, 4

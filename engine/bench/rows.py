@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 from rich.table import Table
 
-from engine.display import table
+from engine.core.display import table
 
 BANDWIDTH, COMPUTE = "GB/s", "TFLOP/s"
 

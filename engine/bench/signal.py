@@ -25,20 +25,21 @@ from rich.table import Table
 from torch import Tensor
 
 from engine.bench.rows import number
+from engine.core.display import table
+from engine.core.presets import preset_names
+from engine.core.provenance import provenance
+from engine.core.recipe import Recipe, recipe_hash
+from engine.core.runtime import Runtime, make_deterministic
+from engine.data.clip_bank import ClipBank
 from engine.data.library import Library, fingerprint
-from engine.display import table
-from engine.extract import Cuts, Extractor
-from engine.features import LabelledClips
-from engine.fitness import cohort_fitness
-from engine.lossfile import load_loss
-from engine.network_file import Card, card_of
-from engine.presets import preset_names
-from engine.readout import READOUTS
-from engine.recipe import Recipe, recipe_hash
-from engine.reliability import Reliability, reliability
-from engine.runtime import Runtime, make_deterministic, provenance
-from engine.train import MemberFailed, Trainer
-from engine.train_state import Member
+from engine.features.extract import Cuts, Extractor, LabelledClips
+from engine.features.fitness import cohort_fitness
+from engine.features.readout import READOUTS
+from engine.features.reliability import Reliability, reliability
+from engine.model.network_file import Card, card_of
+from engine.objective.lossfile import load_loss
+from engine.train.member import Member
+from engine.train.trainer import MemberFailed, Trainer
 
 UNTRAINED = "untrained"
 SHUFFLED = "labels shuffled"
@@ -155,6 +156,7 @@ class Signal:
         self._cut_off = False
         self._done = {(row.loss, row.seed): row for row in self._read()}
         self._warm = False
+        self._bank: ClipBank | None = None
 
     def go(self, plan: Plan) -> Iterator[Training]:
         """Each training of the plan, those that the file has already first."""
@@ -219,25 +221,15 @@ class Signal:
     def _train(self, losses: Sequence[str], seed: int, looks: Sequence[int]) -> list[Training]:
         """A cohort's trainings, looked at on the way."""
         self._warm_up()
-        if self.recipe.search.clip_bank and self.trainer.bank is None:
-            self.trainer.bank = self.trainer.open_bank(self.recipe.search.clip_bank)
-        members: dict[str, Member] = {}
-        failed: dict[str, str] = {}
-        found: dict[str, list[Look]] = {loss: [] for loss in losses}
         began = self._clock()
-        for loss in losses:
-            try:
-                members[loss] = self.trainer.member(load_loss(loss), seed=seed)
-            except ValueError as error:  # no sound, say
-                failed[loss] = str(error)
+        members, failed = self._members(losses, seed)
+        found: dict[str, list[Look]] = {loss: [] for loss in losses}
         judging, spent = 0.0, 0.0
-        for step, views in (
-            self.trainer.rounds(list(members.values()), seed=seed) if members else ()
-        ):
-            names = list(members)
-            for loss, outcome in zip(
-                names, self.trainer.step_all([members[n] for n in names], views), strict=True
-            ):
+        rounds = self.trainer.rounds(list(members.values()), seed=seed, bank=self._bank)
+        for step, views in rounds if members else ():
+            at_work = list(members)
+            outcomes = self.trainer.step_all(list(members.values()), views)
+            for loss, outcome in zip(at_work, outcomes, strict=True):
                 if isinstance(outcome, MemberFailed):
                     failed[loss] = str(outcome)
                     del members[loss]
@@ -264,13 +256,28 @@ class Signal:
             for loss in losses
         ]
 
+    def _members(
+        self, losses: Sequence[str], seed: int
+    ) -> tuple[dict[str, Member], dict[str, str]]:
+        """New members, and why the others could not be made."""
+        members: dict[str, Member] = {}
+        failed: dict[str, str] = {}
+        for loss in losses:
+            try:
+                members[loss] = self.trainer.member(load_loss(loss), seed=seed)
+            except ValueError as error:  # no sound, say
+                failed[loss] = str(error)
+        return members, failed
+
     def _warm_up(self) -> None:
         """What only a process's first step costs is no member's."""
         if self._warm:
             return
         self._warm = True
+        if self.recipe.search.clip_bank:
+            self._bank = self.trainer.open_bank(self.recipe.search.clip_bank)
         member = self.trainer.member(load_loss("equal"), seed=0)
-        _, views = next(self.trainer.rounds([member], seed=0))
+        _, views = next(self.trainer.rounds([member], seed=0, bank=self._bank))
         self.trainer.step_all([member], views)
 
     def _look(

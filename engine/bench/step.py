@@ -1,7 +1,7 @@
 """A training step of one member with all terms: forward, Eq. 1, backward, optimizer.
 
 FLOPs are counted by torch over forward and backward (convolutions and matrix products), and the share of the
-measured matrix product's peak is what is called MFU. Bytes are what the eager operations read and write, each
+measured matrix product's peak is called MFU. Bytes are what the eager operations read and write, each
 taken alone: caches spare some of it, and a compiler more. On a CPU members train on a thread each, as in a
 cohort; a row with all cores' threads stands beside. Compiling takes a CPU minutes, and is timed there only where
 the recipe asks for it.
@@ -10,6 +10,7 @@ the recipe asks for it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from engine.bench.base import Bench, told
 from engine.bench.rows import Row, per_second, quantiles
 from engine.bench.timing import Step
+from engine.core.recipe import override
+from engine.core.runtime import choose_runtime, num_cores
 from engine.data.views import Views
-from engine.lossfile import load_loss
-from engine.recipe import override
-from engine.runtime import choose_runtime, num_cores
-from engine.train import Trainer
-from engine.train_state import Member
+from engine.objective.lossfile import load_loss
+from engine.train.compiled import compile_mode
+from engine.train.flops import step_flops
+from engine.train.member import Member
+from engine.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,15 @@ class TrafficMode(TorchDispatchMode):
         """Run the operation and add up."""
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
-            found = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-            self.bytes += sum(x.numel() * x.element_size() for x in found)
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            self.bytes += sum(x.nbytes for x in tensors)
         return out
 
 
 def variants(bench: Bench) -> tuple[Variant, list[Variant]]:
     """The one that the recipe and device choose, and all."""
-    amp, compile = "bf16" if bench.runtime.amp else "off", bench.recipe.optim.compile
-    if compile == "auto":
-        compile = "default" if bench.gpu else "off"
-    own = Variant(amp, compile, 1)
+    amp = "bf16" if bench.runtime.amp else "off"
+    own = Variant(amp, compile_mode(bench.recipe.optim, bench.device), 1)
     every = [own, Variant("off", "off", 1), Variant("bf16", "off", 1)]
     if not bench.gpu and not bench.quick and num_cores() > 1:
         every.append(Variant(amp, "off", num_cores()))
@@ -86,7 +86,7 @@ def variants(bench: Bench) -> tuple[Variant, list[Variant]]:
 def run(bench: Bench) -> Iterator[Row]:
     """Rows of each variant, taken in turn on one batch."""
     own, every = variants(bench)
-    flops, moved = counted(bench, own)
+    flops, moved = counted(bench)
     steps: dict[str, Step] = {}
     by_name = {variant.name: variant for variant in every}
     for name, variant in by_name.items():
@@ -98,12 +98,14 @@ def run(bench: Bench) -> Iterator[Row]:
                 raise
             bench.say(f"step: {name} is left out: {(str(error).splitlines() or ['?'])[0]}")
             continue
-        steps[name] = _step(trainer, member, views, threads=variant.threads, gpu=bench.gpu)
+        steps[name] = _step(trainer, member, views, threads=variant.threads)
     recipe = bench.recipe
     clip, n = recipe.clip, recipe.optim.batch_size
     size = told(n, clip.num_frames, clip.size, clip.size)
     for name, samples in bench.time(steps).items():
         ms, variant = quantiles(samples), by_name[name]
+        with _cpu_threads(variant.threads):
+            peak = bench.matrix_peak(variant.dtype)
         yield Row(
             part="step",
             name=name,
@@ -112,7 +114,7 @@ def run(bench: Bench) -> Iterator[Row]:
             repeats=len(samples),
             throughput=per_second(n, ms[1]),
             unit="clips/s",
-            limit=_peak(bench, variant),
+            limit=peak,
             flops=flops,
             bytes=moved[variant.amp] if variant.compile == "off" else None,
             peer=variant != own,
@@ -133,44 +135,34 @@ def prepared(bench: Bench, variant: Variant) -> tuple[Trainer, Member, Views]:
     return trainer, member, views
 
 
-def counted(bench: Bench, own: Variant) -> tuple[int, dict[str, int]]:
+def counted(bench: Bench) -> tuple[int, dict[str, int]]:
     """FLOPs of a step, and the bytes that its eager operations read and write in each number format."""
-    moved = {}
-    flops = 0
+    moved, flops = {}, 0
     for amp in ("off", "bf16"):
         trainer, member, views = prepared(bench, Variant(amp, "off", 1))
         trainer.step(member, views)  # the first one also checks the number format
         with TrafficMode() as traffic:
             trainer.step(member, views)
-        moved[amp] = traffic.bytes
-        if amp == own.amp:
-            with FlopCounterMode(display=False) as counter:
-                trainer.step(member, views)
-            flops = counter.get_total_flops()
+        moved[amp], flops = traffic.bytes, step_flops(member, views)
     return flops, moved
 
 
-def _step(trainer: Trainer, member: Member, views: Views, *, threads: int, gpu: bool) -> Step:
+def _step(trainer: Trainer, member: Member, views: Views, *, threads: int) -> Step:
     def step() -> None:
-        if gpu:
+        trainer.step(member, views)
+
+    def step_with_threads() -> None:
+        with _cpu_threads(threads):
             trainer.step(member, views)
-            return
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            trainer.step(member, views)
-        finally:
-            torch.set_num_threads(before)
 
-    return step
+    return step if trainer.runtime.device.type == "cuda" else step_with_threads
 
 
-def _peak(bench: Bench, variant: Variant) -> Any:
-    if bench.gpu:
-        return bench.matrix_peak(variant.dtype)
+@contextmanager
+def _cpu_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(variant.threads)
+    torch.set_num_threads(count)
     try:
-        return bench.matrix_peak(variant.dtype)
+        yield
     finally:
         torch.set_num_threads(before)

@@ -15,9 +15,10 @@ from engine.bench.base import Bench
 from engine.bench.plot import check_path, draw_roofline
 from engine.bench.rows import Row, append_json, bottleneck, comparison, read_json, rows_table
 from engine.bench.timing import keep_heap
-from engine.data.shards import ClipIndex
-from engine.recipe import Recipe, load_recipe, override, recipe_hash
-from engine.runtime import Runtime, make_deterministic, provenance
+from engine.core.provenance import provenance
+from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
+from engine.core.runtime import Runtime, make_deterministic
+from engine.data.shards.index import ClipIndex
 
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "input": input.run,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from engine.recipe import Audio
+from engine.core.recipe import Audio
 
 if TYPE_CHECKING:
     from torchaudio.transforms import MelSpectrogram

@@ -26,12 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.data.ahead import ahead
+from engine.core.prefetch import ahead
+from engine.core.recipe import Audio, Clip
+from engine.core.runtime import free_memory
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan
-from engine.data.shards import ClipIndex
-from engine.recipe import Audio, Clip
-from engine.runtime import free_memory
+from engine.data.shards.index import ClipIndex
 
 BANK_STREAM = 0xBA2C
 """Keeps the draw of the clips apart from other draws of the same seed."""

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.data.demo import default_cache, make_demo
-from engine.data.ingest import Progress, ingest
-from engine.data.shards import ClipIndex, is_shards
-from engine.data.sources import Reject
+from engine.data.demo.demo import default_cache, make_demo
+from engine.data.ingest.run import Progress, ingest
+from engine.data.ingest.sources import Reject
+from engine.data.shards.index import ClipIndex, data_digest, is_shards
 
 Report = Callable[[str, int, int], None]
-"""Called while something is prepared: what, done, total."""
+"""Called while something is prepared: what, done, total; once with a total of 0 for what is waited for."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def demo_folders(report: Report) -> tuple[list[Path], list[Path]]:
     demo = make_demo(
         default_cache(),
         progress=lambda done, total: report("drawing the demo's clips", done, total),
+        on_wait=lambda: report("waiting for another process that draws the demo's clips", 0, 0),
     )
     return [demo.unlabelled, demo.labelled], [demo.labelled]
 
@@ -53,8 +54,7 @@ def open_library(
             shards.append(path)
             continue
         out = cache / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:10]}"
-        progress = _progress(f"reading {path.name}", report)
-        result = ingest([path], out, workers=workers, progress=progress)
+        result = ingest([path], out, workers=workers, progress=reported(path.name, report))
         rejects += result.rejects
         shards.append(out)
     warnings: list[str] = []
@@ -62,17 +62,21 @@ def open_library(
     return Library(index, tuple(shards), tuple(rejects), tuple(warnings))
 
 
-def _progress(what: str, report: Report) -> Callable[[Progress], None]:
-    return lambda so_far: report(what, so_far.done, so_far.total)
+def reported(name: str, report: Report) -> Callable[[Progress], None]:
+    """Report an ingest's progress: it reads ``name``."""
+
+    def show(now: Progress) -> None:
+        if now.waiting:
+            report(f"waiting for another process that reads {name}", 0, 0)
+        elif now.total or now.done:
+            report(f"reading {name}", now.done, now.total)
+
+    return show
 
 
 def fingerprint(*libraries: Library) -> str:
-    """Identifies data by their shards' data set files, which hold every shard's checksum."""
-    digest = hashlib.sha256()
-    for library in libraries:
-        for folder in library.shards:
-            digest.update((folder / "dataset.json").read_bytes())
-    return digest.hexdigest()[:12]
+    """Identifies data as ``data_digest`` does."""
+    return data_digest(folder for library in libraries for folder in library.shards)
 
 
 def default_shard_cache() -> Path:

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.data.ahead import ahead
-from engine.data.codecs import JPEG, VP9, VP9_MP4
+from engine.core.prefetch import ahead
+from engine.core.recipe import Audio, Clip
+from engine.data.dali import films_graph, flow_graph, frames_graph, sound_graph, to_torch
 from engine.data.flow import dis_flow
-from engine.data.graphs import films_graph, flow_graph, frames_graph, sound_graph, to_torch
+from engine.data.media.codecs import JPEG, VP9, VP9_MP4
 from engine.data.plan import ClipPlan, square_boxes
-from engine.data.shards import ClipIndex, EncodedClip
-from engine.recipe import Audio, Clip
+from engine.data.shards.index import ClipIndex, EncodedClip
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.recipe import Audio, Clip
+from engine.core.recipe import Audio, Clip
 
 ORDER_STREAM, CUT_STREAM = 0x0DE5, 0x0C07
 """Keep the draws of a clip's place in an epoch and of its cut apart."""
@@ -88,15 +88,25 @@ def plan_views(
     start = np.floor(room * (view + 0.5) / num_views).astype(np.int64)
     frames = start[:, None] + np.arange(clip.num_frames) * clip.frame_stride
     frames = np.minimum(frames, facts.num_frames[clips][:, None].astype(np.int64) - 1)
-    n = len(clips)
+    return central_plan(clips, frames, sound_start=start / facts.fps)
+
+
+def central_plan(
+    clips: NDArray[np.int64],
+    frames: NDArray[np.int64],
+    *,
+    sound_start: NDArray[np.float64] | None = None,
+) -> ClipPlan:
+    """Plan given frames (N, F) of clips (N,): the largest central square, no flip, shuffled order in reverse."""
+    n, length = frames.shape
     return ClipPlan(
         clip=np.asarray(clips, np.int64),
         frames=frames,
         box=np.full((n, 4), np.nan, np.float32),
         flip=np.zeros(n, np.bool_),
-        sound_start=start / facts.fps,
+        sound_start=np.zeros(n) if sound_start is None else sound_start,
         shift=np.zeros(n),
-        order=np.tile(np.arange(clip.num_frames)[::-1], (n, 1)),
+        order=np.tile(np.arange(length)[::-1], (n, 1)),
     )
 
 

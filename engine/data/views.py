@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from engine.core.ranks import Ranks
+from engine.core.recipe import Audio, Clip
 from engine.data.audio import LogMel
 from engine.data.pipeline import ClipBatch
-from engine.distributed import Ranks
-from engine.recipe import Audio, Clip
 
 RGB_MEAN = (0.43216, 0.394666, 0.37645)
 RGB_STD = (0.22803, 0.22145, 0.216989)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.core.ranks import gathered
 from engine.data.views import Views
-from engine.distributed import gathered
 from engine.objective.task import Activations, Scalar, Task, TermValue, masked_mean
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from engine.core.recipe import Clip, Model, Objective
 from engine.data.views import Views, backward, shuffled
 from engine.model.audio_resnet import audio_network
 from engine.model.decoder import Decoder
@@ -19,7 +20,6 @@ from engine.objective.order import OrderTask
 from engine.objective.predict import DecodeTask
 from engine.objective.task import Activations, Pair, Task, TermValue
 from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, VISUAL
-from engine.recipe import Clip, Model, Objective
 
 CHANNELS = {"rgb": 3, "grey": 1, "flow": 2}
 LEAST_CHANCE = 1e-4

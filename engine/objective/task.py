@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from engine.core.ranks import gathered
 from engine.data.views import Views
-from engine.distributed import gathered
 
 
 @dataclass

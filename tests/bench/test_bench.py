@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from engine.bench import limits, timing
 from engine.bench.rows import Row, read_json
-from engine.cli import main
+from engine.cli.main import main
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 

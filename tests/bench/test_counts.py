@@ -18,8 +18,8 @@ from engine.bench.loss import activation_shapes
 from engine.bench.step import TrafficMode
 from engine.bench.timing import interleaved
 from engine.bench.views import floor_bytes
+from engine.core.recipe import Clip, Model
 from engine.model.resnet3d import ResNet3D
-from engine.recipe import Clip, Model
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from engine.bench.signal import UNTRAINED, Look, Plan, Score, Training, summary
-from engine.cli import main
-from engine.data.demo import make_demo
-from engine.readout import READOUTS
+from engine.cli.main import main
+from engine.data.demo.demo import make_demo
+from engine.features.readout import READOUTS
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
+from engine.core.recipe import load_recipe, override
 from engine.data.library import Library
-from engine.data.shards import ClipIndex
-from engine.recipe import load_recipe, override
+from engine.data.shards.index import ClipIndex
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.data.shards import ClipIndex
+from engine.data.shards.index import ClipIndex
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "input_memory.py"
 

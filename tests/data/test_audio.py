@@ -1,8 +1,8 @@
 import numpy as np
 import torch
 
+from engine.core.recipe import Audio
 from engine.data.audio import FLOOR, LOG_MEAN, LOG_SCALE, LogMel
-from engine.recipe import Audio
 
 
 def mel_by_hand(wave: np.ndarray, settings: Audio) -> np.ndarray:

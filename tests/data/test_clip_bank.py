@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from engine.cohort import MemberJob, evaluate_cohort
+from engine.core.presets import RecipeError
+from engine.core.recipe import Audio, Clip, load_recipe, override
+from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.clip_bank import ClipBank, bank_bytes
-from engine.data.ingest import ingest
+from engine.data.ingest.run import ingest
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_batch
-from engine.data.shards import ClipIndex
-from engine.features import LabelledClips
+from engine.data.shards.index import ClipIndex
+from engine.features.extract import LabelledClips
 from engine.objective.terms import check_weights
-from engine.presets import RecipeError
-from engine.recipe import Audio, Clip, load_recipe, override
-from engine.runtime import choose_runtime, make_deterministic
-from engine.train import Trainer
+from engine.search.cohort import evaluate_cohort
+from engine.search.samplers import Proposal
+from engine.train.memory import CohortMemory
+from engine.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 AUDIO = Audio()
@@ -208,8 +210,8 @@ def test_a_cohort_trains_on_the_bank(tiny_shards: Path, monkeypatch: pytest.Monk
     trainer = Trainer(recipe, ClipIndex([tiny_shards / "unlabelled"]), runtime)
     labelled = LabelledClips(ClipIndex([tiny_shards / "labelled"]), recipe, runtime=runtime)
     jobs = [
-        MemberJob(check_weights({"rgb/to_flow": 1.0, "rgb/align_audio": 0.3})),
-        MemberJob(check_weights({"rgb/reconstruct": 0.5})),
+        Proposal(0, check_weights({"rgb/to_flow": 1.0, "rgb/align_audio": 0.3})),
+        Proposal(0, check_weights({"rgb/reconstruct": 0.5})),
     ]
     seen: set[int] = set()
     original = Trainer.batches
@@ -220,11 +222,12 @@ def test_a_cohort_trains_on_the_bank(tiny_shards: Path, monkeypatch: pytest.Monk
             yield batch
 
     monkeypatch.setattr(Trainer, "batches", batches)
-    first = evaluate_cohort(trainer, labelled, jobs=jobs, seeds=[0])
-    made = trainer.bank
+    memory = CohortMemory()
+    first = evaluate_cohort(trainer, labelled, members=jobs, seeds=[0], memory=memory)
+    made = memory.bank
     assert made is not None and seen == set(made.clips.tolist()) and len(seen) == 5
-    again = evaluate_cohort(trainer, labelled, jobs=jobs[1:], seeds=[0])
-    assert trainer.bank is made
+    again = evaluate_cohort(trainer, labelled, members=jobs[1:], seeds=[0], memory=memory)
+    assert memory.bank is made
     assert again[0].fitness == first[1].fitness and again[0].terms == first[1].terms
-    evaluate_cohort(trainer, labelled, jobs=jobs[1:], seeds=[0], full=True)
-    assert len(seen) > 5 and trainer.bank is made
+    evaluate_cohort(trainer, labelled, members=jobs[1:], seeds=[0], memory=memory, full=True)
+    assert len(seen) > 5 and memory.bank is made

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from engine.core.recipe import Audio, Clip
 from engine.data.flow import dis_flow
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_batch, plan_views, square_boxes
-from engine.data.shards import ClipIndex
-from engine.recipe import Audio, Clip
+from engine.data.shards.index import ClipIndex
 
 CLIP, AUDIO = Clip(size=48), Audio()
 CPU = torch.device("cpu")

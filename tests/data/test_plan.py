@@ -4,8 +4,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from engine.core.recipe import Audio, Clip
 from engine.data.plan import plan_batch, plan_views, square_boxes
-from engine.recipe import Audio, Clip
 
 CLIP, AUDIO = Clip(), Audio()
 FACTS = SimpleNamespace(num_frames=np.array([250, 40, 23, 10, 100, 61, 75], np.int32), fps=25.0)

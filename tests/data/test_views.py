@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine.core.recipe import Audio, Clip
 from engine.data.audio import FLOOR, LOG_MEAN, LOG_SCALE, LogMel
 from engine.data.pipeline import ClipBatch
 from engine.data.views import FLOW_SCALE, RGB_MEAN, RGB_STD, ViewMaker, backward, shuffled
-from engine.recipe import Audio, Clip
 
 N, T, P, SIZE = 2, 4, 3, 20
 CLIP = Clip(num_frames=T, num_future_frames=P, size=SIZE)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import kernels
+from engine.core.recipe import Clip, Model, Objective
 from engine.data.views import Views
 from engine.model.decoder import Decoder
 from engine.objective.distill import DistillTask
@@ -23,7 +24,6 @@ from engine.objective.loss import (
 )
 from engine.objective.task import Scalar
 from engine.objective.terms import TERM_NAMES
-from engine.recipe import Clip, Model, Objective
 
 N, T, P, SIZE, HEARD, COMING, MELS, MARGIN = 4, 4, 3, 32, 20, 12, 16, 0.5
 CHANNELS = {"rgb": 3, "grey": 1, "flow": 2}

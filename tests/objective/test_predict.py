@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import kernels
+from engine.core.recipe import Clip, Model, Objective
 from engine.data.views import Views
 from engine.model.decoder import Decoder
 from engine.objective.loss import EvolvedLoss
 from engine.objective.predict import DecodeTask, shrunk
 from engine.objective.task import Activations
-from engine.recipe import Clip, Model, Objective
 
 N, T, P, SIZE, HEARD, COMING, MELS = 3, 4, 3, 32, 12, 8, 16
 HAS_AUDIO = torch.tensor([True, False, True])

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.core.recipe import Recipe, load_recipe, override
+from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.clip_bank import ClipBank
-from engine.data.shards import ClipIndex
+from engine.data.shards.index import ClipIndex
 from engine.data.views import Views
 from engine.objective.terms import BY_NAME, TERMS, check_weights
-from engine.recipe import Recipe, load_recipe, override
-from engine.runtime import choose_runtime, make_deterministic
-from engine.train import Trainer
-from engine.train_state import Member
+from engine.train.member import Member
+from engine.train.trainer import Trainer
 
 CHANGES = (
     "clip.size=24",

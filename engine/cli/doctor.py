@@ -1,0 +1,127 @@
+"""What a machine has, and which path each stage takes on it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+
+import torch
+
+from engine.core.runtime import check_kernels_package, cpu_has_bf16, num_cores
+from engine.train.precision_check import OLDEST_CUDNN
+
+Row = tuple[str, str, str]
+"""Part, what was found, the path taken or what to do."""
+
+
+def diagnose() -> Sequence[Row]:
+    """One row a part: device, networks, decoding, flow, k-means, kernels, step."""
+    gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {num_cores()} cores"
+    return [
+        (
+            "device",
+            name,
+            "bf16 autocast"
+            if gpu
+            else "float32, bf16 where asked for"
+            if cpu_has_bf16()
+            else "float32 (no AMX: no bf16)",
+        ),
+        ("torch", torch.__version__, _cudnn(gpu)),
+        ("DALI", _version("nvidia-dali-cuda130", "nvidia-dali-cuda120"), _decoding(gpu)),
+        (
+            "nvImageCodec",
+            _version("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"),
+            "JPEG decoding needs it",
+        ),
+        ("video decoder", _library("libnvcuvid.so.1"), "only for shards of video streams"),
+        ("flow", _library("libnvidia-opticalflow.so.1"), _flow(gpu)),
+        ("k-means", _version("cuml-cu13", "cuml-cu12"), _kmeans(gpu)),
+        (
+            "Triton",
+            _version("triton"),
+            "fused kernels" if gpu else "not used on a CPU: plain PyTorch",
+        ),
+        ("kernels", *_kernels()),
+        ("step", *_step(gpu)),
+    ]
+
+
+def _version(*packages: str) -> str:
+    for package in packages:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return "absent"
+
+
+def _library(name: str) -> str:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return "absent"
+    return "found"
+
+
+def _cudnn(gpu: bool) -> str:
+    if not gpu:
+        return "oneDNN"
+    version = torch.backends.cudnn.version() or 0
+    if version < OLDEST_CUDNN:
+        return f"cuDNN {version}: update to 9.15 or newer, bf16 conv3d is slow or wrong before"
+    return f"cuDNN {version}"
+
+
+def _decoding(gpu: bool) -> str:
+    if _version("nvidia-dali-cuda130", "nvidia-dali-cuda120") == "absent":
+        return "install the extra cpu, cuda12 or cuda13: nothing can be decoded without DALI"
+    return "JPEG engines" if gpu else "libjpeg-turbo on the CPU"
+
+
+def _flow(gpu: bool) -> str:
+    if not gpu:
+        return "OpenCV's DIS on the CPU"
+    if _library("libnvidia-opticalflow.so.1") == "absent":
+        asked = os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "unset")
+        return f"absent: start the container with NVIDIA_DRIVER_CAPABILITIES=compute,video,utility (now {asked})"
+    return "the GPU's flow engine"
+
+
+def _kmeans(gpu: bool) -> str:
+    if not gpu:
+        return "scikit-learn"
+    own = "the engine's own, all members in one batch"
+    if find_spec("cuml") is None:
+        return f"{own}; the extras cuda12 and cuda13 bring cuML (fitness.kmeans=cuml)"
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        return f"{own}; cuML can't: cupy does not load ({error}); it needs numpy<2.5, pandas<3.1, numba<0.65"
+    return f"{own}; cuML by fitness.kmeans=cuml"
+
+
+def _kernels() -> tuple[str, str]:
+    try:
+        check_kernels_package()
+    except RuntimeError as error:
+        return "hidden", str(error)
+    return "the engine's own", "ready"
+
+
+def _step(gpu: bool) -> tuple[str, str]:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        todo = (
+            "install gcc: torch.compile needs it" if gpu else "eager; torch.compile would need gcc"
+        )
+        return "no C compiler", todo
+    return (
+        compiler,
+        "torch.compile" if gpu else "eager, a member a core (optim.compile=default compiles)",
+    )

@@ -1,0 +1,149 @@
+"""``engine embed`` and ``engine export``: what a trained network is used for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engine.cli.common import PATH, errors_explained
+
+if TYPE_CHECKING:
+    from engine.core.display import Display
+    from engine.features.embed import EmbedReport
+
+CHECKPOINT = click.option(
+    "--checkpoint", type=PATH, help="The network: RUN, RUN/rgb.safetensors, or published weights."
+)
+SHOWN = 20
+"""Rejects that are shown; all are in the file."""
+
+
+@click.command()
+@click.argument("videos", nargs=-1, type=PATH)
+@CHECKPOINT
+@click.option("--out", type=PATH, help="The file of features, such as features.parquet.")
+@click.option("--per", type=click.Choice(["clip", "video"]), default="clip", show_default=True)
+@click.option(
+    "--views",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Views in time, spread over each clip, whose features are averaged.",
+)
+@click.option(
+    "--clip-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Length of a raw video's clips [default: what the network sees at once].",
+)
+@click.option(
+    "--every",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="From one clip's start to the next one's [default: --clip-seconds, end to end].",
+)
+@click.option("--fps", type=click.FloatRange(min=1), default=25.0, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes [default: one a core].")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--amp",
+    type=click.Choice(["auto", "off", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Number format of the network; auto: bf16 on a GPU, float32 on a CPU.",
+)
+@errors_explained
+def embed(
+    videos: tuple[Path, ...],
+    checkpoint: Path | None,
+    out: Path | None,
+    workers: int | None,
+    device: str,
+    amp: str,
+    **settings: Any,
+) -> None:
+    """Write the features of VIDEOS to a Parquet file, a row a clip or a video.
+
+    VIDEOS are files, folders, lists (as for `engine ingest`) and shards. A raw video is cut into clips from its
+    beginning to its end; a clip of shards is a row as it is. Columns: path, start and end in seconds, label where
+    it is known, vector. The file's metadata holds the network's card and the protocol.
+
+    After a kill the same command goes on, and the file is what an uninterrupted run gives. What gave no row is in
+    OUT.rejects.jsonl, with the reason.
+    """
+    from engine.core.display import Display
+    from engine.core.runtime import check_kernels_package, choose_runtime
+    from engine.features.embed import embed as run
+    from engine.features.segments import EmbedSettings
+    from engine.model.network_file import load_network
+
+    if not videos:
+        raise ValueError("no videos given: name files, folders, lists or shards")
+    checkpoint, out = _given(checkpoint, out, "the file of features, such as features.parquet")
+    check_kernels_package()
+    runtime = choose_runtime(device, amp=amp)
+    network, card = load_network(checkpoint, device=runtime.device)
+    with Display() as display:
+        try:
+            report = run(
+                network,
+                card,
+                videos=videos,
+                out=out,
+                settings=EmbedSettings(**settings),
+                runtime=runtime,
+                workers=workers,
+                report=display.prepare,
+                warn=display.say,
+            )
+        except KeyboardInterrupt:
+            raise RuntimeError("interrupted; the same command goes on from here") from None
+        _say(display, report, out)
+
+
+def _say(display: Display, report: EmbedReport, out: Path) -> None:
+    for reject in report.rejects[:SHOWN]:
+        where = f" ({reject['where']})" if "where" in reject else ""
+        display.say(f"rejected {reject['path']}{where}: {reject['reason']}")
+    if len(report.rejects) > SHOWN:
+        display.say(f"... and {len(report.rejects) - SHOWN} more, in {out}.rejects.jsonl")
+    display.say(report.protocol)
+    display.say(f"{report.rows} rows, {len(report.rejects)} rejected -> {out}")
+
+
+def _given(checkpoint: Path | None, out: Path | None, what: str) -> tuple[Path, Path]:
+    if checkpoint is None:
+        raise ValueError("--checkpoint is missing: a run's folder, or a network's file")
+    if out is None:
+        raise ValueError(f"--out is missing: {what}")
+    return checkpoint, out
+
+
+@click.command()
+@CHECKPOINT
+@click.option("--out", type=PATH, help="The file, such as network.onnx or network.pt2.")
+@click.option(
+    "--format", "format_", metavar="torch|onnx", help="[default: by --out: .pt2 or .onnx]"
+)
+@errors_explained
+def export(checkpoint: Path | None, out: Path | None, format_: str | None) -> None:
+    """Write the RGB network, with its preprocessing, as a torch.export program or an ONNX file.
+
+    It takes uint8 (N, T, H, W, 3) and gives features float32 (N, D), equal to the engine's within 1e-4. The card
+    is in the file and beside it (OUT.json).
+    """
+    from engine.features.export import export as run
+    from engine.features.export import format_of
+    from engine.model.network_file import load_network
+
+    checkpoint, out = _given(checkpoint, out, "the file, such as network.onnx or network.pt2")
+    format_of(out, format_)
+    network, card = load_network(checkpoint)
+    report = run(network, card, out=out, format=format_)
+    if report.difference is None:
+        checked = "not run here, where onnxruntime is not installed"
+    else:
+        checked = f"differs by at most {report.difference:.1g} from the engine's features"
+    click.echo(f"{report.format}, {report.bytes / 1e6:.1f} MB, {checked} -> {out}")

@@ -1,0 +1,382 @@
+"""Workers that are Ray actors: one process a GPU, or one a CPU, on this machine or on the nodes of a cluster.
+
+Each keeps what it needs warm from job to job. One that dies, hangs or fails is replaced, and its job is reported as
+lost. Knows nothing of losses or videos, and imports no torch: what a worker does is its evaluator's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import engine
+from engine.core.pool import (
+    POLL_SECONDS,
+    Done,
+    Evaluator,
+    Factory,
+    Job,
+    Lost,
+    die_with_parent,
+    lost_by_error,
+)
+
+OBJECT_STORE_BYTES = 100 * 2**20
+START_TRIES = 3
+"""Of Ray itself."""
+CONNECT_SECONDS = 10.0
+"""For a cluster's address to answer."""
+GROW_SECONDS = 30.0
+"""Between looks at whether a cluster has more CPUs than before."""
+START_SECONDS = 900.0
+"""How long a worker may take to get ready."""
+PLACE_SECONDS = 20.0
+"""How long the first workers wait for the others to find their places, before they divide each machine's cores."""
+MISSING_SECONDS = 600.0
+"""How long a run without any worker waits for one: a cluster may be getting a node back."""
+STARTS = 3
+"""Errors at its start, or losses while others get their work done, after which a worker is given up."""
+DEATHS = 10
+"""Deaths at its start after which it is: one may be an accident."""
+
+
+class _Actor:
+    """A worker's process: waits, answers how far it is, and evaluates in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._evaluator: Evaluator | None = None
+        self._news: Any = None
+        # Ray's daemon; else it would hold its GPU for a while after its driver was killed
+        die_with_parent()
+
+    def place(self) -> tuple[str, str, int]:
+        """Host, node and process."""
+        import ray
+
+        return socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def prepare(self, factory: Factory, workers_here: int) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers_here))
+        self._evaluator = factory(workers_here)
+
+    def news(self) -> Any:
+        return self._news
+
+    def evaluate(self, work: Any) -> Any:
+        assert self._evaluator is not None
+        self._news = None
+
+        def tell(news: Any) -> None:
+            self._news = news
+
+        return self._evaluator(work, tell)
+
+
+@dataclass
+class _Slot:
+    """A worker's place, which one process after another may take."""
+
+    name: str
+    actor: Any = None
+    stage: Literal["placing", "placed", "preparing", "idle", "busy", "given up"] = "placing"
+    reference: Any = None
+    """What the process was asked for and hasn't answered yet."""
+    asked: Any = None
+    """How far it is: asked for, not answered yet."""
+    since: float = 0.0
+    """When the stage began."""
+    looked: float = 0.0
+    job: Job | None = None
+    node: str = ""
+    host: str = ""
+    pid: int = 0
+    failures: int = 0
+    """Starts that failed, or jobs that were lost, since the last job that was done."""
+
+
+class RayPool:
+    """``size`` workers as Ray actors; behaves as ``engine.core.pool.Pool`` says.
+
+    Joins the cluster at ``address`` (``auto`` or ``HOST:PORT``), or starts Ray on this machine alone. Each worker
+    takes ``gpus`` GPUs and ``cpus`` of Ray's CPUs. Raises ValueError where Ray or the cluster is absent, or the
+    cluster has no room for one worker.
+    """
+
+    def __init__(
+        self,
+        factory: Factory,
+        *,
+        size: int | None,
+        address: str | None = None,
+        gpus: float = 0.0,
+        cpus: float = 1.0,
+        on_news: Callable[[Job, Any], None] = lambda job, news: None,
+    ) -> None:
+        """``size`` None: as many as the cluster has GPUs, or, for workers without, CPUs, also when it grows."""
+        self._ray = _import_ray()
+        self._own = not self._ray.is_initialized()
+        if self._own:
+            here = os.cpu_count() or 1 if size is None else size
+            start(self._ray, address, cpus=here * cpus, gpus=here * gpus)
+        try:
+            self.size = room(self._ray, size, cpus=cpus, gpus=gpus)
+        except ValueError:
+            self.close()
+            raise
+        self._factory, self._on_news = factory, on_news
+        self._cpus, self._grows = cpus, size is None and not gpus
+        options = {
+            "num_cpus": cpus,
+            "num_gpus": gpus,
+            "max_restarts": 0,  # we replace them, since a new one has to be prepared
+            "max_concurrency": 2,  # a job, and how far it is
+            "scheduling_strategy": "SPREAD",
+        }
+        self._actor = self._ray.remote(_Actor).options(**options)
+        self._slots = [_Slot(f"worker {i}") for i in range(self.size)]
+        self._began = self._seen = self._counted = time.monotonic()
+        self._together, self._reason = False, ""
+        for slot in self._slots:
+            self._place(slot)
+
+    def idle(self) -> list[str]:
+        return [slot.name for slot in self._slots if slot.stage == "idle"]
+
+    def ready(self) -> int:
+        return sum(slot.stage in ("idle", "busy") for slot in self._slots)
+
+    def submit(self, job: Job, worker: str) -> None:
+        (slot,) = (slot for slot in self._slots if slot.name == worker)
+        assert slot.stage == "idle"
+        slot.job, slot.looked = job, time.monotonic()
+        self._ask(slot, "busy", slot.actor.evaluate.remote(job.work))
+
+    def pids(self) -> dict[str, int]:
+        """Process by worker, as far as they are there."""
+        return {slot.name: slot.pid for slot in self._slots if slot.pid}
+
+    def wait(self) -> Sequence[Done | Lost]:
+        self._check_any_left()
+        waiting = {s.reference: s for s in self._slots if s.reference is not None}
+        done: list[Any] = []
+        if references := list(waiting):
+            done, _ = self._ray.wait(references, num_returns=1, timeout=POLL_SECONDS)
+        if done:  # those that are there as well
+            done, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
+        reports: list[Done | Lost] = []
+        for reference in done:
+            reports += self._answered(waiting[reference])
+        for slot in self._slots:
+            reports += self._look_at(slot)
+        self._grow()
+        self._divide_cores()
+        return reports
+
+    def close(self) -> None:
+        for slot in getattr(self, "_slots", ()):
+            self._kill(slot)
+        if self._own:
+            self._ray.shutdown()
+
+    def _ask(self, slot: _Slot, stage: Any, reference: Any) -> None:
+        slot.stage, slot.reference, slot.since = stage, reference, time.monotonic()
+
+    def _place(self, slot: _Slot) -> None:
+        slot.actor, slot.pid, slot.node = self._actor.remote(), 0, ""
+        self._ask(slot, "placing", slot.actor.place.remote())
+
+    def _answered(self, slot: _Slot) -> Iterator[Done | Lost]:
+        reference, slot.reference, job = slot.reference, None, slot.job
+        try:
+            answer = self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            yield from self._lost(slot, self._what(error, slot))
+            return
+        if slot.stage == "placing":
+            slot.host, slot.node, slot.pid = answer
+            slot.stage = "placed"
+        elif slot.stage == "preparing":
+            slot.stage = "idle"
+        else:
+            assert job is not None
+            slot.stage, slot.job, slot.asked, slot.failures = "idle", None, None, 0
+            self._seen = time.monotonic()
+            yield Done(job, answer, self._title(slot))
+
+    def _what(self, error: Any, slot: _Slot) -> Lost:
+        """What an error that Ray reports says of a worker and its job; raises one of the disk."""
+        known = self._ray.exceptions
+        if isinstance(error, known.RayTaskError):
+            return lost_by_error(slot.job, error.cause, self._title(slot))
+        kind, reason = self._death(error)
+        return Lost(slot.job, kind, reason, self._title(slot))
+
+    def _death(self, error: Any) -> tuple[str, str]:
+        known = self._ray.exceptions
+        text = " ".join(str(error).split())
+        if isinstance(error, known.OutOfMemoryError) or "OOM" in text.split("Some common")[0]:
+            return "out_of_memory", "its process was ended for want of memory"
+        if "node has died" in text or "node died" in text or "owner" in text:
+            return "node_lost", "its node was lost"
+        return "worker_died", "its process ended unexpectedly"
+
+    def _lost(self, slot: _Slot, lost: Lost) -> Iterator[Lost]:
+        """Report it and put a new process in the worker's place, or give the place up."""
+        self._kill(slot)
+        slot.failures += 1
+        others = any(s is not slot and s.failures == 0 and s.stage == "busy" for s in self._slots)
+        self._reason = lost.reason
+        failed_start = lost.job is None and lost.kind == "error"
+        most = DEATHS if lost.job is None and not failed_start else STARTS
+        if slot.failures >= most and (lost.job is None or others):
+            slot.stage = "given up"
+            given_up = f"; {slot.name} is given up after {slot.failures} losses in a row"
+            lost = replace(lost, reason=lost.reason + given_up)
+        else:
+            self._place(slot)
+        yield replace(lost, kind="start_failed") if failed_start else lost
+
+    def _kill(self, slot: _Slot) -> None:
+        if slot.actor is not None:
+            with suppress(Exception):
+                self._ray.kill(slot.actor)
+        if slot.pid and slot.host == socket.gethostname():  # one that is stopped hears nothing else
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(slot.pid, signal.SIGKILL)
+        slot.actor, slot.reference, slot.asked, slot.job, slot.pid = None, None, None, None, 0
+
+    def _title(self, slot: _Slot) -> str:
+        return f"{slot.name} (process {slot.pid} on {slot.host})" if slot.pid else slot.name
+
+    def _look_at(self, slot: _Slot) -> Iterator[Lost]:
+        """How far a job is, and whether a job's or a start's time is up."""
+        now = time.monotonic()
+        if slot.job is not None and slot.asked is not None:
+            done, _ = self._ray.wait([slot.asked], timeout=0)
+            if done:
+                with suppress(self._ray.exceptions.RayError):  # the job's own answer will tell
+                    self._on_news(slot.job, self._ray.get(slot.asked))
+                slot.asked = None
+        elif slot.stage == "busy" and now - slot.looked >= POLL_SECONDS:
+            slot.asked, slot.looked = slot.actor.news.remote(), now
+        limit = START_SECONDS if slot.stage == "preparing" else slot.job.seconds if slot.job else 0
+        if 0 < limit < now - slot.since:
+            reason = f"not done in its time limit of {limit:g} s"
+            yield from self._lost(slot, Lost(slot.job, "time_limit", reason, self._title(slot)))
+
+    def _grow(self) -> None:
+        """Take the CPUs that a cluster has got since, where as many workers as it has were asked for."""
+        now = time.monotonic()
+        if self._grows and now - self._counted >= GROW_SECONDS:
+            self._counted, size = now, self.size
+            with suppress(ValueError):  # it may also have lost its nodes for a while
+                size = room(self._ray, None, cpus=self._cpus, gpus=0.0)
+            for number in range(self.size, size):
+                self._slots.append(_Slot(f"worker {number}"))
+                self._place(self._slots[-1])
+            self.size = len(self._slots)
+
+    def _divide_cores(self) -> None:
+        """Prepare workers that have their places: those of one machine share its cores."""
+        now = time.monotonic()
+        placing = any(slot.stage == "placing" for slot in self._slots)
+        if not self._together and placing and now - self._began < PLACE_SECONDS:
+            return
+        here = Counter(slot.node for slot in self._slots if slot.pid)
+        for slot in self._slots:
+            if slot.stage == "placed":
+                self._together = True
+                count = here[slot.node]
+                self._ask(slot, "preparing", slot.actor.prepare.remote(self._factory, count))
+
+    def _check_any_left(self) -> None:
+        now = time.monotonic()
+        if any(slot.stage in ("idle", "busy", "preparing", "placed") for slot in self._slots):
+            self._seen = now
+        if all(slot.stage == "given up" for slot in self._slots):
+            raise RuntimeError(f"no worker is left, and none can be started: {self._reason}")
+        if now - self._seen > MISSING_SECONDS:
+            raise RuntimeError(
+                f"no worker for {MISSING_SECONDS:.0f} s: the cluster has no room for one; what was finished is kept"
+            )
+
+
+def _import_ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError:
+        raise ValueError("--gpus, --workers and --address need Ray: pip install ray") from None
+    return ray
+
+
+def start(ray: Any, address: str | None, *, cpus: float, gpus: float) -> None:
+    """Join a cluster, or start Ray on this machine: quiet, without a dashboard."""
+    root = str(Path(engine.__file__).resolve().parents[1])
+    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # We tell of each worker that dies, in a line; Ray would print a paragraph.
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda *data, **more: None
+    if address in (None, "local"):
+        os.environ["PYTHONPATH"] = path  # what Ray starts inherits it
+        own = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        wanted = {"num_cpus": max(1, -int(-cpus // 1)), "num_gpus": -int(-gpus // 1)}
+        _start_here(ray, **quiet, **own, **wanted)
+        return
+    if ":" in address:
+        _check_reachable(address)
+    try:
+        nodes = {"env_vars": {"PYTHONPATH": path}}  # they run this very code
+        ray.init(address=address, runtime_env=nodes, **quiet)
+    except (ConnectionError, ValueError) as error:
+        raise ValueError(f"there is no Ray cluster at {address}: {error}") from error
+
+
+def _start_here(ray: Any, **options: Any) -> None:
+    """Start Ray; it gives up after 30 s, which a machine that is busy may need twice. Raises RuntimeError."""
+    for attempt in range(START_TRIES):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray's own, without a class
+            ray.shutdown()
+            if attempt == START_TRIES - 1:
+                raise RuntimeError(
+                    f"Ray can't be started on this machine: {error}; is it short of memory or very busy?"
+                ) from error
+
+
+def room(ray: Any, size: int | None, *, cpus: float, gpus: float) -> int:
+    """How many workers there are to be; raises ValueError where the cluster never has room for one."""
+    total = ray.cluster_resources()
+    if size is None and gpus:
+        size = int(total.get("GPU", 0) / gpus)
+        if size == 0:
+            raise ValueError("the cluster has no GPUs: say how many workers with --workers N")
+    size = size or max(1, int(total.get("CPU", 0.0) / cpus))
+    fits = min(total.get(kind, 0.0) / n for kind, n in (("CPU", cpus), ("GPU", gpus)) if n)
+    if fits < 1:
+        wanted = f"{gpus:g} GPU and {cpus:g} CPU" if gpus else f"{cpus:g} CPU"
+        raise ValueError(f"the cluster has no room for a worker ({wanted})")
+    return size
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ValueError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"there is no Ray cluster at {address}: {error}") from None

@@ -1,0 +1,350 @@
+"""Labelled data sets with the parts that their protocols train and test on: UCF101, HMDB51, Kinetics, class folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.data.ingest.run import ingest
+from engine.data.ingest.sources import Found, Reject, find_sources
+from engine.data.ingest.splits import MISSING, NUM_SPLITS, hmdb51, kinetics, ucf101
+from engine.data.library import reported
+from engine.data.shards.index import ClipIndex, is_shards
+
+Report = Callable[[str, int, int], None]
+"""Called while something is prepared: what, done, total."""
+Ints = NDArray[np.int64]
+
+NAMES = ("ucf101", "hmdb51", "kinetics", "folders")
+GROUP_PATTERNS = {
+    "ucf101": r"_g(\d+)_c\d+",
+    # the film that a clip is from: what comes before its class and the five marks
+    "hmdb51": r"^(.+)_[fhlu]_(?:cm|nm)_np\d+_(?:ba|fr|le|ri)_(?:bad|goo|med)_\d+",
+}
+LISTS = {
+    "ucf101": ("classInd.txt", "ucfTrainTestlist", "classInd.txt and trainlist01.txt ..."),
+    "hmdb51": (
+        "*_test_split1.txt",
+        "testTrainMulti_7030_splits",
+        "the files CLASS_test_split1.txt ...",
+    ),
+    "kinetics": ("*.csv", "annotations", "train.csv and validate.csv"),
+}
+"""A data set's lists: a file that is among them, the folder that they unpack as, and what to call them."""
+CLIP_SECONDS = 60.0
+"""Longest clip that is kept whole, so that test views are spread over all of a video."""
+
+
+class IncompleteDataset(ValueError):
+    """Videos that a data set lists are not there: the message counts them and names the first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What one training and its test use: indices of clips, rising."""
+
+    name: str
+    train: Ints
+    test: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled clips of one data set, opened; a video, a group and a fold's part are made of whole clips."""
+
+    name: str
+    index: ClipIndex
+    classes: tuple[str, ...]
+    label: Ints
+    """(clips,) place in ``classes``, -1 for none."""
+    group: Ints
+    """(clips,) number of the clip's group: alike clips, which never straddle train and held-out parts."""
+    groups: tuple[str, ...]
+    video: Ints
+    """(clips,) number of the source video: a long one is stored as several clips."""
+    videos: tuple[str, ...]
+    folds: tuple[Fold, ...]
+    folds_by: str
+    """In words, for the protocol's string."""
+    rejects: tuple[Reject, ...]
+    listed: int
+    """Videos that there should be."""
+    warnings: tuple[str, ...] = ()
+    decoded: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """Decoded views, kept between networks (``engine.features.extract``)."""
+
+    @property
+    def incomplete(self) -> str | None:
+        """What is missing, for the protocol's string; None for a whole data set."""
+        present = len(self.videos)
+        if present >= self.listed:
+            return None
+        return f"incomplete: {present} of {self.listed} videos"
+
+
+def open_dataset(
+    root: Path | Sequence[Path],
+    *,
+    name: str,
+    splits: Path | None = None,
+    folds: str | None = None,
+    group_pattern: str | None = None,
+    cache: Path,
+    report: Report,
+    allow_missing: bool = False,
+    short_side: int = 128,
+    workers: int | None = None,
+) -> Dataset:
+    """Open a labelled data set: raw videos by way of shards that ``cache`` keeps, or shards as they are.
+
+    ``name`` is one of NAMES. ``root`` is the folder of a download as it unpacks, class folders, or shards that
+    ``engine ingest`` made with the data set's lists. ``splits`` holds the lists, which are otherwise looked for in
+    and beside ``root``. ``folds``: "official" (the lists'; the default but for folders) or "group": each group is
+    held out once. A clip's group is the first match of ``group_pattern`` in its file's name, or the match's first
+    bracket. Raises IncompleteDataset where listed videos are missing, unless ``allow_missing``, and ValueError for
+    what can't be used.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown data set {name!r}: {', '.join(NAMES)}")
+    roots = _existing([root] if isinstance(root, str | Path) else root)
+    folds = folds or ("group" if name == "folders" else "official")
+    if folds not in ("official", "group"):
+        raise ValueError(f"--folds {folds}: write official or group")
+    pattern = _pattern(group_pattern, name, folds)
+    warnings: list[str] = []
+    if all(map(is_shards, roots)):
+        index = ClipIndex(roots, warn=warnings.append)
+        rejects = [reject for path in roots for reject in _rejects_of(path)]
+        listed = None
+    else:
+        found = find(roots, name=name, splits=splits)
+        if not allow_missing:
+            _check_whole(found, name, roots)
+        out = _shard_folder(cache, name, roots, splits, short_side)
+        rejects = _ingested(found, out, short_side, workers, report)
+        index, listed = ClipIndex([out], warn=warnings.append), len(found.sources)
+    missing = [r for r in rejects if r.reason.startswith(MISSING)]
+    if listed is None and missing and not allow_missing:
+        _check_whole(Found(rejects=rejects), name, roots)
+    return _described(
+        index, name, folds, pattern, rejects, tuple(warnings), listed and listed + len(missing)
+    )
+
+
+def _existing(paths: Sequence[Path]) -> list[Path]:
+    roots = [Path(path).expanduser().resolve() for path in paths]
+    for path in roots:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+    return roots
+
+
+def find(roots: Sequence[Path], *, name: str, splits: Path | None = None) -> Found:
+    """The videos of a data set below ``roots``, by its lists; what is missing is among the rejects.
+
+    Raises ValueError where the lists are not found.
+    """
+    if name == "folders":
+        return find_sources(roots)
+    parts = []
+    for root in roots:
+        lists = splits or _find_lists(root, name)
+        if name == "kinetics":
+            files = sorted(lists.glob("*.csv")) if lists.is_dir() else [lists]
+            parts.append(kinetics(root, files))
+        else:
+            parts.append({"ucf101": ucf101, "hmdb51": hmdb51}[name](root, lists))
+    return parts[0] if len(parts) == 1 else Found.of(parts)
+
+
+def _find_lists(root: Path, name: str) -> Path:
+    """The folder of a data set's lists: in the videos' folder, or beside it."""
+    sign, usual, what = LISTS[name]
+    near = [root, root / usual, root.parent / usual, root / "lists", root / "splits"]
+    within = [
+        folder for each in (usual, "lists", "splits") for folder in sorted(root.glob(f"*/{each}"))
+    ]
+    beside = [*sorted(root.iterdir()), *within, root.parent, *sorted(root.parent.iterdir())]
+    for folder in [*near, *(p for p in beside if p.is_dir())]:
+        try:
+            if next(folder.glob(sign), None) is not None:
+                return folder
+        except OSError:  # a folder beside it that this user may not read
+            continue
+    raise ValueError(
+        f"{name}: its lists ({what}) are neither in {root} nor beside it: unpack {usual} there, or name their folder"
+        " with --splits"
+    )
+
+
+def _check_whole(found: Found, name: str, roots: Sequence[Path]) -> None:
+    missing = sorted(r.path for r in found.rejects if r.reason.startswith(MISSING))
+    if not missing:
+        return
+    where = ", ".join(map(str, roots))
+    total = len(found.sources) + len(found.rejects)
+    packed = [p for root in roots for kind in ("*.rar", "*.zip") for p in root.glob(kind)]
+    unpack = f"{packed[0].name} is packed still: unpack it" if packed else "unpack all of it there"
+    few = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+    of = f" of {total}" if found.sources else ""
+    raise IncompleteDataset(
+        f"{name}: {len(missing)}{of} listed videos are missing below {where}: {few}; {unpack}, or go on with what is"
+        " there by --allow-missing"
+    )
+
+
+def _shard_folder(
+    cache: Path, name: str, roots: Sequence[Path], splits: Path | None, short_side: int
+) -> Path:
+    told = json.dumps([name, [str(r) for r in roots], str(splits or ""), short_side])
+    return cache / f"{name}-{roots[0].name}-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
+
+
+def _ingested(
+    found: Found, out: Path, short_side: int, workers: int | None, report: Report
+) -> list[Reject]:
+    result = ingest(
+        found,
+        out,
+        short_side=short_side,
+        clip_seconds=CLIP_SECONDS,
+        min_seconds=0.0,  # the shortest labelled videos are half a second long
+        workers=workers,
+        progress=reported("the labelled videos", report),
+    )
+    return result.rejects
+
+
+def _rejects_of(shards: Path) -> Iterator[Reject]:
+    """What ``engine ingest`` could not use when it made the shards."""
+    path = shards / "rejects.jsonl"
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield Reject(**json.loads(line))
+
+
+def _pattern(given: str | None, name: str, folds: str) -> re.Pattern[str] | None:
+    text = given or GROUP_PATTERNS.get(name)
+    if text is None:
+        if folds == "group" and name == "folders":
+            raise ValueError(
+                "--folds group needs --group-pattern, a regular expression that finds the group in a file's name,"
+                " such as '^[^_]+' in actor_action.avi"
+            )
+        return None
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(
+            f"--group-pattern {text!r} is no regular expression ({error}): write one that finds the group in a file's"
+            " name, such as '^[^_]+'"
+        ) from None
+
+
+def _described(
+    index: ClipIndex,
+    name: str,
+    folds: str,
+    pattern: re.Pattern[str] | None,
+    rejects: Sequence[Reject],
+    warnings: tuple[str, ...],
+    listed: int | None,
+) -> Dataset:
+    """Videos, groups and folds of opened shards."""
+    sources = [index.facts(i)["source"] for i in range(len(index))]
+    classes = index.classes
+    label = index.label.astype(np.int64)
+    if not (label >= 0).any():
+        raise ValueError("no labelled clips: put each class's videos into a folder of its own")
+    # one film may be listed with several stretches of other classes
+    video, videos = _numbered([f"{s}\0{c}" for s, c in zip(sources, label.tolist(), strict=True)])
+    groups = [
+        _group_of(s, pattern, None if c < 0 else classes[c])
+        for s, c in zip(sources, label, strict=True)
+    ]
+    strict = folds == "group" and pattern is not None
+    unmatched = [s for s, g in zip(sources, groups, strict=True) if g is None]
+    if strict and unmatched:
+        assert pattern is not None
+        raise ValueError(
+            f"the group pattern {pattern.pattern!r} matches {len(unmatched)} of {len(sources)} names nowhere, such as"
+            f" {unmatched[0]}: give another with --group-pattern"
+        )
+    group, names = _numbered([s if g is None else g for s, g in zip(sources, groups, strict=True)])
+    by_group = folds == "group"
+    parts = _group_folds(group, names, label) if by_group else _official(index, name, label)
+    lost = Counter(r.path for r in rejects if not r.partial)
+    return Dataset(
+        name=name,
+        index=index,
+        classes=classes,
+        label=label,
+        group=group,
+        groups=names,
+        video=video,
+        videos=tuple(v.partition("\0")[0] for v in videos),
+        folds=parts,
+        folds_by=f"leave one group out, {len(parts)} folds"
+        if by_group
+        else f"{len(parts)} official split{'s'[: len(parts) > 1]}",
+        rejects=tuple(rejects),
+        listed=max(listed or 0, len(videos) + len(lost)),
+        warnings=warnings,
+    )
+
+
+def _group_of(source: str, pattern: re.Pattern[str] | None, label: str | None) -> str | None:
+    if pattern is None:
+        return None
+    found = pattern.search(source.rsplit("/", 1)[-1])
+    if found is None:
+        return None
+    name = found[1] if pattern.groups else found[0]
+    return (name or "").removesuffix(f"_{label}")
+
+
+def _numbered(names: Sequence[str]) -> tuple[Ints, tuple[str, ...]]:
+    unique, number = np.unique(np.array(names), return_inverse=True)
+    return number.astype(np.int64), tuple(map(str, unique))
+
+
+def _official(index: ClipIndex, name: str, label: Ints) -> tuple[Fold, ...]:
+    known = label >= 0
+    folds = []
+    for number in range(1, 2 if name == "kinetics" else NUM_SPLITS + 1):
+        train = np.flatnonzero(known & index.in_split(number, "train"))
+        test = np.flatnonzero(known & index.in_split(number, "test"))
+        if not len(test):
+            test = np.flatnonzero(known & index.in_split(number, "validation"))
+        if len(train) and len(test):
+            folds.append(Fold(f"split{number}", train, test))
+    if not folds:
+        raise ValueError(
+            f"{name}: no official split has clips to train and to test on: videos or shards lack what lists say;"
+            " class folders go by --dataset folders --folds group"
+        )
+    return tuple(folds)
+
+
+def _group_folds(group: Ints, names: Sequence[str], label: Ints) -> tuple[Fold, ...]:
+    known = label >= 0
+    held = [np.flatnonzero(known & (group == number)) for number in range(len(names))]
+    if sum(map(bool, map(len, held))) < 2:
+        raise ValueError(
+            f"all labelled clips are of one group, {names[0]!r}: without it nothing is left to train on; give"
+            " another --group-pattern"
+        )
+    return tuple(
+        Fold(name, np.flatnonzero(known & (group != number)), test)
+        for number, (name, test) in enumerate(zip(names, held, strict=True))
+        if len(test)
+    )

@@ -1,0 +1,353 @@
+"""Fine-tuning: the whole network with a new layer on top, trained with labels, fold by fold, and tested.
+
+Batches, augmentation and dropout are functions of (seed, step), so a run that is continued equals one that was never
+interrupted, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from engine.core.files import write_text_atomic
+from engine.core.presets import RecipeError
+from engine.core.provenance import provenance
+from engine.core.recipe import Recipe, recipe_hash
+from engine.core.runtime import Runtime, set_seed
+from engine.data.pipeline import InputPipeline
+from engine.data.plan import plan_batch
+from engine.evaluate import scores
+from engine.evaluate.datasets import Dataset, Fold
+from engine.evaluate.linear import deal_groups
+from engine.evaluate.protocols import Evaluated, words
+from engine.features.extract import Cuts, Extractor, check_undamaged, normalised, without_future
+from engine.model.network_file import Card, ClipInput, card_of
+from engine.model.resnet3d import ResNet3D, video_network
+from engine.train.checkpoint import load_state, save_state
+from engine.train.compiled import compile_mode
+from engine.train.optim import descend, learning_rate, make_optimizer
+from engine.train.trainer import NonFiniteLoss
+
+Ints = NDArray[np.int64]
+Report = Callable[[str, int, int], None]
+
+LOG_EVERY = 10
+"""Steps between points in TensorBoard, and between looks at whether the loss is finite."""
+HEAD_SD = 0.01
+"""Standard deviation of the new layer's first weights."""
+
+
+class Classifier(nn.Module):
+    """A network, dropout and a new fully connected layer: clips (N, 3, T, H, W) to logits (N, K)."""
+
+    def __init__(self, network: ResNet3D, num_classes: int, *, dropout: float) -> None:
+        super().__init__()
+        self.network = network
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(network.feature_dim, num_classes)
+        nn.init.normal_(self.fc.weight, std=HEAD_SD)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Logits."""
+        return cast(Tensor, self.fc(self.dropout(self.network(clips))))
+
+
+@dataclass
+class _TrainingClips:
+    """The clips that are trained on, as planning asks for them."""
+
+    num_frames: NDArray[np.int32]
+    fps: float
+    shard: NDArray[np.int32]
+
+
+@dataclass
+class Finetuning:
+    """What the folds of one fine-tuning share."""
+
+    network: ResNet3D
+    card: Card
+    dataset: Dataset
+    recipe: Recipe
+    runtime: Runtime
+    folder: Path | None = None
+    """The run's, for checkpoints, TensorBoard and finished folds; None keeps nothing."""
+    checkpoint_every: int = 200
+    on_progress: Report | None = None
+    say: Callable[[str], object] = lambda text: None
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for a recipe that is for another data set or number of classes."""
+        check_recipe(self.recipe, self.dataset)
+        clip = self.recipe.clip
+        shape = ClipInput(clip.num_frames, clip.frame_stride, clip.size)
+        f = self.recipe.finetune
+        self.card = msgspec.structs.replace(self.card, input=shape)
+        self.cuts = Cuts(shape, f.views, f.crops, self.recipe.evaluation.batch_size)
+
+    def run(self, seeds: Sequence[int]) -> Evaluated:
+        """Train and test every fold with every seed; folds that the folder has results of are not done again."""
+        count = len(self.dataset.classes)
+        total = np.zeros((count, count), np.int64)
+        rows = []
+        for seed in seeds:
+            for fold in self.dataset.folds:
+                row, predicted, labels = self._fold(fold, seed)
+                rows.append({"fold": fold.name, "seed": seed, **row})
+                total += scores.confusion(predicted, labels, count)
+        shares = [{k: v for k, v in row.items() if "_top" in k} for row in rows]
+        scratch = self.recipe.finetune.init == "scratch"
+        facts = {
+            "checkpoint": "" if scratch else self.card.source,
+            "recipe_hash": recipe_hash(self.recipe),
+        }
+        return Evaluated(
+            protocol="finetune",
+            protocol_string=self._words(seeds),
+            labels_used=self.card.labels_used and not scratch,
+            metrics=scores.spreads(shares),
+            headline="video_top1",
+            folds=rows,
+            classes=self.dataset.classes,
+            confusion=total.tolist(),
+            provenance={**provenance(self.runtime), **facts},
+        )
+
+    def _fold(self, fold: Fold, seed: int) -> tuple[dict[str, Any], Ints, Ints]:
+        """A fold's row, and the classes that its test videos were taken for and are of."""
+        name = f"{fold.name}-seed{seed}"
+        done = None if self.folder is None else self.folder / "folds" / f"{name}.json"
+        if done is not None and done.exists():
+            kept = json.loads(done.read_text(encoding="utf-8"))
+            return kept["row"], np.array(kept["predicted"]), np.array(kept["labels"])
+        train, held = self._held_out(fold, seed)
+        model = self._model(seed)
+        loss = self._train(model, train, name, seed)
+        accuracies, predicted, labels = self._test(model, fold.test)
+        row: dict[str, Any] = {
+            "train": len(np.unique(self.dataset.video[train])),
+            "test": len(labels),
+        }
+        row |= {**accuracies, "train_loss": loss}
+        if len(held):
+            validation, _, _ = self._test(model, held)
+            row |= {f"validation_{key}": value for key, value in validation.items()}
+        if done is not None:
+            done.parent.mkdir(exist_ok=True)
+            kept = {"row": row, "predicted": predicted.tolist(), "labels": labels.tolist()}
+            write_text_atomic(done, json.dumps(kept) + "\n")
+        self.say(f"{name}: {100 * accuracies['video_top1']:.1f} % of {len(labels)} videos")
+        return row, predicted, labels
+
+    def _held_out(self, fold: Fold, seed: int) -> tuple[Ints, Ints]:
+        """Clips to train on and to validate on: whole groups, so that no video is in both."""
+        share = self.recipe.finetune.validation
+        if not share:
+            return fold.train, fold.train[:0]
+        label, group = self.dataset.label[fold.train], self.dataset.group[fold.train]
+        part = deal_groups(group, label, parts=max(2, round(1 / share)), seed=seed)
+        return fold.train[part != 0], fold.train[part == 0]
+
+    def _model(self, seed: int) -> Classifier:
+        f, n = self.recipe.finetune, self.network
+        set_seed(seed)
+        network = copy.deepcopy(n)
+        if f.init == "scratch":
+            network = video_network(self.card, n.in_channels)
+        model = Classifier(network, len(self.dataset.classes), dropout=f.dropout)
+        model.to(device=self.runtime.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return model
+
+    def _train(self, model: Classifier, clips: Ints, name: str, seed: int) -> float:
+        """Train to the last step, from the last checkpoint if there is one; gives the last steps' mean loss."""
+        optim = self.recipe.optim
+        parts = [(model.network, 1.0), (model.fc, self.recipe.finetune.head_lr)]
+        optimizer = make_optimizer(parts, optim, fused=False)
+        facts = {"recipe_hash": recipe_hash(self.recipe), "fold": name, "source": self.card.source}
+        last = None if self.folder is None else self.folder / "checkpoints" / f"{name}.safetensors"
+        first, mean = 0, math.nan
+        if last is not None and last.exists():
+            saved = load_state(last, model, optimizer, expected=facts)
+            first, mean = saved["step"], saved["loss"]
+            self.say(f"{name}: going on from step {first}")
+        board = self._board(name, first)
+        step_of = self._compiled(model)
+        model.train()
+        with closing(self._batches(clips, seed, first)) as batches:
+            for step, (frames, labels) in enumerate(batches, start=first):
+                value = self._step(step_of, model, optimizer, frames, labels, seed=seed, step=step)
+                final = step + 1 == optim.steps
+                if step % LOG_EVERY == 0 or final:
+                    mean = _checked(value, mean, name, step)
+                    if board is not None:
+                        board.add_scalar("train/loss", mean, step)
+                        board.add_scalar("train/lr", learning_rate(optim, step), step)
+                if last is not None and ((step + 1) % self.checkpoint_every == 0 or final):
+                    now = {**facts, "step": step + 1, "loss": mean}
+                    save_state(last, model, optimizer, facts=now)
+                if self.on_progress is not None:
+                    self.on_progress(f"fine-tuning {name}", step + 1, optim.steps)
+        check_undamaged(self.dataset.index)
+        if board is not None:
+            board.close()
+        return mean
+
+    def _board(self, name: str, first: int) -> SummaryWriter | None:
+        if self.folder is None:
+            return None
+        return SummaryWriter(str(self.folder / "tensorboard" / name), purge_step=first)
+
+    def _compiled(self, model: Classifier) -> Callable[[Tensor], Tensor]:
+        mode = compile_mode(self.recipe.optim, self.runtime.device)
+        return model if mode == "off" else torch.compile(model, mode=mode)
+
+    def _step(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        model: Classifier,
+        optimizer: torch.optim.Optimizer,
+        frames: Tensor,
+        labels: Tensor,
+        *,
+        seed: int,
+        step: int,
+    ) -> Tensor:
+        """One step: cross-entropy, backward, clipped gradient, optimizer; gives the loss, still on the device."""
+        torch.manual_seed(seed * 1_000_003 + step)  # dropout's
+
+        def backward() -> Tensor:
+            clips = normalised(frames, self.card, self.runtime.device)
+            with torch.autocast(self.runtime.device.type, torch.bfloat16, self.runtime.amp):
+                logits = forward(clips)
+            smoothing = self.recipe.finetune.label_smoothing
+            loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            loss.backward()
+            return loss.detach()
+
+        return descend(model, optimizer, self.recipe.optim, step=step, backward=backward)
+
+    def _batches(
+        self, clips: Ints, seed: int, first: int
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Frames and labels of the steps from ``first`` on, decoded in advance."""
+        index, r = self.dataset.index, self.recipe
+        clip = without_future(r.clip)
+        chosen = _TrainingClips(index.num_frames[clips], index.fps, index.shard[clips])
+        pipeline = InputPipeline(
+            index,
+            clip,
+            audio=r.audio,
+            device=self.runtime.device,
+            batch_size=r.optim.batch_size,
+            num_frames=clip.num_frames,
+            threads=self.runtime.threads,
+            flow=False,
+            sound=False,
+        )
+        plans = (
+            plan_batch(chosen, clip, r.audio, seed=seed, step=step, batch_size=r.optim.batch_size)
+            for step in range(first, r.optim.steps)
+        )
+        for batch in pipeline.batches(replace(plan, clip=clips[plan.clip]) for plan in plans):
+            labels = torch.from_numpy(self.dataset.label[batch.clip]).to(self.runtime.device)
+            yield batch.rgb, labels
+
+    def _test(self, model: Classifier, clips: Ints) -> tuple[dict[str, float], Ints, Ints]:
+        """Accuracies, and the classes that videos were taken for and are of; softmax is averaged over a video."""
+        bank = self.dataset.decoded
+        extractor = Extractor(
+            self.dataset.index, clips, cuts=self.cuts, runtime=self.runtime, bank=bank
+        )
+        (logits,) = extractor.outputs([model], [self.card], on_progress=self.on_progress)
+        shares = logits.double().softmax(-1)
+        of_video, first = scores.video_means(shares, self.dataset.video[clips])
+        labels, each = (
+            self.dataset.label[clips][first],
+            np.repeat(self.dataset.label[clips], shares.shape[1]),
+        )
+        accuracies = scores.accuracies(shares.flatten(0, 1), of_video, each, labels)
+        return accuracies, of_video.argmax(1).numpy(), labels
+
+    def _words(self, seeds: Sequence[int]) -> str:
+        f, o = self.recipe.finetune, self.recipe.optim
+        how = [
+            "whole network and a new layer" + (" from scratch" if f.init == "scratch" else ""),
+            f"{o.name} lr {o.lr:g} (layer x {f.head_lr:g}), {o.steps} steps of {o.batch_size} clips",
+            f"dropout {f.dropout:g}",
+            "softmax mean a video",
+        ]
+        if f.validation:
+            how.insert(2, f"{f.validation:g} of train held out by group")
+        return words(
+            "finetune",
+            ", ".join(how),
+            dataset=self.dataset,
+            cuts=self.cuts,
+            batch_norm="running",
+            seeds=seeds,
+        )
+
+
+def finetune(
+    network: ResNet3D,
+    card: Card,
+    dataset: Dataset,
+    *,
+    recipe: Recipe,
+    runtime: Runtime,
+    seeds: Sequence[int] = (0,),
+    **more: Any,
+) -> Evaluated:
+    """Fine-tune a network on a data set's folds and test it; ``more`` are the other fields of ``Finetuning``.
+
+    Raises RecipeError for a recipe of another data set, CheckpointError for a checkpoint of another run, and
+    NonFiniteLoss where training diverges.
+    """
+    return Finetuning(network, card, dataset, recipe, runtime, **more).run(seeds)
+
+
+def from_scratch(recipe: Recipe, runtime: Runtime) -> tuple[ResNet3D, Card]:
+    """A network with initial weights, by the recipe's model, and its card."""
+    set_seed(recipe.seed)
+    network = video_network(recipe.model)
+    return network.to(runtime.device), card_of(recipe)
+
+
+def check_recipe(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise RecipeError where a recipe is for another data set, or for another number of classes."""
+    f = recipe.finetune
+    if f.dataset and f.dataset != dataset.name:
+        raise RecipeError(
+            f"recipe {recipe.name!r} is for {f.dataset}, not for {dataset.name}: give another recipe, or"
+            f" --set finetune.dataset={dataset.name}"
+        )
+    count = len(dataset.classes)
+    if f.num_classes and f.num_classes != count and not dataset.incomplete:
+        raise RecipeError(
+            f"recipe {recipe.name!r} is for {f.num_classes} classes, and {dataset.name} has {count}: give another"
+            f" recipe, or --set finetune.num_classes={count}"
+        )
+
+
+def _checked(value: Tensor, mean: float, name: str, step: int) -> float:
+    """The running mean of the loss; raises NonFiniteLoss."""
+    loss = float(value)
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(
+            f"fine-tuning {name}: the loss is {loss} at step {step}; lower the rate with --set optim.lr=..."
+        )
+    return loss if math.isnan(mean) else 0.8 * mean + 0.2 * loss

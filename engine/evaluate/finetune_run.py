@@ -1,0 +1,101 @@
+"""A fine-tuning in a run's folder: its inputs, which a continued run keeps, and its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.core.provenance import provenance, write_provenance
+from engine.core.recipe import Recipe
+from engine.core.runfolder import RunError, RunFolder
+from engine.core.runtime import Runtime, make_deterministic
+from engine.data.shards.index import data_digest
+from engine.evaluate.datasets import Dataset
+from engine.evaluate.evaluate import evaluate_many
+from engine.evaluate.finetune import check_recipe, finetune, from_scratch
+from engine.evaluate.protocols import Evaluated, write_confusion
+from engine.model.network_file import load_network
+
+INPUTS = "finetune.json"
+
+
+def inputs_of(
+    run: RunFolder,
+    recipe: Recipe,
+    *,
+    checkpoint: Path | None,
+    name: str | None,
+    seeds: int,
+    data: dict[str, Any],
+) -> dict[str, Any]:
+    """A run's network, data set and seeds: as asked for now, or as a continued run began with them.
+
+    Raises ValueError for what is missing, RunError where a continued run is asked for with another network.
+    """
+    before = run.read_json(INPUTS)
+    if before is not None:
+        if checkpoint is not None and str(checkpoint.resolve()) != before["checkpoint"]:
+            raise RunError(
+                f"{run.path}: began with {before['checkpoint'] or 'no checkpoint'}, not {checkpoint}; resume without"
+                " --checkpoint, or start a new run"
+            )
+        moved = {"root": [str(Path(p).resolve()) for p in data["root"]]} if data["root"] else {}
+        return {**before, "data": {**before["data"], **moved}}
+    name = name or recipe.finetune.dataset
+    if not name:
+        raise ValueError(f"recipe {recipe.name!r} names no data set: give --dataset")
+    if checkpoint is None and recipe.finetune.init == "checkpoint":
+        raise ValueError(
+            "--checkpoint is missing: a network's file or a run's folder, or --set finetune.init=scratch for none"
+        )
+    plain = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in data.items()}
+    plain["root"] = [str(Path(p).resolve()) for p in data["root"]]
+    source = "" if checkpoint is None else str(checkpoint.resolve())
+    return {"checkpoint": source, "name": name, "seeds": seeds, "data": plain}
+
+
+def run_finetuning(
+    run: RunFolder,
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    inputs: dict[str, Any],
+    runtime: Runtime,
+    checkpoint_every: int,
+    on_progress: Callable[[str, int, int], None],
+    say: Callable[[str], object],
+) -> Evaluated:
+    """Do what is left of the recipe's protocol, and write results.json and confusion.csv.
+
+    Raises RunError where the videos are not those that the run began with, and what ``finetune`` raises.
+    """
+    make_deterministic(runtime)
+    check_recipe(recipe, dataset)
+    if inputs["checkpoint"]:
+        network, card = load_network(Path(inputs["checkpoint"]), device=runtime.device)
+    else:
+        network, card = from_scratch(recipe, runtime)
+    run.begin(lambda: _note(run, inputs, dataset, runtime))
+    seeds = range(recipe.seed, recipe.seed + inputs["seeds"])
+    shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
+    if recipe.finetune.protocol == "linear":
+        more: dict[str, Any] = {
+            "settings": recipe.evaluation,
+            "seed": recipe.seed,
+            "seeds": inputs["seeds"],
+        }
+        every = evaluate_many([(network, card)], dataset, protocols=["linear"], **more, **shared)
+        result = every[0]["linear"]
+    else:
+        more = {"folder": run.path, "checkpoint_every": checkpoint_every, "say": say}
+        result = finetune(network, card, dataset, recipe=recipe, seeds=seeds, **more, **shared)
+    run.write_json("results.json", result.row())
+    write_confusion(run.path / "confusion.csv", result)
+    return result
+
+
+def _note(run: RunFolder, inputs: dict[str, Any], dataset: Dataset, runtime: Runtime) -> None:
+    """Write what the run begins with, or check that it is continued on the same videos."""
+    write_provenance(run, {**provenance(runtime), "data": data_digest(dataset.index.folders)})
+    run.write_json(INPUTS, inputs)

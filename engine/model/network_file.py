@@ -1,0 +1,146 @@
+"""The RGB network as a file: its weights, and a card that says what they are, what they take and where they come from.
+
+``engine pretrain`` and ``engine evolve`` write such files; published state dicts of video and image ResNets, which
+have no card, are read too, and get the card of what they were trained on.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from engine.core.recipe import Recipe
+from engine.core.tensors import CheckpointError, load_tensors, save_tensors
+from engine.data.views import RGB_MEAN, RGB_STD
+from engine.model.pretrained import architecture_of, is_image_network, load_pretrained
+from engine.model.resnet3d import SPACE_STRIDES, TIME_STRIDES, ResNet3D, Strides, video_network
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ClipInput(Struct, frozen=True):
+    """The clip that a network was trained on: frames, frames between two of them, side in pixels."""
+
+    num_frames: int = 16
+    frame_stride: int = 2
+    size: int = 112
+
+
+class Card(Struct, frozen=True, kw_only=True):
+    """What a network's file says of it."""
+
+    arch: str
+    width: float = 1.0
+    pool: bool = False
+    depths: tuple[int, ...] = ()
+    time_strides: Strides = TIME_STRIDES
+    space_strides: Strides = SPACE_STRIDES
+    motion_stem: float = 0.0
+    input: ClipInput = ClipInput()
+    mean: tuple[float, float, float] = RGB_MEAN
+    """Of frames scaled to [0, 1], RGB: clips are normalised by it and ``std`` before they enter."""
+    std: tuple[float, float, float] = RGB_STD
+    labels_used: bool = False
+    """Whether labels had a part in these weights: in choosing the loss, or in training."""
+    loss: dict[str, float] | None = None
+    """Eq. 1's weights; None for a network that was not trained by them."""
+    recipe_hash: str | None = None
+    seed: int | None = None
+    ema: float = 0.0
+    """Decay of the running average over training steps that these weights are; 0: they are the last step's."""
+    num_clips: int | None = None
+    """Unlabelled clips trained on."""
+    git_sha: str | None = None
+    versions: dict[str, str] = {}
+    source: str = ""
+    """The file that it was read from."""
+
+
+def card_of(recipe: Recipe, **facts: Any) -> Card:
+    """The card of a network trained with a recipe; ``facts`` are the card's other fields."""
+    model, clip = recipe.model, recipe.clip
+    return Card(
+        arch=model.arch,
+        width=model.width,
+        pool=model.pool,
+        depths=model.depths,
+        time_strides=model.time_strides,
+        space_strides=model.space_strides,
+        motion_stem=model.motion_stem,
+        input=ClipInput(clip.num_frames, clip.frame_stride, clip.size),
+        **facts,
+    )
+
+
+def save_network(path: Path, state: Mapping[str, Tensor], card: Card, **facts: Any) -> None:
+    """Write an RGB network's weights with its card, and any other facts beside it; whole or not at all."""
+    save_tensors(path, state, facts={**msgspec.to_builtins(card), **facts})
+
+
+def load_network(path: Path, *, device: torch.device | str = "cpu") -> tuple[ResNet3D, Card]:
+    """The RGB network of a file, in evaluation mode and channels-last, and its card.
+
+    ``path`` is a file of this engine's, a run's folder (its RGB network), or a state dict, in safetensors or by
+    ``torch.save``, of a video or image ResNet under torchvision's names: these are taken to be of width 1, and image
+    networks are inflated. Raises CheckpointError for a file that is not there, damaged, or does not fit as a whole.
+    """
+    path = _in_run(path)
+    tensors, facts = load_tensors(path) if path.suffix == ".safetensors" else (_pickled(path), {})
+    try:
+        card = _card(tensors, facts, path)
+        network = video_network(card)
+        load_pretrained(network, tensors, where=str(path))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    network.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return network.eval(), card
+
+
+def _in_run(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in ("rgb.safetensors", "checkpoints/best.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"{path}: no RGB network in this folder; give a run's folder or a file")
+
+
+def _pickled(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path}: not a file of weights that can be read: {reason}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
+    inner = state.get("state_dict", state)
+    return inner if isinstance(inner, dict) else state
+
+
+def _card(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], path: Path) -> Card:
+    if "arch" in facts:
+        try:
+            return msgspec.convert({**facts, "source": str(path)}, Card)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"{path}: its card can't be read: {error}") from None
+    arch = architecture_of(tensors, where=str(path))
+    if is_image_network(tensors, where=str(path)):
+        return Card(
+            arch=arch,
+            pool=True,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            labels_used=True,
+            source=str(path),
+        )
+    return Card(arch=arch, pool=arch == "r3d_50", labels_used=True, source=str(path))

@@ -1,0 +1,59 @@
+"""Losses as files: 39 weights in a TOML file, the presets that come with the package, and random ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+
+from engine.core.files import write_text_atomic
+from engine.core.presets import RecipeError, read_toml
+from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
+
+RANDOM_LOSS_STREAM = 0x10553
+"""Keeps random losses' draws apart from every other use of the same seed."""
+
+
+def load_loss(name_or_path: str | Path) -> LossWeights:
+    """Read a loss: a TOML file with a ``[weights]`` table, a preset's name, or ``random:SEED``.
+
+    Returns every term's weight; names that the file leaves out get 0. Raises RecipeError as ``load_recipe``.
+    """
+    name = str(name_or_path)
+    if name.startswith("random:"):
+        if not name[7:].isdigit():
+            raise RecipeError(f"loss {name!r}: write random:SEED with a whole number")
+        return random_weights(int(name[7:]))
+    values, where = read_toml(name_or_path, folder="losses")
+    weights = values.get("weights")
+    if not isinstance(weights, dict):
+        raise RecipeError(
+            f"{where}: no [weights] table; a loss maps term names to numbers in [0, 1]"
+        )
+    try:
+        return check_weights(weights, where=where)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def loss_used_labels(name_or_path: str | Path) -> bool:
+    """Whether a loss's file says that labels had a part in choosing it; errors are left to ``load_loss``."""
+    if str(name_or_path).startswith("random:"):
+        return False
+    return read_toml(name_or_path, folder="losses")[0].get("labels_used") is True
+
+
+def save_loss(
+    weights: LossWeights, path: Path, *, name: str, about: str, labels_used: bool = False
+) -> None:
+    """Write a loss that ``load_loss`` reads; ``labels_used``: labels had a part in choosing it."""
+    told = {"labels_used": True} if labels_used else {}
+    text = tomli_w.dumps({"name": name, "about": about, **told, "weights": weights})
+    write_text_atomic(path, text)
+
+
+def random_weights(seed: int) -> LossWeights:
+    """A loss drawn uniformly from [0, 1] for every term: the paper's "random loss"."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, RANDOM_LOSS_STREAM]))
+    return dict(zip(TERM_NAMES, rng.random(len(TERM_NAMES)).tolist(), strict=True))

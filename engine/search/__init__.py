@@ -1,0 +1,1 @@
+"""Which losses are trained next, and what came of them."""

@@ -1,0 +1,192 @@
+"""What a search would do, how long it would take and what it needs, from a few steps measured here."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+
+from engine.core.display import Display, duration
+from engine.core.recipe import Recipe
+from engine.core.runtime import Runtime, make_deterministic
+from engine.features.extract import LabelledClips
+from engine.features.fitness import cohort_fitness
+from engine.objective.loss import active_terms
+from engine.objective.terms import TERM_NAMES
+from engine.search.evolve import Data, Workers
+from engine.search.packing import job_sizes
+from engine.search.study import SearchStudy
+from engine.train.memory import memory_needed, that_many_fit
+from engine.train.trainer import Trainer
+
+STEPS = (2, 6)
+"""Steps that nothing is learnt from (compilation, first batches), and steps measured."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, measured on one member whose loss has every term."""
+
+    batch: float
+    """A batch and its views, which a cohort shares."""
+    step: float
+    """A member's step."""
+    fitness: float
+    """A member's features and their clusters."""
+
+    def job(self, members: int, steps: int, *, side_by_side: int) -> float:
+        """A cohort's training and judging, of which so many members are at work at a time."""
+        turns = -(-members // side_by_side)
+        return steps * (self.batch + turns * self.step) + turns * self.fitness
+
+
+def dry_run(
+    recipe: Recipe, data: Data, *, runtime: Runtime, workers: Workers, display: Display
+) -> None:
+    """Print terms, members, time, memory and what each worker does; nothing is written."""
+    count = 1 if workers.count == 0 else workers.count
+    if count is None:
+        raise ValueError("--dry-run does not join a cluster: say how many GPUs with --gpus N")
+    on_cpu = runtime.device.type == "cpu"
+    # On other nodes there may be more or fewer cores: this machine stands for each.
+    runtime = replace(runtime, processes=count if workers.address is None else 1)
+    make_deterministic(runtime)
+    if on_cpu:
+        torch.set_num_threads(1)
+    trainer = Trainer(recipe, data.videos.index, runtime, warn=display.say)
+    labelled = LabelledClips(data.labelled.index, recipe, runtime=runtime)
+    study = SearchStudy(recipe.search, storage=None, name="", seed=recipe.seed, recipe_hash="")
+    display.say(_terms(trainer))
+    display.say(_members(recipe, study, labelled))
+    cost = _measure(trainer, labelled)
+    steps = recipe.optim.steps * recipe.search.repeats
+    side_by_side = runtime.cores if on_cpu else 1
+    jobs = _jobs(study, count, workers.members_at_once)
+    spans = [
+        [cost.job(n, steps, side_by_side=side_by_side) for n in generation] for generation in jobs
+    ]
+    seconds = _schedule(spans, count, waits=study.waits)
+    confirm = [cost.job(2, recipe.optim.steps, side_by_side=side_by_side)]
+    seconds += _schedule([confirm * recipe.search.confirm_seeds], count, waits=True)
+    for line in (
+        f"time: {duration(seconds)} expected; measured here: {1e3 * cost.batch:.0f} ms a batch,"
+        f" {1e3 * cost.step:.0f} ms a member's step, {cost.fitness:.2f} s a member's fitness",
+        _memory(trainer, workers.members_at_once),
+        *_shares(recipe, study, jobs, count, "GPU" if workers.gpus else "worker"),
+    ):
+        display.say(line)
+
+
+def _terms(trainer: Trainer) -> str:
+    known = active_terms(dict.fromkeys(TERM_NAMES, 1.0), sound=trainer.sound)
+    missing = [name for name in TERM_NAMES if name not in known]
+    why = f"; without sound there are no {', '.join(missing)}" if missing else ""
+    return f"terms: {len(TERM_NAMES)}, of which {len(known)} can be computed on these videos{why}"
+
+
+def _members(recipe: Recipe, study: SearchStudy, labelled: LabelledClips) -> str:
+    search = recipe.search
+    trainings = study.total * search.repeats
+    clips = recipe.optim.steps * recipe.optim.batch_size
+    return (
+        f"members: {study.total} by {search.method} ({search.population} and {search.rounds} rounds), {trainings}"
+        f" trainings of {recipe.optim.steps} steps ({clips} clips), then {2 * search.confirm_seeds} with fresh seeds;"
+        f" judged by {len(labelled.clips)} clips"
+    )
+
+
+def _measure(trainer: Trainer, labelled: LabelledClips) -> Cost:
+    """Train a member for some steps, as far as the recipe has any, and judge it."""
+    member = trainer.member(dict.fromkeys(TERM_NAMES, 1.0), seed=trainer.recipe.seed)
+    idle, measured = STEPS
+    batches: list[float] = []
+    steps: list[float] = []
+    rounds = trainer.rounds([member], seed=trainer.recipe.seed)
+    for _ in range(min(idle + measured, trainer.recipe.optim.steps)):
+        began = time.perf_counter()
+        _, views = next(rounds)
+        between = time.perf_counter()
+        trainer.step(member, views)
+        if trainer.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        batches.append(between - began)
+        steps.append(time.perf_counter() - between)
+    network = member.loss.rgb
+    for _ in range(2):  # the first decodes, which later members are spared
+        began = time.perf_counter()
+        features = labelled.features([network])
+        cohort_fitness(
+            features,
+            labelled.labels,
+            settings=trainer.recipe.fitness,
+            num_classes=labelled.num_classes,
+            seed=0,
+            device=trainer.runtime.device.type,
+        )
+        fitness = time.perf_counter() - began
+    counted = slice(min(idle, len(steps) - 1), None)
+    return Cost(median(batches[counted]), median(steps[counted]), fitness)
+
+
+def _jobs(study: SearchStudy, workers: int, members_at_once: int | None) -> list[list[int]]:
+    """Members of each job of each generation."""
+    jobs, number = [], 0
+    while number < study.total:
+        generation = study.generation(number)
+        jobs.append(
+            job_sizes(
+                study.settings, len(generation), workers=workers, members_at_once=members_at_once
+            )
+        )
+        number = generation.stop
+    return jobs
+
+
+def _schedule(spans: Sequence[Sequence[float]], workers: int, *, waits: bool) -> float:
+    """When the last job ends, each given to the worker that is free first; generations may wait for each other."""
+    free = [0.0] * workers
+    for generation in spans:
+        if waits:
+            free = [max(free)] * workers
+        for seconds in generation:
+            heapq.heapreplace(free, free[0] + seconds)
+    return max(free)
+
+
+def _memory(trainer: Trainer, members_at_once: int | None) -> str:
+    seed = trainer.recipe.seed
+    member, step = memory_needed(trainer, dict.fromkeys(TERM_NAMES, 1.0), seed=seed)
+    fits = that_many_fit(trainer.runtime, per_member=member, per_step=step)
+    asked = f" (--members-per-gpu {members_at_once})" if members_at_once else ""
+    sizes = f"{member / 2**20:.0f} MiB a member, {step / 2**20:.0f} MiB a step"
+    return f"memory: {sizes}; {fits} members fit at once{asked}"
+
+
+def _shares(
+    recipe: Recipe, study: SearchStudy, jobs: list[list[int]], count: int, kind: str
+) -> list[str]:
+    """What each worker does in the longest generation, and what to raise where some do nothing."""
+    largest = max(jobs, key=sum)
+    each = (
+        f"{min(largest)}" if min(largest) == max(largest) else f"{min(largest)} or {max(largest)}"
+    )
+    lines = [
+        f"{count} {kind}{'s' * (count > 1)}: a generation has {sum(largest)} members,"
+        f" in {len(largest)} job{'s' * (len(largest) > 1)} of {each}"
+    ]
+    idle = count - len(largest)
+    if idle > 0 and study.waits:
+        setting = {"cmaes": "search.cmaes_population"}.get(
+            recipe.search.method, "search.generation"
+        )
+        advice = (
+            "set search.halving=false"
+            if recipe.search.halving
+            else f"set {setting} to {count} or more, or search.synchronous=false"
+        )
+        lines.append(f"{idle} of {count} {kind}s would have nothing to do: {advice}")
+    return lines

@@ -1,0 +1,331 @@
+"""How weights are proposed: from the seed, a member's number and the members done before it; no storage, no video.
+
+evolution (the paper): an initial population is drawn uniformly; then, round by round, a top performer (the winner of
+a tournament) is copied and one of its weights is drawn anew. cmaes (the follow-up): a normal distribution over all
+weights, moved and reshaped by each generation's ranks. random and grid are controls that learn nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import cmaes
+import numpy as np
+import numpy.typing as npt
+
+from engine.core.recipe import Search
+from engine.objective.terms import TERM_NAMES, LossWeights
+
+State = Literal["complete", "failed", "pruned"]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A member to train."""
+
+    number: int
+    """Its place in the study, from 0."""
+    weights: LossWeights
+    parent: int | None = None
+    """The member whose weights were copied; None for weights that were all drawn."""
+    mutated: str | None = None
+    """The term whose weight differs from the parent's."""
+    round: int = 0
+    """0 for the initial population, then one member a round up to ``settings.rounds``; for cmaes, the generation."""
+    start: Path | None = field(default=None, compare=False)
+    """Its parent's end state, from which its networks start, for the last ``search.warm_start_steps``."""
+    keep: Path | None = field(default=None, compare=False)
+    """Where its end state is left for its children; None: nowhere."""
+
+    @property
+    def trial(self) -> int:
+        """The same as ``number``: the name that scripts know."""
+        return self.number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(Proposal):
+    """A member that is done, as the study keeps it: what was proposed, and what training and judging gave."""
+
+    state: State = "complete"
+    fitness: float | None = None
+    """None for a member that failed or was pruned."""
+    rungs: tuple[tuple[int, float], ...] = ()
+    """(step, fitness) of a pruned member at each rung."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """All else that was noted of it; other programs may have written it."""
+
+    @property
+    def partial(self) -> float | None:
+        """A pruned member's fitness at its last rung."""
+        return self.rungs[-1][1] if self.rungs else None
+
+    @property
+    def reason(self) -> str:
+        """Why it failed or was pruned."""
+        missing = "no reason recorded" if self.state == "failed" else ""
+        return str(self.attributes.get("reason") or missing)
+
+    @property
+    def seconds(self) -> float | None:
+        """Its share of its cohort's time."""
+        return finite(self.attributes.get("seconds"))
+
+    @property
+    def clips_per_second(self) -> float | None:
+        """Training clips a second while it was trained; its share where a cohort took turns."""
+        return finite(self.attributes.get("clips_per_second"))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every measure of its features, by name: means over its trainings."""
+        return finite_values(self.attributes.get("metrics"))
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The last mean value of each loss term."""
+        return finite_values(self.attributes.get("terms"))
+
+
+def finite(value: object) -> float | None:
+    """``value`` as a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def finite_values(table: object) -> dict[str, float]:
+    """The entries of ``table`` that are finite numbers; none where it is no table."""
+    items = table.items() if isinstance(table, Mapping) else ()
+    return {str(k): number for k, v in items if (number := finite(v)) is not None}
+
+
+class Sampler(Protocol):
+    """Proposes weights: a function of the seed, a member's number and the members done that it may know of."""
+
+    def generation(self, number: int) -> range | None:
+        """The numbers proposed together with ``number``, once all before them are done; None: no need to wait."""
+
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
+        """Member ``number``, from those done that it may know of, by number."""
+
+
+def generation_of(number: int, *, settings: Search) -> range:
+    """The numbers of the members proposed together with member ``number``.
+
+    Chunks of ``settings.generation``, first of the initial population and then of its descendants;
+    the last chunk of either may be shorter.
+    """
+    first, stop = 0, settings.population
+    if number >= settings.population:
+        first, stop = settings.population, settings.population + settings.rounds
+    start = number - (number - first) % settings.generation
+    return range(start, min(start + settings.generation, stop))
+
+
+class RandomSampler:
+    """Every weight uniform in [0, 1), from a random stream keyed by (seed, number)."""
+
+    def __init__(self, settings: Search, *, seed: int) -> None:
+        self.settings = settings
+        self.seed = seed
+
+    def stream(self, number: int) -> np.random.Generator:
+        """The random numbers of one member: the same in any process, whatever was drawn before."""
+        key = np.random.SeedSequence(self.seed, spawn_key=(number,))
+        return np.random.Generator(np.random.Philox(key))
+
+    def seed_of(self, number: int) -> int:
+        """A seed below 2**32 for a library's own random numbers of one member."""
+        return int(np.random.SeedSequence(self.seed, spawn_key=(number,)).generate_state(1)[0])
+
+    def round_of(self, number: int) -> int:
+        """0 for the first ``settings.population`` members, then one a round."""
+        return max(0, number + 1 - self.settings.population)
+
+    def generation(self, number: int) -> range | None:
+        """None: no member depends on another."""
+        return None
+
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
+        """Draw all weights; only the number counts."""
+        values = self.stream(number).random(len(TERM_NAMES)).tolist()
+        weights = dict(zip(TERM_NAMES, values, strict=True))
+        return Proposal(number, weights, round=self.round_of(number))
+
+
+class EvolutionSampler(RandomSampler):
+    """Tournament selection, then a mutation of one weight (the paper).
+
+    Parents come from the population that replacement has left of the members known to be complete: the
+    ``settings.population`` fittest ("worst" leaves; of equals, the older one) or latest ("oldest" leaves; regularised
+    evolution, Real et al. 2019). Where none is complete, a child is drawn uniformly.
+
+    ``settings.synchronous`` (the default) waits for a generation's last member before the next is proposed. A child
+    then depends on (seed, number, earlier generations) alone: on 1 worker or 64, killed or not, a search proposes the
+    same members. Otherwise no worker waits, and a search can't be repeated where members overtake one another.
+    """
+
+    def generation(self, number: int) -> range | None:
+        """``generation_of``; None in the asynchronous mode."""
+        return generation_of(number, settings=self.settings) if self.settings.synchronous else None
+
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
+        """Draw an initial member, or copy a tournament's winner and draw one weight anew."""
+        population = self.population(done)
+        if number < self.settings.population or not population:
+            return super().propose(number, done=done)
+        rng = self.stream(number)
+        order = np.argsort(rng.random(len(population)))
+        parent = max((population[i] for i in order[: self.settings.tournament]), key=_by_fitness)
+        weights = dict(parent.weights)
+        mutated = TERM_NAMES[int(rng.random() * len(TERM_NAMES))]
+        while weights[mutated] == parent.weights[mutated]:
+            weights[mutated] = float(rng.random())
+        return Proposal(number, weights, parent.number, mutated, self.round_of(number))
+
+    def population(self, done: Sequence[Trial]) -> list[Trial]:
+        """The members that may be parents, the fittest or the latest first; ``done`` goes by number."""
+        size = self.settings.population
+        if self.settings.replace == "worst":
+            return heapq.nlargest(size, (m for m in done if m.fitness is not None), key=_by_fitness)
+        latest: list[Trial] = []
+        for member in reversed(done):
+            if len(latest) == size:
+                break
+            if member.fitness is not None:
+                latest.append(member)
+        return latest
+
+
+class CmaSampler(RandomSampler):
+    """CMA-ES (Hansen 2016; library ``cmaes``) within [0, 1], from 0.5 in every weight.
+
+    A generation is asked whole before it is told, so that no parallel member is thrown away; it is ``settings.
+    cmaes_population`` members, which ``settings.generation`` does not change. Each ask draws from a stream of its own,
+    keyed by (seed, number), so the library's state follows from the fitnesses: it is built anew from the
+    study, and no kill can lose it. The library must be told as many members as it asked for: those that failed or
+    were pruned count as no better than the worst of their generation, so that the search leaves where losses
+    diverge; their true fitness is not known, and a made-up low number would change nothing, as only ranks count. A
+    generation of which none completed ranks nothing: it is left out, and the next comes from the same distribution.
+
+    Raises ValueError for a generation below 4, too small for the library's weights.
+    """
+
+    def __init__(self, settings: Search, *, seed: int) -> None:
+        super().__init__(settings, seed=seed)
+        if 0 < settings.cmaes_population < 4:
+            raise ValueError("search.cmaes_population: 0 (for 14), or 4 and more")
+        n = len(TERM_NAMES)
+        self._library = cmaes.CMA(
+            mean=np.full(n, 0.5),
+            sigma=settings.sigma,
+            bounds=np.tile([0.0, 1.0], (n, 1)),
+            population_size=settings.cmaes_population or None,
+        )
+        self.size: int = self._library.population_size
+        self._learnt = 0
+        """Members of generations that the library knows."""
+
+    def round_of(self, number: int) -> int:
+        """The generation."""
+        return number // self.size
+
+    def generation(self, number: int) -> range | None:
+        """Chunks of ``size``, the last one cut off at the search's end."""
+        start = number - number % self.size
+        return range(start, min(start + self.size, self.settings.population + self.settings.rounds))
+
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
+        """Tell the library all generations before this one, and ask it for a member."""
+        start = number - number % self.size
+        assert self._learnt <= start <= len(done), (
+            "generations are asked in order, when all are done"
+        )
+        for first in range(self._learnt, start, self.size):
+            self._learn(done[first : first + self.size])
+        self._learnt = start
+        self._library.reseed_rng(self.seed_of(number))
+        weights = dict(zip(TERM_NAMES, self._library.ask().tolist(), strict=True))
+        return Proposal(number, weights, round=self.round_of(number))
+
+    def _learn(self, generation: Sequence[Trial]) -> None:
+        known = [(_vector(m), -m.fitness) for m in generation if m.fitness is not None]
+        if not known:
+            return
+        worst = max(loss for _, loss in known)
+        # The library sorts them, and among equals keeps this order.
+        lost = [(_vector(m), worst) for m in generation if m.fitness is None]
+        self._library.tell(known + lost)
+
+
+class GridSampler(RandomSampler):
+    """Losses of one term, then of two, all other weights 0.
+
+    A term in use has one of ``settings.levels`` weights: 1, 1 - 1/levels, ..., 1/levels. Order: single terms at weight
+    1 in the table's order, then at each lower level; then pairs of terms at (1, 1), and at each other pair of levels,
+    from the highest down. Pairs of one block go by how far apart their terms are in the table, taken as a ring, with
+    neighbours first: wherever the search ends inside a block, every term has come as often, give or take two.
+
+    Raises ValueError where the search has more members than the grid.
+    """
+
+    def __init__(self, settings: Search, *, seed: int) -> None:
+        super().__init__(settings, seed=seed)
+        n, levels, total = len(TERM_NAMES), settings.levels, settings.population + settings.rounds
+        size = n * levels + n * (n - 1) // 2 * levels**2
+        if total > size:
+            raise ValueError(
+                f"search.method = grid: with search.levels = {levels} the grid has {size} members, and"
+                f" search.population + search.rounds asks for {total}: lower search.rounds, or raise"
+                " search.levels"
+            )
+        self._heights = [(levels - i) / levels for i in range(levels)]
+        self._pairs = sorted(
+            combinations(range(n), 2), key=lambda pair: (_apart(pair[0], pair[1], n), pair)
+        )
+
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
+        """The grid's member ``number``."""
+        singles = len(TERM_NAMES) * len(self._heights)
+        heights: Sequence[float]
+        terms: Sequence[int]
+        if number < singles:
+            level, term = divmod(number, len(TERM_NAMES))
+            heights, terms = [self._heights[level]], [term]
+        else:
+            block, pair = divmod(number - singles, len(self._pairs))
+            heights = list(product(self._heights, repeat=2))[block]
+            terms = self._pairs[pair]
+        weights = dict.fromkeys(TERM_NAMES, 0.0)
+        weights.update({TERM_NAMES[t]: height for t, height in zip(terms, heights, strict=True)})
+        return Proposal(number, weights, round=self.round_of(number))
+
+
+def _apart(one: int, other: int, around: int) -> int:
+    """Steps between two places of a ring."""
+    return min(other - one, around - other + one)
+
+
+def _vector(member: Proposal) -> npt.NDArray[np.float64]:
+    return np.array([member.weights[name] for name in TERM_NAMES])
+
+
+def _by_fitness(member: Trial) -> tuple[float, int]:
+    assert member.fitness is not None
+    return member.fitness, member.number
+
+
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "evolution": EvolutionSampler,
+    "cmaes": CmaSampler,
+    "random": RandomSampler,
+    "grid": GridSampler,
+}
+"""By ``search.method``."""

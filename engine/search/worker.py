@@ -1,0 +1,200 @@
+"""What a worker does: it keeps videos, networks and compiled steps at hand, and trains one cohort after another.
+
+Everything that comes and goes here is small and can be sent: a network worth keeping is left in the run's folder.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from engine.core.pool import Tell
+from engine.core.recipe import Recipe, recipe_hash
+from engine.core.runtime import Runtime, choose_runtime, make_deterministic
+from engine.data.library import Library, fingerprint
+from engine.data.shards.index import ClipIndex
+from engine.features.extract import LabelledClips
+from engine.features.kmeans import kmeans_backend
+from engine.model.network_file import card_of, save_network
+from engine.search.cohort import MemberResult, evaluate_cohort, untrained_fitness
+from engine.search.samplers import Proposal
+from engine.train.memory import CohortMemory
+from engine.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Members that share their batches: one worker's job."""
+
+    members: tuple[Proposal, ...]
+    seeds: tuple[int, ...]
+    """Each member is trained once with each."""
+    keep_from: float | None = None
+    """Leave the fittest member's RGB network in the run's folder if it is at least as fit; None: never."""
+    confirm: bool = False
+    """Train to the end and on all clips, whatever the search leaves out, and judge the untrained network too."""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The members'."""
+        return tuple(member.number for member in self.members)
+
+
+@dataclass(frozen=True)
+class CohortResult:
+    """What became of a cohort."""
+
+    results: tuple[MemberResult, ...]
+    """One a member, without networks."""
+    untrained: float | None = None
+    stages: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by stage."""
+    warnings: tuple[str, ...] = ()
+    substituted: tuple[Counter[int], ...] = ()
+    """Of the videos and of the labelled clips: damaged ones, and how often others took their places."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a cohort is."""
+
+    members: float
+    """Members' worth of steps that are done."""
+    clips: int
+    """Clips that members were trained on."""
+
+
+class CohortEvaluator:
+    """Trains and judges cohorts, on one device."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        videos: ClipIndex,
+        labelled: ClipIndex,
+        *,
+        runtime: Runtime,
+        checkpoints: Path,
+        members_at_once: int | None = None,
+    ) -> None:
+        """``members_at_once``: of a cohort; None: as many as memory holds. Raises ValueError as ``LabelledClips``."""
+        make_deterministic(runtime)
+        kmeans_backend(runtime.device.type, recipe.fitness.kmeans)  # one that is absent is told now
+        self._warnings: list[str] = []
+        self.trainer = Trainer(recipe, videos, runtime, warn=self._warnings.append)
+        self._memory = CohortMemory(members_at_once)
+        self.labelled = LabelledClips(labelled, recipe, runtime=runtime)
+        self._indices = (videos, labelled)
+        self._checkpoints = checkpoints
+
+    def __call__(self, cohort: Cohort, tell: Tell) -> CohortResult:
+        """Train, judge, and keep what is to be kept. Raises DeviceFailed and OSError."""
+        trainer = self.trainer
+        on_cpu = trainer.runtime.device.type == "cpu"
+        if on_cpu:  # members take the cores (see Runtime.map), unless a compiled step does
+            torch.set_num_threads(1 if trainer.mode == "off" else trainer.runtime.cores)
+        trainer.clock.seconds.clear()
+        optim, taken = trainer.recipe.optim, 0
+
+        def on_step(step: int, losses: Sequence[float]) -> None:
+            nonlocal taken
+            taken += len(losses)
+            done = min(taken / (optim.steps * len(cohort.seeds)), len(cohort.members))
+            tell(Progress(done, taken * optim.batch_size))
+
+        results = evaluate_cohort(
+            trainer,
+            self.labelled,
+            members=cohort.members,
+            seeds=cohort.seeds,
+            memory=self._memory,
+            on_step=on_step,
+            full=cohort.confirm,
+        )
+        self._keep(cohort, results)
+        untrained = None
+        if cohort.confirm:
+            untrained = untrained_fitness(trainer, self.labelled, seed=cohort.seeds[0]).value
+        warnings, self._warnings[:] = tuple(self._warnings), []
+        counts = tuple(Counter(index.substituted) for index in self._indices)
+        for index in self._indices:
+            index.substituted.clear()
+        return CohortResult(
+            tuple(replace(result, rgb=None) for result in results),
+            untrained,
+            dict(trainer.clock.seconds),
+            warnings,
+            counts,
+        )
+
+    def _keep(self, cohort: Cohort, results: Sequence[MemberResult]) -> None:
+        ranked = [
+            (result.fitness, -member.number, member, result)
+            for member, result in zip(cohort.members, results, strict=True)
+            if result.fitness is not None and result.rgb is not None
+        ]
+        if cohort.keep_from is None or not ranked:
+            return
+        fitness, _, member, result = max(ranked, key=lambda row: row[:2])
+        if fitness >= cohort.keep_from and result.rgb is not None:
+            recipe = self.trainer.recipe
+            card = card_of(
+                recipe,
+                labels_used=recipe.fitness.uses_labels,
+                loss=member.weights,
+                recipe_hash=recipe_hash(recipe),
+                seed=recipe.seed,
+                num_clips=len(self.trainer.index),
+            )
+            path = candidate(self._checkpoints, member.number)
+            save_network(path, result.rgb, card, trial=member.number, fitness=fitness)
+
+
+def candidate(checkpoints: Path, number: int) -> Path:
+    """Where a worker leaves the network of a member that may turn out the best."""
+    return checkpoints / f".candidate-{number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class CohortFactory:
+    """Makes a worker's evaluator, in the worker's process, which may be on another machine."""
+
+    recipe: Recipe
+    videos: tuple[Path, ...]
+    """Shards, absolute."""
+    labelled: tuple[Path, ...]
+    data: str
+    """The fingerprint that they must have."""
+    checkpoints: Path
+    """Absolute."""
+    device: str
+    members_at_once: int | None
+
+    def __call__(self, workers_here: int) -> CohortEvaluator:
+        """Raises ValueError where this machine doesn't see the data, other data, or no run's folder."""
+        here = socket.gethostname()
+        for path in (*self.videos, *self.labelled, self.checkpoints):
+            if not path.is_dir():
+                raise ValueError(
+                    f"{path} is not there on {here}: videos and run must lie where all nodes see them,"
+                    " under the same paths"
+                )
+        libraries = [
+            Library(ClipIndex(folders), folders, ()) for folders in (self.videos, self.labelled)
+        ]
+        if fingerprint(*libraries) != self.data:
+            raise ValueError(f"{self.videos[0]} holds other videos on {here} than at the start")
+        runtime = choose_runtime(self.device, amp=self.recipe.optim.amp)
+        return CohortEvaluator(
+            self.recipe,
+            libraries[0].index,
+            libraries[1].index,
+            runtime=replace(runtime, processes=workers_here),
+            checkpoints=self.checkpoints,
+            members_at_once=self.members_at_once,
+        )

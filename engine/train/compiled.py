@@ -1,0 +1,96 @@
+"""Compiled steps: one set of networks at fixed addresses, in which members take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.core.recipe import Optim
+from engine.core.runtime import Runtime
+from engine.data.views import Views
+from engine.objective.loss import Branches, EvolvedLoss
+from engine.train.member import FlatState, Member
+
+MAX_GRAPHS = 256
+"""Graphs that a process may compile: far more than the branches that one search's losses have."""
+
+
+def compile_mode(settings: Optim, device: torch.device) -> str:
+    """``optim.compile`` as torch.compile's mode, or "off"; compiling takes a CPU minutes, so "auto" leaves it there."""
+    if settings.compile != "auto":
+        return str(settings.compile)
+    return "off" if device.type == "cpu" else "default"
+
+
+class StepBuffers:
+    """Networks and optimizer that compiled code works on; a member's state is copied in and out around a step.
+
+    Compiled code then sees the same addresses whoever is at work: it is neither compiled anew for a member,
+    nor are its CUDA graphs recorded anew. The copies move a member's state twice in each direction, a few
+    per cent of a step; a run's only member can lend its own ``loss`` and ``optimizer``, and nothing is copied.
+    """
+
+    def __init__(
+        self, loss: EvolvedLoss, optimizer: torch.optim.Optimizer, state: FlatState, *, mode: str
+    ) -> None:
+        """``mode``: "default", or "reduce-overhead" for CUDA graphs."""
+        self.loss, self.optimizer, self.state, self.mode = loss, optimizer, state, mode
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
+        self._compiled: dict[Branches, Callable[..., tuple[Tensor, Tensor]]] = {}
+
+    @property
+    def graphs(self) -> int:
+        """Networks' branches compiled so far, one graph each."""
+        return len(self._compiled)
+
+    def load(self, state: FlatState) -> None:
+        """Copy a member's state into the buffers."""
+        if state is not self.state:
+            self.state.copy_from(state)
+
+    def store(self, state: FlatState) -> None:
+        """Copy the buffers' state back to its member."""
+        if state is not self.state:
+            state.copy_from(self.state)
+
+    def evaluate(
+        self, views: Views, weights: Tensor, *, alive: Branches, active: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """``EvolvedLoss.evaluate`` in the graph of ``alive``; ``active`` are all terms of these branches."""
+        compiled = self._compiled.get(alive)
+        if compiled is None:
+            compiled = self._compiled[alive] = self._compile(active)
+        if self.mode == "reduce-overhead" and views.order.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        return compiled(alive.views(views), weights)
+
+    def _compile(self, active: tuple[str, ...]) -> Callable[..., Any]:
+        loss = self.loss
+
+        def evaluate(views: Views, weights: Tensor) -> tuple[Tensor, Tensor]:
+            return loss.evaluate(views, weights, active)
+
+        return torch.compile(evaluate, mode=self.mode, fullgraph=True, dynamic=False)
+
+
+def evaluate(
+    member: Member,
+    views: Views,
+    *,
+    buffers: StepBuffers | None,
+    runtime: Runtime,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 1 in the run's number format, of the member in the buffers or, without them, by its own networks.
+
+    ``weights`` (computed,): other than the member's own. Returns what ``EvolvedLoss.evaluate`` does. A CUDA graph's
+    next run overwrites it.
+    """
+    weights = member.ordered if weights is None else weights
+    with torch.autocast(runtime.device.type, torch.bfloat16, runtime.amp):
+        if buffers is None:
+            return member.loss.evaluate(views, weights, member.computed)
+        return buffers.evaluate(views, weights, alive=member.alive, active=member.computed)

@@ -1,0 +1,89 @@
+"""AdamW or SGD, the schedule of the rate, and the step of pretraining, of a search's members and of fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.core.recipe import Optim
+
+Result = TypeVar("Result")
+
+
+def make_optimizer(
+    parts: Sequence[tuple[nn.Module, float]], settings: Optim, *, fused: bool = True
+) -> torch.optim.Optimizer:
+    """AdamW or SGD for modules, each with a factor of the rate; norms and biases are not decayed."""
+    groups = [
+        {
+            "params": [p for p in module.parameters() if (p.dim() > 1) == decayed],
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+            "factor": factor,
+        }
+        for module, factor in parts
+        for decayed in (True, False)
+    ]
+    # not False, which would forbid torch its loop over all tensors at once too
+    at_once = True if fused else None
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=at_once)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=at_once)
+
+
+def descend(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Optim,
+    *,
+    step: int,
+    backward: Callable[[], Result],
+    first: int = 0,
+) -> Result:
+    """Take one step: the schedule's rate times each group's factor, ``backward``, clipped gradients, the optimizer.
+
+    Returns what ``backward`` does, which leaves gradients in the module's parameters; where it raises, no weight moves.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(settings, step, first=first) * group["factor"]
+    # before the forward pass, so that gradients and activations never add up
+    optimizer.zero_grad(set_to_none=True)
+    result = backward()
+    nn.utils.clip_grad_norm_(module.parameters(), settings.grad_clip)
+    optimizer.step()
+    return result
+
+
+def learning_rate(settings: Optim, step: int, *, first: int = 0) -> float:
+    """Linear warm-up over ``warmup_steps``, then a cosine to zero at ``steps``; joined at ``first``, warmed up to."""
+    if first and step - first < settings.warmup_steps:
+        return learning_rate(settings, step) * (step - first + 1) / settings.warmup_steps
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+    return settings.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def new_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """A parameter's moments as AdamW's or SGD's first step would find or make them, in its memory format."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        # momentum * 0 + gradient is what the first step takes
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    # a fused step counts where the parameter is; other steps count on the CPU, where no GPU is waited for
+    device = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make the moments that the optimizer would make at its first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter].update(new_moments(optimizer, parameter))

@@ -1,0 +1,119 @@
+"""The processes of a pretraining: one by one under torchrun, or all started here.
+
+Under ``torchrun`` every process runs the command; rank 0 alone opens the run and tells the others. ``--gpus`` and
+``--workers`` start the processes here, on one machine, by the same elastic launcher, which starts all of them again
+from the last checkpoint when one dies.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.core.display import Display
+from engine.core.ranks import (
+    OWN_STORE,
+    Ranks,
+    joined,
+    launch,
+    may_miss_each_other,
+    ranks_of_environment,
+    restarts_so_far,
+)
+from engine.core.runfolder import RunFolder
+from engine.data.library import Library
+from engine.data.shards.index import is_shards
+from engine.train.pretrain import PretrainJob, pretrain
+from engine.train.trainer import MemberFailed
+
+
+def device_of(device: str, ranks: Ranks) -> str:
+    """The device of a rank; raises ValueError where its machine has too few GPUs, or one is named for many ranks."""
+    if ranks.world == 1:
+        return device
+    if device.startswith("cuda:"):
+        raise ValueError(f"--device {device} is one GPU: give --device cuda for several processes")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    check_gpus(ranks.local_world)
+    return f"{device}:{ranks.local_rank}"
+
+
+def check_gpus(wanted: int) -> None:
+    """Raise ValueError where this machine has fewer GPUs."""
+    there = torch.cuda.device_count()
+    if wanted > there:
+        raise ValueError(
+            f"{wanted} processes, one GPU each, but this machine shows {there}: ask for fewer, or use "
+            "--device cpu --workers N"
+        )
+
+
+def in_processes(job: PretrainJob, *, processes: int, restarts: int) -> Path:
+    """Start so many processes on this machine, and all again, up to ``restarts`` times, when one dies.
+
+    Raises ValueError for what a restart can't help, Ended once restarts are used up, and KeyboardInterrupt.
+    """
+    Ranks(world=processes).share_of(job.recipe.optim.batch_size, pieces=job.recipe.optim.accumulate)
+    launch(_work, job, processes=processes, restarts=restarts)
+    return job.run / "rgb.safetensors"
+
+
+def _work(job: PretrainJob, notes: Path) -> None:
+    """One of the processes that ``in_processes`` starts."""
+    if (notes / "final").exists():  # started again, after what a restart can't help
+        return
+    ranks = ranks_of_environment()
+    assert ranks is not None
+    try:
+        as_rank(lambda: job, ranks, device=job.device, run=job.run)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, MemberFailed) as error:
+        _note(notes / "final", error)
+        sys.exit(1)
+    except Exception as error:
+        _note(notes / f"rank-{ranks.rank}", error)
+        sys.exit(1)
+
+
+def _note(path: Path, error: Exception) -> None:
+    if not path.exists() or path.name != "final":
+        path.write_text(" ".join(str(error).split()) or type(error).__name__, encoding="utf-8")
+
+
+def as_rank(
+    make: Callable[[], PretrainJob], ranks: Ranks, *, device: str, run: Path
+) -> tuple[Path | None, Library]:
+    """Take part in a job as one of several processes; ``make`` is called on rank 0 alone, which sends it to the others.
+
+    Every machine must find the job's shards at the same path. Returns and raises as ``pretrain``.
+    """
+    own = torch.device(device_of(device, ranks))
+    log = run if ranks.leads else None
+    with joined(ranks, own), Display(log=log, quiet=not ranks.leads) as display:
+        job = ranks.shared(make)
+        for path in job.videos:
+            if not is_shards(path):
+                raise ValueError(
+                    f"{path}: not shards, which several machines need: engine ingest {path} --out SHARDS, then "
+                    "--videos SHARDS"
+                )
+        if may_miss_each_other():
+            display.say(f"restarts can fail: start torchrun with {OWN_STORE}=1 in its environment")
+        if restarts_so_far():
+            display.say(f"a process ended: all of them start again ({restarts_so_far()})")
+        folder = _folder(job) if ranks.leads else None
+        return pretrain(job, display, run=folder, device=str(own), ranks=ranks)
+
+
+def _folder(job: PretrainJob) -> RunFolder:
+    """The run's folder: a new one, or one that this job, or one before it, has begun."""
+    if job.resume or (restarts_so_far() and (job.run / "recipe.toml").exists()):
+        return RunFolder.reopen(job.run, job.recipe)[0]
+    return RunFolder.create(job.run, job.recipe)

@@ -1,0 +1,350 @@
+"""The training step, and the batches it is fed: the same for a search's members and for a long pretraining."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from engine.core.ranks import ALONE, Ranks, sync_batch_norm, without_others
+from engine.core.recipe import Recipe
+from engine.core.runtime import (
+    Clock,
+    Runtime,
+    is_device_error,
+    is_out_of_memory,
+    release_memory,
+    set_seed,
+)
+from engine.data.clip_bank import ClipBank
+from engine.data.pipeline import ClipBatch, InputPipeline
+from engine.data.plan import ClipPlan, plan_batch
+from engine.data.shards.index import ClipIndex
+from engine.data.views import ViewMaker, Views
+from engine.objective.loss import (
+    EvolvedLoss,
+    active_terms,
+    branches,
+    evaluation_order,
+    weights_in_order,
+)
+from engine.objective.terms import TERM_NAMES, LossWeights
+from engine.train.compiled import StepBuffers, compile_mode
+from engine.train.member import FlatState, Member
+from engine.train.microbatch import differentiate, split
+from engine.train.optim import descend, make_optimizer
+from engine.train.precision_check import CanNotCompile, check_step
+
+CHECK_EVERY_ON_GPU = 10
+"""Steps between looks at whether the loss is finite: each look makes the host wait for the GPU."""
+
+
+class MemberFailed(RuntimeError):
+    """A member can't go on; the message says why. Others are not concerned."""
+
+
+class NonFiniteLoss(MemberFailed):
+    """A member's loss became NaN or infinite; the message names the step and the terms."""
+
+
+class DeviceFailed(RuntimeError):
+    """The GPU can't be used any more in this process; members that were not done have to be trained in another."""
+
+
+def device_failed(error: BaseException) -> DeviceFailed:
+    """What to raise for an error of the GPU itself; the message says how to go on."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return DeviceFailed(f"the GPU is in an error state ({reason}); continue with --resume")
+
+
+class Trainer:
+    """What members of one run share: recipe, data, device, initial networks, and the compiled step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        index: ClipIndex,
+        runtime: Runtime,
+        *,
+        clock: Clock | None = None,
+        warn: Callable[[str], object] = warnings.warn,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """``ranks``: the processes that train together, each on its share of every batch.
+
+        ``warn`` gets a message, once, where the step computes something else than the recipe asks for, or else than
+        float32 does. Raises ValueError where the ranks can't share a batch.
+        """
+        self.recipe, self.index, self.runtime = recipe, index, runtime
+        self.clock, self.warn, self.ranks = clock or Clock(), warn, ranks
+        optim = recipe.optim
+        self.local_batch_size = ranks.share_of(optim.batch_size, pieces=optim.accumulate)
+        self.mode = compile_mode(optim, runtime.device)
+        """How steps are compiled; "off": not at all."""
+        if self.mode == "reduce-overhead" and ranks.world * optim.accumulate > 1:
+            self.mode = "default"
+            warn(
+                "CUDA graphs are for one process and one microbatch a step: compiling without them"
+            )
+        if optim.amp == "bf16" and not runtime.amp:
+            warn("float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong")
+        self.sound = bool(index.has_audio.any())
+        self.views = ViewMaker(recipe.clip, recipe.audio).to(runtime.device)
+        self.buffers: StepBuffers | None = None
+        """Where compiled steps work, from the first member on."""
+        self._checked = self.mode == "off" and not runtime.amp
+        self._checking = threading.Lock()
+        self._initial: tuple[int, EvolvedLoss] | None = None
+
+    def initial_loss(self, seed: int) -> EvolvedLoss:
+        """Networks and heads with the initial weights of ``seed``: equal for every member of that seed."""
+        if self._initial is None or self._initial[0] != seed:
+            set_seed(seed)
+            self._initial = seed, self._build()
+        return copy.deepcopy(self._initial[1])
+
+    def open_bank(self, size: int | str) -> ClipBank:
+        """Decode the clips that ``search.clip_bank`` asks for, drawn with the recipe's seed."""
+        r = self.recipe
+        with self.clock("input"):
+            return ClipBank(
+                self.index,
+                r.clip,
+                audio=r.audio,
+                size=size,
+                seed=r.seed,
+                device=self.runtime.device,
+                threads=self.runtime.threads,
+                sound=self.sound,
+            )
+
+    def _build(self) -> EvolvedLoss:
+        r = self.recipe
+        heard, to_come = self.views.audio_frames(self._samples(), r.audio.hop)
+        loss = EvolvedLoss(
+            r.model, r.clip, objective=r.objective, audio_size=(heard, to_come, r.audio.num_mels)
+        )
+        for m, network in loss.networks.items():
+            channels_last = torch.channels_last if m == "audio" else torch.channels_last_3d
+            network.to(memory_format=channels_last)  # type: ignore[call-overload]
+        if r.optim.batch_norm == "sync" and self.ranks.world > 1:
+            sync_batch_norm(loss, self.ranks)
+        if r.optim.batch_norm == "frozen":
+            for module in loss.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return loss.to(self.runtime.device)
+
+    def _samples(self) -> int:
+        clip = self.recipe.clip
+        frames = clip.num_frames + clip.num_future_frames
+        return round(frames * clip.frame_stride / self.index.fps * self.recipe.audio.sample_rate)
+
+    def member(
+        self, weights: LossWeights, *, seed: int, first: int = 0, alone: bool = False
+    ) -> Member:
+        """A new member, trained from step ``first`` on; raises ValueError where no term of its loss can be computed.
+
+        ``alone``: no other member will be trained, so compiled steps can work on this one's own networks.
+        """
+        active = active_terms(weights, sound=self.sound)
+        if not active:
+            raise ValueError(
+                "the loss has no weight above 0"
+                + (
+                    ""
+                    if self.sound
+                    else " on a term that does without sound, and the videos have none"
+                )
+            )
+        loss = self.initial_loss(seed)
+        optimizer = make_optimizer([(loss, 1.0)], self.recipe.optim)
+        alive, state = branches(active), None
+        computed = evaluation_order(active)
+        if self.mode != "off":
+            computed = evaluation_order(alive.terms(sound=self.sound))
+            state = FlatState(loss, optimizer)
+            if alone:
+                self.buffers = StepBuffers(loss, optimizer, state, mode=self.mode)
+            elif self.buffers is None:
+                self.buffers = self._new_buffers(seed)
+        vector = torch.tensor([weights[name] for name in TERM_NAMES], device=self.runtime.device)
+        ordered = weights_in_order(vector, computed)
+        return Member(
+            loss,
+            optimizer,
+            vector,
+            active,
+            computed,
+            ordered,
+            alive,
+            state,
+            step=first,
+            first=first,
+        )
+
+    def _new_buffers(self, seed: int) -> StepBuffers:
+        loss = self.initial_loss(seed)
+        optimizer = make_optimizer([(loss, 1.0)], self.recipe.optim)
+        return StepBuffers(loss, optimizer, FlatState(loss, optimizer), mode=self.mode)
+
+    def free_memory(self) -> None:
+        """Release what no member at work needs: caches, and gradients of a step that came to nothing."""
+        if self.buffers is not None:
+            self.buffers.optimizer.zero_grad(set_to_none=True)
+        release_memory(self.runtime.device)
+
+    def batches(
+        self, *, seed: int, first: int, modalities: Sequence[str], bank: ClipBank | None = None
+    ) -> Iterator[ClipBatch]:
+        """This rank's share of the run's batches from step ``first`` on, decoded in advance by another thread.
+
+        With a ``bank`` they are drawn from its clips, which are decoded already.
+        """
+        plans = (
+            self.plan(step, seed=seed, bank=bank) for step in range(first, self.recipe.optim.steps)
+        )
+        if bank is not None:
+            return bank.batches(plans, flow="flow" in modalities, sound="audio" in modalities)
+        return self.pipeline(modalities).batches(plans)
+
+    def plan(self, step: int, *, seed: int, bank: ClipBank | None = None) -> ClipPlan:
+        """The clips of this rank's share of a step's batch, and where they are cut."""
+        return plan_batch(
+            bank or self.index,
+            self.recipe.clip,
+            self.recipe.audio,
+            seed=seed,
+            step=step,
+            batch_size=self.local_batch_size,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+        )
+
+    def pipeline(self, modalities: Collection[str]) -> InputPipeline:
+        """What decodes this rank's batches."""
+        r = self.recipe
+        return InputPipeline(
+            self.index,
+            r.clip,
+            audio=r.audio,
+            device=self.runtime.device,
+            batch_size=self.local_batch_size,
+            num_frames=r.clip.num_frames + r.clip.num_future_frames,
+            threads=self.runtime.threads,
+            flow="flow" in modalities,
+            sound="audio" in modalities,
+        )
+
+    def rounds(
+        self, members: Sequence[Member], *, seed: int, bank: ClipBank | None = None
+    ) -> Iterator[tuple[int, Views]]:
+        """Steps and their views, made once for all ``members``, from where they stand to the end."""
+        modalities = tuple({m: None for member in members for m in member.alive.modalities})
+        first = min(member.step for member in members)
+        batches = self.batches(seed=seed, first=first, modalities=modalities, bank=bank)
+        for step in range(first, self.recipe.optim.steps):
+            with self.clock("input"):
+                batch = next(batches)
+            with self.clock("views"):
+                views = self.views(batch, modalities)
+            yield step, views
+
+    def step_all(self, members: Sequence[Member], views: Views) -> list[float | MemberFailed]:
+        """Step members on one batch; each gets its loss, or what ended it. Raises as ``attempt``.
+
+        On a CPU members run side by side, a core each, which also makes a member's numbers independent of
+        its company; on a GPU, and compiled, they follow one another.
+        """
+        with self.clock("train"):
+            if self.buffers is not None:
+                return [self.attempt(member, views) for member in members]
+            return list(self.runtime.map(lambda member: self.attempt(member, views), members))
+
+    def attempt(self, member: Member, views: Views) -> float | MemberFailed:
+        """Step a member; returns its loss, or what ended it alone.
+
+        Running out of memory is raised, and so is DeviceFailed for an error of the GPU itself, after which no member
+        could go on.
+        """
+        try:
+            return self.step(member, views)
+        except MemberFailed as error:
+            return error
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            if is_device_error(error):
+                raise device_failed(error) from error
+            return MemberFailed(f"step {member.step}: {str(error).splitlines()[0]}")
+
+    def step(self, member: Member, views: Views) -> float:
+        """Train a member on one batch: Eq. 1, backward, clipped gradient, optimizer; returns the loss.
+
+        Raises NonFiniteLoss; on a GPU that is looked at every CHECK_EVERY_ON_GPU steps, and nan is returned
+        for the loss in between.
+        """
+        if not self._checked:
+            with self._checking:  # members may run side by side: one of them checks
+                if not self._checked:
+                    self._check(member, views)
+        loss, optimizer, optim = member.loss, member.optimizer, self.recipe.optim
+        if self.buffers is not None and member.state is not None:
+            self.buffers.load(member.state)
+            loss, optimizer = self.buffers.loss, self.buffers.optimizer
+
+        def backward() -> tuple[float, Tensor]:
+            total, values = differentiate(
+                member,
+                views,
+                loss=loss,
+                buffers=self.buffers,
+                runtime=self.runtime,
+                settings=optim,
+                ranks=self.ranks,
+            )
+            return self._checked_loss(member, total, values), values
+
+        value, values = descend(
+            loss, optimizer, optim, step=member.step, first=member.first, backward=backward
+        )
+        if self.buffers is not None and member.state is not None:
+            self.buffers.store(member.state)
+        member.note(values)
+        return value
+
+    def _check(self, member: Member, views: Views) -> None:
+        """Compile the step, or go on without where the recipe lets it, and compare it with float32's."""
+        count = self.recipe.optim.accumulate
+        (first, *_), *_ = split(views, member.computed, count=count, ranks=self.ranks)
+        try:
+            with without_others():
+                check_step(
+                    member, first, buffers=self.buffers, runtime=self.runtime, warn=self.warn
+                )
+        except CanNotCompile as error:
+            if self.recipe.optim.compile != "auto":
+                raise RuntimeError(f"{error}; go on without by --set optim.compile=off") from error
+            self.warn(f"{error}: it runs uncompiled, slower")
+            self.buffers, self.mode = None, "off"
+        # not before: where memory runs out here, it is done again with fewer members
+        self._checked = True
+
+    def _checked_loss(self, member: Member, total: Tensor, values: Tensor) -> float:
+        """The loss, where it is time to wait for it, else nan; raises NonFiniteLoss."""
+        on_gpu, last = self.runtime.device.type != "cpu", self.recipe.optim.steps - 1
+        if on_gpu and member.step % CHECK_EVERY_ON_GPU and member.step != last:
+            return float("nan")
+        value = total.item()
+        if math.isfinite(value):
+            return value
+        pairs = zip(member.computed, values.tolist(), strict=False)
+        bad = [name for name, term in pairs if not math.isfinite(term)]
+        raise NonFiniteLoss(
+            f"loss is {value} at step {member.step}; terms: {', '.join(bad) or 'their weighted sum'}"
+        )
