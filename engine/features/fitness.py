@@ -109,10 +109,9 @@ def cohort_fitness(
             restarts=settings.kmeans_init,
             seed=seed,
         )
-        ranks = [effective_rank(each) for each in sound]
         results = iter(
             _result(*each, labels, settings=settings, num_clusters=num_clusters, by=backend)
-            for each in zip(scaled, ranks, clustered, strict=True)
+            for each in zip(scaled, map(effective_rank, sound), clustered, strict=True)
         )
         return [next(results) if fault is None else fault for fault in faults]
 
