@@ -17,6 +17,7 @@ PAGES = {
     },
     "Method": {
         "The evolved loss": "method.md",
+        "Does fitness rank losses?": "signal.md",
         "Search landscape": "search-landscape.md",
         "Cheaper members": "cheaper-members.md",
         "A search on real videos": "real-videos.md",

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from engine.core.recipe import Readout
 
@@ -50,11 +49,10 @@ def fitted(features: Tensor, how: Readout) -> Callable[[Tensor], Tensor]:
         return lambda rows: rows
     mean = features.double().mean(0)
     if how == "unit":
-        return lambda rows: functional.normalize(rows.double() - mean, dim=1)
+        return lambda rows: _of_unit_length(rows.double() - mean)
     centred = features.double() - mean
     if how == "zscore":
-        std = centred.square().mean(0).sqrt()
-        scale = torch.where(std > 0, std, 1.0)
+        scale = _nonzero(centred.square().mean(0).sqrt())
         return lambda rows: (rows.double() - mean) / scale
     _, s, v = torch.linalg.svd(centred, full_matrices=False)
     kept = s > max(SMALLEST * float(s[0]), torch.finfo(s.dtype).tiny)
@@ -62,3 +60,11 @@ def fitted(features: Tensor, how: Readout) -> Callable[[Tensor], Tensor]:
         return lambda rows: rows.double() - mean
     weight = v[kept].T / s[kept] * (len(features) - 1) ** 0.5
     return lambda rows: (rows.double() - mean) @ weight
+
+
+def _of_unit_length(rows: Tensor) -> Tensor:
+    return rows / _nonzero(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale, 1.0)

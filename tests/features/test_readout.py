@@ -8,7 +8,9 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler, normalize
 
-from engine.features.readout import NAMES, READOUTS, read_out
+from engine.core.recipe import Fitness
+from engine.features.fitness import effective_rank, kmeans_fitness
+from engine.features.readout import NAMES, READOUTS, fitted, read_out
 
 RNG = np.random.default_rng(0)
 FEATURES = (RNG.normal(size=(37, 5)) @ RNG.normal(size=(5, 9)) + 3).astype(np.float32)
@@ -46,3 +48,24 @@ def test_arrays_and_tensors_agree_and_collapsed_features_stay_finite(how: str) -
     alike = np.full((6, 4), 2.5)
     assert np.isfinite(np.asarray(read_out(alike, how))).all()  # type: ignore[arg-type]
     assert NAMES[how]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("how", READOUTS)
+def test_fitness_clusters_what_is_read_out(how: str) -> None:
+    labels = np.arange(37) % 4
+    features = FULL + 3 * labels[:, None]
+    common = {"num_classes": 4, "seed": 0}
+    found = kmeans_fitness(features, labels, settings=Fitness(readout=how), **common)  # type: ignore[arg-type]
+    scaled = np.asarray(read_out(features, how))  # type: ignore[arg-type]
+    plain = kmeans_fitness(scaled, labels, settings=Fitness(readout="raw"), **common)  # type: ignore[arg-type]
+    assert found.metrics == plain.metrics
+    assert found.effective_rank == effective_rank(features)
+
+
+@pytest.mark.parametrize("how", READOUTS)
+def test_other_clips_are_scaled_as_those_that_it_was_fitted_to(how: str) -> None:
+    rows = torch.from_numpy(FULL)
+    scale = fitted(rows[:30], how)  # type: ignore[arg-type]
+    torch.testing.assert_close(scale(rows[:30]), read_out(rows[:30], how))  # type: ignore[arg-type]
+    torch.testing.assert_close(scale(rows)[:30], scale(rows[:30]))
+    assert scale(rows[30:]).shape == (7, 9)
