@@ -47,6 +47,7 @@ def make_loss(
             order_share=share,
             stop_gradient=stop,
             units=units,
+            distill="l2",
         ),
         audio_size=(HEARD, COMING, MELS),
     )
