@@ -1,8 +1,13 @@
-"""What the pages take from the code and the measurements: tables; and which pages there are, in which order."""
+"""Hooks of mkdocs: the list of pages, tables from the code and the measurements, and Mermaid diagrams as tables.
+
+mkdocs-material would fetch Mermaid from the network, and the site fetches nothing: there a diagram's arrows become the
+rows of a table. GitHub draws the same source as a diagram.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,8 @@ PAGES = {
     },
     "Method": {
         "The evolved loss": "method.md",
+        "How a search works": "search.md",
         "Does fitness rank losses?": "signal.md",
-        "Search landscape": "search-landscape.md",
-        "Cheaper members": "cheaper-members.md",
-        "A search on real videos": "real-videos.md",
-        "Three searches on real videos": "real-searches.md",
     },
     "Use": {
         "Pretraining": "pretraining.md",
@@ -32,13 +34,14 @@ PAGES = {
         "Python API": "api.md",
     },
     "More": {
+        "Architecture": "architecture.md",
         "Performance": "performance.md",
         "Extending": "extending.md",
         "Troubleshooting": "troubleshooting.md",
         "Limits": "limits.md",
     },
 }
-"""Section to title to file; files that are not there are left out."""
+"""Section to title to file."""
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -56,23 +59,47 @@ LOSSES = {
 
 
 def on_config(config: Any) -> Any:
-    """Put the pages that there are into the navigation."""
-    docs = Path(config["docs_dir"])
+    """Put the pages into the navigation."""
     config["nav"] = [
-        {section: [{title: file} for title, file in pages.items() if (docs / file).is_file()]}
+        {section: [{title: file} for title, file in pages.items()]}
         for section, pages in PAGES.items()
     ]
     return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put tables where a page asks for them."""
-    tables = {"terms": term_table, "decoders": decoder_table, "embedding": embedding_table}
+    """Put tables where a page asks for them, and in place of diagrams."""
+    tables = {"terms": term_table, "decoders": decoder_table}
     for name, table in tables.items():
         mark = f"<!-- the table of {name} -->"
         if mark in markdown:
             markdown = markdown.replace(mark, table())
-    return markdown
+    return DIAGRAM.sub(lambda match: arrow_table(match[1]), markdown)
+
+
+DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+ARROW = re.compile(r'(\w+)(?:\["([^"]*)"\])? -->\|"([^"]*)"\| (\w+)(?:\["([^"]*)"\])?')
+
+
+def arrow_table(diagram: str) -> str:
+    """A Mermaid flowchart as Markdown: a row an arrow.
+
+    Raises ValueError for a line that is no arrow with its text in quotes.
+    """
+    labels: dict[str, list[str]] = {}
+    rows = ["| from | by | to |", "| --- | --- | --- |"]
+    for line in diagram.splitlines()[1:]:
+        arrow = ARROW.fullmatch(line.strip())
+        if arrow is None:
+            raise ValueError(f"not an arrow with its text in quotes: {line.strip()}")
+        start, start_label, text, end, end_label = arrow.groups()
+        for name, label in ((start, start_label), (end, end_label)):
+            if label is not None:
+                first, *rest = label.split("<br>")
+                labels[name] = [f"**{first}**", *rest]
+        rows.append(f"| {labels[start][0]} | {text} | {'<br>'.join(labels[end])} |")
+    return "\n".join(rows)
 
 
 def term_table() -> str:
@@ -88,31 +115,15 @@ def _row(term: Term) -> str:
     return f"| `{term.name}` | {term.code} | {trained} | {', '.join(term.modalities)} | {loss} |"
 
 
-def _rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
-
-
 def decoder_table() -> str:
     """Clips a second, decoders by files."""
     rates: dict[str, dict[str, float]] = {}
-    for row in _rows("input_peers-cpu.jsonl"):
+    for line in (RESULTS / "input_peers-cpu.jsonl").read_text().splitlines():
+        row = json.loads(line)
         rates.setdefault(row["decoder"], {})[row["files"]] = row["clips_per_second"]
     files = list(dict.fromkeys(name for cells in rates.values() for name in cells))
     lines = [f"| clips/s | {' | '.join(files)} |", "| --- |" + " --- |" * len(files)]
     for decoder, cells in rates.items():
-        told = [f"{cells[name]:.0f}" if name in cells else "" for name in files]
-        lines.append(f"| {decoder} | {' | '.join(told)} |")
-    return "\n".join(lines)
-
-
-def embedding_table() -> str:
-    """Clips a second of input, network and both, and shares of what they could be."""
-    lines = [
-        "| clips/s | input alone | network alone | both | of the lower | of what shared cores allow |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in _rows("embed-cpu.jsonl"):
-        parts = [f"{row[key]:.1f}" for key in ("input", "network", "both")]
-        shares = [f"{row[key]:.2f}" for key in ("of_the_lower", "of_shared_cores")]
-        lines.append(f"| {row['network']} | {' | '.join([*parts, *shares])} |")
+        rounded = [f"{cells[name]:.0f}" if name in cells else "" for name in files]
+        lines.append(f"| {decoder} | {' | '.join(rounded)} |")
     return "\n".join(lines)

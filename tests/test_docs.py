@@ -167,7 +167,7 @@ def test_messages_that_are_explained_exist() -> None:
 def commands() -> list[tuple[str, list[str]]]:
     """(page, words) of the commands on the pages that begin with ``engine``."""
     found = []
-    for page in PAGES:
+    for page in [*PAGES, ROOT / "README.md"]:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in re.findall(r"^    (engine .+)$", text, flags=re.MULTILINE):
             found.append((page.name, shlex.split(line, comments=True)))
@@ -198,6 +198,48 @@ def test_the_table_of_terms_is_the_codes() -> None:
     )
 
 
+def test_files_on_the_pages_exist() -> None:
+    """Paths in backticks; names in capitals stand for what a reader chooses."""
+    missing = []
+    for page in [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(
+            r"`((?:engine|kernels|benchmarks|recipes|tests|docs)/[^\s`*]+)", text
+        ):
+            if "NAME" not in path and not (ROOT / path).exists():
+                missing.append(f"{page.name}: {path}")
+    assert not missing
+
+
+def test_the_map_names_modules_of_their_packages() -> None:
+    """Each paragraph of docs/architecture.md opens with a package; the modules and folders it names are in there."""
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    paragraphs = re.findall(r"^`([\w/]+/)` (.+?)\n\n", text + "\n", flags=re.MULTILINE | re.DOTALL)
+    assert len(paragraphs) > 10
+    missing = []
+    for package, paragraph in paragraphs:
+        for name in re.findall(r"`(\w+(?:\.py|/))`", paragraph):
+            if not (ROOT / package / name).exists():
+                missing.append(f"{package}{name}")
+    assert not missing
+
+
+def test_a_diagram_becomes_a_table() -> None:
+    page = """```mermaid
+flowchart TD
+    file["video file<br>mp4"] -->|"decode"| clip["clip"]
+    clip -->|"train"| file
+```"""
+    table = ["| from | by | to |", "| --- | --- | --- |"]
+    table += [
+        "| **video file** | decode | **clip** |",
+        "| **clip** | train | **video file**<br>mp4 |",
+    ]
+    assert hooks().on_page_markdown(page).splitlines() == table
+    with pytest.raises(ValueError, match="not an arrow"):
+        hooks().on_page_markdown(page.replace("-->", "---"))
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_warnings_and_fetches_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
@@ -206,7 +248,7 @@ def test_the_site_builds_without_warnings_and_fetches_nothing(tmp_path: Path) ->
     for page in PAGES:
         html = (tmp_path / page.with_suffix(".html").name).read_text(encoding="utf-8")
         assert not re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(?:https?:)?//', html)
-        assert "<!-- the table of" not in html
+        assert "<!-- the table of" not in html and "mermaid" not in html
     method = (tmp_path / "method.html").read_text(encoding="utf-8")
     assert all(f"<code>{term.name}</code>" in method for term in TERMS)
     styles = "".join(p.read_text(encoding="utf-8") for p in tmp_path.rglob("*.css"))

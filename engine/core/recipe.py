@@ -194,7 +194,7 @@ class Search(Section, frozen=True):
     """Fresh seeds with which the best and random losses are trained again at the end."""
     halving: bool = False
     """Drop the worse half of a cohort at 1/4 and again at 1/2 of the steps (successive halving): 0.56 of the time.
-    docs/cheaper-members.md has where this and the next settings were measured, and how their fitness ranks losses."""
+    docs/search.md says what this and the next settings save, and at what price."""
     warm_start: bool = False
     """Start a member's networks from its parent's end state: 0.52 of the time at half of the steps."""
     warm_start_steps: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.5
