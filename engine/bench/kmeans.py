@@ -51,7 +51,7 @@ def problem(bench: Bench) -> Problem:
     model = bench.recipe.model
     with torch.device("meta"):
         width = video_network(model).feature_dim
-    return Problem(members=bench.recipe.search.generation, clips=96, features=width, classes=8)
+    return Problem(members=bench.recipe.search.generation, clips=400, features=width, classes=8)
 
 
 def draw(problem: Problem, *, seed: int) -> tuple[Features, NDArray[np.int64]]:

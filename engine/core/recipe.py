@@ -23,6 +23,7 @@ Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Meta(gt=0.0)]
+Readout = Literal["raw", "unit", "zscore", "white"]
 Strides = tuple[Positive, Positive, Positive, Positive, Positive]
 
 
@@ -72,6 +73,8 @@ class Model(Section, frozen=True):
     """What the stem and the four stages divide the number of frames by."""
     space_strides: Strides = (2, 1, 2, 2, 2)
     """Likewise of height and width, and of the sound's frames and mels."""
+    motion_stem: Share = 0.0
+    """Share of the stem's channels, in the networks that see pictures, whose kernels start with no mean over time."""
 
 
 class Objective(Section, frozen=True):
@@ -132,6 +135,8 @@ class Fitness(Section, frozen=True):
     """Most clips to judge by, drawn with the recipe's seed; 0: all that have labels, 2000 where none has."""
     views_per_clip: Positive = 2
     """Views in time, evenly spread over a clip, whose features are averaged."""
+    readout: Readout = "unit"
+    """How features are scaled before they are clustered; ``engine.features.readout`` describes each."""
     kmeans_init: Positive = 10
     """K-means starts per run; the one with the least inertia counts."""
     kmeans_seeds: Positive = 3
@@ -212,6 +217,8 @@ class Evaluation(Section, frozen=True):
     batch_norm: Literal["running", "batch"] = "running"
     """Statistics of batch norm: those of training, or of batches that mix all classes (they see test clips)."""
     batch_size: Annotated[int, Meta(ge=2)] = 32
+    readout: Readout = "unit"
+    """How features are scaled before k-means, as in ``[fitness]``."""
     kmeans_init: Positive = 10
     kmeans_seeds: Annotated[int, Meta(ge=1, le=100)] = 10
     strengths: tuple[PositiveFloat, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

@@ -43,6 +43,7 @@ class Card(Struct, frozen=True, kw_only=True):
     depths: tuple[int, ...] = ()
     time_strides: Strides = TIME_STRIDES
     space_strides: Strides = SPACE_STRIDES
+    motion_stem: float = 0.0
     input: ClipInput = ClipInput()
     mean: tuple[float, float, float] = RGB_MEAN
     """Of frames scaled to [0, 1], RGB: clips are normalised by it and ``std`` before they enter."""
@@ -73,6 +74,7 @@ def card_of(recipe: Recipe, **facts: Any) -> Card:
         depths=model.depths,
         time_strides=model.time_strides,
         space_strides=model.space_strides,
+        motion_stem=model.motion_stem,
         input=ClipInput(clip.num_frames, clip.frame_stride, clip.size),
         **facts,
     )

@@ -81,6 +81,8 @@ class NetworkSettings(Protocol):
     def time_strides(self) -> Strides: ...
     @property
     def space_strides(self) -> Strides: ...
+    @property
+    def motion_stem(self) -> float: ...
 
 
 Stride = tuple[int, int]
@@ -277,6 +279,7 @@ class ResNet3D(ResNet):
         depths: tuple[int, ...] = (),
         time_strides: Strides = TIME_STRIDES,
         space_strides: Strides = SPACE_STRIDES,
+        motion_stem: float = 0.0,
     ) -> None:
         stage_planes(arch, width)  # a bad arch or width ends here, before any layer is made
         if in_channels < 1:
@@ -296,10 +299,14 @@ class ResNet3D(ResNet):
             time_strides=time_strides,
             space_strides=space_strides,
         )
+        if motion_stem:
+            _start_from_motion(self.stem, motion_stem)
 
 
-def video_network(settings: NetworkSettings, in_channels: int = 3) -> ResNet3D:
-    """A network of the shape that a recipe's ``[model]`` or a file's card says."""
+def video_network(
+    settings: NetworkSettings, in_channels: int = 3, *, pictures: bool = True
+) -> ResNet3D:
+    """A network as a recipe's ``[model]`` or a file's card says; without ``pictures`` it sees flow, which is motion."""
     return ResNet3D(
         settings.arch,
         in_channels,
@@ -308,6 +315,7 @@ def video_network(settings: NetworkSettings, in_channels: int = 3) -> ResNet3D:
         depths=settings.depths,
         time_strides=settings.time_strides,
         space_strides=settings.space_strides,
+        motion_stem=settings.motion_stem if pictures else 0.0,
     )
 
 
@@ -336,6 +344,15 @@ def _stem2plus1d(inputs: int, width: float, stride: Stride) -> nn.Sequential:
         nn.BatchNorm3d(outputs),
         nn.ReLU(inplace=True),
     )
+
+
+@torch.no_grad()
+def _start_from_motion(stem: nn.Sequential, share: float) -> None:
+    """Take the mean over time off the kernels of a share of the stem's channels; their scale is kept on average."""
+    weight = [module for module in stem if isinstance(module, nn.Conv3d)][-1].weight
+    frames, first = weight.shape[2], weight[: round(len(weight) * share)]
+    first -= first.mean(2, keepdim=True)
+    first *= (frames / (frames - 1)) ** 0.5
 
 
 def _initialize(network: nn.Module) -> None:

@@ -55,7 +55,9 @@ class EvolvedLoss(nn.Module):
         super().__init__()
         self.order_share, self.teacher_grad = objective.order_share, not objective.stop_gradient
         self.units = objective.units
-        self.networks = nn.ModuleDict({m: video_network(model, CHANNELS[m]) for m in VISUAL})
+        self.networks = nn.ModuleDict(
+            {m: video_network(model, CHANNELS[m], pictures=m != "flow") for m in VISUAL}
+        )
         self.networks["audio"] = audio_network(model)
         feature_dim = self.rgb.channels[4]
         embed = {"embed_dim": objective.embed_dim, "margin": objective.margin}

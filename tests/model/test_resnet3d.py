@@ -266,3 +266,21 @@ def test_strides_and_depths_keep_time_and_space_of_small_clips() -> None:
 def test_depths_that_can_not_be(depths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="depths"):
         ResNet3D("r3d_18", 3, depths=depths)
+
+
+@pytest.mark.parametrize("arch", ["r3d_18", "r2plus1d_18"])
+def test_a_motion_stem_does_not_answer_to_what_stands_still(arch: str) -> None:
+    torch.manual_seed(0)
+    plain = ResNet3D(arch, 3, width=0.125)
+    torch.manual_seed(0)
+    network = ResNet3D(arch, 3, width=0.125, motion_stem=0.5)
+    last = [module for module in network.stem if isinstance(module, torch.nn.Conv3d)][-1]
+    still = torch.randn(2, last.in_channels, 1, 32, 32).expand(-1, -1, 8, -1, -1)
+    moving = torch.randn(2, last.in_channels, 8, 32, 32)
+    answers = [last(clip)[:, :, 1:-1].detach().std((0, 2, 3, 4)) for clip in (still, moving)]
+    half = last.out_channels // 2
+    assert answers[0][:half].max() < 1e-5 < answers[0][half:].min()
+    assert answers[1][:half].mean() == pytest.approx(answers[1][half:].mean().item(), rel=0.5)
+    for (name, one), other in zip(plain.named_parameters(), network.parameters(), strict=True):
+        if not name.startswith("stem"):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
