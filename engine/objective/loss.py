@@ -11,9 +11,8 @@ from torch import Tensor, nn
 import kernels
 from engine.core.recipe import Clip, Model, Objective
 from engine.data.views import Views, backward, shuffled
-from engine.model.audio_resnet import audio_network
 from engine.model.decoder import Decoder
-from engine.model.resnet3d import ResNet, ResNet3D, video_network
+from engine.model.resnet3d import ResNet, ResNet3D, audio_network, video_network
 from engine.objective.align import AlignAudioTask, EmbedTask
 from engine.objective.distill import DistillTask
 from engine.objective.order import OrderTask
