@@ -360,7 +360,7 @@ def test_a_kill_at_any_moment_leaves_whole_members(tmp_path, suffix):
     """A writer is killed again and again; whatever it had been told was stored is there, and the file opens."""
     path, settings, rng = (
         tmp_path / f"study.{suffix}",
-        Search(method="random", rounds=500),
+        Search(method="random", rounds=5000),
         random.Random(0),
     )
     stored = 0

@@ -275,14 +275,15 @@ class ClipIndex:
                 raise ValueError(f"{path} {problem}: ingest the videos again")
             bad = damaged_shards(self.folders[folder], fact)
             damaged += bad.values()
-            kept = np.flatnonzero(~np.isin(rows["shard"], list(bad)))
+            kept = ~np.isin(rows["shard"], list(bad)) if bad else slice(None)
             table: dict[str, NDArray[Any]] = {
                 key: rows[key][kept].astype(kind) for key, kind in COLUMNS.items()
             }
             number = [self.classes.index(name) for name in fact["classes"]] + [-1]
             table["label"] = np.array(number, np.int32)[table["label"]]
             table["shard"] += len(self._paths)
-            table |= {"_row": kept, "_folder": np.full(len(kept), folder)}
+            table["_row"] = np.arange(len(rows))[kept]
+            table["_folder"] = np.full_like(table["_row"], folder)
             tables.append(table)
             self._paths += [self.folders[folder] / shard["file"] for shard in fact["shards"]]
         for name in tables[0]:

@@ -37,7 +37,7 @@ class Worker:
         """What became of the file, or how the process ended."""
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tests/data/fuzz_worker.py")],
+                [sys.executable, str(ROOT / "tests/data/ingest/fuzz_worker.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

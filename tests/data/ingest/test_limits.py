@@ -145,7 +145,7 @@ def test_time_is_bounded(tmp_path: Path) -> None:
 
 STUCK = """
 import ctypes, multiprocessing, sys
-from engine.data import container
+from engine.data.media import container
 
 def stuck(inside):
     container.GRACE = 0.2

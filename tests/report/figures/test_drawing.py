@@ -43,13 +43,14 @@ def texts(figure: Figure) -> list[tuple[str, Any]]:
     """What is written, and its box in pixels."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    hidden = set()  # ticks beyond the ends of an axis
+    hidden = set()  # ticks beyond the ends of an axis, or of one that is not drawn
     for axes in figure.axes:
         for way, (low, high), labels in (
             (0, sorted(axes.get_xlim()), axes.get_xticklabels()),
             (1, sorted(axes.get_ylim()), axes.get_yticklabels()),
         ):
-            hidden |= {t for t in labels if not low <= t.get_position()[way] <= high}
+            drawn = axes.axison
+            hidden |= {t for t in labels if not drawn or not low <= t.get_position()[way] <= high}
     renderer = canvas.get_renderer()
     found = [t for t in figure.findobj(Text) if t not in hidden]
     return [
