@@ -23,6 +23,7 @@ PAGES = {
     "Method": {
         "The evolved loss": "method.md",
         "How a search works": "search.md",
+        "Does fitness rank losses?": "signal.md",
     },
     "Use": {
         "Pretraining": "pretraining.md",

@@ -44,6 +44,7 @@ def weighted_loss(
     teachers: Sequence[Tensor],
     masks: Tensor,
     weights: Tensor,
+    divisors: Tensor,
     scalars: Tensor,
     *,
     teacher_grad: bool = False,
@@ -51,7 +52,7 @@ def weighted_loss(
     """Eq. 1 of the paper, L = sum_t lambda_t L_t: P squared-error terms and S ready-made scalar terms.
 
     Pair p's value is the mean over the clips that count of the mean squared difference within a clip,
-    ``sum_n masks[p, n] mean((s_n - t_n)^2) / sum_n masks[p, n]``, and 0 where no clip counts.
+    ``sum_n masks[p, n] mean((s_n - t_n)^2) / sum_n masks[p, n] / divisors[p]``, and 0 where no clip counts.
 
     students, teachers: P tensors each, equal shapes (N, ...) of rank 2 or more within a pair, one N for all;
         float32, bfloat16 or float16, the two sides of a pair independently; accumulated in float32. Any
@@ -61,22 +62,23 @@ def weighted_loss(
         clip that doesn't count holds, nan included, reaches neither values nor gradients.
     weights: (P+S,) float32, pairs first. Not differentiated. A term of weight exactly 0 adds nothing to the
         total and passes no gradient, even where it is nan; its value is computed all the same.
-    scalars: (S,) float32, the values of the terms that are scalars already; their gradient is the weight.
+    divisors: (P+S,) float32, above 0: what each term is divided by, in value, total and gradient; 1 leaves it as it
+        is. Not differentiated.
+    scalars: (S,) float32, the terms that are scalars already; their gradient is the weight over the divisor.
     teacher_grad: let gradients through to the teachers too.
 
-    Returns the total () and the unweighted values (P+S,), both float32; the values carry no gradient. P or
-    S may be 0. Gradients have their input's dtype and can't be differentiated again. masks, weights and
-    scalars all in float64 accumulate in float64 instead, without a kernel. Raises ValueError that names
+    Returns the total () and the unweighted values (P+S,), divided, both float32; the values carry no gradient. P or
+    S may be 0. Gradients have their input's dtype and can't be differentiated again. masks, weights,
+    divisors and scalars all in float64 accumulate in float64 instead, without a kernel. Raises ValueError that names
     the argument for shapes, dtypes or devices that don't fit.
     """
-    _check_weighted_loss(students, teachers, masks, weights, scalars)
+    _check_weighted_loss(students, teachers, masks, weights, divisors, scalars)
     if not teacher_grad:
         teachers = [t.detach() for t in teachers]
     inputs = (*students, *teachers)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    total, values, _ = _weighted_loss(
-        list(students), list(teachers), masks.detach(), weights.detach(), scalars, save
-    )
+    constants = (masks.detach(), weights.detach(), divisors.detach())
+    total, values, _ = _weighted_loss(list(students), list(teachers), *constants, scalars, save)
     return total, values
 
 
@@ -153,6 +155,7 @@ def _check_weighted_loss(
     teachers: Sequence[Tensor],
     masks: Tensor,
     weights: Tensor,
+    divisors: Tensor,
     scalars: Tensor,
 ) -> None:
     pairs = len(students)
@@ -164,12 +167,14 @@ def _check_weighted_loss(
         raise ValueError(f"masks must be (P, N) = ({pairs}, clips), not {tuple(masks.shape)}")
     if scalars.dim() != 1:
         raise ValueError(f"scalars must be (S,), not {tuple(scalars.shape)}")
-    if weights.shape != (pairs + len(scalars),):
-        raise ValueError(
-            f"weights must be (P + S,) = ({pairs + len(scalars)},), not {tuple(weights.shape)}"
-        )
+    for name, x in (("weights", weights), ("divisors", divisors)):
+        if x.shape != (pairs + len(scalars),):
+            raise ValueError(
+                f"{name} must be (P + S,) = ({pairs + len(scalars)},), not {tuple(x.shape)}"
+            )
     dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
-    for name, x in (("weights", weights), ("masks", masks), ("scalars", scalars)):
+    constants = {"weights": weights, "masks": masks, "divisors": divisors, "scalars": scalars}
+    for name, x in constants.items():
         if x.dtype != dtype or x.device != weights.device:
             raise ValueError(
                 f"{name} must be {dtype} on {weights.device} (as weights), not {x.dtype} on {x.device}"
@@ -197,10 +202,11 @@ def _weighted_loss(
     teachers: Sequence[Tensor],
     masks: Tensor,
     weights: Tensor,
+    divisors: Tensor,
     scalars: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    arguments = (students, teachers, masks, weights, scalars, save)
+    arguments = (students, teachers, masks, weights, divisors, scalars, save)
     if _on_kernel(weights, "weighted_loss") and weights.dtype == torch.float32:
         return _or_instead(
             "weighted_loss",
@@ -216,6 +222,7 @@ def _(
     teachers: Sequence[Tensor],
     masks: Tensor,
     weights: Tensor,
+    divisors: Tensor,
     scalars: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -225,21 +232,21 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    students, teachers, _, weights, _, _ = inputs
+    students, teachers, _, weights, divisors, _, _ = inputs
     _, values, grads = output
     ctx.mark_non_differentiable(values, *grads)
     ctx.set_materialize_grads(False)  # else backward would fill zeros shaped like every gradient
-    ctx.save_for_backward(weights, *grads)
+    ctx.save_for_backward(weights, divisors, *grads)
     ctx.dtypes = [(s.dtype, t.dtype) for s, t in zip(students, teachers, strict=True)]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    weights, *grads = ctx.saved_tensors
+    weights, divisors, *grads = ctx.saved_tensors
     pairs = len(ctx.dtypes)
     to_students: list[Tensor | None] = [None] * pairs
     to_teachers: list[Tensor | None] = [None] * pairs
     if upstream is None:
-        return to_students, to_teachers, None, None, None, None
+        return to_students, to_teachers, None, None, None, None, None
     need_student, need_teacher, *_rest = ctx.needs_input_grad
     for p, (_, dtype) in enumerate(ctx.dtypes):
         if need_teacher[p]:
@@ -250,7 +257,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if need_student[p]:
             ready = in_place and p in kept
             to_students[p] = grads[p] if ready else _scaled(grads[p], upstream, dtype)
-    return to_students, to_teachers, None, None, weights[pairs:] * upstream, None
+    to_scalars = weights[pairs:] / divisors[pairs:] * upstream
+    return to_students, to_teachers, None, None, None, to_scalars, None
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,11 +23,12 @@ def weighted_loss(
     teachers: Sequence[Tensor],
     masks: Tensor,
     weights: Tensor,
+    divisors: Tensor,
     scalars: Tensor,
     *,
     teacher_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1, L = sum_t lambda_t L_t, left to autograd; arguments and results as ``kernels.weighted_loss``."""
+    """Eq. 1, L = sum_t lambda_t L_t / d_t, left to autograd; arguments and results as ``kernels.weighted_loss``."""
     values = [scalars.new_zeros(0)]
     for s, t, mask, weight in zip(students, teachers, masks, weights, strict=False):
         diff = s.to(weights.dtype) - (t if teacher_grad else t.detach()).to(weights.dtype)
@@ -38,7 +39,7 @@ def weighted_loss(
         values.append(
             ((mask * per_clip).sum() / torch.where(mask.sum() > 0, mask.sum(), 1)).view(1)
         )
-    terms = torch.cat([*values, scalars])
+    terms = torch.cat([*values, scalars]) / divisors
     return torch.where(weights != 0, weights * terms, 0.0).sum(), terms.detach()
 
 
@@ -47,6 +48,7 @@ def weighted_loss_forward(
     teachers: Sequence[Tensor],
     masks: Tensor,
     weights: Tensor,
+    divisors: Tensor,
     scalars: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -61,7 +63,9 @@ def weighted_loss_forward(
     complete, zero = kept.all(1).tolist(), (weights == 0).tolist()
     sizes = [s.numel() // num_clips for s in students]
     count = masks.sum(1, keepdim=True)
+    of_pairs, of_scalars = divisors[: len(sizes)], divisors[len(sizes) :]
     shares = masks / torch.where(count > 0, count, 1) / masks.new_tensor(sizes)[:, None]
+    shares = shares / of_pairs[:, None]
     coefs = 2 * weights[: len(sizes), None] * shares
     rows = coefs.unsqueeze(2).unbind(0)
     norms, grads = [], []
@@ -81,7 +85,7 @@ def weighted_loss_forward(
                 clips.mul_(rows[p])
             grads.append(grad if wide is grad else grad.copy_(wide))
     squares = torch.stack(norms).square_() if norms else masks
-    values = torch.cat([(shares * squares).sum(1), scalars])
+    values = torch.cat([(shares * squares).sum(1), scalars / of_scalars])
     return torch.where(weights != 0, weights * values, 0.0).sum(), values, grads
 
 

@@ -113,6 +113,7 @@ def pairs_kernel(
     shapes,  # E * 256 + index in KINDS
     masks,  # (P, N) float32
     weights,  # (P+S,) float32
+    divisors,  # (P+S,) float32
     partials,  # (programs,) float32, written: each program's share of its pair's value
     num_clips,
     KINDS: tl.constexpr,  # the pairs' distinct (student's, teacher's, gradient's type, aligned to 16 bytes)
@@ -140,7 +141,7 @@ def pairs_kernel(
     count = tl.sum(tl.load(masks + pair * num_clips + n, mask=n < num_clips, other=0.0))
     mask = tl.load(masks + pair * num_clips + clip)
     weight = tl.load(weights + pair)
-    share = mask / (tl.where(mask != 0, count, 1.0) * size)
+    share = mask / (tl.where(mask != 0, count, 1.0) * size) / tl.load(divisors + pair)
     squares = 0.0
     for k in tl.static_range(len(KINDS)):
         if shape % 256 == k:
@@ -157,6 +158,7 @@ def values_kernel(
     firsts,  # each pair's first program and, after the last's, the number of programs; as ``_encoded``
     partials,  # (programs,) float32
     weights,  # (P+S,) float32
+    divisors,  # (P+S,) float32; those of pairs are in the shares
     scalars,  # (S,) float32
     values,  # (P+S,) float32, written
     total,  # () float32, written
@@ -185,6 +187,7 @@ def values_kernel(
     for first in range(0, num_scalars, ROWS):
         at = first + row
         value = tl.load(scalars + at, mask=at < num_scalars, other=0.0)
+        value /= tl.load(divisors + pairs + at, mask=at < num_scalars, other=1.0)
         weight = tl.load(weights + pairs + at, mask=at < num_scalars, other=0.0)
         tl.store(values + pairs + at, value, mask=at < num_scalars)
         result += tl.sum(tl.where(weight != 0, weight * value, 0.0))
@@ -230,6 +233,7 @@ def weighted_loss_forward(
     teachers: Sequence[Tensor],
     masks: Tensor,
     weights: Tensor,
+    divisors: Tensor,
     scalars: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -253,6 +257,7 @@ def weighted_loss_forward(
     counts = [num_clips * triton.cdiv(size, CHUNK) for size in sizes]
     firsts = [0, *accumulate(counts)]
     masks, weights, scalars = masks.contiguous(), weights.contiguous(), scalars.contiguous()
+    divisors = divisors.contiguous()
     values = torch.empty_like(weights)
     total, partials = (torch.empty(n, device=weights.device) for n in ((), (firsts[-1],)))
     with _device(weights):
@@ -261,13 +266,13 @@ def weighted_loss_forward(
                 _encoded(firsts[:-1], pad=firsts[-1]), _addresses(students), _addresses(teachers),
                 _addresses(grads or students),
                 _encoded([size * 256 + k for size, k in zip(sizes, which, strict=True)]),
-                masks, weights, partials, num_clips,
+                masks, weights, divisors, partials, num_clips,
                 KINDS=kinds, CLIPS=triton.next_power_of_2(num_clips), BLOCK=BLOCK, CHUNK=CHUNK,
                 SAVE=save, num_warps=WARPS,
             )  # fmt: skip
         rows = max(16, triton.next_power_of_2(pairs))
         values_kernel[(1,)](
-            _encoded(firsts, pad=firsts[-1]), partials, weights, scalars, values, total,
+            _encoded(firsts, pad=firsts[-1]), partials, weights, divisors, scalars, values, total,
             pairs, len(scalars), max(counts, default=0),
             ROWS=rows, COLUMNS=SUMS // rows, num_warps=SUM_WARPS,
         )  # fmt: skip

@@ -68,6 +68,8 @@ def make_run(
         }
         row |= {"seed": seed, "seconds": 20.5, "clips_per_second": 120.0}
         row["terms"] = {n: 1.5 * draw.random() for n in TERM_NAMES}
+        row["terms_at_start"] = dict.fromkeys(TERM_NAMES, 1.25)
+        row["feature_ranks"] = {"rgb": [3.0, 1.2], "grey": [3.0, 3.5]}
         if failed and trial in failed:
             row |= {"state": "failed", "reason": failed[trial], "fitness": None, "metrics": {}}
         elif trial in pruned:
@@ -114,6 +116,7 @@ def make_run(
 def trial_of(row: dict[str, Any]) -> Trial:
     """A made-up member as the study keeps it."""
     attributes = ("metrics", "seconds", "clips_per_second", "terms", "reason")
+    attributes += ("terms_at_start", "feature_ranks")
     return Trial(
         number=row["trial"],
         weights=row["weights"],

@@ -51,13 +51,20 @@ def _weighted_loss(
     torch.manual_seed(0)
     students, teachers = ([_draw(s, job.device, dtype) for s in shapes] for _ in range(2))
     masks = (torch.rand(len(shapes), shapes[0][0], device=job.device) > 0.3).float()
-    weights = torch.rand(len(shapes) + 2, device=job.device)
+    weights, divisors = (torch.rand(len(shapes) + 2, device=job.device) for _ in range(2))
+    divisors += 0.5
     scalars = torch.rand(2, device=job.device)
 
     def run(function: Any, wide: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
         cast = (lambda x: x) if wide is None else (lambda x: x.to(wide))
         leaves = [cast(s).detach().clone().requires_grad_() for s in students]
-        rest = [[cast(t) for t in teachers], cast(masks), cast(weights), cast(scalars)]
+        rest = [
+            [cast(t) for t in teachers],
+            cast(masks),
+            cast(weights),
+            cast(divisors),
+            cast(scalars),
+        ]
         total, values = function(leaves, *rest)
         return [total.detach(), *values], list(torch.autograd.grad(3.0 * total, leaves))
 
@@ -145,7 +152,7 @@ def _values(job: Job, rec: Recorder, recipe: Recipe) -> None:
     _, views = next(host.rounds([member], seed=0))
     total, values = member.loss.evaluate(views, member.ordered, member.computed)
     found["CPU float32"] = [float(total), *values.tolist()]
-    names = ["total", *member.computed]
+    names = ["total", *member.computed, *(f"rank of {m}" for m in member.alive.networks)]
     for label, amp, tf32 in (
         ("float32", "off", False), ("float32 with TF32", "off", True), ("bf16", "bf16", True),
     ):  # fmt: skip

@@ -68,7 +68,7 @@ def _loss(job: Job, rec: Recorder) -> None:
     masks = torch.ones(len(shapes), n, device=job.device)
     weights = torch.rand(len(shapes) + loss.SCALARS, device=job.device)
     scalars = torch.rand(loss.SCALARS, device=job.device, requires_grad=True)
-    inputs = (students, teachers, masks, weights, scalars)
+    inputs = (students, teachers, masks, weights, torch.ones_like(weights), scalars)
 
     def gradients(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(function(*inputs)[0], [*students, scalars])

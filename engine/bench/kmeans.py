@@ -27,7 +27,7 @@ from engine.bench.rows import Row, measured
 from engine.core.recipe import Fitness
 from engine.features.fitness import FitnessResult, cohort_fitness
 from engine.features.kmeans import draws, kmeans
-from engine.model.resnet3d import ResNet3D
+from engine.model.resnet3d import video_network
 
 Features = list[NDArray[np.float32]]
 Call = Callable[[], list[FitnessResult | str]]
@@ -50,8 +50,8 @@ def problem(bench: Bench) -> Problem:
         return Problem(members=8, clips=3570, features=2048, classes=51)
     model = bench.recipe.model
     with torch.device("meta"):
-        width = ResNet3D(model.arch, 3, width=model.width, pool=model.pool).feature_dim
-    return Problem(members=bench.recipe.search.generation, clips=96, features=width, classes=8)
+        width = video_network(model).feature_dim
+    return Problem(members=bench.recipe.search.generation, clips=400, features=width, classes=8)
 
 
 def draw(problem: Problem, *, seed: int) -> tuple[Features, NDArray[np.int64]]:

@@ -20,7 +20,7 @@ import kernels
 from engine.bench.base import Bench, shape
 from engine.bench.rows import Row
 from engine.core.recipe import Clip, Model
-from engine.model.resnet3d import ResNet3D
+from engine.model.resnet3d import video_network
 from kernels import reference
 
 MODALITIES, SCALARS, ELEMENT_FLOPS = 3, 24, 4
@@ -29,12 +29,17 @@ Case = tuple[str, list[tuple[int, ...]], torch.dtype]
 
 
 def mse_sum(
-    students: list[Tensor], teachers: list[Tensor], masks: Tensor, weights: Tensor, scalars: Tensor
+    students: list[Tensor],
+    teachers: list[Tensor],
+    masks: Tensor,
+    weights: Tensor,
+    divisors: Tensor,
+    scalars: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What one would write without the op; it knows no masks."""
     del masks
     losses = [F.mse_loss(s, t) for s, t in zip(students, teachers, strict=True)]
-    values = torch.cat([torch.stack(losses).float(), scalars])
+    values = torch.cat([torch.stack(losses).float(), scalars]) / divisors
     return (weights * values).sum(), values
 
 
@@ -46,7 +51,7 @@ def activation_shapes(
     ``whole_stem`` takes the stem's output from before the pool.
     """
     with torch.device("meta"):
-        network = ResNet3D(model.arch, 3, width=model.width, pool=model.pool)
+        network = video_network(model)
         x = torch.empty(batch_size, 3, clip.num_frames, clip.size, clip.size)
         maps = network.forward_features(x)[:5]
         if whole_stem:
@@ -86,8 +91,9 @@ def _case(
         student.requires_grad_()
     masks = torch.ones(len(shapes), shapes[0][0], device=bench.device)
     weights = torch.rand(len(shapes) + SCALARS, device=bench.device)
+    divisors = torch.rand_like(weights) + 0.5
     scalars = torch.rand(SCALARS, device=bench.device, requires_grad=True)
-    inputs = (students, teachers, masks, weights, scalars)
+    inputs = (students, teachers, masks, weights, divisors, scalars)
 
     def gradients(function: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*inputs)[0], [*students, scalars])

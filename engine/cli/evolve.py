@@ -20,7 +20,9 @@ from engine.cli.common import (
 
 if TYPE_CHECKING:
     from engine.core.display import Display
+    from engine.core.recipe import Recipe
     from engine.core.run import RunFolder
+    from engine.core.runtime import Runtime
     from engine.search.evolve import Data, Workers
 
 DEMO = ["demo"]
@@ -88,6 +90,12 @@ def members(text: str) -> int | None:
     "--storage", metavar="URL", help="Database for the study [default: a file in the run]."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how long it would take.")
+@click.option(
+    "--signal",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="A dry run that also trains N random losses under two seeds, and says how well fitness ranks them.",
+)
 @run_options
 @errors_explained
 def evolve(
@@ -98,6 +106,7 @@ def evolve(
     device: str,
     storage: str | None,
     dry_run: bool,
+    signal: int | None,
     assignments: tuple[str, ...],
     **options: Any,
 ) -> None:
@@ -126,12 +135,22 @@ def evolve(
         device = "auto" if crew.gpus else "cpu"
     how: dict[str, Any] = {"runtime": choose_runtime(device, amp=recipe.optim.amp), "workers": crew}
     run.use_storage(storage)
-    with Display(log=None if dry_run else run.path) as display:
+    with Display(log=None if dry_run or signal else run.path) as display:
         data = _data(run, videos, labelled, resume=options["resume"], display=display)
-        if dry_run:
+        if dry_run or signal:
             estimate(recipe, data, display=display, **how)
         else:
             _evolve(recipe, data, run=run, display=display, **how)
+        if signal:
+            _signal(recipe, data, signal, runtime=how["runtime"], display=display)
+
+
+def _signal(recipe: Recipe, data: Data, losses: int, *, runtime: Runtime, display: Display) -> None:
+    from engine.bench.signal import Signal, measure, plan_of
+
+    plan = plan_of(recipe, losses=losses, repeats=1, looks=(), presets=False)
+    bench = Signal(recipe, data.videos, data.labelled, runtime=runtime, rows=None)
+    measure(bench, plan, say=display.say, show=display.console.print)
 
 
 def _workers(

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
-from typing import Any
 
 import click
 
 import engine
-from engine.cli.common import (
-    ASSIGNMENTS,
-    DEVICE,
-    PATH,
-    RECIPE,
-    errors_explained,
-    open_videos,
-    options,
-)
+from engine.cli.bench import bench
+from engine.cli.common import errors_explained
 from engine.cli.evaluate import evaluate, finetune
 from engine.cli.evolve import evolve
 from engine.cli.ingest import ingest
@@ -36,7 +27,7 @@ def main() -> None:
 
 
 COMMANDS = (ingest, evolve, pretrain, evaluate, finetune, embed, export)
-for command in (*COMMANDS, reproduce, recipes, report, runs):
+for command in (*COMMANDS, reproduce, recipes, report, runs, bench):
     main.add_command(command)
 
 
@@ -49,52 +40,3 @@ def doctor() -> None:
 
     display = Display()
     display.console.print(table("", ["part", "found", "path taken"], diagnose()))
-
-
-@main.command()
-@click.argument("part", default="all")
-@click.option("--videos", multiple=True, type=PATH, help="Videos or shards [default: the demo's].")
-@options(RECIPE, ASSIGNMENTS, DEVICE)
-@click.option("--quick", is_flag=True, help="Fewer repeats and smaller cohorts.")
-@click.option("--json", type=PATH, help="Append a row a measurement to this JSON Lines file.")
-@click.option("--plot", type=PATH, help="Draw the stages' roofline: a .png or .svg file.")
-@click.option(
-    "--compare", nargs=2, type=PATH, metavar="A B", help="Only show two --json files side by side."
-)
-@errors_explained
-def bench(
-    part: str,
-    videos: tuple[Path, ...],
-    recipe_name: str | None,
-    assignments: tuple[str, ...],
-    device: str,
-    compare: tuple[Path, Path] | None,
-    **output: Any,
-) -> None:
-    """Measure PART (input, views, loss, step, kmeans, cohort, all) beside its physical limits and peers."""
-    from engine.bench.suite import (
-        WITH_VIDEOS,
-        check_files,
-        chosen_recipe,
-        parts_named,
-        run_bench,
-        show_comparison,
-    )
-    from engine.core.display import Display
-    from engine.core.runtime import check_kernels_package, choose_runtime
-    from engine.data.library import demo_folders
-
-    if compare is not None:
-        show_comparison(*compare)
-        return
-    parts = parts_named(part)
-    check_files(output["json"], output["plot"])
-    check_kernels_package()
-    gpu = choose_runtime(device).device.type == "cuda"
-    recipe = chosen_recipe(recipe_name, list(assignments), gpu=gpu)
-    runtime, index = choose_runtime(device, amp=recipe.optim.amp), None
-    if WITH_VIDEOS & set(parts):
-        with Display() as display:
-            (library,) = open_videos(display, videos or demo_folders(display.prepare)[0])
-        index = library.index
-    run_bench(parts, recipe, runtime=runtime, index=index, **output)

@@ -23,6 +23,8 @@ Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Meta(gt=0.0)]
+Readout = Literal["raw", "unit", "zscore", "white"]
+Strides = tuple[Positive, Positive, Positive, Positive, Positive]
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -65,6 +67,14 @@ class Model(Section, frozen=True):
     """Factor on the channels (64 in the stem at 1.0)."""
     pool: bool = False
     """Halve time and space again after the stem."""
+    depths: tuple[Positive, ...] = ()
+    """Residual blocks in each of the four stages; none: as many as ``arch`` has."""
+    time_strides: Strides = (1, 1, 2, 2, 2)
+    """What the stem and the four stages divide the number of frames by."""
+    space_strides: Strides = (2, 1, 2, 2, 2)
+    """Likewise of height and width, and of the sound's frames and mels."""
+    motion_stem: Share = 0.0
+    """Share of the stem's channels, in the networks that see pictures, whose kernels start with no mean over time."""
 
 
 class Objective(Section, frozen=True):
@@ -72,6 +82,11 @@ class Objective(Section, frozen=True):
 
     stop_gradient: bool = True
     """Stop the gradient of the distillation target."""
+    units: Literal["chance", "raw"] = "chance"
+    """chance: each term is divided by what comes of no learning on the same batch, so that 1 is nothing and 0 all that
+    can be learnt; raw: as it is (the paper does not say)."""
+    distill: Literal["l2", "standardised", "projected"] = "l2"
+    """What is compared: activations as they are (the paper), standardised ones, or a linear map of RGB's with those."""
     margin: PositiveFloat = 0.5
     embed_dim: Positive = 64
     decoder_width: Positive = 32
@@ -96,8 +111,8 @@ class Optim(Section, frozen=True):
     grad_clip: PositiveFloat = 1.0
     """Largest norm of the gradient."""
     accumulate: Positive = 1
-    """Micro-batches of a step, one after another, to save memory; negatives and batch norm's statistics then come
-    from one micro-batch (of all processes)."""
+    """Micro-batches of a step, one after another, to save memory; negatives, mean pictures, the unit of chance and
+    batch norm's statistics then come from one micro-batch (of all processes)."""
     batch_norm: Literal["local", "sync", "frozen"] = "local"
     """Statistics of each process's share of the batch, of the whole batch, or the running ones, unchanged."""
     ema: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
@@ -120,6 +135,8 @@ class Fitness(Section, frozen=True):
     """Most clips to judge by, drawn with the recipe's seed; 0: all that have labels, 2000 where none has."""
     views_per_clip: Positive = 2
     """Views in time, evenly spread over a clip, whose features are averaged."""
+    readout: Readout = "unit"
+    """How features are scaled before they are clustered; ``engine.features.readout`` describes each."""
     kmeans_init: Positive = 10
     """K-means starts per run; the one with the least inertia counts."""
     kmeans_seeds: Positive = 3
@@ -200,6 +217,8 @@ class Evaluation(Section, frozen=True):
     batch_norm: Literal["running", "batch"] = "running"
     """Statistics of batch norm: those of training, or of batches that mix all classes (they see test clips)."""
     batch_size: Annotated[int, Meta(ge=2)] = 32
+    readout: Readout = "unit"
+    """How features are scaled before k-means, as in ``[fitness]``."""
     kmeans_init: Positive = 10
     kmeans_seeds: Annotated[int, Meta(ge=1, le=100)] = 10
     strengths: tuple[PositiveFloat, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

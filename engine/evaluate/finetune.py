@@ -37,7 +37,7 @@ from engine.evaluate.scores import Evaluated, words
 from engine.features import extract
 from engine.features.extract import Cuts, Extractor, check_undamaged
 from engine.model.network_file import Card, ClipInput, card_of
-from engine.model.resnet3d import ResNet3D
+from engine.model.resnet3d import ResNet3D, video_network
 from engine.train.checkpoint import load_state, save_state
 from engine.train.compiled import compile_mode
 from engine.train.optim import descend, learning_rate, make_optimizer
@@ -157,9 +157,7 @@ class Finetuning:
         set_seed(seed)
         network = copy.deepcopy(n)
         if f.init == "scratch":
-            network = ResNet3D(
-                n.arch, n.in_channels, width=n.width, pool=isinstance(n.pool, nn.MaxPool3d)
-            )
+            network = video_network(self.card, n.in_channels)
         model = Classifier(network, len(self.dataset.classes), dropout=f.dropout)
         model.to(device=self.runtime.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         return model
@@ -266,7 +264,7 @@ class Finetuning:
 def from_scratch(recipe: Recipe, runtime: Runtime) -> tuple[ResNet3D, Card]:
     """A network with initial weights, by the recipe's model, and its card."""
     set_seed(recipe.seed)
-    network = ResNet3D(recipe.model.arch, 3, width=recipe.model.width, pool=recipe.model.pool)
+    network = video_network(recipe.model)
     return network.to(runtime.device), card_of(recipe)
 
 

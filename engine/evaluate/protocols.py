@@ -27,6 +27,7 @@ from engine.evaluate.finetune import Finetuning
 from engine.evaluate.scores import Evaluated, Spread
 from engine.features import kmeans
 from engine.features.extract import Cuts, Extractor, check_undamaged
+from engine.features.readout import NAMES, fitted
 from engine.model.network_file import Card
 from engine.model.resnet3d import ResNet3D
 
@@ -224,7 +225,8 @@ class Judge:
             count = len(np.unique(labels))
             if len(rows) < 2 * count:  # a cluster a video says nothing
                 continue
-            x = self._rows(rows)
+            scaled = fitted(self._rows(rows), self.settings.readout)
+            x = scaled(self._rows(rows))
             (clusters,) = kmeans.cluster(
                 [x],
                 count,
@@ -238,7 +240,7 @@ class Judge:
             metrics |= {f"{part}_{name}": fmean(run[name] for run in runs) for name in runs[0]}
             metrics[f"{part}_accuracy_runs"] = [run["accuracy"] for run in runs]
             if part == "train":
-                held = self._rows(test), self.videos.label[test]
+                held = scaled(self._rows(test)), self.videos.label[test]
                 shares = [scores.assigned_accuracy(x, labels, run, *held) for run in clusters]
                 metrics["assigned_accuracy"] = float(np.mean(shares))
         return metrics, None
@@ -284,7 +286,7 @@ class Judge:
         how = {
             "kmeans": (
                 f"{kmeans.NAMES[kmeans.kmeans_backend(self.device)]}, k = classes, best of {s.kmeans_init} starts,"
-                f" mean of {s.kmeans_seeds} runs, on video means"
+                f" mean of {s.kmeans_seeds} runs, on video means, {NAMES[s.readout]}"
             ),
             "linear": (
                 "one layer on standardised video means by logistic regression, C chosen on held-out train groups"

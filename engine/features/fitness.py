@@ -20,6 +20,7 @@ from engine.core.runtime import one_thread
 from engine.features import kmeans
 from engine.features.agreement import Agreement, Floats, Ints, agreement, check_labels, zipf_fitness
 from engine.features.kmeans import Backend
+from engine.features.readout import read_out
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,12 @@ def cohort_fitness(
 ) -> list[FitnessResult | str]:
     """Cluster each member's features; compare with the classes (the paper) and with Zipf's law (its follow-up).
 
-    ``features`` (N, D) float, an array or a tensor a member, are clustered as they are: the paper clusters
-    the representation itself, k-means is blind to a shift and to a common scale, and no other scaling is
-    better for every kind of feature. ``labels`` (N,) are class ids in [0, num_classes), or None where there are
-    none and the metric is zipf. Clusters are ``settings.num_clusters``, or as many as classes. Averages
-    ``settings.kmeans_seeds`` runs, each the best of ``settings.kmeans_init`` starts, whose random numbers
-    depend on ``seed`` alone. In any company a member's numbers are the same on a CPU, to the bit and
-    whatever the number of threads; on a GPU (``device`` "cuda...") up to float32's rounding.
+    ``features`` (N, D) float, an array or a tensor a member, are scaled as ``settings.readout`` says, and then
+    clustered; their effective rank is that of the features themselves. ``labels`` (N,) are class ids in
+    [0, num_classes), or None where there are none and the metric is zipf. Clusters are ``settings.num_clusters``, or
+    as many as classes. Averages ``settings.kmeans_seeds`` runs, each the best of ``settings.kmeans_init`` starts,
+    whose random numbers depend on ``seed`` alone. In any company a member's numbers are the same on a CPU, to the bit
+    and whatever the number of threads; on a GPU (``device`` "cuda...") up to float32's rounding.
 
     A member without fitness gets the reason: features that are not finite, or not one row a label. Raises
     ValueError for labels outside the classes, fewer clips than classes or clusters, a metric that wants labels where
@@ -99,8 +99,9 @@ def cohort_fitness(
             "set fitness.num_clusters lower, or give more clips"
         )
     with one_thread():
+        scaled = [read_out(each, settings.readout) for each in sound]
         clustered = kmeans.cluster(
-            sound,
+            scaled,
             num_clusters,
             backend=backend,
             device=device,
@@ -109,8 +110,8 @@ def cohort_fitness(
             seed=seed,
         )
         results = iter(
-            _result(each, runs, labels, settings=settings, num_clusters=num_clusters, by=backend)
-            for each, runs in zip(sound, clustered, strict=True)
+            _result(*each, labels, settings=settings, num_clusters=num_clusters, by=backend)
+            for each in zip(scaled, map(effective_rank, sound), clustered, strict=True)
         )
         return [next(results) if fault is None else fault for fault in faults]
 
@@ -139,6 +140,7 @@ def effective_rank(features: Floats | Tensor) -> float:
 
 def _result(
     features: Floats | Tensor,
+    rank: float,
     runs: Ints,
     labels: Ints | None,
     *,
@@ -146,7 +148,7 @@ def _result(
     num_clusters: int,
     by: Backend,
 ) -> FitnessResult:
-    """The fitness of one member, of its features (N, D) and their clusters in each run (S, N)."""
+    """The fitness of a member, of its scaled features (N, D), their rank before that, and its clusters (S, N)."""
     s = settings.zipf_exponent
     zipf = [zipf_fitness(features, run, num_clusters=num_clusters, exponent=s) for run in runs]
     agreed = [] if labels is None else [agreement(labels, run) for run in runs]
@@ -157,7 +159,7 @@ def _result(
         metrics=metrics,
         zipf=fmean(zipf),
         sd=stdev(values) if len(values) > 1 else 0.0,
-        effective_rank=effective_rank(features),
+        effective_rank=rank,
         backend=by,
     )
 

@@ -9,19 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-NUM_STEPS = 2
-"""Upsampling steps, each followed by a convolution, before the last one to the full size."""
-
 
 class Decoder(nn.Module):
     """Decode stage-4 activations to ``out_size``: (T, H, W) frames or, of two numbers, (F, mels).
 
     Input (N, in_channels, t, h, w) or (N, in_channels, f, m), output (N, out_channels, *out_size),
-    of the compute dtype. A 1x1 projection to ``hidden`` channels, then upsampling to a quarter and
-    to half of ``out_size``, each followed by a convolution of 3 per axis and ReLU, then upsampling
-    to ``out_size`` and a convolution to the outputs. An axis is never shrunk on the way, unless the
-    input is longer than ``out_size`` there. The cost is that of one hidden-to-hidden convolution at
-    half the size and little more: no step works in ``hidden`` channels at the full size.
+    of the compute dtype or float32. A 1x1 projection to ``hidden`` channels is spread over all T frames
+    and a quarter of H and W (of both axes for audio), where each channel gets a gain and a shift of its
+    own at each position: without these, frames that come from one time step could not differ. Then come
+    a convolution of 3 per axis, another at half the size, over space alone where there is time, and the
+    one to the outputs at the full size; group norm and GELU after all but the last. That one starts at
+    zero, and with it the output. An axis is never shrunk on the way, unless the input is longer than
+    ``out_size`` there.
 
     Upsampling repeats the nearest value, whose backward gathers in a fixed order on every device;
     that of linear interpolation adds atomically on CUDA and differs from run to run. Raises
@@ -41,27 +40,42 @@ class Decoder(nn.Module):
                 f"decoder: in_channels is {in_channels}, out_channels {out_channels}, hidden"
                 f" {hidden}; each must be at least 1"
             )
-        conv: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv3d if len(out_size) == 3 else nn.Conv2d
+        video = len(out_size) == 3
+        conv: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv3d if video else nn.Conv2d
         self.out_size = tuple(out_size)
+        self.coarse_grid, self.fine_grid = self._grid(4), self._grid(2)
         self.project = conv(in_channels, hidden, 1)
-        self.steps = nn.ModuleList(conv(hidden, hidden, 3, padding=1) for _ in range(NUM_STEPS))
+        self.gain = nn.Parameter(1.0 + 0.5 * torch.randn(1, hidden, *self.coarse_grid))
+        self.shift = nn.Parameter(0.5 * torch.randn(1, hidden, *self.coarse_grid))
+        self.mix = conv(hidden, hidden, 3, padding=1)
+        space = ((1, 3, 3), (0, 1, 1)) if video else (3, 1)
+        self.refine = conv(hidden, hidden, space[0], padding=space[1])  # type: ignore[arg-type]
+        self.norms = nn.ModuleList(nn.GroupNorm(1, hidden) for _ in range(3))
         self.output = conv(hidden, out_channels, 3, padding=1)
-        for module in (self.project, *self.steps):
+        for module in (self.project, self.mix, self.refine):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias)
-        nn.init.xavier_normal_(self.output.weight)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
+
+    def _grid(self, part: int) -> tuple[int, ...]:
+        """All frames and a ``part``-th of each other axis, rounded up."""
+        time = self.out_size[:1] if len(self.out_size) == 3 else ()
+        return (*time, *(-(-n // part) for n in self.out_size[len(time) :]))
 
     def forward(self, x: Tensor) -> Tensor:
         """What stage-4 activations decode to, (N, out_channels, *out_size)."""
-        out: Tensor = torch.relu(self.project(x))
-        for left, conv in zip(range(NUM_STEPS, 0, -1), self.steps, strict=True):
-            sizes = zip(out.shape[2:], self.out_size, strict=True)
-            size = [max(min(now, end), -(-end // 2**left)) for now, end in sizes]
-            out = torch.relu(conv(_resize(out, size)))
-        decoded: Tensor = self.output(_resize(out, list(self.out_size)))
+        first, second, third = self.norms
+        sizes = zip(x.shape[2:], self.out_size, self.coarse_grid, strict=True)
+        grid = [max(min(now, end), coarse) for now, end, coarse in sizes]
+        out = first(_resize(self.project(x), grid))
+        out = functional.gelu(out * _resize(self.gain, grid) + _resize(self.shift, grid))
+        out = functional.gelu(second(self.mix(out)))
+        grid = [max(now, fine) for now, fine in zip(grid, self.fine_grid, strict=True)]
+        out = functional.gelu(third(self.refine(_resize(out, grid))))
+        decoded: Tensor = self.output(_resize(out, self.out_size))
         return decoded
 
 
-def _resize(x: Tensor, size: list[int]) -> Tensor:
-    return functional.interpolate(x, size=size, mode="nearest-exact")
+def _resize(x: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
+    return functional.interpolate(x, size=list(size), mode="nearest-exact")

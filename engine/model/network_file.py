@@ -20,7 +20,7 @@ from engine.core.recipe import Recipe
 from engine.core.tensors import CheckpointError, load_tensors, save_tensors
 from engine.data.views import RGB_MEAN, RGB_STD
 from engine.model.pretrained import architecture_of, is_image_network, load_pretrained
-from engine.model.resnet3d import ResNet3D
+from engine.model.resnet3d import SPACE_STRIDES, TIME_STRIDES, ResNet3D, Strides, video_network
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,6 +40,10 @@ class Card(Struct, frozen=True, kw_only=True):
     arch: str
     width: float = 1.0
     pool: bool = False
+    depths: tuple[int, ...] = ()
+    time_strides: Strides = TIME_STRIDES
+    space_strides: Strides = SPACE_STRIDES
+    motion_stem: float = 0.0
     input: ClipInput = ClipInput()
     mean: tuple[float, float, float] = RGB_MEAN
     """Of frames scaled to [0, 1], RGB: clips are normalised by it and ``std`` before they enter."""
@@ -67,6 +71,10 @@ def card_of(recipe: Recipe, **facts: Any) -> Card:
         arch=model.arch,
         width=model.width,
         pool=model.pool,
+        depths=model.depths,
+        time_strides=model.time_strides,
+        space_strides=model.space_strides,
+        motion_stem=model.motion_stem,
         input=ClipInput(clip.num_frames, clip.frame_stride, clip.size),
         **facts,
     )
@@ -88,7 +96,7 @@ def load_network(path: Path, *, device: torch.device | str = "cpu") -> tuple[Res
     tensors, facts = load_tensors(path) if path.suffix == ".safetensors" else (_pickled(path), {})
     try:
         card = _card(tensors, facts, path)
-        network = ResNet3D(card.arch, 3, width=card.width, pool=card.pool)
+        network = video_network(card)
         load_pretrained(network, tensors, where=str(path))
     except ValueError as error:
         raise CheckpointError(str(error)) from None

@@ -1,6 +1,6 @@
-"""3D and (2+1)D residual networks for clips, and the trunk that they share with the audio network.
+"""3D and (2+1)D residual networks for clips, and a 2-D one for sound, of one trunk.
 
-Shape letters: N clips, C channels, T frames, H W pixels, D features. Parameter names are those of
+Shape letters: N clips, C channels, T frames, H W pixels, F audio frames, D features. Parameter names are those of
 torchvision's video networks (``stem.0.weight``, ``layer1.0.conv1.0.weight``, ...), so that weights
 trained on Kinetics with them load unchanged; see ``engine.model.pretrained``.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ STEM_FRAMES = {"r3d_18": 3, "r3d_34": 3, "r3d_50": 7}
 STEM_MIDDLE = 45
 """Channels between the two convolutions of the (2+1)D stem, at width 1."""
 STAGE_PLANES = (64, 128, 256, 512)
+Strides = tuple[int, int, int, int, int]
+"""Of the stem and of the first block of each stage."""
+TIME_STRIDES: Strides = (1, 1, 2, 2, 2)
+SPACE_STRIDES: Strides = (2, 1, 2, 2, 2)
+"""The papers' and torchvision's."""
 
 
 def is_bottleneck(arch: str) -> bool:
@@ -60,38 +66,73 @@ def factorized_channels(inputs: int, planes: int) -> int:
     return (inputs * planes * 27) // (inputs * 9 + planes * 3)
 
 
+class NetworkSettings(Protocol):
+    """What decides a network's shape: a recipe's ``[model]``, or a file's card."""
+
+    @property
+    def arch(self) -> str: ...
+    @property
+    def width(self) -> float: ...
+    @property
+    def pool(self) -> bool: ...
+    @property
+    def depths(self) -> tuple[int, ...]: ...
+    @property
+    def time_strides(self) -> Strides: ...
+    @property
+    def space_strides(self) -> Strides: ...
+    @property
+    def motion_stem(self) -> float: ...
+
+
+Stride = tuple[int, int]
+"""In time, and along both axes of space."""
+
+
 @dataclass(frozen=True)
 class Layers:
     """What a residual block is built of, so that 2-D, 3D and (2+1)D networks share the blocks."""
 
-    conv: Callable[[int, int, int, int], nn.Module]
+    conv: Callable[[int, int, int, Stride], nn.Module]
     """(inputs, outputs, channels inside a (2+1)D one, stride) -> convolution of 3 per axis."""
-    point: Callable[[int, int, int], nn.Module]
+    point: Callable[[int, int, Stride], nn.Module]
     """(inputs, outputs, stride) -> convolution over single positions."""
     norm: Callable[[int], nn.Module]
 
 
-def _conv3d(inputs: int, outputs: int, middle: int, stride: int) -> nn.Module:
-    return nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+def _conv3d(inputs: int, outputs: int, middle: int, stride: Stride) -> nn.Module:
+    time, space = stride
+    return nn.Conv3d(inputs, outputs, 3, stride=(time, space, space), padding=1, bias=False)
 
 
-def _conv2plus1d(inputs: int, outputs: int, middle: int, stride: int) -> nn.Module:
+def _conv2plus1d(inputs: int, outputs: int, middle: int, stride: Stride) -> nn.Module:
+    time, space = stride
     return nn.Sequential(
         nn.Conv3d(
-            inputs, middle, (1, 3, 3), stride=(1, stride, stride), padding=(0, 1, 1), bias=False
+            inputs, middle, (1, 3, 3), stride=(1, space, space), padding=(0, 1, 1), bias=False
         ),
         nn.BatchNorm3d(middle),
         nn.ReLU(inplace=True),
-        nn.Conv3d(middle, outputs, (3, 1, 1), stride=(stride, 1, 1), padding=(1, 0, 0), bias=False),
+        nn.Conv3d(middle, outputs, (3, 1, 1), stride=(time, 1, 1), padding=(1, 0, 0), bias=False),
     )
 
 
-def _point3d(inputs: int, outputs: int, stride: int) -> nn.Module:
-    return nn.Conv3d(inputs, outputs, 1, stride=stride, bias=False)
+def _point3d(inputs: int, outputs: int, stride: Stride) -> nn.Module:
+    time, space = stride
+    return nn.Conv3d(inputs, outputs, 1, stride=(time, space, space), bias=False)
+
+
+def _conv2d(inputs: int, outputs: int, middle: int, stride: Stride) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride[1], padding=1, bias=False)
+
+
+def _point2d(inputs: int, outputs: int, stride: Stride) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 1, stride=stride[1], bias=False)
 
 
 LAYERS_3D = Layers(conv=_conv3d, point=_point3d, norm=nn.BatchNorm3d)
 LAYERS_2PLUS1D = Layers(conv=_conv2plus1d, point=_point3d, norm=nn.BatchNorm3d)
+LAYERS_2D = Layers(conv=_conv2d, point=_point2d, norm=nn.BatchNorm2d)
 
 
 class ResidualBlock(nn.Module):
@@ -104,37 +145,39 @@ class ResidualBlock(nn.Module):
     conv3: nn.Sequential | None
 
     def __init__(
-        self, inputs: int, planes: int, *, layers: Layers, stride: int, bottleneck: bool
+        self, inputs: int, planes: int, *, layers: Layers, stride: Stride, bottleneck: bool
     ) -> None:
         super().__init__()
         middle = factorized_channels(inputs, planes)
         outputs = planes * (4 if bottleneck else 1)
         if bottleneck:
             self.conv1 = nn.Sequential(
-                layers.point(inputs, planes, 1), layers.norm(planes), nn.ReLU(inplace=True)
+                layers.point(inputs, planes, (1, 1)), layers.norm(planes), nn.ReLU(inplace=True)
             )
             self.conv2 = nn.Sequential(
                 layers.conv(planes, planes, middle, stride),
                 layers.norm(planes),
                 nn.ReLU(inplace=True),
             )
-            self.conv3 = nn.Sequential(layers.point(planes, outputs, 1), layers.norm(outputs))
+            self.conv3 = nn.Sequential(layers.point(planes, outputs, (1, 1)), layers.norm(outputs))
         else:
             self.conv1 = nn.Sequential(
                 layers.conv(inputs, planes, middle, stride),
                 layers.norm(planes),
                 nn.ReLU(inplace=True),
             )
-            self.conv2 = nn.Sequential(layers.conv(planes, planes, middle, 1), layers.norm(planes))
+            self.conv2 = nn.Sequential(
+                layers.conv(planes, planes, middle, (1, 1)), layers.norm(planes)
+            )
             self.conv3 = None
         self.downsample: nn.Sequential | None = None
-        if stride != 1 or inputs != outputs:
+        if stride != (1, 1) or inputs != outputs:
             self.downsample = nn.Sequential(
                 layers.point(inputs, outputs, stride), layers.norm(outputs)
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's output, of half the size in every axis where it has a stride."""
+        """The block's output, of its input's size over the stride, rounded up."""
         out: Tensor = self.conv2(self.conv1(x))
         if self.conv3 is not None:
             out = self.conv3(out)
@@ -157,9 +200,15 @@ class ResNet(nn.Module):
         width: float,
         layers: Layers,
         pool: nn.Module,
+        depths: tuple[int, ...] = (),
+        time_strides: Strides = TIME_STRIDES,
+        space_strides: Strides = SPACE_STRIDES,
     ) -> None:
         super().__init__()
         planes = stage_planes(arch, width)
+        depths = depths or DEPTHS[arch]
+        if len(depths) != 4 or min(depths) < 1:
+            raise ValueError(f"{arch}: depths are {depths}; give four numbers, each at least 1")
         expansion = 4 if is_bottleneck(arch) else 1
         self.arch = arch
         self.in_channels = in_channels
@@ -172,13 +221,14 @@ class ResNet(nn.Module):
         self.stem = stem
         self.pool = pool
         stages = []
-        for stage, (depth, inside) in enumerate(zip(DEPTHS[arch], planes, strict=True)):
+        for stage, (depth, inside) in enumerate(zip(depths, planes, strict=True)):
+            stride = (time_strides[stage + 1], space_strides[stage + 1])
             blocks = [
                 ResidualBlock(
                     self.channels[stage if block == 0 else stage + 1],
                     inside,
                     layers=layers,
-                    stride=2 if stage > 0 and block == 0 else 1,
+                    stride=stride if block == 0 else (1, 1),
                     bottleneck=is_bottleneck(arch),
                 )
                 for block in range(depth)
@@ -220,52 +270,144 @@ class ResNet3D(ResNet):
     Hara et al.'s 3D ResNet-50, stem 7x7x7 (arXiv 1711.09577): 41 GFLOP forward for a clip of
     8x224x224, against 226 without pool. The pool's backward is not bit-deterministic on CUDA.
 
-    The stem halves H and W; the stages 2 to 4 halve T, H and W each (rounded up). Weights are drawn
+    The stem halves H and W; the stages 2 to 4 halve T, H and W each (rounded up), unless
+    ``time_strides`` and ``space_strides`` say otherwise: five numbers each, of the stem and the four
+    stages. ``depths`` are the blocks of each stage, where they are not those of ``arch``. Weights are drawn
     by He et al. from torch's global generator, so that ``torch.manual_seed`` determines them. For
     speed call ``.to(memory_format=torch.channels_last_3d)``. Raises ValueError for an unknown
     ``arch`` or a bad number.
     """
 
     def __init__(
-        self, arch: str, in_channels: int, *, width: float = 1.0, pool: bool = False
+        self,
+        arch: str,
+        in_channels: int,
+        *,
+        width: float = 1.0,
+        pool: bool = False,
+        depths: tuple[int, ...] = (),
+        time_strides: Strides = TIME_STRIDES,
+        space_strides: Strides = SPACE_STRIDES,
+        motion_stem: float = 0.0,
     ) -> None:
         stage_planes(arch, width)  # a bad arch or width ends here, before any layer is made
         if in_channels < 1:
             raise ValueError(f"{arch}: in_channels is {in_channels}; a clip has at least one")
         factorized = arch.startswith("r2plus1d")
+        stride = (time_strides[0], space_strides[0])
         super().__init__(
             arch,
-            _stem2plus1d(in_channels, width)
+            _stem2plus1d(in_channels, width, stride)
             if factorized
-            else _stem3d(in_channels, width, STEM_FRAMES[arch]),
+            else _stem3d(in_channels, width, stride, frames=STEM_FRAMES[arch]),
             in_channels=in_channels,
             width=width,
             layers=LAYERS_2PLUS1D if factorized else LAYERS_3D,
             pool=nn.MaxPool3d(3, stride=2, padding=1) if pool else nn.Identity(),
+            depths=depths,
+            time_strides=time_strides,
+            space_strides=space_strides,
+        )
+        if motion_stem:
+            _start_from_motion(self.stem, motion_stem)
+
+
+def video_network(
+    settings: NetworkSettings, in_channels: int = 3, *, pictures: bool = True
+) -> ResNet3D:
+    """A network as a recipe's ``[model]`` or a file's card says; without ``pictures`` it sees flow, which is motion."""
+    return ResNet3D(
+        settings.arch,
+        in_channels,
+        width=settings.width,
+        pool=settings.pool,
+        depths=settings.depths,
+        time_strides=settings.time_strides,
+        space_strides=settings.space_strides,
+        motion_stem=settings.motion_stem if pictures else 0.0,
+    )
+
+
+class AudioResNet(ResNet):
+    """A network over log-mel spectrograms (N, 1, F, mels) of floats, for any F and mels >= 16.
+
+    ``arch`` and ``width`` are those of ``ResNet3D``; depth, kind of block and ``channels`` equal
+    that network's, so that activations can be compared through their global averages. The stem
+    (7x7) and the stages 2 to 4 halve F and mels each, or divide them by ``space_strides``; there is no
+    pool. He init from torch's global generator. Raises ValueError for an unknown ``arch`` or a bad width.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        *,
+        width: float = 1.0,
+        depths: tuple[int, ...] = (),
+        space_strides: Strides = SPACE_STRIDES,
+    ) -> None:
+        stage_planes(arch, width)  # a bad arch or width ends here, before any layer is made
+        outputs = scaled(STEM_CHANNELS, width)
+        stem = nn.Sequential(
+            nn.Conv2d(1, outputs, 7, stride=space_strides[0], padding=3, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        )
+        super().__init__(
+            arch,
+            stem,
+            in_channels=1,
+            width=width,
+            layers=LAYERS_2D,
+            pool=nn.Identity(),
+            depths=depths,
+            space_strides=space_strides,
         )
 
 
-def _stem3d(inputs: int, width: float, frames: int) -> nn.Sequential:
-    outputs = scaled(STEM_CHANNELS, width)
+def audio_network(settings: NetworkSettings) -> AudioResNet:
+    """The audio network beside video networks of these settings."""
+    return AudioResNet(
+        settings.arch,
+        width=settings.width,
+        depths=settings.depths,
+        space_strides=settings.space_strides,
+    )
+
+
+def _stem3d(inputs: int, width: float, stride: Stride, *, frames: int) -> nn.Sequential:
+    outputs, (time, space) = scaled(STEM_CHANNELS, width), stride
     kernel, padding = (frames, 7, 7), (frames // 2, 3, 3)
     return nn.Sequential(
-        nn.Conv3d(inputs, outputs, kernel, stride=(1, 2, 2), padding=padding, bias=False),
+        nn.Conv3d(
+            inputs, outputs, kernel, stride=(time, space, space), padding=padding, bias=False
+        ),
         nn.BatchNorm3d(outputs),
         nn.ReLU(inplace=True),
     )
 
 
-def _stem2plus1d(inputs: int, width: float) -> nn.Sequential:
-    outputs = scaled(STEM_CHANNELS, width)
+def _stem2plus1d(inputs: int, width: float, stride: Stride) -> nn.Sequential:
+    outputs, (time, space) = scaled(STEM_CHANNELS, width), stride
     middle = max(8, round(STEM_MIDDLE * width))
     return nn.Sequential(
-        nn.Conv3d(inputs, middle, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
+        nn.Conv3d(
+            inputs, middle, (1, 7, 7), stride=(1, space, space), padding=(0, 3, 3), bias=False
+        ),
         nn.BatchNorm3d(middle),
         nn.ReLU(inplace=True),
-        nn.Conv3d(middle, outputs, (3, 1, 1), padding=(1, 0, 0), bias=False),
+        nn.Conv3d(middle, outputs, (3, 1, 1), stride=(time, 1, 1), padding=(1, 0, 0), bias=False),
         nn.BatchNorm3d(outputs),
         nn.ReLU(inplace=True),
     )
+
+
+@torch.no_grad()
+def _start_from_motion(stem: nn.Sequential, share: float) -> None:
+    """Take the mean over time off the kernels of a share of the stem's channels; their scale is kept on average."""
+    weight = [module for module in stem if isinstance(module, nn.Conv3d)][-1].weight
+    frames, first = weight.shape[2], weight[: round(len(weight) * share)]
+    first -= first.mean(2, keepdim=True)
+    first *= (frames / (frames - 1)) ** 0.5
 
 
 def _initialize(network: nn.Module) -> None:

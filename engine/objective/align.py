@@ -1,5 +1,8 @@
 """Contrastive tasks: audio alignment (A) and joint embedding (E), with a margin on cosine similarity.
 
+Embeddings that are all the same get the margin itself; unrelated ones get no less on average, since the loss is convex
+in the difference of two similarities whose mean is zero.
+
 Where ranks hold parts of a batch, negatives come from all of it: every rank computes the whole batch's value and
 differentiates it by its own clips' embeddings, so that the sum of their gradients is the batch's.
 """
@@ -49,7 +52,8 @@ class AlignAudioTask(Task):
         in_time = self.margin - aligned + (video * shifted).sum(1)
         of_clip = self.margin - aligned + (video * sound.roll(1, 0)).sum(1)
         mask = torch.cat([batch.has_shift, batch.has_audio & batch.has_audio.roll(1, 0)])
-        return [Scalar(self.terms[0], masked_mean(torch.cat([in_time, of_clip]).relu(), mask))]
+        value = masked_mean(torch.cat([in_time, of_clip]).relu(), mask)
+        return [Scalar(self.terms[0], value, self.margin)]
 
 
 class EmbedTask(Task):
@@ -87,12 +91,8 @@ class EmbedTask(Task):
             mask = mask & batch.has_audio[:, None] & batch.has_audio[None, :]
         to_other = self.margin - own[:, None] + similarity
         to_rgb = self.margin - own[None, :] + similarity
-        return [
-            Scalar(
-                self.terms[0],
-                masked_mean(torch.stack([to_other, to_rgb]).relu(), mask.expand(2, n, n)),
-            )
-        ]
+        value = masked_mean(torch.stack([to_other, to_rgb]).relu(), mask.expand(2, n, n))
+        return [Scalar(self.terms[0], value, self.margin)]
 
 
 def of_all_ranks(views: Views, *embeddings: Tensor) -> tuple[Tensor, ...]:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 import kernels
 from engine.core.recipe import Clip, Model, Objective
 from engine.data.views import Views, backward, shuffled
-from engine.model.audio_resnet import AudioResNet
 from engine.model.decoder import Decoder
-from engine.model.resnet3d import ResNet, ResNet3D
+from engine.model.resnet3d import ResNet, ResNet3D, audio_network, video_network
 from engine.objective.align import AlignAudioTask, EmbedTask
 from engine.objective.distill import DistillTask
 from engine.objective.order import OrderTask
@@ -22,6 +21,8 @@ from engine.objective.task import Activations, Pair, Task, TermValue
 from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, VISUAL
 
 CHANNELS = {"rgb": 3, "grey": 1, "flow": 2}
+LEAST_CHANCE = 1e-4
+"""Least that a term is divided by, in its own unit: what needs no learning (a still clip's flow) has no scale."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class LossOutput:
     names: tuple[str, ...]
     """The terms computed."""
     values: Tensor
-    """float32 (terms,), unweighted, detached; in the order of ``names``."""
+    """float32 (terms,), unweighted, detached, in the recipe's ``objective.units``; in the order of ``names``."""
+    ranks: Tensor
+    """float32 (networks,): how many directions each network's features spread in, in MODALITIES' order."""
 
 
 class EvolvedLoss(nn.Module):
@@ -50,13 +53,11 @@ class EvolvedLoss(nn.Module):
         """``audio_size``: log-mel frames of the clip, of its future, and mels."""
         super().__init__()
         self.order_share, self.teacher_grad = objective.order_share, not objective.stop_gradient
+        self.units = objective.units
         self.networks = nn.ModuleDict(
-            {
-                m: ResNet3D(model.arch, CHANNELS[m], width=model.width, pool=model.pool)
-                for m in VISUAL
-            }
+            {m: video_network(model, CHANNELS[m], pictures=m != "flow") for m in VISUAL}
         )
-        self.networks["audio"] = AudioResNet(model.arch, width=model.width)
+        self.networks["audio"] = audio_network(model)
         feature_dim = self.rgb.channels[4]
         embed = {"embed_dim": objective.embed_dim, "margin": objective.margin}
         tasks: list[Task] = []
@@ -66,7 +67,14 @@ class EvolvedLoss(nn.Module):
         tasks += self._decode_tasks(feature_dim, clip, objective, audio_size)
         for m in ("grey", "flow", "audio"):
             tasks.append(EmbedTask(m, feature_dim, **embed))  # type: ignore[arg-type]
-            tasks.append(DistillTask(m, stop_gradient=objective.stop_gradient))
+            tasks.append(
+                DistillTask(
+                    m,
+                    self.rgb.channels,
+                    stop_gradient=objective.stop_gradient,
+                    way=objective.distill,
+                )
+            )
         self.tasks = nn.ModuleList(tasks)
         assert sorted(name for task in tasks for name in task.terms) == sorted(TERM_NAMES)
 
@@ -109,12 +117,12 @@ class EvolvedLoss(nn.Module):
         """Evaluate Eq. 1 on a batch; ``weights`` float32 (39,) in TERM_NAMES' order."""
         names = evaluation_order(active)
         total, values = self.evaluate(views, weights_in_order(weights, names), active)
-        return LossOutput(total, names, values)
+        return LossOutput(total, names, values[: len(names)], values[len(names) :])
 
     def evaluate(
         self, views: Views, weights: Tensor, active: Collection[str]
     ) -> tuple[Tensor, Tensor]:
-        """The total and the terms' values of ``LossOutput``: what is compiled.
+        """The total and, one behind the other, the values and ranks of ``LossOutput``: what is compiled.
 
         ``weights`` (terms,) are those of ``evaluation_order(active)``.
         """
@@ -132,14 +140,27 @@ class EvolvedLoss(nn.Module):
                 pairs.append(value)
             else:
                 scalars.append(value)
-        return kernels.weighted_loss(
+        total, of_terms = kernels.weighted_loss(
             [p.student for p in pairs],
             [p.teacher for p in pairs],
             _masks(pairs, views),
             weights,
+            self._divisors([*pairs, *scalars], weights),
             torch.stack([s.value.float() for s in scalars]) if scalars else weights.new_zeros(0),
             teacher_grad=self.teacher_grad,
         )
+        ranks = [spread(layers[-1]) for layers in activations.clip.values()]
+        return total, torch.cat([of_terms, torch.stack(ranks)])
+
+    def _divisors(self, terms: Sequence[TermValue], weights: Tensor) -> Tensor:
+        """float32 (terms,): what each is at chance or, for raw units, 1."""
+        if self.units == "raw":
+            return torch.ones_like(weights)
+        chances = [
+            t.chance.float() if isinstance(t, Pair) else weights.new_full((), t.chance)
+            for t in terms
+        ]
+        return torch.stack(chances).clamp(min=LEAST_CHANCE)
 
     def activate(self, views: Views, active: Collection[str]) -> Activations:
         """Run each network that is needed once, on its clips and their changed copies stacked."""
@@ -168,6 +189,19 @@ class EvolvedLoss(nn.Module):
             if copies:
                 result.shuffled[m], result.reversed[m] = torch.split(pooled[n:], copies)
         return result
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> Tensor:
+    """Participation ratio () of features (N, D): (sum of l)^2 / sum of l^2, l the eigenvalues of their covariance.
+
+    Between 1, all clips along one line, and N - 1; 0 where all are the same. An estimate of the effective rank that
+    needs no decomposition.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        away = features.float() - features.float().mean(0)
+        gram = away @ away.T
+    return gram.trace().square() / gram.square().sum().clamp(min=1e-30)
 
 
 def with_sound(has_audio: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn import functional
 
 from engine.data.views import Views
 from engine.objective.task import Activations, Scalar, Task, TermValue
+
+CHANCE = math.log(2)
 
 
 class OrderTask(Task):
@@ -33,14 +36,12 @@ class OrderTask(Task):
         values: list[TermValue] = []
         if self.terms[0] in active:
             copies = activations.shuffled[m]
-            values.append(
-                Scalar(self.terms[0], _two_way(self.shuffle, pooled[: len(copies)], copies))
-            )
+            found = _two_way(self.shuffle, pooled[: len(copies)], copies)
+            values.append(Scalar(self.terms[0], found, CHANCE))
         if self.terms[1] in active:
             copies = activations.reversed[m]
-            values.append(
-                Scalar(self.terms[1], _two_way(self.backward_time, pooled[-len(copies) :], copies))
-            )
+            found = _two_way(self.backward_time, pooled[-len(copies) :], copies)
+            values.append(Scalar(self.terms[1], found, CHANCE))
         return values
 
 

@@ -1,15 +1,19 @@
-"""Decoding tasks: reconstruction (R), prediction (P), colorization (C) and other modalities (X)."""
+"""Decoding tasks: reconstruction (R), prediction (P), colorization (C) and other modalities (X).
+
+A decoder gives the difference from a prediction that takes no learning, and its error is measured by that one's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from engine.data.views import Views
 from engine.model.decoder import Decoder
-from engine.objective.task import Activations, Pair, Task, TermValue
+from engine.objective.task import Activations, Pair, Task, TermValue, batch_mean
 
 
 class DecodeTask(Task):
@@ -33,10 +37,30 @@ class DecodeTask(Task):
         (name,) = self.terms
         if name not in active:
             return []
-        decoded = self.decoder(activations.clip[self.modality][4])
-        target = (views.future if self.future else views.clip)[self.target]
         mask = views.has_audio if self.target == "audio" else None
-        return [Pair(name, decoded, shrunk(target, self.decoder.out_size), mask)]
+        target = shrunk(self._aim(views), self.decoder.out_size)
+        trivial = self._trivial(views, target, mask)
+        error = (trivial - target).square().flatten(1).mean(1)
+        decoded = trivial + self.decoder(activations.clip[self.modality][4])
+        return [Pair(name, decoded, target, batch_mean(error, mask, views), mask)]
+
+    def _aim(self, views: Views) -> Tensor:
+        return (views.future if self.future else views.clip)[self.target]
+
+    def _trivial(self, views: Views, target: Tensor, mask: Tensor | None) -> Tensor:
+        """What is predicted without learning, of a shape that broadcasts to the target's.
+
+        No motion for flow; for what comes next, the clip's last frame or the mean spectrum of its sound; else the
+        mean over the batch and its frames.
+        """
+        if self.target == "flow":
+            return torch.zeros_like(target)
+        if self.future and self.target == "audio":
+            seen = views.clip["audio"]
+            return shrunk(seen, (1, *self.decoder.out_size[1:]))
+        if self.future:
+            return shrunk(views.clip[self.target][:, :, -1:], (1, *self.decoder.out_size[1:]))
+        return batch_mean(target.mean(2, keepdim=True), mask, views)[None]
 
 
 def shrunk(target: Tensor, size: tuple[int, ...]) -> Tensor:

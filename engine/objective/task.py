@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from engine.core.ranks import gathered
 from engine.data.views import Views
 
 
@@ -32,6 +33,8 @@ class Pair:
     name: str
     student: Tensor
     teacher: Tensor
+    chance: Tensor
+    """float32 (): what the term would be had nothing been learnt, without gradient."""
     mask: Tensor | None = None
     """bool (N,); None keeps every clip."""
 
@@ -42,6 +45,8 @@ class Scalar:
 
     name: str
     value: Tensor
+    chance: float
+    """What it would be had nothing been learnt."""
 
 
 TermValue = Pair | Scalar
@@ -57,6 +62,21 @@ class Task(nn.Module):
     ) -> list[TermValue]:
         """The values of those of its terms that are in ``active``."""
         raise NotImplementedError
+
+
+def batch_mean(values: Tensor, mask: Tensor | None, views: Views, *, grad: bool = False) -> Tensor:
+    """Mean (...) over the whole batch's clips of values (N, ...).
+
+    Where ranks hold parts of the batch it is over all of them; ``mask`` (N,) leaves clips out, None keeps all. Without
+    ``grad`` no gradient passes.
+    """
+    values = values if grad else values.detach()
+    kept = values.new_ones(len(values)) if mask is None else mask.to(values.dtype)
+    each = kept.view(-1, *[1] * (values.dim() - 1))
+    total = torch.cat([torch.where(each > 0, values, 0.0).sum(0).flatten(), kept.sum()[None]])
+    if views.whole is not None:
+        total = gathered(total, views.whole.ranks, summed=True).sum(0)
+    return (total[:-1] / total[-1].clamp(min=1)).view(values.shape[1:])
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

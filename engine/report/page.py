@@ -29,9 +29,10 @@ from engine.report.figures.theme import (
     write_png,
 )
 from engine.report.importance import FEWEST, importance
+from engine.report.learnt import NEAR_CHANCE, collapsed, what_each_learnt
 from engine.report.measures import Agreement, Stat, stat
 from engine.report.run import Run, fitness_of, read_run, table_of
-from engine.search.samplers import finite
+from engine.search.samplers import finite, finite_values
 
 T = TypeVar("T")
 
@@ -147,6 +148,7 @@ def values(run: Run) -> dict[str, Any]:
         "scale": _place_bars(results),
         "tiles": _tiles(run, results),
         "ranked": _ranked(run),
+        "learnt": _learnt(run),
         "frames": _frames(run),
         "steps": measures.lineage(run),
         "pruned": _pruned(run),
@@ -249,6 +251,26 @@ def _ranked(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
     order = sorted(TERM_NAMES, key=lambda n: (-weights[n], TERM_NAMES.index(n)))
     rows = [{"term": BY_NAME[n], "weight": weights[n], "value": values.get(n)} for n in order]
     return [("highest", rows[:10]), ("lowest", rows[:-11:-1])]
+
+
+def _learnt(run: Run) -> dict[str, Any]:
+    """What each task of the best member learnt: rows, and the tasks and networks that learnt nothing."""
+    attributes = run.best.attributes if run.best else {}
+    start, end = (finite_values(attributes.get(key)) for key in ("terms_at_start", "terms"))
+    rows = what_each_learnt(start, end)
+    ranks = {
+        network: pair
+        for network, pair in table_of(attributes, "feature_ranks").items()
+        if isinstance(pair, list | tuple) and len(pair) == 2 and None not in map(finite, pair)
+    }
+    chance = table_of(run.recipe, "objective").get("units", "chance") == "chance"
+    return {
+        "rows": rows,
+        "chance": chance,
+        "near": [row.term for row in rows if chance and row.near_chance],
+        "bound": NEAR_CHANCE,
+        "collapsed": collapsed(ranks),
+    }
 
 
 def _labels(run: Run) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -57,14 +58,20 @@ class MemberResult:
     seconds: float
     """Its share of its cohort's time, input and clustering included."""
     clips_per_second: float
-    terms: dict[str, float]
-    """Unweighted terms near the end of training, running mean; of the last repeat."""
+    learnt: dict[str, Any]
+    """What ``Member.learnt`` says at the end of training; of the last repeat, empty where one failed."""
     rgb: dict[str, Tensor] | None
     """The RGB network's weights; of the last repeat."""
     rungs: tuple[tuple[int, float], ...] = ()
     """Steps trained and fitness measured then, on the way to the end."""
     steps: int = 0
     """Steps trained, of all repeats."""
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Unweighted terms near the end of training, running mean; of the last repeat."""
+        terms: dict[str, float] = self.learnt.get("terms", {})
+        return terms
 
 
 @dataclass
@@ -92,7 +99,8 @@ class MemberRun:
     pruned: str | None = None
     at_rungs: dict[int, FitnessResult] = field(default_factory=dict)
     result: FitnessResult | None = None
-    terms: dict[str, float] = field(default_factory=dict)
+    learnt: dict[str, Any] = field(default_factory=dict)
+    """``Member.learnt``."""
     rgb: dict[str, Tensor] | None = None
     end: dict[str, Tensor] | None = None
     """Its end state, where its children are to start from it."""
@@ -315,7 +323,7 @@ class _CohortTraining:
             networks = [member.loss.rgb for member in members]
             results = self.labelled.fitness(networks, seed=judged[0].seed)
         for run, member, result in zip(judged, members, results, strict=True):
-            run.terms = member.term_values()
+            run.learnt = member.learnt()
             if isinstance(result, str):
                 run.failed = result
             elif end < self.steps:
@@ -370,7 +378,7 @@ class _CohortTraining:
             seeds=tuple(run.seed for run in runs),
             seconds=sum(run.seconds for run in runs),
             clips_per_second=fmean(speeds),
-            terms={} if failed else runs[-1].terms,
+            learnt={} if failed else runs[-1].learnt,
             rgb=runs[-1].rgb if state == "complete" else None,
             rungs=tuple((at - runs[0].first, _rung_fitness(runs, at)) for at in common),
             steps=sum(run.trained for run in runs),

@@ -94,7 +94,10 @@ class Records:
             "seeds": list(result.seeds),
             "seconds": round(result.seconds, 3),
             "clips_per_second": round(result.clips_per_second, 2),
-            "terms": result.terms,
+            "terms": {},
+            "terms_at_start": {},
+            "feature_ranks": {},
+            **result.learnt,
             "recipe_hash": recipe_hash(self.recipe),
             "labels_used": self.recipe.fitness.uses_labels,
         }
@@ -206,8 +209,8 @@ class Board:
     """A search in TensorBoard: one point a member, at its number.
 
     ``search/`` fitness, best_so_far, failed, pruned; ``metrics/`` every other measure of the same features;
-    ``terms/`` last values of the loss terms; ``best/`` the 39 weights whenever a new best is found;
-    ``throughput/`` clips_per_second and seconds_per_member.
+    ``terms/`` last values of the loss terms; ``ranks/`` how far each network's features spread; ``best/`` the 39
+    weights whenever a new best is found; ``throughput/`` clips_per_second and seconds_per_member.
     """
 
     def __init__(self, folder: Path, *, before: Sequence[Trial] = ()) -> None:
@@ -225,6 +228,8 @@ class Board:
             points["search/fitness"] = trial.fitness
             points |= {f"metrics/{name}": value for name, value in trial.metrics.items()}
             points |= {f"terms/{name}": value for name, value in trial.terms.items()}
+            ranks = trial.attributes.get("feature_ranks", {})
+            points |= {f"ranks/{network}": now for network, (_, now) in ranks.items()}
             points["throughput/clips_per_second"] = trial.clips_per_second or 0.0
             points["throughput/seconds_per_member"] = trial.seconds or 0.0
             if self._best is None or trial.fitness > self._best:

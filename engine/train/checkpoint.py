@@ -110,6 +110,7 @@ def save_member(
         "step": member.step,
         "active": member.active,
         "values": None if member.values is None else member.values.tolist(),
+        "start": None if member.start is None else member.start.tolist(),
     }
     save_state(path, member.loss, member.optimizer, facts={**facts, **place}, extra=extra)
 
@@ -120,8 +121,9 @@ def load_member(
     """Bring a new member, and ``extra`` tensors, to their saved state; returns the facts. Raises as ``load_state``."""
     expected = {"recipe_hash": recipe_hash}
     facts = load_state(path, member.loss, member.optimizer, expected=expected, extra=extra)
-    if facts["values"] is not None:
-        member.values = member.ordered.new_tensor(facts["values"])
+    for name in ("values", "start"):
+        if facts[name] is not None:
+            setattr(member, name, member.ordered.new_tensor(facts[name]))
     member.step = facts["step"]
     return facts
 

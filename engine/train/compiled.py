@@ -76,8 +76,8 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 1 in the run's number format, of the member in the buffers or, without them, by its own networks.
 
-    ``weights`` (computed,): other than the member's own. Returns the total and the computed terms' values. A CUDA
-    graph's next run overwrites both.
+    ``weights`` (computed,): other than the member's own. Returns what ``EvolvedLoss.evaluate`` does. A CUDA graph's
+    next run overwrites it.
     """
     weights = member.ordered if weights is None else weights
     with torch.autocast(runtime.device.type, torch.bfloat16, runtime.amp):

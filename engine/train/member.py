@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from engine.train.optim import start_moments
 
 ALIGNMENT = 256
 """Bytes between which tensors start: what allocators give, and what kernels with wide loads assume."""
+START_STEPS = 5
+"""A member's terms at the start are their running means after so many steps."""
 
 
 @dataclass
@@ -36,14 +39,41 @@ class Member:
     first: int = 0
     """The step that it started from, above 0 with networks that are trained already."""
     values: Tensor | None = None
-    """Running mean of the computed terms' values, float32 (computed,)."""
+    """Running mean of what ``EvolvedLoss.evaluate`` gives beside the total: the computed terms, the networks' ranks."""
+    start: Tensor | None = None
+    """The same after START_STEPS steps."""
 
-    def term_values(self) -> dict[str, float]:
+    def note(self, values: Tensor) -> None:
+        """Take a step's values into the running mean."""
+        # a copy: a CUDA graph writes the next member's values to the same place
+        self.values = values.clone() if self.values is None else values.lerp(self.values, 0.9)
+        self.step += 1
+        if self.step - self.first <= START_STEPS:
+            self.start = self.values
+
+    def term_values(self, *, at_start: bool = False) -> dict[str, float]:
         """Each active term's running mean, unweighted."""
-        if self.values is None:
+        values = self.start if at_start else self.values
+        if values is None:
             return {}
-        every = zip(self.computed, self.values.tolist(), strict=True)
-        return {name: value for name, value in every if name in self.active}
+        every = dict(zip(self.computed, values.tolist(), strict=False))
+        return {name: every[name] for name in self.computed if name in self.active}
+
+    def learnt(self) -> dict[str, Any]:
+        """What a run keeps of it: ``terms_at_start`` and ``terms``; ``feature_ranks``, each at the start and now."""
+        began, now = self.ranks(at_start=True), self.ranks()
+        return {
+            "terms_at_start": self.term_values(at_start=True),
+            "terms": self.term_values(),
+            "feature_ranks": {m: (began[m], now[m]) for m in now},
+        }
+
+    def ranks(self, *, at_start: bool = False) -> dict[str, float]:
+        """The running mean of how many directions each network's features spread in, in a batch."""
+        values = self.start if at_start else self.values
+        if values is None:
+            return {}
+        return dict(zip(self.alive.networks, values[len(self.computed) :].tolist(), strict=True))
 
 
 class FlatState:

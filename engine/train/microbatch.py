@@ -95,7 +95,7 @@ def differentiate(
     settings: Optim,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
-    """The total and the computed terms' values of the whole batch, whose gradient is then in ``loss``'s parameters.
+    """``EvolvedLoss.evaluate`` of the whole batch, whose total's gradient is then in ``loss``'s parameters.
 
     ``views`` are this rank's share of the batch. Running statistics become their mean over ranks, so that all ranks
     keep equal networks.
@@ -106,7 +106,10 @@ def differentiate(
         return total, values
     count = settings.accumulate
     microbatches, gradient, once = split(views, member.computed, count=count, ranks=ranks)
-    sums = torch.zeros_like(member.ordered)
+    terms, networks = len(member.computed), len(member.alive.networks)
+    even = once.new_full((count, networks), 1.0 / (count * ranks.world))
+    once = torch.cat([once, even], 1)  # ranks of the networks' features are averaged
+    sums = once.new_zeros(terms + networks)
     for micro, of_gradient, of_value in zip(microbatches, gradient, once, strict=True):
         weights = member.ordered * of_gradient
         total, values = evaluate(member, micro, buffers=buffers, runtime=runtime, weights=weights)
@@ -119,4 +122,5 @@ def differentiate(
             torch._foreach_div_(statistics, ranks.world)
             exchanged += statistics
         ranks.sum_([*exchanged, sums])
-    return torch.where(member.ordered > 0, member.ordered * sums, 0.0).sum(), sums
+    total = torch.where(member.ordered > 0, member.ordered * sums[:terms], 0.0).sum()
+    return total, sums

@@ -148,7 +148,7 @@ def _as_configured(
 
 
 def _named(member: Member, values: torch.Tensor, rgb: torch.nn.Module) -> dict[str, float]:
-    named = dict(zip(member.computed, values.tolist(), strict=True))
+    named = dict(zip(member.computed, values.tolist(), strict=False))
     gradients = [p.grad for p in rgb.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
     return {name: named[name] for name in member.active} | {GRADIENT: norm}

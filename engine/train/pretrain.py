@@ -173,10 +173,11 @@ def _resume(
     start_moments(member.optimizer)
     for i in sorted(set(range(len(parameters))) - set(moved)):
         del member.optimizer.state[parameters[i]]
-    if member.values is None:
-        member.values = member.ordered.clone()
-    own = [*tensors_of(member.loss, member.optimizer), member.values, *extra.values()]
-    ranks.broadcast_(own)
+    empty = member.ordered.new_zeros(len(member.computed) + len(member.alive.networks))
+    member.values = empty.clone() if member.values is None else member.values
+    member.start = empty if member.start is None else member.start
+    own = [*tensors_of(member.loss, member.optimizer), member.values, member.start]
+    ranks.broadcast_([*own, *extra.values()])
 
 
 def _provenance(
@@ -290,6 +291,7 @@ class _Log:
         card = self._card(labels_used=loss_used_labels(self.run.path / "loss.toml"))
         how = {"steps": self.member.step, "processes": self.trainer.ranks.world}
         save_network(out, self._network(), card, **how)
+        self.run.write_json("terms.json", self.member.learnt())
         text = json.dumps({**msgspec.to_builtins(card), **how}, indent=1)
         write_text_atomic(out.with_suffix(".json"), text + "\n")
         if self.member.step > self._first:
@@ -313,6 +315,7 @@ class _Log:
             "train/clips_per_second": self._speed.clips_per_second,
             **({} if self._speed.mfu is None else {"train/mfu": self._speed.mfu}),
             **{f"terms/{name}": value for name, value in self.member.term_values().items()},
+            **{f"ranks/{name}": value for name, value in self.member.ranks().items()},
         }
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)

@@ -293,11 +293,7 @@ class Trainer:
         )
         if self.buffers is not None and member.state is not None:
             member.state.copy_from(self.buffers.state)
-        # a copy: a CUDA graph writes the next member's values to the same place
-        member.values = (
-            values.clone() if member.values is None else torch.lerp(values, member.values, 0.9)
-        )
-        member.step += 1
+        member.note(values)
         return value
 
     def _check(self, member: Member, views: Views) -> None:
@@ -325,7 +321,7 @@ class Trainer:
         value = total.item()
         if math.isfinite(value):
             return value
-        pairs = zip(member.computed, values.tolist(), strict=True)
+        pairs = zip(member.computed, values.tolist(), strict=False)
         bad = [name for name, term in pairs if not math.isfinite(term)]
         raise NonFiniteLoss(
             f"loss is {value} at step {member.step}; terms: {', '.join(bad) or 'their weighted sum'}"

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
         2,
         ["optim.batch_norm=sync", "optim.name=sgd", "optim.lr=1e-3"],
     ),
-    "all terms, local batch norm": ("equal", 3, []),
+    "all terms, local batch norm": ("equal", 3, ["objective.units=raw"]),
 }
 """Loss, steps and changes to the tiny recipe."""
 

@@ -124,7 +124,7 @@ def test_agreement_refuses(labels, clusters, message):
 
 def test_fitness_is_the_mean_over_runs_of_the_metric():
     features, labels = blobs(spread=1.2)
-    settings = Fitness(kmeans_init=1, kmeans_seeds=5)
+    settings = Fitness(readout="raw", kmeans_init=1, kmeans_seeds=5)
     runs = [
         agreement(
             labels,
@@ -137,7 +137,7 @@ def test_fitness_is_the_mean_over_runs_of_the_metric():
     for metric in ("hungarian", "nmi", "ari"):
         values = [getattr(run, metric) for run in runs]
         assert np.ptp(values) > 0  # else the mean is no test
-        settings = Fitness(metric=metric, kmeans_init=1, kmeans_seeds=5)
+        settings = Fitness(readout="raw", metric=metric, kmeans_init=1, kmeans_seeds=5)
         found = kmeans_fitness(features, labels, settings=settings, num_classes=6, seed=3)
         assert found.value == pytest.approx(np.mean(values))
         assert found.sd == pytest.approx(np.std(values, ddof=1))
@@ -149,7 +149,9 @@ def test_fitness_is_the_mean_over_runs_of_the_metric():
 def test_fitness_separates_good_features_from_none():
     def value(spread):
         features, labels = blobs(spread=spread)
-        return kmeans_fitness(features, labels, settings=Fitness(), num_classes=6, seed=0).value
+        return kmeans_fitness(
+            features, labels, settings=Fitness(readout="raw"), num_classes=6, seed=0
+        ).value
 
     assert value(0.2) == 1.0
     assert 1 / 6 < value(100.0) < 0.45
@@ -160,7 +162,9 @@ def test_fitness_does_not_depend_on_scale(power):
     features, labels = blobs(spread=1.2)  # whose squares float32 can't hold at 2^100 and 2^-100
 
     def value(x):
-        return kmeans_fitness(x, labels, settings=Fitness(), num_classes=6, seed=0).value
+        return kmeans_fitness(
+            x, labels, settings=Fitness(readout="raw"), num_classes=6, seed=0
+        ).value
 
     assert value(np.ldexp(features, power)) == value(features)
 
@@ -171,7 +175,9 @@ def test_collapsed_features_score_one_class_without_a_warning(fill):
     features = np.full((90, 8), fill, np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = kmeans_fitness(features, labels, settings=Fitness(), num_classes=6, seed=0)
+        found = kmeans_fitness(
+            features, labels, settings=Fitness(readout="raw"), num_classes=6, seed=0
+        )
     assert found.value == pytest.approx(1 / 6)
     assert found.sd == 0.0
     assert found.effective_rank == pytest.approx(1.0 if fill else 0.0)
@@ -180,7 +186,7 @@ def test_collapsed_features_score_one_class_without_a_warning(fill):
 def test_fitness_is_bit_equal_for_a_seed_whatever_the_threads():
     # More than 256 clips: scikit-learn deals out blocks of 256 to its threads.
     features, labels = blobs(700, 10, 64, spread=3.0)
-    settings = Fitness(kmeans_init=2, kmeans_seeds=2)
+    settings = Fitness(readout="raw", kmeans_init=2, kmeans_seeds=2)
     found = []
     for threads in (1, 2, 2):
         with threadpool_limits(threads):
@@ -204,7 +210,7 @@ def test_kmeans_runs_on_one_thread_and_gives_the_others_back(monkeypatch):
     features, labels = blobs()
     with threadpool_limits(2):
         before = threadpool_info()
-        kmeans_fitness(features, labels, settings=Fitness(), num_classes=6, seed=0)
+        kmeans_fitness(features, labels, settings=Fitness(readout="raw"), num_classes=6, seed=0)
         assert threadpool_info() == before
     assert set(seen) == {1}
 
@@ -225,7 +231,7 @@ def test_kmeans_runs_on_one_thread_and_gives_the_others_back(monkeypatch):
 def test_fitness_refuses_in_one_line(change, message):
     features, labels = change(*blobs())
     with pytest.raises(ValueError, match=message) as error:
-        kmeans_fitness(features, labels, settings=Fitness(), num_classes=6, seed=0)
+        kmeans_fitness(features, labels, settings=Fitness(readout="raw"), num_classes=6, seed=0)
     assert "\n" not in str(error.value)
 
 
@@ -233,7 +239,11 @@ def test_fitness_refuses_in_one_line(change, message):
 def test_a_cohort_gets_what_each_of_its_members_gets_alone(choice):
     members = [blobs(spread=spread, seed=seed)[0] for seed, spread in enumerate((0.5, 1.2, 3.0))]
     _, labels = blobs()
-    common = {"settings": Fitness(kmeans_init=4, kmeans=choice), "num_classes": 6, "seed": 2}
+    common = {
+        "settings": Fitness(readout="raw", kmeans_init=4, kmeans=choice),
+        "num_classes": 6,
+        "seed": 2,
+    }
     cohort = cohort_fitness(members, labels, **common)
     assert cohort == [kmeans_fitness(member, labels, **common) for member in members]
     assert len({result.value for result in cohort}) == 3
@@ -245,7 +255,11 @@ def test_a_cohort_gets_what_each_of_its_members_gets_alone(choice):
 @pytest.mark.parametrize("choice", ["auto", "batched"])
 def test_a_member_without_fitness_says_why_and_changes_no_other(choice):
     (good, labels), (other, _) = blobs(), blobs(seed=1, spread=1.2)
-    common = {"settings": Fitness(kmeans_init=2, kmeans=choice), "num_classes": 6, "seed": 2}
+    common = {
+        "settings": Fitness(readout="raw", kmeans_init=2, kmeans=choice),
+        "num_classes": 6,
+        "seed": 2,
+    }
     broken = good.copy()
     broken[7, 3] = np.nan
     members = [broken, good, good[:50], torch.from_numpy(broken), other]
@@ -261,7 +275,7 @@ def test_a_member_without_fitness_says_why_and_changes_no_other(choice):
 def test_batched_fitness_is_the_mean_over_runs_of_the_best_start():
     """Every start clustered by scikit-learn; another run's better start must not count."""
     features, labels = blobs(spread=1.2)
-    settings = Fitness(kmeans_init=3, kmeans_seeds=4, kmeans="batched")
+    settings = Fitness(readout="raw", kmeans_init=3, kmeans_seeds=4, kmeans="batched")
     uniforms = kmeans.draws(5, runs=4, restarts=3, num_clusters=6)
     wide = features.astype(np.float64)
     x, _ = kmeans.centred(torch.from_numpy(wide), dtype=torch.float64)
@@ -279,7 +293,7 @@ def test_batched_fitness_is_the_mean_over_runs_of_the_best_start():
 
 def test_batched_fitness_is_bit_equal_whatever_the_threads():
     features, labels = blobs(num_clips=400, dim=64, spread=1.5)
-    common = {"settings": Fitness(kmeans="batched"), "num_classes": 6, "seed": 7}
+    common = {"settings": Fitness(readout="raw", kmeans="batched"), "num_classes": 6, "seed": 7}
     before = torch.get_num_threads()
     found = []
     try:
@@ -334,7 +348,11 @@ def test_cuml_clusters_from_the_same_starts(monkeypatch):
     monkeypatch.setattr(kmeans, "kmeans_backend", lambda device, choice: choice)
     results = [
         kmeans_fitness(
-            features, labels, settings=Fitness(kmeans_init=4, kmeans=k), num_classes=6, seed=4
+            features,
+            labels,
+            settings=Fitness(readout="raw", kmeans_init=4, kmeans=k),
+            num_classes=6,
+            seed=4,
         )
         for k in ("cuml", "batched")
     ]

@@ -53,7 +53,7 @@ class Case:
 
 
 def pairs_case(*kinds, pairs=16, registers=64, save=True):
-    pointers = ("masks", "weights", "partials")
+    pointers = ("masks", "weights", "divisors", "partials")
     wide = {kind[3] for kind in kinds}
     return Case(
         {**dict.fromkeys(FACTS, (I64,) * pairs), **dict.fromkeys(pointers, F32), "num_clips": I32},
@@ -66,7 +66,7 @@ def pairs_case(*kinds, pairs=16, registers=64, save=True):
 
 
 def values_case(rows):
-    pointers = ("partials", "weights", "scalars", "values", "total")
+    pointers = ("partials", "weights", "divisors", "scalars", "values", "total")
     types = dict.fromkeys(("pairs", "num_scalars", "longest"), I32)
     return Case(
         {"firsts": (I64,) * (rows + 8), **dict.fromkeys(pointers, F32), **types},
@@ -257,7 +257,7 @@ sys.modules["triton"] = None
 import torch, kernels
 assert kernels.__engine_kernels__ and not kernels.HAS_TRITON
 one = torch.ones(2, 3)
-total, _ = kernels.weighted_loss([one], [one * 3], one[:1, :2], one[0, :1], one[0, :0])
+total, _ = kernels.weighted_loss([one], [one * 3], one[:1, :2], one[0, :1], one[0, :1], one[0, :0])
 assert total == 4
 rgb, _ = kernels.clip_views(torch.zeros(1, 2, 2, 2, 3, dtype=torch.uint8), one[0], one[0])
 assert (rgb == -1).all()

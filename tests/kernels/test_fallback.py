@@ -42,7 +42,8 @@ def views() -> tuple[torch.Tensor, torch.Tensor]:
 def loss() -> tuple[torch.Tensor, torch.Tensor]:
     student = torch.linspace(0, 1, 12).view(3, 4).requires_grad_()
     total, _ = kernels.weighted_loss(
-        *([student], [torch.zeros(3, 4)], torch.ones(1, 3), torch.ones(1)), torch.zeros(0)
+        *([student], [torch.zeros(3, 4)], torch.ones(1, 3), torch.ones(1), torch.ones(1)),
+        torch.zeros(0),
     )
     (2 * total).backward()
     assert student.grad is not None

@@ -68,31 +68,33 @@ def make(shapes, dtypes=(F32, F32), *, scalars=2, device="cpu", seed=0):
     masks = torch.ones(len(shapes), shapes[0][0] if shapes else 3, device=device)
     for p in range(1, len(shapes)):
         masks[p, p % masks.shape[1]] = 0
-    weights = torch.rand(len(shapes) + scalars, generator=rng).to(device)
-    return students, teachers, masks, weights, leaf((scalars,), F32)
+    weights, parts = (torch.rand(len(shapes) + scalars, generator=rng) for _ in range(2))
+    divisors = (2 ** (6 * parts - 3)).to(device)
+    return students, teachers, masks, weights.to(device), divisors, leaf((scalars,), F32)
 
 
-def expected(students, teachers, masks, weights, scalars):
+def expected(students, teachers, masks, weights, divisors, scalars):
     """Total, values and gradients to students by loops over pairs and clips, in float64."""
     to_numpy = lambda x: x.detach().cpu().double().numpy()  # noqa: E731
-    masks, weights, values, grads = to_numpy(masks), to_numpy(weights), [], []
+    masks, weights, divisors = to_numpy(masks), to_numpy(weights), to_numpy(divisors)
+    values, grads = [], []
     for p, (s, t) in enumerate(zip(students, teachers, strict=True)):
         s, t, value = to_numpy(s), to_numpy(t), 0.0
         grad, count = np.zeros_like(s), masks[p].sum()
         for n in np.flatnonzero(masks[p]):
             value += np.mean((s[n] - t[n]) ** 2) / count
             if weights[p] != 0:
-                grad[n] = weights[p] * 2 * (s[n] - t[n]) / s[n].size / count
+                grad[n] = weights[p] / divisors[p] * 2 * (s[n] - t[n]) / s[n].size / count
         values.append(value)
         grads.append(grad)
-    values = np.concatenate([values, to_numpy(scalars)])
+    values = np.concatenate([values, to_numpy(scalars)]) / divisors
     total = sum(w * v for w, v in zip(weights, values, strict=True) if w != 0)
     return total, values, grads
 
 
 def check(function, inputs, *, teacher_grad=False, upstream=3.0):
     """Outputs and every gradient of the function against ``expected``."""
-    students, teachers, _, weights, scalars = inputs
+    students, teachers, _, weights, divisors, scalars = inputs
     total, values = function(*inputs, teacher_grad=teacher_grad)
     want_total, want_values, want_grads = expected(*inputs)
     assert (total.dtype, total.shape, values.dtype) == (F32, (), F32)
@@ -109,7 +111,7 @@ def check(function, inputs, *, teacher_grad=False, upstream=3.0):
                 got, sign * upstream * want / size, rtol=0, atol=TOLERANCE[x.dtype]
             )
         assert teacher_grad or t.grad is None
-    want = weights[len(students) :] * upstream
+    want = (weights / divisors)[len(students) :] * upstream
     torch.testing.assert_close(scalars.grad, want, rtol=1e-6, atol=0)
 
 
@@ -182,15 +184,14 @@ def test_any_strides(function, shape, device, poison):
     masks[::2, -1] = 0
     weights = torch.rand(len(pairs), device=device)
     scalars = torch.zeros(0, device=device, requires_grad=True)
-    check(function, (students, teachers, masks, weights, scalars))
+    divisors = torch.rand(len(pairs), device=device) + 0.5
+    check(function, (students, teachers, masks, weights, divisors, scalars))
 
 
 def test_gradient_keeps_channels_last(device):
-    students, teachers, masks, weights, scalars = make([(2, 4, 3, 2, 5)], device=device)
+    students, *others = make([(2, 4, 3, 2, 5)], device=device)
     student = students[0].detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-    (grad,) = torch.autograd.grad(
-        kernels.weighted_loss([student], teachers, masks, weights, scalars)[0], student
-    )
+    (grad,) = torch.autograd.grad(kernels.weighted_loss([student], *others)[0], student)
     assert grad.is_contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -198,7 +199,7 @@ def test_gradient_keeps_channels_last(device):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_dropped_clip_may_hold_anything(function, dtype, device, poison):
     inputs = make(SHAPES, (dtype, dtype), device=device)
-    students, teachers, masks, _, _ = inputs
+    students, teachers, masks, *_ = inputs
     masks[3] = 0
     with torch.no_grad():
         for p, n in (masks == 0).nonzero().tolist():
@@ -211,7 +212,7 @@ def test_a_dropped_clip_may_hold_anything(function, dtype, device, poison):
 @pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
 def test_weight_zero_is_valued_but_teaches_nothing(function, device, poison):
     inputs = make(SHAPES, device=device)
-    students, _, _, weights, scalars = inputs
+    students, _, _, weights, _, scalars = inputs
     weights[[2, 4, 7]] = 0
     check(function, inputs)
     assert not students[2].grad.any() and students[1].grad.any() and scalars.grad[1] == 0
@@ -273,7 +274,7 @@ def test_more_than_a_launch_takes_is_named(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_replayed_by_a_cuda_graph():
     inputs = make(SHAPES, MIXED, device="cuda")
-    students, _, masks, weights, _ = inputs
+    students, _, masks, weights, _, _ = inputs
 
     def step():
         total, values = kernels.weighted_loss(*inputs)
@@ -339,7 +340,7 @@ def test_nothing_is_saved_without_grad(device, poison):
     if INTERPRETED or device == "cuda":  # the CPU path needs room for the difference either way
         assert (3, 500) not in poison
     frozen = [x.detach() for x in inputs[0]]
-    total, _ = kernels.weighted_loss(frozen, inputs[1], *inputs[2:4], inputs[4].detach())
+    total, _ = kernels.weighted_loss(frozen, *inputs[1:5], inputs[5].detach())
     assert not total.requires_grad
 
 
@@ -347,27 +348,30 @@ def test_nothing_is_saved_without_grad(device, poison):
 def test_a_large_clip_is_summed_accurately(device):
     s = torch.rand(1, 3_000_001, device=device) + 1
     t, masks, weights = torch.zeros_like(s), s.new_ones(1, 1), s.new_ones(1)
-    _, values = kernels.weighted_loss([s], [t], masks, weights, s.new_zeros(0))
+    _, values = kernels.weighted_loss([s], [t], masks, weights, weights, s.new_zeros(0))
     assert values.item() == pytest.approx(s.double().square().mean().item(), rel=3e-6)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="float64 has no kernel")
 @pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
 def test_gradcheck(function):
-    students, teachers, masks, weights, scalars = make([(3, 3), (3, 2, 1, 2, 1)])
+    students, teachers, *constants, scalars = make([(3, 3), (3, 2, 1, 2, 1)])
     leaves = [x.detach().double().requires_grad_() for x in (*students, *teachers, scalars)]
-    masks, weights = masks.double(), weights.double()
+    constants = [x.double() for x in constants]
 
     def total(*x):
-        return function(x[:2], x[2:4], masks, weights, x[4], teacher_grad=True)[0]
+        return function(x[:2], x[2:4], *constants, x[4], teacher_grad=True)[0]
 
     assert torch.autograd.gradcheck(total, leaves)
 
 
 def test_opcheck(device):
+    """With a total above 0: what opcheck sends back is its sign, by which gradients are scaled where they lie."""
     for shapes in (SHAPES[-3:], []):
-        torch.library.opcheck(kernels._weighted_loss, (*make(shapes, device=device), True))
-    channels_last = make([(2, 4, 3, 2, 5)], (BF16, BF16), device=device)
+        *others, scalars = make(shapes, device=device)
+        scalars = scalars.detach().abs().requires_grad_()
+        torch.library.opcheck(kernels._weighted_loss, (*others, scalars, True))
+    channels_last = make([(2, 4, 3, 2, 5)], (BF16, BF16), scalars=0, device=device)
     x = channels_last[0][0].detach().contiguous(memory_format=torch.channels_last_3d)
     torch.library.opcheck(kernels._weighted_loss, ([x.requires_grad_()], *channels_last[1:], True))
 
@@ -376,18 +380,17 @@ def test_one_graph_for_all_weights(device):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
 
-    def step(x, teacher, masks, weights, scalars):
-        total, values = kernels.weighted_loss(
-            [x.relu(), x.sin()], [teacher] * 2, masks, weights, scalars
-        )
+    def step(x, teacher, *others):
+        total, values = kernels.weighted_loss([x.relu(), x.sin()], [teacher] * 2, *others)
         return total * 2, values
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)
     for seed in range(4):
-        students, teachers, _, _, scalars = make([(3, 63)], seed=seed, device=device)
+        students, teachers, *_, scalars = make([(3, 63)], seed=seed, device=device)
         masks = (torch.rand(2, 3, device=device) > 0.3).float()
         weights = torch.rand(4, device=device) * (seed > 0)
-        x, inputs = students[0], (teachers[0].detach(), masks, weights, scalars)
+        divisors = torch.rand(4, device=device) + 0.5
+        x, inputs = students[0], (teachers[0].detach(), masks, weights, divisors, scalars)
         want, want_values = step(x, *inputs)
         got, values = compiled(x, *inputs)
         torch.testing.assert_close(got, want)
@@ -395,7 +398,7 @@ def test_one_graph_for_all_weights(device):
         grads = [torch.autograd.grad(y, [x, scalars]) for y in (want, got)]
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(b, a)
-    assert counter.frame_count == 1, "changed weights compiled another graph"
+    assert counter.frame_count == 1, "changed weights or divisors compiled another graph"
 
 
 def change(**changes):
@@ -413,6 +416,8 @@ def change(**changes):
         (change(masks=lambda x: x[0]), r"masks must be \(P, N\)"),
         (change(masks=lambda x: x[:, :0]), r"masks must be \(P, N\)"),
         (change(weights=lambda x: x[1:]), r"weights must be \(P \+ S,\) = \(4,\), not \(3,\)"),
+        (change(divisors=lambda x: x[1:]), r"divisors must be \(P \+ S,\) = \(4,\), not \(3,\)"),
+        (change(divisors=lambda x: x.double()), "divisors must be torch.float32 .*torch.float64"),
         (change(weights=lambda x: x.half()), "weights must be torch.float32 .*not torch.float16"),
         (change(masks=lambda x: x.bool()), "masks must be torch.float32 .*not torch.bool"),
         (change(scalars=lambda x: x.sum()), r"scalars must be \(S,\)"),
@@ -422,7 +427,7 @@ def change(**changes):
     ],
 )
 def test_mistakes_are_named(mistake, message):
-    names = ("students", "teachers", "masks", "weights", "scalars")
+    names = ("students", "teachers", "masks", "weights", "divisors", "scalars")
     args = dict(zip(names, make([(3, 4), (3, 5)]), strict=True))
     with pytest.raises(ValueError, match=message):
         kernels.weighted_loss(**mistake(args))

@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import nn
 
+from engine.core.recipe import load_recipe
 from engine.core.tensors import CheckpointError, save_tensors
 from engine.data.views import RGB_MEAN
-from engine.model.network_file import IMAGENET_MEAN, Card, ClipInput, load_network, save_network
-from engine.model.resnet3d import ResNet3D
+from engine.model.network_file import (
+    IMAGENET_MEAN,
+    Card,
+    ClipInput,
+    card_of,
+    load_network,
+    save_network,
+)
+from engine.model.resnet3d import ResNet3D, video_network
 
 CLIP = torch.randn(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -37,6 +45,20 @@ def test_a_saved_network_gives_the_same_features(tmp_path: Path) -> None:
         assert torch.allclose(loaded(CLIP), network(CLIP), rtol=1e-4, atol=1e-5)
         assert card.input == ClipInput(4, 2, 32) and card.loss == {"rgb/shuffle": 0.5}
         assert card.source == str(path) and not card.labels_used
+
+
+def test_strides_and_depths_come_back_from_the_card(tmp_path: Path) -> None:
+    recipe = load_recipe("demo")
+    torch.manual_seed(0)
+    network = video_network(recipe.model).eval()
+    path = tmp_path / "rgb.safetensors"
+    save_network(path, network.state_dict(), card_of(recipe))
+    loaded, card = load_network(path)
+    assert card.depths == recipe.model.depths and card.time_strides == recipe.model.time_strides
+    for one, other in zip(
+        network.forward_features(CLIP), loaded.forward_features(CLIP), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("arch", ["r3d_18", "r2plus1d_18"])

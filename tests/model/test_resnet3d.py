@@ -1,4 +1,4 @@
-"""The video networks against torchvision's published numbers, names and layers."""
+"""The video networks against torchvision's published numbers, names and layers; the audio network as they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.model.resnet3d import DEPTHS, ResNet3D, scaled
+from engine.model.resnet3d import DEPTHS, AudioResNet, ResNet3D, scaled
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -238,3 +238,104 @@ def test_average_is_float32_under_bf16() -> None:
 def test_mistakes_are_named(arch: str, in_channels: int, width: float, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ResNet3D(arch, in_channels, width=width)
+
+
+def test_strides_and_depths_keep_time_and_space_of_small_clips() -> None:
+    network = ResNet3D(
+        "r3d_18",
+        3,
+        width=0.125,
+        depths=(1, 2, 1, 1),
+        time_strides=(1, 1, 1, 2, 1),
+        space_strides=(4, 2, 2, 1, 1),
+    )
+    maps = network.forward_features(torch.randn(2, 3, 8, 48, 48))
+    assert [tuple(m.shape[2:]) for m in maps[:5]] == [
+        (8, 12, 12),
+        (8, 6, 6),
+        (8, 3, 3),
+        (4, 3, 3),
+        (4, 3, 3),
+    ]
+    assert [len(getattr(network, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 2, 1, 1]
+    factorized = ResNet3D("r2plus1d_18", 3, width=0.125, time_strides=(2, 1, 1, 2, 2))
+    assert factorized.forward_features(torch.randn(1, 3, 8, 32, 32))[0].shape[2:] == (4, 16, 16)
+
+
+@pytest.mark.parametrize("depths", [(1, 1), (1, 0, 1, 1)])
+def test_depths_that_can_not_be(depths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="depths"):
+        ResNet3D("r3d_18", 3, depths=depths)
+
+
+@pytest.mark.parametrize("arch", ["r3d_18", "r2plus1d_18"])
+def test_a_motion_stem_does_not_answer_to_what_stands_still(arch: str) -> None:
+    torch.manual_seed(0)
+    plain = ResNet3D(arch, 3, width=0.125)
+    torch.manual_seed(0)
+    network = ResNet3D(arch, 3, width=0.125, motion_stem=0.5)
+    last = [module for module in network.stem if isinstance(module, torch.nn.Conv3d)][-1]
+    still = torch.randn(2, last.in_channels, 1, 32, 32).expand(-1, -1, 8, -1, -1)
+    moving = torch.randn(2, last.in_channels, 8, 32, 32)
+    answers = [last(clip)[:, :, 1:-1].detach().std((0, 2, 3, 4)) for clip in (still, moving)]
+    half = last.out_channels // 2
+    assert answers[0][:half].max() < 1e-5 < answers[0][half:].min()
+    assert answers[1][:half].mean() == pytest.approx(answers[1][half:].mean().item(), rel=0.5)
+    for (name, one), other in zip(plain.named_parameters(), network.parameters(), strict=True):
+        if not name.startswith("stem"):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def spectrograms(frames: int, mels: int) -> torch.Tensor:
+    return torch.randn(2, 1, frames, mels, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("arch", list(DEPTHS))
+@pytest.mark.parametrize("width", [0.125, 1.0])
+def test_audio_has_the_channels_and_depth_of_the_video_networks(arch: str, width: float) -> None:
+    with torch.device("meta"):
+        audio, video = AudioResNet(arch, width=width), ResNet3D(arch, 3, width=width)
+    assert audio.channels == video.channels
+    assert audio.feature_dim == video.feature_dim
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        assert len(getattr(audio, name)) == len(getattr(video, name))
+
+
+def test_18_audio_layers_have_the_parameters_of_the_2d_network_of_one_channel() -> None:
+    with torch.device("meta"):
+        audio = AudioResNet("r3d_18")
+    # torchvision's resnet18 has 11,689,512 with its classifier of 1000 and three input channels.
+    expected = 11_689_512 - (512 * 1000 + 1000) - 64 * 2 * 49
+    assert sum(p.numel() for p in audio.parameters()) == expected
+
+
+@pytest.mark.parametrize("arch", ["r3d_18", "r3d_50"])
+@pytest.mark.parametrize(("frames", "mels"), [(16, 16), (61, 40), (33, 17)])
+def test_audio_shapes_and_gradients(arch: str, frames: int, mels: int) -> None:
+    network = AudioResNet(arch, width=0.125)
+    features = network.forward_features(spectrograms(frames, mels))
+    assert [f.shape[1] for f in features] == [*network.channels, network.feature_dim]
+    expected = frames, mels
+    for activation, halved in zip(features[:5], (True, False, True, True, True), strict=True):
+        if halved:
+            expected = (expected[0] + 1) // 2, (expected[1] + 1) // 2
+        assert activation.shape[2:] == expected
+    torch.testing.assert_close(features[5], features[4].mean((2, 3)))
+    sum(f.square().sum() for f in features).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in network.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_audio_activations_are_not_altered_and_forward_is_their_average() -> None:
+    network = AudioResNet("r3d_18", width=0.125).eval()
+    kept = []
+    network.stem.register_forward_hook(lambda _m, _x, out: kept.append(out.detach().clone()))
+    x = spectrograms(32, 24)
+    features = network.forward_features(x)
+    assert torch.equal(features[0], kept[0])
+    assert torch.equal(network(x), features[5])
+
+
+def test_unknown_audio_architecture_is_named() -> None:
+    with pytest.raises(ValueError, match=r"r3d_99.*r3d_18"):
+        AudioResNet("r3d_99")

@@ -13,6 +13,7 @@ N = 4
 HAS_AUDIO = torch.tensor([True, False, True, True])
 VIEWS = Views({}, {}, None, HAS_AUDIO, HAS_AUDIO, torch.arange(4).repeat(N, 1))
 VIDEO = [(3, 4, 6, 6), (3, 4, 6, 6), (5, 2, 3, 3), (6, 1, 2, 2), (7, 1, 1, 1)]
+CHANNELS = [shape[0] for shape in VIDEO]
 AUDIO = [(3, 9, 8), (3, 9, 8), (5, 5, 4), (6, 3, 2), (7, 2, 1)]
 
 
@@ -33,7 +34,7 @@ def evaluated(pairs, *, teacher_grad: bool) -> tuple[torch.Tensor, torch.Tensor]
         [p.student for p in pairs],
         [p.teacher for p in pairs],
         masks,
-        torch.ones(len(pairs)),
+        *[torch.ones(len(pairs))] * 2,
         torch.zeros(0),
         teacher_grad=teacher_grad,
     )
@@ -51,7 +52,7 @@ def expected(acts: Activations, other: str, layer: int) -> float:
 @pytest.mark.parametrize("other", ["grey", "flow", "audio"])
 def test_values_per_layer(other, stop) -> None:
     acts = activations(other)
-    task = DistillTask(other, stop_gradient=stop)
+    task = DistillTask(other, CHANNELS, stop_gradient=stop, way="l2")
     assert task.terms == tuple(f"distill/{other}@{k}" for k in range(5))
     pairs = task(VIEWS, acts, task.terms)
     assert [p.name for p in pairs] == list(task.terms)
@@ -63,7 +64,7 @@ def test_values_per_layer(other, stop) -> None:
 @pytest.mark.parametrize("other", ["grey", "flow", "audio"])
 def test_one_layer_alone_moves_that_layer_of_the_student_alone(other, layer) -> None:
     acts = activations(other)
-    task = DistillTask(other, stop_gradient=True)
+    task = DistillTask(other, CHANNELS, stop_gradient=True, way="l2")
     pairs = task(VIEWS, acts, [f"distill/{other}@{layer}", "rgb/predict"])
     assert len(pairs) == 1
     total, _ = evaluated(pairs, teacher_grad=True)  # so that the task's own stop is what stops it
@@ -77,7 +78,7 @@ def test_one_layer_alone_moves_that_layer_of_the_student_alone(other, layer) -> 
 @pytest.mark.parametrize("other", ["grey", "audio"])
 def test_without_the_stop_both_sides_move_against_each_other(other) -> None:
     acts = activations(other)
-    task = DistillTask(other, stop_gradient=False)
+    task = DistillTask(other, CHANNELS, stop_gradient=False, way="l2")
     total, _ = evaluated(task(VIEWS, acts, task.terms), teacher_grad=True)
     total.backward()
     for k in range(5):
@@ -96,7 +97,7 @@ def test_without_the_stop_both_sides_move_against_each_other(other) -> None:
 
 def test_clips_without_sound_change_nothing() -> None:
     acts = activations("audio")
-    task = DistillTask("audio", stop_gradient=False)
+    task = DistillTask("audio", CHANNELS, stop_gradient=False, way="l2")
     total, before = evaluated(task(VIEWS, acts, task.terms), teacher_grad=True)
     total.backward()
     for m in ("rgb", "audio"):
@@ -112,5 +113,80 @@ def test_clips_without_sound_change_nothing() -> None:
 
 def test_video_pairs_count_every_clip() -> None:
     for other in ("grey", "flow"):
-        task = DistillTask(other, stop_gradient=True)
+        task = DistillTask(other, CHANNELS, stop_gradient=True, way="l2")
         assert all(p.mask is None for p in task(VIEWS, activations(other), task.terms))
+
+
+def by_hand(x: torch.Tensor, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each channel over the kept clips' positions."""
+    x = np.moveaxis(x.detach().double().numpy()[kept], 1, 0)
+    flat = x.reshape(len(x), -1)
+    return flat.mean(1), flat.var(1)
+
+
+def broadcast(channels: np.ndarray, like: np.ndarray) -> np.ndarray:
+    return channels.reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+@pytest.mark.parametrize("layer", range(5))
+@pytest.mark.parametrize("other", ["flow", "audio"])
+def test_chance_is_what_the_teachers_mean_gets(other, layer) -> None:
+    acts = activations(other)
+    name = f"distill/{other}@{layer}"
+    (pair,) = DistillTask(other, CHANNELS, stop_gradient=True, way="l2")(VIEWS, acts, [name])
+    kept = HAS_AUDIO.numpy() if other == "audio" else np.ones(N, bool)
+    mean, _ = by_hand(pair.teacher, kept)
+    teacher = pair.teacher.double().numpy()[kept]
+    want = ((teacher - broadcast(mean, teacher)) ** 2).mean()
+    assert pair.chance.item() == pytest.approx(want, rel=1e-5) and not pair.chance.requires_grad
+
+
+@pytest.mark.parametrize("other", ["flow", "audio"])
+def test_standardised_activations(other) -> None:
+    """Two unrelated sides differ by 2; scaling or shifting a side changes nothing."""
+    acts = activations(other)
+    task = DistillTask(other, CHANNELS, stop_gradient=True, way="standardised")
+    kept = HAS_AUDIO.numpy() if other == "audio" else np.ones(N, bool)
+    pairs = task(VIEWS, acts, task.terms)
+    _, values = evaluated(pairs, teacher_grad=False)
+    for layer, pair in enumerate(pairs):
+        sides = []
+        for m in ("rgb", other):
+            x = acts.clip[m][layer]
+            x = x.flatten(2).mean(2) if other == "audio" else x
+            mean, variance = by_hand(x, kept)
+            x = x.detach().double().numpy()
+            scale = np.sqrt(broadcast(variance, x) + 1e-6)
+            sides.append(((x - broadcast(mean, x)) / scale)[kept])
+        assert values[layer].item() == pytest.approx(((sides[0] - sides[1]) ** 2).mean(), rel=1e-4)
+        assert pair.chance == 2.0
+    acts.clip["rgb"] = [3.0 + 10.0 * x for x in acts.clip["rgb"]]
+    _, same = evaluated(task(VIEWS, acts, task.terms), teacher_grad=False)
+    torch.testing.assert_close(values, same, rtol=0.02, atol=0)  # but for the guard of the variance
+
+
+def test_a_standardised_student_is_not_drawn_to_be_smaller() -> None:
+    acts = activations("flow")
+    task = DistillTask("flow", CHANNELS, stop_gradient=True, way="standardised")
+    evaluated(task(VIEWS, acts, task.terms), teacher_grad=False)[0].backward()
+    for x in acts.clip["rgb"][:5]:
+        along = (x.grad * x.detach()).sum((0, *range(2, x.dim())))
+        across = (x.grad * x.detach()).abs().sum((0, *range(2, x.dim())))
+        assert (along.abs() < 1e-3 * across).all()
+
+
+@pytest.mark.parametrize("other", ["flow", "audio"])
+def test_projected_students_can_match_any_linear_image(other) -> None:
+    acts = activations(other)
+    torch.manual_seed(0)
+    task = DistillTask(other, CHANNELS, stop_gradient=True, way="projected")
+    pairs = task(VIEWS, acts, task.terms)
+    for layer, pair in enumerate(pairs):
+        x = acts.clip["rgb"][layer]
+        x = x.flatten(2).mean(2) if other == "audio" else x
+        head = task.project[layer]
+        want = head(x.movedim(1, -1)).movedim(-1, 1)
+        torch.testing.assert_close(pair.student, want, rtol=1e-4, atol=1e-5)
+        assert pair.chance == 1.0
+    evaluated(pairs, teacher_grad=False)[0].backward()
+    assert all(p.grad.any() for p in task.parameters())

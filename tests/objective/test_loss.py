@@ -1,6 +1,7 @@
 """Eq. 1 as a whole against a second computation in float64, and what runs for which terms."""
 
 import copy
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -13,11 +14,13 @@ from torch.nn import functional
 import kernels
 from engine.core.recipe import Clip, Model, Objective
 from engine.data.views import Views
+from engine.model.decoder import Decoder
 from engine.objective.distill import DistillTask
 from engine.objective.loss import (
     EvolvedLoss,
     active_terms,
     branches,
+    spread,
 )
 from engine.objective.task import Scalar
 from engine.objective.terms import TERM_NAMES
@@ -30,18 +33,30 @@ SOME_SHIFT = torch.tensor([True, False, False, True])
 SOUND_TERMS = tuple(n for n in TERM_NAMES if "audio" in n)
 
 
-def make_loss(*, size: int = SIZE, share: float = 1.0, stop: bool = True, seed: int = 0):
+def make_loss(
+    *, size: int = SIZE, share: float = 1.0, stop: bool = True, units: str = "chance", seed: int = 0
+):
     torch.manual_seed(seed)
     loss = EvolvedLoss(
         Model(width=0.125),
         Clip(num_frames=T, num_future_frames=P, size=size),
         objective=Objective(
-            decoder_width=8, embed_dim=8, margin=MARGIN, order_share=share, stop_gradient=stop
+            decoder_width=8,
+            embed_dim=8,
+            margin=MARGIN,
+            order_share=share,
+            stop_gradient=stop,
+            units=units,
+            distill="l2",
         ),
         audio_size=(HEARD, COMING, MELS),
     )
-    with torch.no_grad():  # running statistics that differ from where they start
+    with (
+        torch.no_grad()
+    ):  # statistics and last weights of decoders that differ from where they start
         for module in loss.modules():
+            if isinstance(module, Decoder):
+                module.output.weight.normal_(0, 0.1)
             if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
@@ -76,7 +91,7 @@ def draw_weights(seed: int = 2) -> Tensor:
 
 
 class ByHand:
-    """All 39 terms from DESIGN's definitions, in float64 and one after another; differentiable.
+    """All 39 terms in units of chance, in float64 and one after another; differentiable.
 
     Networks, decoders and linear heads are copies of the loss's own; everything around them is written anew.
     """
@@ -133,7 +148,7 @@ class ByHand:
         head = owner.shuffle if task == "shuffle" else owner.backward_time
         return (
             -head(real).log_softmax(1)[:, 0].sum() - head(changed).log_softmax(1)[:, 1].sum()
-        ) / (2 * k)
+        ) / (2 * k * math.log(2))
 
     def align(self, name: str, m: str, task: str) -> Tensor:
         head, hinges = self.heads[name], []
@@ -169,26 +184,46 @@ class ByHand:
     def mean_hinge(hinges: list[Tensor]) -> Tensor:
         if not hinges:
             return torch.zeros((), dtype=torch.float64)
-        return torch.stack(hinges).clamp(min=0).mean()
+        return torch.stack(hinges).clamp(min=0).mean() / MARGIN
 
     def decode(self, name: str, m: str, task: str) -> Tensor:
         target = {"colorize": "rgb", "to_flow": "flow", "to_rgb": "rgb"}.get(task, m)
         x = (self.views.future if task == "predict" else self.views.clip)[target].double()
         if target == "audio":
-            x = x.unflatten(3, (MELS // 2, 2)).mean(4)
+            x, last = self.small(x), self.small(self.clip["audio"]).mean(2, keepdim=True)
         else:
-            blocks = (x.shape[3] // 4, 4)
-            x = x.unflatten(4, blocks).unflatten(3, blocks).mean((4, 6))
-        decoded = self.heads[name].decoder(self.acts[m][4])
-        return self.squares(decoded, x, self.with_sound if target == "audio" else range(N))
+            x, last = self.small(x), self.small(self.clip[target][:, :, -1:])
+        kept = self.with_sound if target == "audio" else range(N)
+        if target == "flow":
+            trivial = torch.zeros_like(x)
+        elif task == "predict":
+            trivial = last.expand_as(x)
+        else:
+            some = x[list(kept)] if len(kept) else x[:1]
+            trivial = some.mean((0, 2), keepdim=True).expand_as(x)
+        decoded = trivial + self.heads[name].decoder(self.acts[m][4])
+        return self.squares(decoded, x, kept) / self.squares(trivial, x, kept).clamp(min=1e-4)
+
+    @staticmethod
+    def small(x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            return x.unflatten(3, (MELS // 2, 2)).mean(4)
+        blocks = (x.shape[3] // 4, 4)
+        return x.unflatten(4, blocks).unflatten(3, blocks).mean((4, 6))
 
     def distill(self, other: str, layer: str) -> Tensor:
         student, teacher = self.acts["rgb"][int(layer)], self.acts[other][int(layer)]
         if self.stop:
             teacher = teacher.detach()
         if other == "audio":
-            return self.squares(student.mean((2, 3, 4)), teacher.mean((2, 3)), self.with_sound)
-        return self.squares(student, teacher, range(N))
+            student, teacher = student.mean((2, 3, 4)), teacher.mean((2, 3))
+        kept = self.with_sound if other == "audio" else range(N)
+        if not len(kept):
+            return student.new_zeros(())
+        mean = teacher[list(kept)].transpose(0, 1).flatten(1).mean(1)
+        constant = mean.view(1, -1, *[1] * (teacher.dim() - 2)).expand_as(teacher)
+        chance = self.squares(constant, teacher, kept).detach().clamp(min=1e-4)
+        return self.squares(student, teacher, kept) / chance
 
     @staticmethod
     def squares(one: Tensor, two: Tensor, clips) -> Tensor:
@@ -259,6 +294,51 @@ def test_the_total_is_the_weighted_sum_of_the_values(seed) -> None:
         assert output.total.item() == pytest.approx(want, rel=1e-6)
         assert output.total.dtype == output.values.dtype == torch.float32
         assert output.total.shape == () and not output.values.requires_grad
+
+
+def test_raw_terms_are_those_in_units_of_chance_times_chance() -> None:
+    views, weights = make_views(size=16), draw_weights()
+    raw, unit = make_loss(size=16, units="raw"), make_loss(size=16)
+    acts = unit.activate(views, TERM_NAMES)
+    chance = {v.name: float(v.chance) for task in unit.tasks for v in task(views, acts, TERM_NAMES)}
+    found = [make_loss(size=16, units=u)(views, weights, TERM_NAMES) for u in ("raw", "chance")]
+    assert raw.state_dict().keys() == unit.state_dict().keys()
+    for name, one, other in zip(found[0].names, found[0].values, found[1].values, strict=True):
+        assert one.item() == pytest.approx(other.item() * chance[name], rel=1e-4), name
+
+
+def test_what_needs_no_learning_does_not_blow_up() -> None:
+    """Clips that stand still: no flow, and the last frame says all of what comes."""
+    views = make_views(size=16)
+    still = {m: x[:, :, :1].expand_as(x) for m, x in views.clip.items() if m != "audio"}
+    future = {m: still[m][:, :, :1].expand_as(views.future[m]) for m in ("rgb", "grey")}
+    views = replace(
+        views,
+        clip={**views.clip, **still, "flow": torch.zeros_like(views.clip["flow"])},
+        future={**views.future, **future, "flow": torch.zeros_like(views.future["flow"])},
+    )
+    output = make_loss(size=16)(views, draw_weights(), TERM_NAMES)
+    output.total.backward()
+    assert output.values.isfinite().all() and output.total.isfinite()
+
+
+def test_ranks_say_how_far_features_spread() -> None:
+    rng = torch.Generator().manual_seed(0)
+    line = torch.randn(16, 1, generator=rng) * torch.randn(1, 8, generator=rng)
+    assert spread(line).item() == pytest.approx(1.0, rel=1e-4)
+    assert spread(torch.ones(16, 8)).item() == 0.0
+    two = torch.cat([torch.eye(2), -torch.eye(2)]).repeat(4, 1)
+    assert spread(two + 5.0).item() == pytest.approx(2.0, rel=1e-4)
+    x = torch.randn(16, 8, generator=rng).double().numpy()
+    values = np.linalg.eigvalsh(np.cov(x.T))
+    want = values.sum() ** 2 / (values**2).sum()
+    assert spread(torch.from_numpy(x)).item() == pytest.approx(want, rel=1e-5)
+    loss, views = make_loss(size=16), make_views(size=16)
+    output = loss(views, draw_weights(), TERM_NAMES)
+    acts = loss.activate(views, TERM_NAMES)
+    assert len(output.ranks) == len(EVERY)
+    for rank, m in zip(output.ranks, EVERY, strict=True):
+        assert rank.item() == pytest.approx(spread(acts.clip[m][-1]).item(), rel=1e-3)
 
 
 def test_weights_do_not_change_the_values() -> None:
@@ -476,7 +556,7 @@ def test_no_gradient_comes_through_the_sound_of_clips_without_it() -> None:
 
 
 def test_bf16_autocast_is_finite_and_near_float32() -> None:
-    loss, views, weights = make_loss().eval(), make_views(), draw_weights()
+    loss, views, weights = make_loss(units="raw").eval(), make_views(), draw_weights()
     exact = loss(views, weights, TERM_NAMES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         acts = loss.activate(views, TERM_NAMES)

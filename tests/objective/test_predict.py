@@ -37,7 +37,10 @@ def tasks() -> dict[str, DecodeTask]:
         objective=Objective(decoder_width=8, embed_dim=4),
         audio_size=(HEARD, COMING, MELS),
     )
-    return {t.terms[0]: t for t in loss.tasks if isinstance(t, DecodeTask)}
+    found = {t.terms[0]: t for t in loss.tasks if isinstance(t, DecodeTask)}
+    for task in found.values():  # as training leaves them
+        torch.nn.init.normal_(task.decoder.output.weight, std=0.1)
+    return found
 
 
 @pytest.fixture
@@ -67,10 +70,21 @@ def target_blocks(views: Views, target: str, future: bool) -> np.ndarray:
     return x.reshape(*x.shape[:3], SIZE // 4, 4, SIZE // 4, 4).mean((4, 6))
 
 
+def trivial(views: Views, network: str, target: str, future: bool, want: np.ndarray) -> np.ndarray:
+    """Zero flow; the last frame, or the mean spectrum of what was heard, for what comes next; else the mean picture."""
+    if target == "flow":
+        return np.zeros_like(want)
+    if future:
+        seen = target_blocks(views, target, False)
+        return seen[:, :, -1:] if target != "audio" else seen.mean(2, keepdims=True)
+    kept = HAS_AUDIO.numpy() if target == "audio" else np.ones(N, bool)
+    return want[kept].mean((0, 2), keepdims=True)
+
+
 def value_of(pair) -> tuple[torch.Tensor, float]:
     mask = torch.ones(N) if pair.mask is None else pair.mask.float()
     total, values = kernels.weighted_loss(
-        [pair.student], [pair.teacher], mask[None], torch.ones(1), torch.zeros(0)
+        [pair.student], [pair.teacher], mask[None], torch.ones(1), torch.ones(1), torch.zeros(0)
     )
     return total, values.item()
 
@@ -89,9 +103,21 @@ def test_value_against_block_averages(name, tasks, views) -> None:
     np.testing.assert_allclose(pair.teacher, want, atol=1e-6)
     decoder = copy.deepcopy(tasks[name].decoder).double()
     decoded = decoder(acts.clip[network][4].detach().double()).detach().numpy()
+    start = trivial(views, network, target, future, want)
+    decoded = decoded + start
     kept = HAS_AUDIO.numpy() if "audio" in (network, target) else np.ones(N, bool)
     expected = np.mean([((decoded[i] - want[i]) ** 2).mean() for i in np.flatnonzero(kept)])
     assert value_of(pair)[1] == pytest.approx(expected, rel=1e-5)
+    chance = np.mean([((start - want)[i] ** 2).mean() for i in np.flatnonzero(kept)])
+    assert pair.chance.item() == pytest.approx(chance, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_new_decoder_is_at_chance(name, tasks, views) -> None:
+    task = copy.deepcopy(tasks[name])
+    torch.nn.init.zeros_(task.decoder.output.weight)
+    (pair,) = task(views, activations(TERMS[name][0]), [name])
+    assert value_of(pair)[1] == pytest.approx(pair.chance.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +176,7 @@ def test_frames_shrink_to_sizes_that_do_not_divide(size) -> None:
 def test_a_perfect_decoder_has_no_loss(views) -> None:
     decoder = Decoder(64, 1, (T, 8, 8), hidden=4)
     task = DecodeTask("grey/reconstruct", "grey", target="grey", future=False, decoder=decoder)
-    decoder.forward = lambda x: torch.nn.functional.avg_pool3d(views.clip["grey"], (1, 4, 4))
+    target = torch.nn.functional.avg_pool3d(views.clip["grey"], (1, 4, 4))
+    decoder.forward = lambda x: target - target.mean((0, 2), keepdim=True)
     (pair,) = task(views, activations("grey"), ["grey/reconstruct"])
     assert value_of(pair)[1] == pytest.approx(0.0, abs=1e-12)

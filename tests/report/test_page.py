@@ -95,6 +95,28 @@ def test_verdict_states_the_gain_in_pooled_standard_deviations(
     assert "flatters" in page.text["caution"]
 
 
+def test_what_each_task_learnt_is_the_best_members(
+    finished: tuple[Path, dict[str, Any], str, Page],
+) -> None:
+    _, run, _, page = finished
+    best = run["members"][run["summary"]["best_trial"]]
+    shown = [(*row[0].split()[1:], *map(float, row[1:])) for row in page.rows["learnt"][1:]]
+    assert shown == [(n, 1.25, round(best["terms"][n], 3)) for n in TERM_NAMES]
+    words = page.text["learnt-words"]
+    near = [n for n in TERM_NAMES if best["terms"][n] >= 0.95]
+    assert near and f"next to nothing: {', '.join(near)}." in words
+    assert "collapse: rgb." in words
+
+
+def test_runs_that_noted_no_ranks_or_bad_ones_have_a_page(tmp_path: Path) -> None:
+    make_run(tmp_path, members=3)
+    bad = {"terms_at_start": [1], "feature_ranks": {"rgb": [1.0], "grey": ["a", 2]}}
+    weights = dict.fromkeys(TERM_NAMES, 0.5)
+    store(tmp_path, Trial(3, weights, None, None, 1, fitness=9.0, attributes=bad))
+    (tmp_path / "summary.json").unlink()
+    assert "learnt" not in read(tmp_path)[1].rows
+
+
 @pytest.mark.parametrize(
     ("mean", "words"),
     [(0.30, "beats random"), (0.265, "not clearly"), (0.24, "does not beat random")],

@@ -53,7 +53,7 @@ def alone(trainer: Trainer, labelled: LabelledClips) -> list[MemberResult]:
 def same(one: MemberResult, other: MemberResult) -> bool:
     assert one.rgb is not None and other.rgb is not None
     assert one.rgb.keys() == other.rgb.keys()
-    numbers = ("fitness", "reason", "results", "seeds", "terms")
+    numbers = ("fitness", "reason", "results", "seeds", "learnt")
     return all(getattr(one, name) == getattr(other, name) for name in numbers) and all(
         torch.equal(one.rgb[name], other.rgb[name]) for name in one.rgb
     )
@@ -152,6 +152,10 @@ def test_repeats_are_averaged(
     assert both.fitness == pytest.approx((alone[1].fitness + other.fitness) / 2)
     assert both.seeds == (3, 4) and both.results == alone[1].results + other.results
     assert both.terms == other.terms
+    learnt = both.learnt
+    assert learnt["terms"] == both.terms and learnt["terms_at_start"].keys() == both.terms.keys()
+    assert "rgb" in learnt["feature_ranks"]
+    assert all(0 < rank < 4 for pair in learnt["feature_ranks"].values() for rank in pair)
 
 
 def test_a_repeat_that_fails_fails_its_member(

@@ -79,6 +79,7 @@ def test_the_study_has_all_that_is_known_of_a_member(reference: Path) -> None:
         assert facts["labels_used"] is True and set(member.terms) <= set(TERM_NAMES)
         assert [each["fitness"] for each in facts["repeats"]] == [member.fitness]
         assert member.metrics.items() <= facts["repeats"][0].items()
+        assert facts["terms_at_start"].keys() == member.terms.keys() and facts["feature_ranks"]
     for child in done[3:]:
         assert child.parent in (0, 1, 2) and child.mutated is not None
         parent = done[child.parent].weights

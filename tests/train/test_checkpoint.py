@@ -91,6 +91,7 @@ def test_six_steps_equal_three_and_three(tiny_shards: Path, tmp_path: Path, opti
     assert [name for name in expected if not torch.equal(expected[name], loaded[name])] == []
     assert resumed.step == whole.step == STEPS
     assert resumed.term_values() == whole.term_values()
+    assert resumed.learnt() == whole.learnt()
 
 
 def test_facts_come_back(trainer: Trainer, saved: Path) -> None:

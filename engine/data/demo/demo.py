@@ -40,7 +40,7 @@ def make_demo(
     folder: Path,
     *,
     seed: int = 0,
-    clips_per_class: int = 12,
+    clips_per_class: int = 50,
     unlabelled_clips: int = 96,
     progress: Callable[[int, int], None] | None = None,
     on_wait: Callable[[], object] = lambda: None,
@@ -70,7 +70,7 @@ def make_demo(
                     part.rename(folder)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "the disk is full (about 20 MB are needed)" if full else error.strerror or str(error)
+        why = "the disk is full (about 60 MB are needed)" if full else error.strerror or str(error)
         hint = "free some space or set XDG_CACHE_HOME to a folder elsewhere"
         what = f"can't write the demo videos: {why}; {hint}"
         raise OSError(error.errno, what, str(folder)) from error

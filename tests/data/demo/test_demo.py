@@ -50,10 +50,15 @@ def read_sound(path: Path) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """The default labelled clips and ten unlabelled ones, with every call to progress."""
+    """Twelve labelled clips a class (a share of the default's) and ten unlabelled ones, with every call to progress."""
     calls = []
     folder = tmp_path_factory.mktemp("cache") / "demo"
-    found = make_demo(folder, unlabelled_clips=10, progress=lambda *call: calls.append(call))
+    found = make_demo(
+        folder,
+        clips_per_class=12,
+        unlabelled_clips=10,
+        progress=lambda *call: calls.append(call),
+    )
     return found, calls
 
 
