@@ -11,6 +11,7 @@ Each training is a line of a file, which a later call goes on with.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,13 +134,14 @@ class Signal:
         runtime: Runtime,
         rows: Path | None,
         features: Path | None = None,
+        warn: Callable[[str], object] = warnings.warn,
     ) -> None:
         """``features``: a folder that keeps each look's features (N, V, D), as .npy. Raises ValueError."""
         make_deterministic(runtime)
         if runtime.device.type == "cpu":
             torch.set_num_threads(1)
         self.recipe, self.rows, self.features, self.runtime = recipe, rows, features, runtime
-        self.trainer = Trainer(recipe, videos.index, runtime)
+        self.trainer = Trainer(recipe, videos.index, runtime, warn=warn)
         chosen = LabelledClips(labelled.index, recipe, runtime=runtime)
         if chosen.labels is None:
             raise ValueError("bench signal needs labelled clips: class folders or shards of them")

@@ -132,5 +132,6 @@ def _signal(
     with Display() as display:
         folders = (videos, labelled) if videos else demo_folders(display.prepare)
         train, judging = open_videos(display, *folders)
-        bench = Signal(recipe, train, judging, runtime=runtime, rows=json, features=features)
+        files = {"rows": json, "features": features}
+        bench = Signal(recipe, train, judging, runtime=runtime, warn=display.say, **files)
         measure(bench, plan, say=display.say, show=wide_console().print)

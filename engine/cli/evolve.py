@@ -149,7 +149,8 @@ def _signal(recipe: Recipe, data: Data, losses: int, *, runtime: Runtime, displa
     from engine.bench.signal import Signal, measure, plan_of
 
     plan = plan_of(recipe, losses=losses, repeats=1, looks=(), presets=False)
-    bench = Signal(recipe, data.videos, data.labelled, runtime=runtime, rows=None)
+    libraries = data.videos, data.labelled
+    bench = Signal(recipe, *libraries, runtime=runtime, rows=None, warn=display.say)
     measure(bench, plan, say=display.say, show=display.console.print)
 
 

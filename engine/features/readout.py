@@ -39,7 +39,7 @@ def read_out(features: Features, how: Readout) -> Features:
         return fitted(features, how)(features)
     if how == "raw":
         return features
-    x = torch.from_numpy(np.ascontiguousarray(features))
+    x = torch.from_numpy(np.array(features, order="C"))  # a copy: the array may be read-only
     return fitted(x, how)(x).numpy()
 
 
