@@ -1,6 +1,9 @@
 """What every test shares: real videos where they are present, GPU tests only on a GPU, one thread."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # networks here are tiny: two threads wait for each other
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
+    # Compiled by this process alone: what a killed one leaves half written in the shared place fails later runs.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 import torch
