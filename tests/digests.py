@@ -46,9 +46,10 @@ def engine(*arguments: object) -> None:
         raise SystemExit(f"{' '.join(command[1:])}: {done.stderr}")
 
 
-def shards(raw: Path, out: Path) -> dict[str, str]:
+def shards(raw: Path, out: Path) -> list[str]:
+    """Of their bytes alone: a shard's name holds where its films lie."""
     engine("ingest", raw, "--out", out)
-    return {path.name: sha(path.read_bytes()) for path in sorted(out.rglob("*.tar"))}
+    return sorted(sha(path.read_bytes()) for path in out.rglob("*.tar"))
 
 
 def batch(videos: Path) -> dict[str, str]:
@@ -143,9 +144,9 @@ def main() -> None:
         demo = make_demo(folder / "demo", clips_per_class=3, unlabelled_clips=12)
         videos, labelled = folder / "videos", folder / "labelled"
         rows: dict[str, Any] = {"shards": shards(demo.unlabelled, videos)}
-        rows["shards"] |= shards(demo.labelled, labelled)
+        rows["shards"] += shards(demo.labelled, labelled)
         if real is not None:
-            rows["shards"] |= shards(real, folder / "real")
+            rows["shards"] += shards(real, folder / "real")
         rows["batch"] = batch(videos)
         rows["losses"] = {loss: losses(videos, loss) for loss in ("sec4", "equal")}
         methods = ("evolution", "cmaes", "random", "grid")
