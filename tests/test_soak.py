@@ -12,6 +12,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_dozen_kills_change_no_search(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("soak.py")), "--kills", "12"]
     done = subprocess.run(

@@ -83,6 +83,7 @@ def interrupted(*args: Any, **kwargs: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_worker_killed_in_mid_member_changes_no_number(
     reference: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
