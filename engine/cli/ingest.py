@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     metavar="VIDEOS CSV",
     help="Kinetics and a list (label,youtube_id,time_start,time_end,split); may be given again.",
 )
+@click.option(
+    "--root",
+    type=PATH,
+    help="Folder that lists' paths count from [default: the list's own, or else the current one].",
+)
 @click.option("--fps", type=click.FloatRange(min=1), default=25.0)
 @click.option("--short-side", type=click.IntRange(min=16), default=128, help="In pixels.")
 @click.option("--clip-seconds", type=click.FloatRange(min=0.5), default=10.0)
@@ -85,9 +90,10 @@ def ingest(
 ) -> None:
     """Turn raw videos into training shards, once.
 
-    VIDEOS are files, folders, and lists: a .txt file of paths, a line each, or a .csv or .tsv table with a header
-    (path, and if wanted label, start and end in seconds); paths count from the list's folder, and several rows of
-    one file are several clips. Labels of files in folders are the names of their folders.
+    VIDEOS are files, folders, and lists (.txt, .csv, .tsv, .list): a path a line, PATH LABEL with spaces, a tab, a
+    comma, ; or | between them, or a table whose header names path, label, start and end (in seconds). A line says
+    how a list was understood. Several rows of one file with other times are several clips. Labels of files in
+    folders are the names of their folders.
 
     The same command again, after a kill or with new files, does only what is missing, and gives the same bytes as
     one run over everything. Every source ends as clips or as a line of rejects.jsonl in the shards' folder.
@@ -124,6 +130,7 @@ def _ingest(
     hmdb51: tuple[Path, Path] | None,
     ucf101: tuple[Path, Path] | None,
     kinetics: Sequence[tuple[Path, Path]],
+    root: Path | None,
     **options: Any,
 ) -> None:
     from engine.core.display import Display
@@ -134,7 +141,9 @@ def _ingest(
 
     if not (videos or hmdb51 or ucf101 or kinetics):
         raise ValueError("no videos given: name files, folders or lists, or --hmdb51, --ucf101 ...")
-    every = [find_sources(videos)] if videos else []
+    if root is not None and not root.is_dir():
+        raise ValueError(f"--root {root}: no such folder")
+    every = [find_sources(videos, root)] if videos else []
     every += [splits.hmdb51(*hmdb51)] if hmdb51 else []
     every += [splits.ucf101(*ucf101)] if ucf101 else []
     for folder in dict.fromkeys(folder for folder, _ in kinetics):
@@ -160,6 +169,9 @@ def _shown(display: Display) -> Callable[[Progress], None]:
 
     def show(now: Progress) -> None:
         nonlocal what, began
+        if now.note:
+            display.say(now.note)
+            return
         if now.waiting:
             display.say("another process is at work on these shards: waiting for it")
             return

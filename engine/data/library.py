@@ -13,7 +13,7 @@ from engine.data.ingest.sources import Reject
 from engine.data.shards.index import ClipIndex, data_digest, is_shards
 
 Report = Callable[[str, int, int], None]
-"""Called while something is prepared: what, done, total; once with a total of 0 for what is waited for."""
+"""Called while something is prepared: what, done, total; once with a total of 0 for a line to be said."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def reported(name: str, report: Report) -> Callable[[Progress], None]:
     """A callback for ``ingest`` that reports its progress as reading ``name``."""
 
     def show(now: Progress) -> None:
-        if now.waiting:
+        if now.note:
+            report(now.note, 0, 0)
+        elif now.waiting:
             report(f"waiting for another process that reads {name}", 0, 0)
         elif now.total or now.done:
             report(f"reading {name}", now.done, now.total)

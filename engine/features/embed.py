@@ -96,7 +96,7 @@ def embed(
     protocol = protocol_of(card, settings, amp=runtime.amp)
     count = workers or num_cores()
     with _working_beside(out) as work, closing(Cutter(card.input, settings, work, count)) as cutter:
-        chunks, listed = _chunks(videos, cutter)
+        chunks, listed = _chunks(videos, cutter, report)
         about = _about(network, card, protocol, [listed, *(chunk.key for chunk in chunks)])
         if out.exists():
             if identity_of(out) != about["identity"]:
@@ -159,11 +159,16 @@ def embed_video(
     return rows
 
 
-def _chunks(videos: Sequence[Path], cutter: Cutter) -> tuple[list[Chunk], list[dict[str, Any]]]:
+def _chunks(
+    videos: Sequence[Path], cutter: Cutter, report: Report | None = None
+) -> tuple[list[Chunk], list[dict[str, Any]]]:
     """Chunks of what can be embedded, and rejects by the lists' and shards' own account."""
     paths = list(dict.fromkeys(videos))
     raw = [path for path in paths if not is_shards(path)]
     sources = find_sources(raw) if raw else SourceList()
+    if report is not None:
+        for note in sources.notes:
+            report(note, 0, 0)
     chunks = list(cutter.chunks(sources))
     rejects = [reject.as_dict() for reject in sources.rejects]
     for path in [path for path in paths if path not in raw]:

@@ -95,6 +95,8 @@ class Progress:
     rejects: int = 0
     waiting: bool = False
     """For another process that is making the same shards; reported once."""
+    note: str = ""
+    """How a list was understood; reported once, before all else."""
 
 
 def ingest(
@@ -159,13 +161,15 @@ class _Ingest:
     ) -> None:
         self.out, self.scratch, self.settings = out, out / SCRATCH, settings
         self.sources, self.listed, self.unlisted = videos.sources, videos.rejects, videos.unlisted
-        self.progress, self.open_pool = progress, open_pool
+        self.progress, self.open_pool, self.notes = progress, open_pool, videos.notes
         self.groups: list[Group] = []
         self.finished: dict[str, FinishedGroup] = {}
         self.done = self.reused = self.clips = self.frames = self.rejects = 0
 
     def run(self) -> IngestReport:
         """Do what is left, and make the whole the folder's data set."""
+        for note in self.notes:
+            self.progress(Progress(note=note))
         self.groups = group(
             self.sources, self.settings, progress=lambda number: self.progress(Progress(number))
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,24 +9,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from engine.data.ingest.lists import SUFFIXES, Form, read_rows
 from engine.data.shards.index import is_shards
 
 OTHER_SUFFIXES = frozenset(
-    ".aac .aif .aiff .ass .bib .bmp .bz2 .c .cfg .ckpt .conf .cpp .css .csv .db .doc .docx .exe .exif .flac .flo .gif "
-    ".gz .h .h5 .hdf5 .heic .htm .html .ini .ipynb .jpeg .jpg .js .json .jsonl .log .m3u .m4a .mat .md .md5 .mid .mp2 "
-    ".mp3 .nfo .npy .npz .odt .oga .ogg .opus .parquet .part .pdf .pickle .pkl .png .ppm .pgm .pt .pth .py .pyc .rar "
-    ".rst .rtf .safetensors .sha256 .sh .sql .sqlite .srt .ssa .sub .svg .tar .tex .tfrecord .tgz .tif .tiff .toml "
-    ".torrent .tsv .txt .url .vtt .wav .webp .wma .xls .xlsx .xml .xz .yaml .yml .zip .zst".split()
+    ".aac .aif .aiff .ass .bib .bmp .bz2 .c .cfg .ckpt .cls .conf .cpp .css .csv .db .doc .docx .exe .exif .flac .flo "
+    ".gif .gz .h .h5 .hdf5 .heic .htm .html .ini .ipynb .jpeg .jpg .js .json .jsonl .list .log .lst .m3u .m4a .mat "
+    ".md .md5 .mid .mp2 .mp3 .nfo .npy .npz .odt .oga .ogg .opus .parquet .part .pdf .pgm .pickle .pkl .png .ppm .pt "
+    ".pth .py .pyc .rar .rst .rtf .safetensors .sh .sha256 .sql .sqlite .srt .ssa .sub .svg .tar .tex .tfrecord .tgz "
+    ".tif .tiff .toml .torrent .tsv .txt .url .vtt .wav .webp .wma .xls .xlsx .xml .xz .yaml .yml .zip .zst".split()
 )
 """Files that are no videos by their names, and are passed over; all others are tried."""
-LIST_SUFFIXES = (".txt", ".csv", ".tsv")
-COLUMNS = {
-    "path": ("path", "video", "filename", "file", "video_path"),
-    "label": ("label", "class"),
-    "start": ("start", "time_start", "start_time"),
-    "end": ("end", "time_end", "end_time"),
-}
-"""Names that the columns of a list may have."""
+Stretch = tuple[str, float | None, float | None]
+"""A file, and from where to where, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +48,11 @@ class Source:
     def path(self) -> Path:
         """The file's path."""
         return Path(self.folder, self.relative)
+
+    @property
+    def key(self) -> Stretch:
+        """Identifies it on the disk."""
+        return os.path.abspath(os.path.join(self.folder, self.relative)), self.start, self.end
 
     @property
     def stretch(self) -> str | None:
@@ -90,6 +89,8 @@ class SourceList:
     rejects: list[Reject] = field(default_factory=list)
     unlisted: int = 0
     """Files beside the listed ones that no official list names, and that are passed over."""
+    notes: list[str] = field(default_factory=list)
+    """How each list was understood, in a line."""
 
     @staticmethod
     def of(parts: Iterable[SourceList]) -> SourceList:
@@ -99,17 +100,23 @@ class SourceList:
             in_order(source for part in parts for source in part.sources),
             [reject for part in parts for reject in part.rejects],
             sum(part.unlisted for part in parts),
+            [note for part in parts for note in part.notes],
         )
 
 
-def find_sources(paths: Sequence[Path]) -> SourceList:
-    """Files, those below folders, and those that lists (.txt, .csv, .tsv) name, in the order of their paths.
+def find_sources(paths: Sequence[Path], root: Path | None = None) -> SourceList:
+    """Files, those below folders, and those that lists (``lists.SUFFIXES``) name, in the order of their paths.
 
+    The lists' paths count from ``root`` first, if given. A file that is in a folder and in a list is the list's.
     Raises ValueError for a path that doesn't exist, and for a list that can't be read as one.
     """
-    lists = [p for p in map(Path, paths) if p.suffix.lower() in LIST_SUFFIXES and p.is_file()]
-    videos = SourceList(find_videos([p for p in paths if p not in lists]))
-    return SourceList.of([videos, *map(read_list, lists)])
+    lists = [p for p in map(Path, paths) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    videos = find_videos([p for p in paths if p not in lists])
+    seen: dict[Stretch, Source] = {}
+    listed = [read_list(path, root, seen=seen) for path in lists]
+    if seen:
+        videos = [source for source in videos if source.key not in seen]
+    return SourceList.of([SourceList(videos), *listed])
 
 
 def in_order(sources: Iterable[Source]) -> list[Source]:
@@ -176,30 +183,80 @@ def files_below(folder: Path) -> Iterator[str]:
                     yield name
 
 
-def read_list(path: Path) -> SourceList:
-    """Read a list of videos, relative to its own folder: a path a line (.txt), or a table (.csv, .tsv).
+def read_list(
+    path: Path, root: Path | None = None, *, seen: dict[Stretch, Source] | None = None
+) -> SourceList:
+    """Read a list of videos: a path a line, or a table, with columns named by its first line or without (``lists``).
 
-    A table's first line may name its columns (path, label, start, end: see COLUMNS); without it they come in this
-    order. Several lines of one file with other times are several sources. A line that can't be used becomes a
-    reject with its number. Raises ValueError for a list that can't be read, and one with columns but no path.
+    Paths count from ``root`` if that is given and they are there, or else from the list's folder, or the current one.
+    Several lines of one file with other times are several sources. A line that can't be used, or names what is in
+    ``seen``, becomes a reject with its number. Raises ValueError for a list that can't be read, and one with columns
+    but no path.
     """
-    videos = SourceList()
-    lines: dict[tuple[str, float | None, float | None], int] = {}
-    for number, row in _rows(path):
+    bases = list(dict.fromkeys([*([root] if root else []), path.parent, Path.cwd()]))
+
+    def base_of(name: str) -> Path | None:
+        return next((base for base in bases if name and os.path.exists(base / name)), None)
+
+    form, rows = read_rows(path, lambda name: base_of(name) is not None)
+    videos, seen = SourceList(), {} if seen is None else seen
+    for number, row in rows:
         where = f"{path.name}:{number}"
-        name = (row.get("path") or "").strip()
+        name = row.get("path", "")
+        base = base_of(name)
         try:
-            source = _source(path.parent, name, row, where)
-            first = lines.setdefault((source.relative, source.start, source.end), number)
-            if first != number:
-                raise ValueError(f"line {first} names the same stretch of the same file")
-            if not source.path.is_file():
+            source = _source(base or bases[0], name, row, where)
+            first = seen.setdefault(source.key, source)
+            if first is not source:
+                raise ValueError(_repeats(source, first))
+            if base is None:
                 raise ValueError("there is no such file")
+            if not source.path.is_file():
+                raise ValueError("it is a folder, and only video files are read")
         except ValueError as error:
             videos.rejects.append(Reject(name, str(error), listed=where))
         else:
             videos.sources.append(source)
+    videos.notes.append(_as_understood(path, form, rows, videos))
     return videos
+
+
+def _repeats(source: Source, first: Source) -> str:
+    """Why a source is one too many."""
+    name, _, line = (first.listed or "").rpartition(":")
+    there = f"line {line}" if (source.listed or "").startswith(f"{name}:") else f"{name}:{line}"
+    reason = f"{there} names the same stretch of the same file"
+    if source.label != first.label:
+        reason += f" with another label: {first.label} there, which is kept, {source.label} here"
+    return reason
+
+
+def _as_understood(
+    path: Path, form: Form, rows: Sequence[tuple[int, dict[str, str]]], videos: SourceList
+) -> str:
+    """How a list was understood, in a line."""
+    if not rows:
+        return f"{path} is empty"
+    first = rows[0][1]
+    label = f", label {first['label']}" if first.get("label") else ""
+    parts = [
+        f"{path}: {len(rows)} row{'s' * (len(rows) > 1)} of {form}",
+        _classes_of(videos.sources),
+        f"the first: {first.get('path', '')}{label}",
+    ]
+    folders = dict.fromkeys(source.folder for source in videos.sources)
+    parts += [f"paths below {' and '.join(folders)}"] if folders else []
+    return "; ".join(parts)
+
+
+def _classes_of(sources: Sequence[Source]) -> str:
+    labels = sorted({source.label for source in sources if source.label is not None})
+    if not labels:
+        return "no labels"
+    if all(label.isdecimal() for label in labels):
+        labels.sort(key=int)
+    few = labels if len(labels) < 4 else [labels[0], "...", labels[-1]]
+    return f"{len(labels)} class{'es' * (len(labels) > 1)} ({', '.join(few)})"
 
 
 def _source(folder: Path, name: str, row: dict[str, str], where: str) -> Source:
@@ -208,7 +265,9 @@ def _source(folder: Path, name: str, row: dict[str, str], where: str) -> Source:
     start, end = (seconds(row.get(key), what=key) for key in ("start", "end"))
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"it ends at {end:g} s, before it starts at {start or 0.0:g} s")
-    label = (row.get("label") or "").strip() or None
+    label = row.get("label") or None
+    if label == "-1":  # as the field's lists write none
+        label = None
     return Source(str(folder), os.path.normpath(name), label, start, end, listed=where)
 
 
@@ -223,37 +282,3 @@ def seconds(text: str | None, *, what: str) -> float | None:
     for part in text.split(":"):
         total = total * 60 + float(part)
     return total
-
-
-def read_text(path: Path) -> str:
-    """A list's text; names that are no UTF-8 keep their bytes. Raises ValueError where it can't be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"can't read the list {path}: {error.strerror}") from error
-    return data.decode("utf-8-sig", errors="surrogateescape")
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, column -> text) of a list's lines that aren't empty."""
-    lines = read_text(path).splitlines()
-    if path.suffix.lower() == ".txt":
-        yield from ((n, {"path": line}) for n, line in enumerate(lines, 1) if line.strip())
-        return
-    columns: list[str | None] | None = None
-    reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    for cells in reader:
-        if not any(cell.strip() for cell in cells):
-            continue
-        if columns is None:
-            known = {name: key for key, names in COLUMNS.items() for name in names}
-            named = [known.get(cell.strip().lower()) for cell in cells]
-            columns = named if any(named) else list(COLUMNS)
-            if "path" not in columns:
-                raise ValueError(
-                    f"{path} has no column with the videos' paths: call one path, video or filename"
-                    " (--kinetics reads lists of YouTube ids)"
-                )
-            if any(named):
-                continue
-        yield reader.line_num, {k: c for k, c in zip(columns, cells, strict=False) if k is not None}

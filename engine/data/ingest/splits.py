@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.data.ingest.lists import read_text
 from engine.data.ingest.sources import (
     Reject,
     Source,
     SourceList,
     files_below,
     in_order,
-    read_text,
     seconds,
 )
 
