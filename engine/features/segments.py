@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,7 +177,7 @@ class Cutter:
             yield self._chunk(chunk)
 
     def _chunk(self, sources: Sequence[Source]) -> Chunk:
-        files = [[*asdict(source).values(), *_state(source.path)] for source in sources]
+        files = [[*_facts_of(source).values(), *source.state()] for source in sources]
         key = _key([files, asdict(self.cutting), self.fps, self.short_side])
         return Chunk(key, len(sources), partial(self._open, key, sources))
 
@@ -261,9 +260,6 @@ def _key(content: Any) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
 
 
-def _state(path: Path) -> tuple[int, int]:
-    try:
-        stat = os.stat(path)
-    except OSError:  # reading it will tell
-        return 0, 0
-    return stat.st_size, stat.st_mtime_ns
+def _facts_of(source: Source) -> dict[str, Any]:
+    """What names a source; a file of its own has no place in a tar."""
+    return {k: v for k, v in asdict(source).items() if (k, v) != ("member", None)}

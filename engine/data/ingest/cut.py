@@ -112,7 +112,7 @@ def _clips(
     skip: Collection[int],
 ) -> Iterator[NewClip]:
     """Cut a source's clips one after the other, and add to ``lost`` what can't be cut."""
-    facts = probe(source.path)
+    facts = probe(source.media)
     begin, duration, longest = stretch_of(source, facts, least=settings.min_seconds)
     inner = replace(settings, clip_seconds=min(settings.clip_seconds, longest))
     starts = plan_starts(duration, inner, source.relative, begin=begin)
@@ -192,10 +192,10 @@ def _cut(source: Source, facts: MediaFacts, start: float, settings: Settings) ->
     }
     cut: CopiedClip | Window
     if settings.codec == COPY:
-        cut = copy_clip(source.path, facts, **stretch)
+        cut = copy_clip(source.media, facts, **stretch)
         num_frames, width, height = cut.pictures.num_frames, facts.width, facts.height
     else:
-        cut = decode_window(source.path, facts, short_side=settings.short_side, **stretch)
+        cut = decode_window(source.media, facts, short_side=settings.short_side, **stretch)
         num_frames, height, width = cut.frames.shape
         height = height * 2 // 3
     if num_frames < round(settings.min_seconds * settings.fps):

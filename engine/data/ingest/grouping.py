@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -68,7 +67,7 @@ def group(
     for number, source in enumerate(sources):
         if progress is not None and number % EVERY == 0:
             progress(number)
-        size, changed = _state(source)
+        size, changed = source.state()
         facts = [source.relative, source.label, source.start, source.end, source.splits]
         facts += [source.may_be_trimmed, source.twin, size, changed]
         inside.append(source)
@@ -87,11 +86,3 @@ def clip_key(source: Source, number: int) -> str:
     """The name of a source's clip in its shard: 16 hex digits of the source's name, and the clip's number in it."""
     name = json.dumps([source.relative, source.start, source.end, source.twin])
     return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{number:04d}"
-
-
-def _state(source: Source) -> tuple[int, int]:
-    try:
-        stat = os.stat(os.path.join(source.folder, source.relative))
-    except OSError:  # a link to nowhere: reading it will tell
-        return 0, 0
-    return stat.st_size, stat.st_mtime_ns

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.ingest.lists import SUFFIXES, Form, read_rows
+from engine.data.ingest.tars import Member, read_tar
+from engine.data.media.part import MediaFile, Part
 from engine.data.shards.index import is_shards
 
 OTHER_SUFFIXES = frozenset(
@@ -20,6 +22,7 @@ OTHER_SUFFIXES = frozenset(
     ".tif .tiff .toml .torrent .tsv .txt .url .vtt .wav .webp .wma .xls .xlsx .xml .xz .yaml .yml .zip .zst".split()
 )
 """Files that are no videos by their names, and are passed over; all others are tried."""
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar", ".7z")
 Stretch = tuple[str, float | None, float | None]
 """A file, and from where to where, in seconds."""
 
@@ -43,11 +46,34 @@ class Source:
     """Whether a file that is no longer than the stretch is the stretch."""
     twin: int = 0
     """How many sources before it have the same path, start and end, from other folders."""
+    member: Member | None = None
+    """The file in a tar, whose path ``relative`` begins with; None for a file of its own."""
 
     @property
     def path(self) -> Path:
-        """The file's path."""
+        """The file's path; of one in a tar, the tar's with its name in it."""
         return Path(self.folder, self.relative)
+
+    @property
+    def _file(self) -> str:
+        """The file on the disk: the source's own, or the tar that holds it."""
+        path = os.path.join(self.folder, self.relative)
+        return path if self.member is None else path.removesuffix(f"/{self.member.name}")
+
+    @property
+    def media(self) -> MediaFile:
+        """What is read."""
+        if self.member is None:
+            return self.path
+        return Part(self._file, self.member.offset, self.member.size)
+
+    def state(self) -> tuple[int, int]:
+        """Its size in bytes, and when it or its tar was changed, in ns; zeros where that can't be looked up."""
+        try:
+            stat = os.stat(self._file)
+        except OSError:  # a link to nowhere: reading it will tell
+            return 0, 0
+        return stat.st_size if self.member is None else self.member.size, stat.st_mtime_ns
 
     @property
     def key(self) -> Stretch:
@@ -105,18 +131,20 @@ class SourceList:
 
 
 def find_sources(paths: Sequence[Path], root: Path | None = None) -> SourceList:
-    """Files, those below folders, and those that lists (``lists.SUFFIXES``) name, in the order of their paths.
+    """Files, those below folders and in tars, and those that lists (``lists.SUFFIXES``) name, in the paths' order.
 
     The lists' paths count from ``root`` first, if given. A file that is in a folder and in a list is the list's.
     Raises ValueError for a path that doesn't exist, and for a list that can't be read as one.
     """
     lists = [p for p in map(Path, paths) if p.suffix.lower() in SUFFIXES and p.is_file()]
-    videos = find_videos([p for p in paths if p not in lists])
+    files = _files([p for p in paths if p not in lists])
+    videos = [source for source in files if not _is_tar(source.relative)]
+    tars = [_in_tar(source) for source in files if _is_tar(source.relative)]
     seen: dict[Stretch, Source] = {}
     listed = [read_list(path, root, seen=seen) for path in lists]
     if seen:
         videos = [source for source in videos if source.key not in seen]
-    return SourceList.of([SourceList(videos), *listed])
+    return SourceList.of([SourceList(videos), *tars, *listed])
 
 
 def in_order(sources: Iterable[Source]) -> list[Source]:
@@ -142,23 +170,50 @@ def find_videos(paths: Sequence[Path]) -> list[Source]:
     In folders, hidden files, shards and files that are no videos by their suffix are passed over; files of unknown
     suffix are taken, since reading them settles it. Raises ValueError for a path that doesn't exist.
     """
-    videos: dict[str, Source] = {}
+    return in_order(source for source in _files(paths) if not _is_tar(source.relative))
+
+
+def _files(paths: Sequence[Path]) -> list[Source]:
+    """The files that may be videos, and tars."""
+    files: dict[str, Source] = {}
     for path in map(Path, paths):
         if path.is_dir():
             folder = str(path)
-            for relative in files_below(path):
+            for relative in files_below(path, tars=True):
                 parent = os.path.basename(os.path.dirname(relative))
                 source = Source(folder, relative, parent or None)
-                videos.setdefault(os.path.join(folder, relative), source)
+                files.setdefault(os.path.join(folder, relative), source)
         elif path.exists():
-            videos.setdefault(str(path), Source(str(path.parent), path.name, None))
+            if path.name.lower().endswith(PACKED):
+                raise ValueError(
+                    f"{path} is packed: unpack it, or repack it as a .tar that isn't compressed"
+                )
+            files.setdefault(str(path), Source(str(path.parent), path.name, None))
         else:
             raise ValueError(f"{path} does not exist: give files or folders of videos")
-    return in_order(videos.values())
+    return list(files.values())
 
 
-def files_below(folder: Path) -> Iterator[str]:
-    """Relative paths of the files that may be videos, in no order; links to folders are followed once."""
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
+def _in_tar(tar: Source) -> SourceList:
+    """The videos in a tar, named by its path and theirs in it."""
+    members, why = read_tar(tar.path, _may_be_video)
+    videos = [
+        Source(tar.folder, f"{tar.relative}/{member.name}", member.label, member=member)
+        for member in members
+    ]
+    return SourceList(videos, [Reject(tar.relative, why)] if why else [])
+
+
+def _may_be_video(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() not in OTHER_SUFFIXES
+
+
+def files_below(folder: Path, *, tars: bool = False) -> Iterator[str]:
+    """Relative paths of the files that may be videos, and of tars if asked; links to folders are followed once."""
     seen: set[str] = set()  # links may lead in circles
     waiting = [""]
     while waiting:
@@ -179,7 +234,7 @@ def files_below(folder: Path) -> Iterator[str]:
             if entry.is_dir():
                 waiting.append(f"{name}/")
             elif entry.is_file() or entry.is_symlink():
-                if os.path.splitext(entry.name)[1].lower() not in OTHER_SUFFIXES:
+                if _may_be_video(entry.name) or (tars and _is_tar(entry.name)):
                     yield name
 
 

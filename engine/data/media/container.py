@@ -16,11 +16,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import count
-from pathlib import Path
 from typing import IO, Any
 
 import av
 import av.filter
+
+from engine.data.media.part import MediaFile, Part, url_of
 
 ATTACHED_PICTURE = 0x400
 TEXT_FORMATS = frozenset({"adf", "bin", "idf", "tty", "xbin"})
@@ -76,14 +77,14 @@ class Clock:
             self.nowhere.close()
 
 
-def open_media(path: Path | str, *, limit: float = TIME_LIMIT) -> Any:
+def open_media(path: MediaFile, *, limit: float = TIME_LIMIT) -> Any:
     """Open a file for reading; raises MediaError. ``limit`` bounds each single wait for data, in seconds."""
     try:
         container = av.open(
-            # absolute, since FFmpeg takes what precedes a colon in a relative path for a protocol
-            os.path.abspath(path),
+            url_of(path),
             metadata_errors="replace",
-            options={"protocol_whitelist": "file"},  # a play list must not reach into the network
+            # a play list must not reach into the network
+            options={"protocol_whitelist": "subfile,file" if isinstance(path, Part) else "file"},
             timeout=limit,
         )
     except av.FFmpegError as error:
@@ -165,7 +166,7 @@ def seek(container: Any, stream: Any, moment: float) -> bool:
     return True
 
 
-def scan_duration(path: Path | str, clock: Clock) -> float:
+def scan_duration(path: MediaFile, clock: Clock) -> float:
     """Seconds of video by the packets' time stamps, for files that declare nothing believable."""
     first, last, total = None, 0.0, 0.0
     with open_media(path) as container, suppress(av.FFmpegError):
@@ -233,7 +234,7 @@ def _time_of(frame: Any, last: float | None, step: float, *, use_dts: bool) -> f
 
 
 def frames_from(
-    path: Path | str, moment: float, start: float, problems: list[str], clock: Clock
+    path: MediaFile, moment: float, start: float, problems: list[str], clock: Clock
 ) -> Iterator[tuple[float, Any]]:
     """Timed frames from the key frame before ``moment`` on, or from further back where seeking overshoots.
 
@@ -268,7 +269,7 @@ def frames_from(
             return
 
 
-def _packets_before(path: Path | str, moment: float, clock: Clock) -> int:
+def _packets_before(path: MediaFile, moment: float, clock: Clock) -> int:
     """Count the packets before the last key frame at or before ``moment``."""
     last = 0
     with open_media(path) as container, suppress(av.FFmpegError):

@@ -7,9 +7,7 @@ Shape letters: T frames, H height, W width.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import av
@@ -29,6 +27,7 @@ from engine.data.media.container import (
 )
 from engine.data.media.container import MediaError as MediaError
 from engine.data.media.frames import Frames, even, show, to_i420
+from engine.data.media.part import MediaFile, head_of
 from engine.data.media.sound import SAMPLE_RATE as SAMPLE_RATE
 from engine.data.media.sound import read_sound
 
@@ -79,7 +78,7 @@ class Window:
         return np.stack([full_range(f).to_ndarray(format="rgb24") for f in self.frames])
 
 
-def probe(path: Path | str, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
+def probe(path: MediaFile, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
     """Read a file's facts and decode its first frame.
 
     Raises MediaError with the reason where that fails, or takes more than ``time_limit`` seconds.
@@ -121,15 +120,14 @@ def probe(path: Path | str, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
     return facts
 
 
-def _is_cut_off(path: Path | str) -> bool:
+def _is_cut_off(path: MediaFile) -> bool:
     """Whether an AVI is shorter than its first bytes say: FFmpeg takes what is there for the whole."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-        return int.from_bytes(head[4:8], "little") + 8 > file.seek(0, os.SEEK_END)
+    head, size = head_of(path, 8)
+    return int.from_bytes(head[4:8], "little") + 8 > size
 
 
 def decode_window(
-    path: Path | str,
+    path: MediaFile,
     facts: MediaFacts,
     *,
     start: float,
@@ -179,7 +177,7 @@ def notes_of(
 
 
 def _pictures(
-    path: Path | str,
+    path: MediaFile,
     facts: MediaFacts,
     times: NDArray[np.float64],
     problems: list[str],

@@ -9,7 +9,6 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +32,7 @@ from engine.data.media.container import (
 )
 from engine.data.media.decode import MediaFacts, full_range, notes_of
 from engine.data.media.frames import Frames, show
+from engine.data.media.part import MediaFile
 from engine.data.media.sound import read_sound
 
 MAX_FILM = 64 * 2**20
@@ -117,7 +117,7 @@ class CopiedClip:
 
 
 def copy_clip(
-    path: Path | str,
+    path: MediaFile,
     facts: MediaFacts,
     *,
     start: float,
@@ -152,7 +152,7 @@ def copy_clip(
     return CopiedClip(pictures, sound, "; ".join(notes) or None)
 
 
-def _check_kind(path: Path | str, facts: MediaFacts, clock: Clock) -> None:
+def _check_kind(path: MediaFile, facts: MediaFacts, clock: Clock) -> None:
     """Raise MediaError for pictures that a decoder of shards would show wrongly or not at all."""
     otherwise = "which copying keeps: take another codec"
     if facts.codec not in COPIED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import av
@@ -19,6 +18,7 @@ from engine.data.media.container import (
     seek,
     stream_of,
 )
+from engine.data.media.part import MediaFile
 
 SAMPLE_RATE = 16000
 """Samples a second of the sound that goes with a clip."""
@@ -29,7 +29,7 @@ WARM_UP = 0.5
 
 
 def read_sound(
-    path: Path | str, start: float, seconds: float, clock: Clock, problems: list[str]
+    path: MediaFile, start: float, seconds: float, clock: Clock, problems: list[str]
 ) -> NDArray[np.float32] | None:
     """Read mono float32 (samples,) in [-1, 1] at SAMPLE_RATE from ``start``, in seconds by the file's clock.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,15 @@ def test_the_bytes_are_those_of_one_process(cluster: None, videos: Path, tmp_pat
     assert there == here and there.clips == 8 and there.rejected == 1
     assert content(tmp_path / "there") == content(tmp_path / "here")
     assert verify(tmp_path / "there") == []
+
+
+def test_videos_in_a_tar(cluster: None, videos: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "videos.tar", "w") as tar:
+        tar.add(videos, arcname="")
+    here = ingest([tmp_path / "videos.tar"], tmp_path / "here", short_side=32, workers=1)
+    there = ingest([tmp_path / "videos.tar"], tmp_path / "there", short_side=32, address="auto")
+    assert there == here and there.clips == 8 and there.rejected == 1
+    assert content(tmp_path / "there") == content(tmp_path / "here")
 
 
 def test_a_file_that_kills_its_worker_is_rejected_alone(

@@ -1,0 +1,99 @@
+"""Videos in tars, as WebDataset keeps them: whole files, read where they lie, with their labels beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.data.ingest.lists import COLUMNS
+
+LARGEST_NOTE = 1 << 20
+"""Bytes of a file with a label; larger ones are of something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file in a tar."""
+
+    name: str
+    """Its path in the tar."""
+    label: str | None
+    offset: int
+    """Bytes of the tar before it."""
+    size: int
+    """Bytes."""
+
+
+def read_tar(path: Path, is_video: Callable[[str], bool]) -> tuple[list[Member], str]:
+    """The videos in a tar, which are told by their names, and why there are no more of them, if something is wrong.
+
+    A video's label is the text of the .cls file of its name, or a label in its .json file (one of ``COLUMNS``), or
+    else the folder in the tar that holds it.
+    """
+    videos: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, str] = {}
+    why, size = "", 0
+    try:
+        size = path.stat().st_size
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                name = os.path.normpath(info.name).lstrip("/")
+                if not info.isreg() or any(part.startswith(".") for part in name.split("/")):
+                    continue
+                if name.endswith((".cls", ".json")):
+                    _add_label(labels, tar, info, name)
+                elif is_video(name):
+                    videos[name] = info  # the last of a name, as where a tar is unpacked
+            why = _what_ends(tar)
+    except (tarfile.TarError, OSError) as error:
+        why = f"it can't be read as a tar: {getattr(error, 'strerror', None) or error}"
+    if why and videos:
+        why += f"; {len(videos)} videos before it are used"
+    members = [
+        # the last one may be cut off
+        Member(name, _label_of(name, labels), i.offset_data, min(i.size, size - i.offset_data))
+        for name, i in videos.items()
+    ]
+    return members, why if videos or why else "it is a tar without videos"
+
+
+def _what_ends(tar: tarfile.TarFile) -> str:
+    """What is wrong where the tar's list of files ends."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    return f"the tar is damaged or cut off at byte {tar.offset}" if any(block) else ""
+
+
+def _label_of(name: str, labels: dict[str, str]) -> str | None:
+    inside, file = os.path.split(name)
+    key = os.path.join(inside, file.partition(".")[0])  # WebDataset's, up to the first dot
+    return (
+        labels.get(os.path.splitext(name)[0]) or labels.get(key) or os.path.basename(inside) or None
+    )
+
+
+def _add_label(
+    labels: dict[str, str], tar: tarfile.TarFile, info: tarfile.TarInfo, name: str
+) -> None:
+    """Note the label that a file in the tar holds, if it does, by the file's name without suffix; .cls goes first."""
+    stem, suffix = os.path.splitext(name)
+    file = tar.extractfile(info) if info.size <= LARGEST_NOTE else None
+    text = b"" if file is None else file.read()
+    if suffix == ".cls":
+        label = text.decode(errors="replace").strip()
+        labels.update({stem: label} if label else {})
+        return
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return
+    values = [facts.get(key) for key in COLUMNS["label"]] if isinstance(facts, dict) else []
+    known = (str(v) for v in values if isinstance(v, str | int) and not isinstance(v, bool))
+    label = next(filter(None, known), "")
+    if label:
+        labels.setdefault(stem, label)
