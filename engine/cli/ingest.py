@@ -90,7 +90,7 @@ def ingest(
 ) -> None:
     """Turn raw videos into training shards, once.
 
-    VIDEOS are files, folders, and lists (.txt, .csv, .tsv, .list): a path a line, PATH LABEL with spaces, a tab, a
+    VIDEOS are files, folders, tars of videos, and lists (.txt, .csv, .tsv, .list): a path a line, PATH LABEL with spaces, a tab, a
     comma, ; or | between them, or a table whose header names path, label, start and end (in seconds). A line says
     how a list was understood. Several rows of one file with other times are several clips. Labels of files in
     folders are the names of their folders.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from engine.data.shards.index import is_shards
 
 OTHER_SUFFIXES = frozenset(
     ".aac .aif .aiff .ass .bib .bmp .bz2 .c .cfg .ckpt .cls .conf .cpp .css .csv .db .doc .docx .exe .exif .flac .flo "
-    ".gif .gz .h .h5 .hdf5 .heic .htm .html .ini .ipynb .jpeg .jpg .js .json .jsonl .list .log .lst .m3u .m4a .mat "
+    ".gz .h .h5 .hdf5 .heic .htm .html .ini .ipynb .jpeg .jpg .js .json .jsonl .list .log .lst .m3u .m4a .mat "
     ".md .md5 .mid .mp2 .mp3 .nfo .npy .npz .odt .oga .ogg .opus .parquet .part .pdf .pgm .pickle .pkl .png .ppm .pt "
     ".pth .py .pyc .rar .rst .rtf .safetensors .sh .sha256 .sql .sqlite .srt .ssa .sub .svg .tar .tex .tfrecord .tgz "
     ".tif .tiff .toml .torrent .tsv .txt .url .vtt .wav .webp .wma .xls .xlsx .xml .xz .yaml .yml .zip .zst".split()
 )
-"""Files that are no videos by their names, and are passed over; all others are tried."""
+"""Files that are no videos by their names, and are passed over, but for moving pictures; all others are tried."""
+HEAD, ANIMATION = 32, 0x02
+"""Bytes of a WebP file's head, and its flag in byte 20 for moving pictures."""
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar", ".7z")
 Stretch = tuple[str, float | None, float | None]
 """A file, and from where to where, in seconds."""
@@ -208,8 +211,21 @@ def _in_tar(tar: Source) -> SourceList:
     return SourceList(videos, [Reject(tar.relative, why)] if why else [])
 
 
-def _may_be_video(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() not in OTHER_SUFFIXES
+def _may_be_video(name: str, head: Callable[[], bytes]) -> bool:
+    """Whether a file is tried; ``head`` reads its first HEAD bytes."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix == ".webp":  # most are still pictures, such as thumbnails beside downloaded videos
+        start = head()
+        return start[8:16] == b"WEBPVP8X" and len(start) > 20 and bool(start[20] & ANIMATION)
+    return suffix not in OTHER_SUFFIXES
+
+
+def _head_of(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEAD)
+    except OSError:
+        return b""
 
 
 def files_below(folder: Path, *, tars: bool = False) -> Iterator[str]:
@@ -234,7 +250,8 @@ def files_below(folder: Path, *, tars: bool = False) -> Iterator[str]:
             if entry.is_dir():
                 waiting.append(f"{name}/")
             elif entry.is_file() or entry.is_symlink():
-                if _may_be_video(entry.name) or (tars and _is_tar(entry.name)):
+                head = partial(_head_of, Path(entry.path))
+                if _may_be_video(entry.name, head) or (tars and _is_tar(entry.name)):
                     yield name
 
 

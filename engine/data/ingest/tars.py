@@ -7,12 +7,13 @@ import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from engine.data.ingest.lists import COLUMNS
 
 LARGEST_NOTE = 1 << 20
-"""Bytes of a file with a label; larger ones are of something else."""
+"""Bytes that are read of a file with a label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,12 @@ class Member:
     """Bytes."""
 
 
-def read_tar(path: Path, is_video: Callable[[str], bool]) -> tuple[list[Member], str]:
-    """The videos in a tar, which are told by their names, and why there are no more of them, if something is wrong.
+def read_tar(
+    path: Path, is_video: Callable[[str, Callable[[], bytes]], bool]
+) -> tuple[list[Member], str]:
+    """The videos in a tar, and why there are no more of them, if something is wrong.
+
+    ``is_video`` tells by a file's name, and by its content, which it may ask for.
 
     A video's label is the text of the .cls file of its name, or a label in its .json file (one of ``COLUMNS``), or
     else the folder in the tar that holds it.
@@ -46,7 +51,7 @@ def read_tar(path: Path, is_video: Callable[[str], bool]) -> tuple[list[Member],
                     continue
                 if name.endswith((".cls", ".json")):
                     _add_label(labels, tar, info, name)
-                elif is_video(name):
+                elif is_video(name, partial(_content, tar, info)):
                     videos[name] = info  # the last of a name, as where a tar is unpacked
             why = _what_ends(tar)
     except (tarfile.TarError, OSError) as error:
@@ -77,13 +82,18 @@ def _label_of(name: str, labels: dict[str, str]) -> str | None:
     )
 
 
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    """A file's beginning."""
+    file = tar.extractfile(info)
+    return b"" if file is None else file.read(LARGEST_NOTE)
+
+
 def _add_label(
     labels: dict[str, str], tar: tarfile.TarFile, info: tarfile.TarInfo, name: str
 ) -> None:
     """Note the label that a file in the tar holds, if it does, by the file's name without suffix; .cls goes first."""
     stem, suffix = os.path.splitext(name)
-    file = tar.extractfile(info) if info.size <= LARGEST_NOTE else None
-    text = b"" if file is None else file.read()
+    text = _content(tar, info)
     if suffix == ".cls":
         label = text.decode(errors="replace").strip()
         labels.update({stem: label} if label else {})

@@ -90,10 +90,15 @@ def probe(path: MediaFile, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
         if not declared and container.duration:
             duration = container.duration / 1e6
         problems: list[str] = []
-        first = next(timed_frames(container, video, problems, clock), None)
+        frames = timed_frames(container, video, problems, clock)
+        first = next(frames, None)
         if first is None:
+            if container.format.name.startswith("webp"):
+                raise MediaError("FFmpeg can't decode animated WebP: convert it to GIF or MP4")
             why = f": {problems[0]}" if problems else ""
             raise MediaError(f"no frame can be decoded{why}")
+        if container.format.name == "gif" and next(frames, None) is None:
+            raise MediaError("it is a still picture")
         start, frame = first
         turns = round(frame.rotation / 90) % 4
         aspect = float(video.sample_aspect_ratio or 1)
