@@ -90,10 +90,10 @@ def ingest(
 ) -> None:
     """Turn raw videos into training shards, once.
 
-    VIDEOS are files, folders, tars of videos, and lists (.txt, .csv, .tsv, .list): a path a line, PATH LABEL with spaces, a tab, a
-    comma, ; or | between them, or a table whose header names path, label, start and end (in seconds). A line says
-    how a list was understood. Several rows of one file with other times are several clips. Labels of files in
-    folders are the names of their folders.
+    VIDEOS are files, folders, tars of videos, and lists (.txt, .csv, .tsv, .list): a path a line, PATH LABEL with
+    spaces, a tab, a comma, ; or | between them, or a table whose header names path, label, start and end (in seconds).
+    A line says how a list was understood. Several rows of one file with other times are several clips. Labels of
+    files in folders are the names of their folders.
 
     The same command again, after a kill or with new files, does only what is missing, and gives the same bytes as
     one run over everything. Every source ends as clips or as a line of rejects.jsonl in the shards' folder.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -34,13 +35,11 @@ def read_tar(
 ) -> tuple[list[Member], str]:
     """The videos in a tar, and why there are no more of them, if something is wrong.
 
-    ``is_video`` tells by a file's name, and by its content, which it may ask for.
-
-    A video's label is the text of the .cls file of its name, or a label in its .json file (one of ``COLUMNS``), or
+    ``is_video`` tells by a file's name, and by its content, which it may ask for. A video's label is the text of the .cls file of its name, or a label in its .json file (one of ``COLUMNS``), or
     else the folder in the tar that holds it.
     """
     videos: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = {}  # by what precedes a file's suffix, and by its key with a dot
     why, size = "", 0
     try:
         size = path.stat().st_size
@@ -58,11 +57,11 @@ def read_tar(
         why = f"it can't be read as a tar: {getattr(error, 'strerror', None) or error}"
     if why and videos:
         why += f"; {len(videos)} videos before it are used"
-    members = [
-        # the last one may be cut off
-        Member(name, _label_of(name, labels), i.offset_data, min(i.size, size - i.offset_data))
-        for name, i in videos.items()
-    ]
+    alone = Counter(map(_key_of, videos))
+    members = []
+    for name, info in videos.items():
+        length = min(info.size, size - info.offset_data)  # the last one may be cut off
+        members.append(Member(name, _label_of(name, labels, alone), info.offset_data, length))
     return members, why if videos or why else "it is a tar without videos"
 
 
@@ -74,12 +73,18 @@ def _what_ends(tar: tarfile.TarFile) -> str:
     return f"the tar is damaged or cut off at byte {tar.offset}" if any(block) else ""
 
 
-def _label_of(name: str, labels: dict[str, str]) -> str | None:
+def _label_of(name: str, labels: dict[str, str], alone: Counter[str]) -> str | None:
+    """A video's label by the name before its suffix, or by WebDataset's key, where it is the key's only video."""
+    key = _key_of(name)
+    by_key = labels.get(f"{key}.") if alone[key] == 1 else None
+    folder = os.path.basename(os.path.dirname(name))
+    return labels.get(os.path.splitext(name)[0]) or by_key or folder or None
+
+
+def _key_of(name: str) -> str:
+    """WebDataset's key: a path up to the first dot in the file's name."""
     inside, file = os.path.split(name)
-    key = os.path.join(inside, file.partition(".")[0])  # WebDataset's, up to the first dot
-    return (
-        labels.get(os.path.splitext(name)[0]) or labels.get(key) or os.path.basename(inside) or None
-    )
+    return os.path.join(inside, file.partition(".")[0])
 
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
@@ -91,12 +96,12 @@ def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
 def _add_label(
     labels: dict[str, str], tar: tarfile.TarFile, info: tarfile.TarInfo, name: str
 ) -> None:
-    """Note the label that a file in the tar holds, if it does, by the file's name without suffix; .cls goes first."""
+    """Note the label that a file in the tar holds, if it does, by the file's stem and key; .cls goes first."""
     stem, suffix = os.path.splitext(name)
     text = _content(tar, info)
     if suffix == ".cls":
         label = text.decode(errors="replace").strip()
-        labels.update({stem: label} if label else {})
+        labels.update({stem: label, f"{_key_of(name)}.": label} if label else {})
         return
     try:
         facts = json.loads(text)
@@ -107,3 +112,4 @@ def _add_label(
     label = next(filter(None, known), "")
     if label:
         labels.setdefault(stem, label)
+        labels.setdefault(f"{_key_of(name)}.", label)

@@ -97,6 +97,12 @@ def test_labels_beside_videos(films: Path, tmp_path: Path) -> None:
             ("walk/005.mp4", film),
             ("walk/005.cls", b"run"),
             ("006.jpg", b""),
+            ("008.info.json", json.dumps({"label": "dive"}).encode()),
+            ("008.mp4.json", json.dumps({"fps": 25}).encode()),
+            ("008.mp4", film),
+            ("v.9.mp4", film),
+            ("v.10.mp4", film),
+            ("v.10.cls", b"only ten's"),
             ("._007.mp4", b"left by a Mac"),
         ],
     )
@@ -106,6 +112,9 @@ def test_labels_beside_videos(films: Path, tmp_path: Path) -> None:
         ("sub.tar/001.mp4", "3"),
         ("sub.tar/002.rgb.mp4", "ride a bike"),
         ("sub.tar/003.mp4", None),
+        ("sub.tar/008.mp4", "dive"),
+        ("sub.tar/v.10.mp4", "only ten's"),
+        ("sub.tar/v.9.mp4", None),
         ("sub.tar/walk/004.mp4", "walk"),
         ("sub.tar/walk/005.mp4", "run"),
     ]
