@@ -48,7 +48,9 @@ BASELINES = click.option(
 )
 ROOT = click.option("--root", multiple=True, type=PATH, help="Folder of the videos, or shards.")
 SPLITS = click.option(
-    "--splits", type=PATH, help="Folder of the lists [default: in or beside --root]."
+    "--splits",
+    type=PATH,
+    help="Folder of the lists [default: in or beside --root]; of --dataset folders: of train.csv, val.csv, test.csv.",
 )
 FOLDS = click.option(
     "--folds", type=click.Choice(["official", "group"]), help="group: each group is left out once."

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.data.ingest.run import ingest
 from engine.data.ingest.sources import Reject, SourceList, find_sources
-from engine.data.ingest.splits import MISSING, NUM_SPLITS, hmdb51, kinetics, ucf101
+from engine.data.ingest.splits import MISSING, NUM_SPLITS, hmdb51, kinetics, own, ucf101
 from engine.data.library import Report, reported
 from engine.data.shards.index import ClipIndex, is_shards
 
@@ -118,7 +118,7 @@ def open_dataset(
     absent = [path for path in roots if not path.exists()]
     if absent:
         raise ValueError(f"{absent[0]}: no such file or folder")
-    folds = folds or ("group" if name == "folders" else "official")
+    folds = folds or ("group" if name == "folders" and splits is None else "official")
     if folds not in ("official", "group"):
         raise ValueError(f"--folds {folds}: write official or group")
     pattern = _pattern(group_pattern, name, folds)
@@ -133,7 +133,8 @@ def open_dataset(
     if raw:
         folders = [cache / _folder_name(name, roots, splits, short_side)]
         rejects = _ingested(listing, folders[0], short_side, workers, report)
-        listed = len(listing.sources) + len(missing)
+        # several stretches of a file under one label are one video, as below
+        listed = len({(s.relative, s.label) for s in listing.sources}) + len(missing)
     warnings: list[str] = []
     index = ClipIndex(folders, warn=warnings.append)
     return _described(index, name, folds == "group", pattern, rejects, warnings, listed)
@@ -171,7 +172,13 @@ def find(roots: Sequence[Path], *, name: str, splits: Path | None = None) -> Sou
     Raises ValueError where the lists are not found.
     """
     if name == "folders":
-        return find_sources(roots)
+        if splits is None:
+            return find_sources(roots)
+        if len(roots) > 1:
+            raise ValueError(
+                "--splits goes with one --root: the folder that the lists' paths count from"
+            )
+        return own(roots[0], splits)
     listings = []
     for root in roots:
         lists = splits or _find_lists(root, name)
@@ -262,7 +269,8 @@ def _described(
     )
     folds = _group_folds(group, names, label) if by_group else _official(index, name, label)
     official = f"{len(folds)} official split{'s'[: len(folds) > 1]}"
-    lost = {reject.path for reject in rejects if not reject.partial}
+    official = "trained and tested by lists" if name == "folders" else official
+    lost = {r.path for r in rejects if not r.partial} - {source for source, _ in clips}
     return Dataset(
         name=name,
         index=index,

@@ -6,6 +6,7 @@ import csv
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +110,65 @@ def test_leave_one_group_out(colours: Path, tmp_path: Path) -> None:
         assert {n.split("_g")[1][:2] for n in sources(dataset, fold.test)} == {fold.name}
         assert len(np.union1d(fold.train, fold.test)) == 60 == len(fold.train) + len(fold.test)
         assert not set(dataset.video[fold.train]) & set(dataset.video[fold.test])
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("train.csv", "test.csv"), ("k_train_list_videos.txt", "k_val_list.txt")]
+)
+def test_any_videos_by_lists_of_their_parts(
+    colours: Path, tmp_path: Path, train: str, test: str
+) -> None:
+    """As PySlowFast and MMAction2 have them: PATH LABEL, from the videos' folder."""
+    videos = sorted(path.relative_to(colours) for path in colours.glob("UCF-101/*/*.avi"))
+    numbers = {name: i for i, name in enumerate(sorted({v.parent.name for v in videos}))}
+    lines = [f"{video} {numbers[video.parent.name]}\n" for video in videos]
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / train).write_text("".join(lines[::2]))
+    (tmp_path / "lists" / test).write_text("".join(lines[1::2]))
+    (tmp_path / "lists" / "classids.json").write_text("{}")
+    settings: dict[str, Any] = {"name": "folders", "splits": tmp_path / "lists"}
+    dataset = opened(colours, tmp_path, **settings)
+    (fold,) = dataset.folds
+    assert sources(dataset, fold.train) == {video.name for video in videos[::2]}
+    assert sources(dataset, fold.test) == {video.name for video in videos[1::2]}
+    assert dataset.classes == tuple(map(str, sorted(numbers.values())))
+    assert dataset.folds_by == "trained and tested by lists" and not dataset.incomplete
+
+    # one video in both parts, and one that is not there
+    (tmp_path / "lists" / test).write_text("".join([lines[0], *lines[1::2], "gone.avi 0\n"]))
+    with pytest.raises(IncompleteDataset, match=r"gone\.avi"):
+        opened(colours, tmp_path, **settings)
+    dataset = opened(colours, tmp_path, allow_missing=True, **settings)
+    assert sources(dataset, dataset.folds[0].test) == {video.name for video in videos[1::2]}
+    assert {reject.listed for reject in dataset.rejects} == {
+        f"{test}:1",
+        f"{test}:{len(lines) // 2 + 2}",
+    }
+
+
+def test_stretches_and_repeated_rows_make_no_set_incomplete(colours: Path, tmp_path: Path) -> None:
+    videos = sorted(colours.glob("UCF-101/*/*_c01.avi"))
+    rows = [f"{v},{v.parent.name},{start}" for v in videos for start in (0, 0.2)]
+    path = tmp_path / "list.csv"
+    path.write_text("\n".join(["path,label,start", *rows, rows[0]]))
+    dataset = opened(path, tmp_path, name="folders", group_pattern=r"_g(\d+)_")
+    assert len(dataset.videos) == len(videos) < len(dataset.label) == len(rows)
+    assert [reject.listed for reject in dataset.rejects] == [f"list.csv:{len(rows) + 2}"]
+    assert not dataset.incomplete
+
+
+def test_lists_of_parts_that_can_not_be_used(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a.avi 0\n")
+    settings: dict[str, Any] = {"name": "folders", "splits": tmp_path}
+    with pytest.raises(ValueError, match="one to test by"):
+        opened(colours, tmp_path, **settings)
+    for name in ("test.csv", "test2.csv"):
+        (tmp_path / name).write_text("b.avi 0\n")
+    with pytest.raises(ValueError, match=r"test\.csv and test2\.csv"):
+        opened(colours, tmp_path, **settings)
+    (tmp_path / "test2.csv").unlink()
+    with pytest.raises(ValueError, match="one --root"):
+        opened([colours, tmp_path], tmp_path, **settings)
 
 
 def test_long_videos_are_several_clips_of_one_video(colours: Path, tmp_path: Path) -> None:

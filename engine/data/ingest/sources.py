@@ -25,6 +25,9 @@ OTHER_SUFFIXES = frozenset(
 """Files that are no videos by their names, and are passed over, but for moving pictures; all others are tried."""
 HEAD, ANIMATION = 32, 0x02
 """Bytes of a WebP file's head, and its flag in byte 20 for moving pictures."""
+SUFFIXES_LEFT_OUT = (".mp4", ".webm", ".avi", ".mkv", ".mov")
+"""Of videos that lists name without."""
+NO_FILE = "there is no such file"
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar", ".7z")
 Stretch = tuple[str, float | None, float | None]
 """A file, and from where to where, in seconds."""
@@ -256,33 +259,33 @@ def files_below(folder: Path, *, tars: bool = False) -> Iterator[str]:
 
 
 def read_list(
-    path: Path, root: Path | None = None, *, seen: dict[Stretch, Source] | None = None
+    path: Path,
+    root: Path | None = None,
+    *,
+    seen: dict[Stretch, Source] | None = None,
+    splits: tuple[str, ...] = (),
 ) -> SourceList:
     """Read a list of videos: a path a line, or a table, with columns named by its first line or without (``lists``).
 
-    Paths count from ``root`` if that is given and they are there, or else from the list's folder, or the current one.
-    Several lines of one file with other times are several sources. A line that can't be used, or names what is in
-    ``seen``, becomes a reject with its number. Raises ValueError for a list that can't be read, and one with columns
-    but no path.
+    Paths count from ``root`` if that is given and they are there, or else from the list's folder, or the current one;
+    a name without a suffix stands for the video file of that name. Several lines of one file with other times are
+    several sources. A line that can't be used, or names what is in ``seen``, becomes a reject with its number. Raises
+    ValueError for a list that can't be read, and one with columns but no path.
     """
     bases = list(dict.fromkeys([*([root] if root else []), path.parent, Path.cwd()]))
-
-    def base_of(name: str) -> Path | None:
-        return next((base for base in bases if name and os.path.exists(base / name)), None)
-
-    form, rows = read_rows(path, lambda name: base_of(name) is not None)
+    find = partial(_found, bases)
+    form, rows = read_rows(path, lambda name: find(name) is not None)
     videos, seen = SourceList(), {} if seen is None else seen
     for number, row in rows:
         where = f"{path.name}:{number}"
-        name = row.get("path", "")
-        base = base_of(name)
+        base, name = find(row.get("path", "")) or (None, row.get("path", ""))
         try:
-            source = _source(base or bases[0], name, row, where)
+            source = replace(_source(base or bases[0], name, row, where), splits=splits)
             first = seen.setdefault(source.key, source)
             if first is not source:
                 raise ValueError(_repeats(source, first))
             if base is None:
-                raise ValueError("there is no such file")
+                raise ValueError(NO_FILE + _left_over(name, find))
             if not source.path.is_file():
                 raise ValueError("it is a folder, and only video files are read")
         except ValueError as error:
@@ -291,6 +294,25 @@ def read_list(
             videos.sources.append(source)
     videos.notes.append(_as_understood(path, form, rows, videos))
     return videos
+
+
+def _found(bases: Sequence[Path], name: str) -> tuple[Path, str] | None:
+    """The first of ``bases`` in which there is a file or folder of that name, and its name with its suffix."""
+    for suffix in ("", *SUFFIXES_LEFT_OUT) if name else ():
+        for base in bases:
+            if os.path.exists(base / f"{name}{suffix}"):
+                return base, f"{name}{suffix}"
+    return None
+
+
+def _left_over(name: str, find: Callable[[str], object]) -> str:
+    """What a line holds besides a path, where that is why no file was found."""
+    words = name.split(" ")
+    for count in range(len(words) - 1, 0, -1):
+        if find(" ".join(words[:count])) is not None:
+            more = " ".join(words[count:])
+            return f"; there is {' '.join(words[:count])}, but {more!r} after it can't be read: give one label a line"
+    return ""
 
 
 def _repeats(source: Source, first: Source) -> str:

@@ -1,4 +1,4 @@
-"""The official annotations of UCF101, HMDB51 and Kinetics: which files, of which class, in which splits.
+"""Annotations of UCF101, HMDB51, Kinetics and one's own data: which files, of which class, in which splits.
 
 What a list names and the disk lacks becomes a reject; files that no list names are counted and passed over.
 """
@@ -10,16 +10,19 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from engine.data.ingest.lists import read_text
+from engine.data.ingest.lists import SUFFIXES, read_text
 from engine.data.ingest.sources import (
+    NO_FILE,
     Reject,
     Source,
     SourceList,
+    Stretch,
     files_below,
     in_order,
+    read_list,
     seconds,
 )
 
@@ -29,6 +32,8 @@ MISSING = "missing: "
 HMDB51_PARTS = {"0": "", "1": "train", "2": "test"}
 KINETICS_PARTS = {"train": "train", "test": "test", "val": "validation", "validate": "validation"}
 KINETICS_PARTS |= {"validation": "validation", "": ""}
+OWN_PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+OWN_PARTS |= {"val": "validation", "valid": "validation", "validation": "validation"}
 
 
 @dataclass
@@ -175,6 +180,46 @@ def kinetics(videos: Path, lists: Sequence[Path]) -> SourceList:
             except ValueError as error:
                 rejects.append(Reject(row["youtube_id"].strip(), str(error), listed=where))
     return _with_count(files, sources, rejects)
+
+
+def own(videos: Path, lists: Path) -> SourceList:
+    """Any videos by lists of their parts: train.csv and test.csv or val.csv, or such words in names of other lists.
+
+    ``lists`` is the lists' folder; their paths count from ``videos``, their own folder or the current one (see
+    ``read_list``). The validation part is read where there is no test part with labels. Raises ValueError where there
+    is no list to train by, or none to test by, or several of a part.
+    """
+    found = _lists_of_parts(lists)
+    seen = dict[Stretch, Source]()
+    train = read_list(found["train"], videos, seen=seen, splits=("train",))
+    for part in [part for part in ("test", "validation") if part in found]:
+        tested = read_list(found[part], videos, seen=dict(seen), splits=(part,))
+        if any(source.label for source in tested.sources):
+            break
+    result = SourceList.of([train, tested])
+    result.rejects = [
+        replace(r, reason=f"{MISSING}{r.reason}") if r.reason.startswith(NO_FILE) else r
+        for r in result.rejects
+    ]
+    return result
+
+
+def _lists_of_parts(folder: Path) -> dict[str, Path]:
+    """The lists of a folder by the part that their names tell: "train", "test" or "validation"."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        words = set(re.split(r"[^a-z]+", path.stem.lower())) & OWN_PARTS.keys()
+        if path.suffix.lower() in SUFFIXES and len(words) == 1:
+            found.setdefault(OWN_PARTS[words.pop()], []).append(path)
+    several = next((paths for paths in found.values() if len(paths) > 1), None)
+    if several is not None:
+        names = " and ".join(path.name for path in several)
+        raise ValueError(f"{folder} holds {names}: leave one list for each part in it")
+    if "train" not in found or len(found) < 2:
+        raise ValueError(
+            f"{folder} needs a list to train by and one to test by: train.csv, test.csv"
+        )
+    return {part: paths[0] for part, paths in found.items()}
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:

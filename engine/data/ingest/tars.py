@@ -35,8 +35,9 @@ def read_tar(
 ) -> tuple[list[Member], str]:
     """The videos in a tar, and why there are no more of them, if something is wrong.
 
-    ``is_video`` tells by a file's name, and by its content, which it may ask for. A video's label is the text of the .cls file of its name, or a label in its .json file (one of ``COLUMNS``), or
-    else the folder in the tar that holds it.
+    ``is_video`` tells by a file's name, and by its content, which it may ask for. A video's label is the text of the
+    .cls file of its name, or a label in its .json file (one of ``COLUMNS``), or else the folder in the tar that holds
+    it.
     """
     videos: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}  # by what precedes a file's suffix, and by its key with a dot

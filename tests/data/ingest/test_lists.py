@@ -96,6 +96,28 @@ def test_lists_of_videomae_v2_for_pretraining_and_of_frame_counts(root: Path) ->
     ]
 
 
+def test_names_without_a_suffix(root: Path) -> None:
+    """As Something-Something's lists have them: an id, a number of frames, a label."""
+    (root / "v" / "78687.webm").touch()
+    (root / "v" / "signer0_sample1.mp4").touch()
+    found = read(root, "l.txt", "v/78687 90 174\nv/a 12 3\n")
+    assert labelled(found) == [("v/78687.webm", "174"), ("v/a.mp4", "3")]
+    assert labelled(read(root, "l.csv", "v/signer0_sample1,41\n")) == [
+        ("v/signer0_sample1.mp4", "41")
+    ]
+
+
+def test_several_labels_a_line_are_refused_with_the_reason(root: Path) -> None:
+    """MMAction2's multi-class lists."""
+    (root / "l.txt").write_text("v/a.mp4 1 3 5\nv/b c.mp4 2 6 10\n")
+    found = read_list(root / "l.txt")
+    assert not found.sources
+    assert [reject.reason for reject in found.rejects] == [
+        "there is no such file; there is v/a.mp4, but '1 3 5' after it can't be read: give one label a line",
+        "there is no such file; there is v/b c.mp4, but '2 6 10' after it can't be read: give one label a line",
+    ]
+
+
 def test_files_that_are_all_missing_are_named(root: Path) -> None:
     (root / "l.csv").write_text("gone/a b.mp4 3\ngone/c.mp4 12\n")
     found = read_list(root / "l.csv")
