@@ -229,7 +229,7 @@ def _pattern(pattern: str | None, name: str, folds: str) -> re.Pattern[str] | No
         if folds == "group" and name == "folders":
             raise ValueError(
                 "--folds group needs --group-pattern, a regular expression that finds the group in a file's name,"
-                " such as '^[^_]+' in actor_action.avi"
+                " such as '^[^_]+' in actor_action.avi; or give lists of train and test videos with --splits"
             )
         return None
     try:

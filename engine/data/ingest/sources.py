@@ -298,10 +298,11 @@ def read_list(
 
 def _found(bases: Sequence[Path], name: str) -> tuple[Path, str] | None:
     """The first of ``bases`` in which there is a file or folder of that name, and its name with its suffix."""
-    for suffix in ("", *SUFFIXES_LEFT_OUT) if name else ():
+    left_out = () if os.path.splitext(name)[1] else SUFFIXES_LEFT_OUT
+    for full in [name + suffix for suffix in ("", *left_out)] if name else []:
         for base in bases:
-            if os.path.exists(base / f"{name}{suffix}"):
-                return base, f"{name}{suffix}"
+            if os.path.exists(os.path.join(base, full)):
+                return base, full
     return None
 
 
@@ -338,7 +339,7 @@ def _as_understood(
         _classes_of(videos.sources),
         f"the first: {first.get('path', '')}{label}",
     ]
-    folders = dict.fromkeys(source.folder for source in videos.sources)
+    folders = dict.fromkeys(os.path.abspath(source.folder) for source in videos.sources)
     parts += [f"paths below {' and '.join(folders)}"] if folders else []
     return "; ".join(parts)
 

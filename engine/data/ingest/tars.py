@@ -90,8 +90,9 @@ def _key_of(name: str) -> str:
 
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     """A file's beginning."""
-    file = tar.extractfile(info)
-    return b"" if file is None else file.read(LARGEST_NOTE)
+    assert tar.fileobj is not None
+    tar.fileobj.seek(info.offset_data)
+    return tar.fileobj.read(min(info.size, LARGEST_NOTE))
 
 
 def _add_label(
