@@ -146,6 +146,22 @@ def test_any_videos_by_lists_of_their_parts(
     }
 
 
+def test_a_table_with_a_column_of_parts(colours: Path, tmp_path: Path) -> None:
+    videos = sorted(path.relative_to(colours) for path in colours.glob("UCF-101/*/*.avi"))
+    parts = ("train", "val", "Train", "validation")
+    rows = [f"{v},{v.parent.name},{parts[i % 4]}" for i, v in enumerate(videos)]
+    (tmp_path / "all.csv").write_text("\n".join(["video_path,label,split", *rows]))
+    dataset = opened(colours, tmp_path, name="folders", splits=tmp_path / "all.csv")
+    (fold,) = dataset.folds
+    assert sources(dataset, fold.train) == {video.name for video in videos[::2]}
+    assert sources(dataset, fold.test) == {video.name for video in videos[1::2]}
+    (tmp_path / "all.csv").write_text(
+        "\n".join(["video_path,label,split", *rows, f"{videos[0]},a,x"])
+    )
+    reject = find([colours], name="folders", splits=tmp_path / "all.csv").rejects[0]
+    assert reject.reason == "its split, 'x', is none of train, val and test"
+
+
 def test_stretches_and_repeated_rows_make_no_set_incomplete(colours: Path, tmp_path: Path) -> None:
     videos = sorted(colours.glob("UCF-101/*/*_c01.avi"))
     rows = [f"{v},{v.parent.name},{start}" for v in videos for start in (0, 0.2)]

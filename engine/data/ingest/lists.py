@@ -18,6 +18,7 @@ COLUMNS = {
     "label": ("label class class_name label_name category action target class_id label_id").split(),
     "start": "start time_start start_time".split(),
     "end": "end time_end end_time".split(),
+    "split": "split subset partition".split(),
 }
 """Names that a list's columns may have; of several for one thing the first counts."""
 LOOKED_AT = 100
@@ -84,10 +85,12 @@ class Form:
         return f"{names}, separated by {by}" + ", with a header" * self.has_header
 
 
-WHOLE, TAB, COMMA = Form(), Form("\t", tuple(COLUMNS)), Form(",", tuple(COLUMNS))
+ORDER = ("path", "label", "start", "end")
+"""Columns of a table without a header."""
+WHOLE, TAB, COMMA = Form(), Form("\t", ORDER), Form(",", ORDER)
 FIELDS = (
-    Form("|", tuple(COLUMNS)),
-    Form(";", tuple(COLUMNS)),
+    Form("|", ORDER),
+    Form(";", ORDER),
     Form(" ", ("path", "label")),
     Form(" ", ("path", "", "label")),  # a number of frames, as lists of frame folders have it
 )

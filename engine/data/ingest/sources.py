@@ -27,6 +27,9 @@ HEAD, ANIMATION = 32, 0x02
 """Bytes of a WebP file's head, and its flag in byte 20 for moving pictures."""
 SUFFIXES_LEFT_OUT = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 """Of videos that lists name without."""
+PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+PARTS |= dict.fromkeys(("val", "valid", "validate", "validation"), "validation")
+"""A split's parts, as lists call them."""
 NO_FILE = "there is no such file"
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar", ".7z")
 Stretch = tuple[str, float | None, float | None]
@@ -280,7 +283,8 @@ def read_list(
         where = f"{path.name}:{number}"
         base, name = find(row.get("path", "")) or (None, row.get("path", ""))
         try:
-            source = replace(_source(base or bases[0], name, row, where), splits=splits)
+            source = _source(base or bases[0], name, row, where)
+            source = replace(source, splits=splits or source.splits)
             first = seen.setdefault(source.key, source)
             if first is not source:
                 raise ValueError(_repeats(source, first))
@@ -363,7 +367,11 @@ def _source(folder: Path, name: str, row: dict[str, str], where: str) -> Source:
     label = row.get("label") or None
     if label == "-1":  # as the field's lists write none
         label = None
-    return Source(str(folder), os.path.normpath(name), label, start, end, listed=where)
+    part = row.get("split", "").lower()
+    if part and part not in PARTS:
+        raise ValueError(f"its split, {part!r}, is none of train, val and test")
+    splits = (PARTS[part],) if part else ()
+    return Source(str(folder), os.path.normpath(name), label, start, end, splits, where)
 
 
 def seconds(text: str | None, *, what: str) -> float | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from engine.data.ingest.lists import SUFFIXES, read_text
 from engine.data.ingest.sources import (
     NO_FILE,
+    PARTS,
     Reject,
     Source,
     SourceList,
@@ -30,10 +31,6 @@ NUM_SPLITS = 3
 MISSING = "missing: "
 """How the reason of a reject begins whose file is listed, and not on the disk."""
 HMDB51_PARTS = {"0": "", "1": "train", "2": "test"}
-KINETICS_PARTS = {"train": "train", "test": "test", "val": "validation", "validate": "validation"}
-KINETICS_PARTS |= {"validation": "validation", "": ""}
-OWN_PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-OWN_PARTS |= {"val": "validation", "valid": "validation", "validation": "validation"}
 
 
 @dataclass
@@ -185,18 +182,15 @@ def kinetics(videos: Path, lists: Sequence[Path]) -> SourceList:
 def own(videos: Path, lists: Path) -> SourceList:
     """Any videos by lists of their parts: train.csv and test.csv or val.csv, or such words in names of other lists.
 
-    ``lists`` is the lists' folder; their paths count from ``videos``, their own folder or the current one (see
-    ``read_list``). The validation part is read where there is no test part with labels. Raises ValueError where there
-    is no list to train by, or none to test by, or several of a part.
+    ``lists`` is the lists' folder, or one list with a column ``split``; paths in them count from ``videos``, the
+    lists' own folder or the current one (see ``read_list``). The validation part is read where there is no test part
+    with labels. Raises ValueError where there is no list to train by, or none to test by, or several of a part.
     """
-    found = _lists_of_parts(lists)
-    seen = dict[Stretch, Source]()
-    train = read_list(found["train"], videos, seen=seen, splits=("train",))
-    for part in [part for part in ("test", "validation") if part in found]:
-        tested = read_list(found[part], videos, seen=dict(seen), splits=(part,))
-        if any(source.label for source in tested.sources):
-            break
-    result = SourceList.of([train, tested])
+    if lists.is_file():
+        result = read_list(lists, videos)
+        result.sources = in_order(result.sources)
+    else:
+        result = _parts_of(videos, _lists_of_parts(lists))
     result.rejects = [
         replace(r, reason=f"{MISSING}{r.reason}") if r.reason.startswith(NO_FILE) else r
         for r in result.rejects
@@ -204,13 +198,24 @@ def own(videos: Path, lists: Path) -> SourceList:
     return result
 
 
+def _parts_of(videos: Path, lists: dict[str, Path]) -> SourceList:
+    """What is trained on, and what is tested on: the validation part where the test part has no labels."""
+    seen = dict[Stretch, Source]()
+    train = read_list(lists["train"], videos, seen=seen, splits=("train",))
+    for part in [part for part in ("test", "validation") if part in lists]:
+        tested = read_list(lists[part], videos, seen=dict(seen), splits=(part,))
+        if any(source.label for source in tested.sources):
+            break
+    return SourceList.of([train, tested])
+
+
 def _lists_of_parts(folder: Path) -> dict[str, Path]:
     """The lists of a folder by the part that their names tell: "train", "test" or "validation"."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        words = set(re.split(r"[^a-z]+", path.stem.lower())) & OWN_PARTS.keys()
+        words = set(re.split(r"[^a-z]+", path.stem.lower())) & PARTS.keys()
         if path.suffix.lower() in SUFFIXES and len(words) == 1:
-            found.setdefault(OWN_PARTS[words.pop()], []).append(path)
+            found.setdefault(PARTS[words.pop()], []).append(path)
     several = next((paths for paths in found.values() if len(paths) > 1), None)
     if several is not None:
         names = " and ".join(path.name for path in several)
@@ -237,9 +242,9 @@ def _kinetics_source(files: _Files, row: dict[str, str], where: str) -> Source:
     if start is None or end is None or end <= start:
         raise ValueError("its times are missing, or it ends before it starts")
     part = row.get("split", "").strip().lower()
-    if part not in KINETICS_PARTS:
+    if part and part not in PARTS:
         raise ValueError(f"its split, {part!r}, is none of train, val and test")
-    folder, splits = str(files.folder), (KINETICS_PARTS[part],)
+    folder, splits = str(files.folder), (PARTS.get(part, ""),)
     trimmed = files.find_stem(f"{name}_{round(start):06d}_{round(end):06d}", label)
     if trimmed is not None:
         return Source(folder, trimmed, label, splits=splits, listed=where)
