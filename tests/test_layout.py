@@ -34,6 +34,7 @@ INSIDE = {
 """The packages inside a package; those of ``engine.data`` from the bottom up."""
 
 HEAVY: dict[str, str | tuple[str, ...]] = {
+    "PIL": "engine/data/media/webp.py",
     "av": "engine/data/media/",
     "click": "engine/cli/",
     "cmaes": "engine/search/samplers.py",

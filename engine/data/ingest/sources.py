@@ -12,7 +12,8 @@ from typing import Any
 
 from engine.data.ingest.lists import SUFFIXES, Form, read_rows
 from engine.data.ingest.tars import Member, read_tar
-from engine.data.media.part import MediaFile, Part
+from engine.data.media.part import MediaFile, Part, head_of
+from engine.data.media.webp import HEAD, is_animated
 from engine.data.shards.index import is_shards
 
 OTHER_SUFFIXES = frozenset(
@@ -23,8 +24,6 @@ OTHER_SUFFIXES = frozenset(
     ".tif .tiff .toml .torrent .tsv .txt .url .vtt .wav .webp .wma .xls .xlsx .xml .xz .yaml .yml .zip .zst".split()
 )
 """Files that are no videos by their names, and are passed over, but for moving pictures; all others are tried."""
-HEAD, ANIMATION = 32, 0x02
-"""Bytes of a WebP file's head, and its flag in byte 20 for moving pictures."""
 SUFFIXES_LEFT_OUT = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 """Of videos that lists name without."""
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -218,18 +217,16 @@ def _in_tar(tar: Source) -> SourceList:
 
 
 def _may_be_video(name: str, head: Callable[[], bytes]) -> bool:
-    """Whether a file is tried; ``head`` reads its first HEAD bytes."""
+    """Whether a file is tried; ``head`` reads its beginning."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix == ".webp":  # most are still pictures, such as thumbnails beside downloaded videos
-        start = head()
-        return start[8:16] == b"WEBPVP8X" and len(start) > 20 and bool(start[20] & ANIMATION)
+        return is_animated(head()[:HEAD])
     return suffix not in OTHER_SUFFIXES
 
 
 def _head_of(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read(HEAD)
+        return head_of(path, HEAD)[0]
     except OSError:
         return b""
 

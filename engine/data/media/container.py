@@ -21,7 +21,8 @@ from typing import IO, Any
 import av
 import av.filter
 
-from engine.data.media.part import MediaFile, Part, url_of
+from engine.data.media import webp
+from engine.data.media.part import MediaFile, Part, head_of, url_of
 
 ATTACHED_PICTURE = 0x400
 TEXT_FORMATS = frozenset({"adf", "bin", "idf", "tty", "xbin"})
@@ -81,7 +82,7 @@ def open_media(path: MediaFile, *, limit: float = TIME_LIMIT) -> Any:
     """Open a file for reading; raises MediaError. ``limit`` bounds each single wait for data, in seconds."""
     try:
         container = av.open(
-            url_of(path),
+            _webp_film(path) or url_of(path),
             metadata_errors="replace",
             # a play list must not reach into the network
             options={"protocol_whitelist": "subfile,file" if isinstance(path, Part) else "file"},
@@ -93,6 +94,17 @@ def open_media(path: MediaFile, *, limit: float = TIME_LIMIT) -> Any:
         container.close()
         raise MediaError("it is text, not video")
     return container
+
+
+def _webp_film(path: MediaFile) -> IO[bytes] | None:
+    """The pictures of an animated WebP as a film; None for other files."""
+    try:
+        head, size = head_of(path, webp.HEAD)
+        return webp.as_film(head_of(path, size)[0]) if webp.is_animated(head) else None
+    except OSError:  # opening it will tell
+        return None
+    except ValueError as error:
+        raise MediaError(str(error)) from error
 
 
 def reason_of(error: Exception) -> str:

@@ -93,8 +93,6 @@ def probe(path: MediaFile, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
         frames = timed_frames(container, video, problems, clock)
         first = next(frames, None)
         if first is None:
-            if container.format.name.startswith("webp"):
-                raise MediaError("FFmpeg can't decode animated WebP: convert it to GIF or MP4")
             why = f": {problems[0]}" if problems else ""
             raise MediaError(f"no frame can be decoded{why}")
         if container.format.name == "gif" and next(frames, None) is None:
