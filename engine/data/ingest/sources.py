@@ -298,9 +298,13 @@ def read_list(
 
 
 def _found(bases: Sequence[Path], name: str) -> tuple[Path, str] | None:
-    """The first of ``bases`` in which there is a file or folder of that name, and its name with its suffix."""
-    left_out = () if os.path.splitext(name)[1] else SUFFIXES_LEFT_OUT
-    for full in [name + suffix for suffix in ("", *left_out)] if name else []:
+    """The first of ``bases`` in which there is a file or folder of that name, and its name as it is there."""
+    names = [name] if name else []
+    if name and not os.path.splitext(name)[1]:
+        names += [name + suffix for suffix in SUFFIXES_LEFT_OUT]
+    if "\\" in name:  # a list that was made on Windows
+        names.append(name.replace("\\", "/"))
+    for full in names:
         for base in bases:
             if os.path.exists(os.path.join(base, full)):
                 return base, full
@@ -321,7 +325,7 @@ def _repeats(source: Source, first: Source) -> str:
     """Why a source is one too many."""
     name, _, line = (first.listed or "").rpartition(":")
     there = f"line {line}" if (source.listed or "").startswith(f"{name}:") else f"{name}:{line}"
-    reason = f"{there} names the same stretch of the same file"
+    reason = f"{there} names the same {'stretch of the same ' if source.stretch else ''}file"
     if source.label != first.label:
         reason += f" with another label: {first.label} there, which is kept, {source.label} here"
     return reason

@@ -107,6 +107,13 @@ def test_names_without_a_suffix(root: Path) -> None:
     ]
 
 
+def test_lists_made_on_windows(root: Path) -> None:
+    text = "video\tlabel\r\nv\\a.mp4\t1\r\n.\\v\\b c.mp4\t2\r\n"
+    for encoding in ("utf-8-sig", "utf-16"):  # as Notepad and Excel save them
+        (root / "l.txt").write_bytes(text.encode(encoding))
+        assert labelled(read_list(root / "l.txt")) == [("v/a.mp4", "1"), ("v/b c.mp4", "2")]
+
+
 def test_several_labels_a_line_are_refused_with_the_reason(root: Path) -> None:
     """MMAction2's multi-class lists."""
     (root / "l.txt").write_text("v/a.mp4 1 3 5\nv/b c.mp4 2 6 10\n")
@@ -158,10 +165,10 @@ def test_one_file_with_two_labels(root: Path) -> None:
     (root / "l.txt").write_text("v/a.mp4 walk\nv/b c.mp4 walk\n./v/a.mp4 run\nv/b c.mp4 walk\n")
     found = read_list(root / "l.txt")
     assert labelled(found) == [("v/a.mp4", "walk"), ("v/b c.mp4", "walk")]
-    same = "line 1 names the same stretch of the same file"
+    same = "line 1 names the same file"
     assert [(r.listed, r.reason) for r in found.rejects] == [
         ("l.txt:3", f"{same} with another label: walk there, which is kept, run here"),
-        ("l.txt:4", "line 2 names the same stretch of the same file"),
+        ("l.txt:4", "line 2 names the same file"),
     ]
 
 
