@@ -21,6 +21,7 @@ from engine.core.runtime import (
     release_memory,
     set_seed,
 )
+from engine.core.streams import HostLead, SideStream, cross
 from engine.data.clip_bank import ClipBank
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_batch
@@ -95,6 +96,7 @@ class Trainer:
             warn("float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong")
         self.sound = bool(index.has_audio.any())
         self.views = ViewMaker(recipe.clip, recipe.audio).to(runtime.device)
+        self._side, self._said = SideStream(runtime.device), set[str]()
         self.buffers: StepBuffers | None = None
         """Networks of the compiled steps, from the first member on."""
         self._checked = self.mode == "off" and not runtime.amp
@@ -219,7 +221,14 @@ class Trainer:
             threads=self.runtime.threads,
             flow="flow" in modalities,
             sound="audio" in modalities,
+            warn=self._say_once,
         )
+
+    def _say_once(self, message: str) -> None:
+        """Warn of what each of a run's pipelines would say again."""
+        if message not in self._said:
+            self._said.add(message)
+            self.warn(message)
 
     def rounds(
         self, members: Sequence[Member], *, seed: int, bank: ClipBank | None = None
@@ -228,12 +237,17 @@ class Trainer:
         modalities = tuple({m: None for member in members for m in member.alive.modalities})
         first = min(member.step for member in members)
         batches = self.batches(seed=seed, first=first, modalities=modalities, bank=bank)
+        lead = HostLead(self.runtime.device)
+        self._side.follow()
         for step in range(first, self.recipe.optim.steps):
-            with self.clock("input"):
-                batch = next(batches)
-            with self.clock("views"):
-                views = self.views(batch, modalities)
-            yield step, views
+            with self._side.work():
+                with self.clock("input"):
+                    batch = next(batches)
+                with self.clock("views"):
+                    views = self.views(batch, modalities)
+                ready = self._side.mark()
+            yield step, cross(views, ready)
+            lead.after_step()
 
     def step_all(self, members: Sequence[Member], views: Views) -> list[float | MemberFailed]:
         """Step members on one batch; returns the loss of each, or the failure that ended it. Raises as ``attempt``.
