@@ -64,7 +64,9 @@ def _decoding(gpu: bool) -> str:
     if not gpu:
         return "libjpeg-turbo on the CPU"
     fault = picture_fault(_first_gpu())
-    return f"libjpeg-turbo on the CPU: {fault}" if fault else "on the GPU, by its JPEG engines if any"
+    return (
+        f"libjpeg-turbo on the CPU: {fault}" if fault else "on the GPU, by its JPEG engines if any"
+    )
 
 
 def _films(gpu: bool) -> str:

@@ -161,7 +161,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether an error came from the GPU itself: most of them leave this process unable to use it again."""
+    """Whether an error came from the GPU itself: most of them leave this process unable to use it again.
+
+    What can't be recorded in a CUDA graph is none: nothing was run.
+    """
+    if "captur" in str(error):
+        return False
     kind = getattr(torch, "AcceleratorError", ())  # torch has it since 2.8
     signs = ("CUDA error:", "Triton Error [CUDA]")
     return isinstance(error, kind) or (

@@ -178,7 +178,7 @@ class Finetuning:
         board = None
         if self.folder is not None:
             board = SummaryWriter(str(self.folder / "tensorboard" / name), purge_step=first)
-        mode = compile_mode(optim, self.runtime.device)
+        mode = compile_mode(optim, self.runtime.device, whole=False)
         forward = model if mode == "off" else torch.compile(model, mode=mode)
         model.train()
         index = self.dataset.index.subset(clips)

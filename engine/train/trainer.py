@@ -35,7 +35,7 @@ from engine.objective.loss import (
     weights_in_order,
 )
 from engine.objective.terms import TERM_NAMES, LossWeights
-from engine.train.compiled import StepBuffers, compile_mode
+from engine.train.compiled import GRAPHS, StepBuffers, compile_mode
 from engine.train.member import FlatState, Member
 from engine.train.microbatch import differentiate, split
 from engine.train.optim import descend, make_optimizer
@@ -85,9 +85,10 @@ class Trainer:
         self.clock, self.warn, self.ranks = clock or Clock(), warn, ranks
         optim = recipe.optim
         self.local_batch_size = ranks.share_of(optim.batch_size, pieces=optim.accumulate)
-        self.mode = compile_mode(optim, runtime.device)
+        whole = ranks.world * optim.accumulate == 1
+        self.mode = compile_mode(optim, runtime.device, whole=whole)
         """Mode in which steps are compiled; "off": not at all."""
-        if self.mode == "reduce-overhead" and ranks.world * optim.accumulate > 1:
+        if self.mode == GRAPHS and not whole:
             self.mode = "default"
             warn(
                 "CUDA graphs are for one process and one microbatch a step: compiling without them"
@@ -311,21 +312,34 @@ class Trainer:
         return value
 
     def _check(self, member: Member, views: Views) -> None:
-        """Compile the step, or go on uncompiled where the recipe allows it, and compare it with float32's."""
+        """Compile the step, or go on with less where the recipe allows it, and compare it with float32's."""
         count = self.recipe.optim.accumulate
         (first, *_), *_ = split(views, member.computed, count=count, ranks=self.ranks)
-        try:
-            with without_others():
-                check_step(
-                    member, first, buffers=self.buffers, runtime=self.runtime, warn=self.warn
-                )
-        except CanNotCompile as error:
-            if self.recipe.optim.compile != "auto":
-                raise RuntimeError(f"{error}; go on without by --set optim.compile=off") from error
+        while not self._checked:
+            try:
+                with without_others():
+                    check_step(
+                        member, first, buffers=self.buffers, runtime=self.runtime, warn=self.warn
+                    )
+                # not before: where memory runs out here, it is done again with fewer members
+                self._checked = True
+            except CanNotCompile as error:
+                if self.recipe.optim.compile != "auto":
+                    advice = "go on without by --set optim.compile=off"
+                    raise RuntimeError(f"{error}; {advice}") from error
+                self._compile_less(error)
+
+    def _compile_less(self, error: CanNotCompile) -> None:
+        """Go on without CUDA graphs, or, where it did already, uncompiled."""
+        if self.mode == GRAPHS and self.buffers is not None:
+            self.warn(
+                f"{error} with CUDA graphs: it is compiled without them, and launches cost more"
+            )
+            self.mode = "default"
+            self.buffers.without_graphs()
+        else:
             self.warn(f"{error}: it runs uncompiled, slower")
             self.buffers, self.mode = None, "off"
-        # not before: where memory runs out here, it is done again with fewer members
-        self._checked = True
 
     def _checked_loss(self, member: Member, total: Tensor, values: Tensor) -> float:
         """The loss at steps where it is checked, else nan; raises NonFiniteLoss."""
