@@ -123,6 +123,8 @@ def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
     chosen = torch.device(device)
     if chosen.type == "cpu":
         return Runtime(chosen, amp == "bf16" and cpu_has_bf16())
+    if chosen.index is not None:  # what says "cuda" alone, and CuPy, then mean this one too
+        torch.cuda.set_device(chosen)
     return Runtime(chosen, amp in ("bf16", "auto"))
 
 

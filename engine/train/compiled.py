@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.core.files import take_lock
 from engine.core.recipe import Optim
 from engine.core.runtime import Runtime
 from engine.data.views import Views
@@ -35,6 +38,15 @@ def compile_mode(settings: Optim, device: torch.device, *, whole: bool) -> str:
     if device.type == "cpu":
         return "off"
     return GRAPHS if whole else "default"
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Let processes that share a compiler's cache compile in turn: the first one does the work, others find it done."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    with take_lock(Path(cache_dir()) / "engine.lock", on_wait=lambda: None):
+        yield
 
 
 class StepBuffers:

@@ -7,6 +7,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from engine.objective.loss import (
     weights_in_order,
 )
 from engine.objective.terms import TERM_NAMES, LossWeights
-from engine.train.compiled import GRAPHS, StepBuffers, compile_mode
+from engine.train.compiled import GRAPHS, StepBuffers, compile_mode, compiling
 from engine.train.member import FlatState, Member
 from engine.train.microbatch import differentiate, split
 from engine.train.optim import descend, make_optimizer
@@ -317,7 +318,7 @@ class Trainer:
         (first, *_), *_ = split(views, member.computed, count=count, ranks=self.ranks)
         while not self._checked:
             try:
-                with without_others():
+                with without_others(), compiling() if self.buffers else nullcontext():
                     check_step(
                         member, first, buffers=self.buffers, runtime=self.runtime, warn=self.warn
                     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from engine.core.files import take_lock
 from engine.core.recipe import Optim, load_recipe, override
 from engine.core.runtime import choose_runtime, cpu_has_bf16, make_deterministic
 from engine.data.shards.index import ClipIndex
@@ -297,6 +299,29 @@ def test_a_replayed_graph_is_what_is_checked(
     trainer = make_trainer(tiny_shards, "optim.compile=reduce-overhead", "optim.steps=2")
     train(trainer, [SMALL])
     assert runs == [5] and "differs from float32's" in trainer.warnings[0]
+
+
+def test_processes_compile_in_turn(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another process compiles, this one waits, and then finds what it compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiled = threading.Event()
+
+    def compile_(function, **_):
+        compiled.set()
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    trainer = make_trainer(tiny_shards, "optim.compile=default", "optim.steps=2")
+    with take_lock(tmp_path / "engine.lock"):
+        work = threading.Thread(target=train, args=(trainer, [SMALL]))
+        work.start()
+        assert not compiled.wait(2.0)
+    work.join()
+    assert compiled.is_set()
+    with take_lock(tmp_path / "engine.lock"):
+        train(make_trainer(tiny_shards, "optim.steps=2"), [SMALL])
 
 
 def test_graphs_are_chosen_where_a_step_is_whole() -> None:
