@@ -206,8 +206,9 @@ def train_as_rank(
 
         trainer_module.CHECK_EVERY_ON_GPU = 1
         changes = [f"optim.steps={STEPS}", "optim.warmup_steps=1", "optim.compile=off"]
-        changes += ["optim.amp=off", "optim.batch_norm=sync", "optim.batch_size=8"]
-        changes += ["objective.order_share=1"]  # else each process copies clips of its own
+        changes += ["optim.amp=off", "optim.batch_size=8", "optim.name=sgd"]
+        # else each process copies, and fills silence with, clips of its own
+        changes += ["optim.batch_norm=frozen", "objective.order_share=1"]
         recipe = override(load_recipe("demo"), [*([] if gpu else TINY), *changes])
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
