@@ -54,12 +54,12 @@ def cross(holder: Holder, ready: torch.cuda.Event | None) -> Holder:
 
     ``ready`` is a ``SideStream.mark``; None: nothing to wait for. Returns ``holder``.
     """
-    if ready is not None:
-        stream = torch.cuda.current_stream()
+    tensors = [] if ready is None else [x for x in tensors_in(holder) if x.is_cuda]
+    if ready is not None and tensors:
+        stream = torch.cuda.current_stream(tensors[0].device)
         stream.wait_event(ready)
-        for tensor in tensors_in(holder):
-            if tensor.is_cuda:
-                tensor.record_stream(stream)
+        for tensor in tensors:
+            tensor.record_stream(stream)
     return holder
 
 

@@ -68,6 +68,7 @@ class OnGpu:
 
     log: list[str]
     is_cuda: bool = True
+    device: torch.device = GPU
 
     def record_stream(self, stream: Stream) -> None:
         self.log.append(f"memory is kept for {stream.name}")
