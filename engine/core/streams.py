@@ -41,7 +41,8 @@ class SideStream:
         """Event behind all that has been put on the stream so far."""
         if self._stream is None:
             return None
-        return self._stream.record_event()
+        event: torch.cuda.Event = self._stream.record_event()
+        return event
 
     def follow(self) -> None:
         """Let the stream wait for what the calling thread's own stream has been given so far."""
