@@ -44,22 +44,35 @@ class Part:
 
 
 PARTS = {
-    "machine": Part("machine.machine", 15, "GPU, libraries, doctor, measured limits"),
-    "data": Part("machine.data", 20, "the built-in videos, or those of --shards"),
-    "decode": Part("inputs.decode", 20, "JPEG and films by the GPU"),
-    "flow": Part("inputs.flow", 15, "the flow engine against a known shift and the CPU"),
-    "views": Part("inputs.views", 10, "views and log-mel against the CPU"),
-    "kernels": Part("exact.kernel_numbers", 18, "Triton kernels against float64"),
-    "terms": Part("exact.terms", 25, "39 terms, and a member's first losses, against the CPU"),
-    "kmeans": Part("clusters.clusters", 25, "k-means against scikit-learn and cuML"),
-    "tests": Part("machine.tests", 35, "pytest -m gpu"),
-    "bench": Part("throughput.bench", 40, "loss, views and input beside limits and peers"),
-    "supervised": Part("steps.supervised", 30, "R3D-18's step on a resident batch"),
-    "cohort": Part("training.cohort", 90, "members an hour; compiles the small step"),
-    "evolve": Part("training.evolve", 65, "a small search from start to report"),
-    "step": Part("steps.step", 125, "the four-network step, eager and compiled; compiles it twice"),
+    "machine": Part("machine.machine", 12, "GPU, libraries, doctor, measured limits"),
+    "data": Part("machine.data", 18, "the built-in videos, or those of --shards"),
+    "first": Part(
+        "training.first", 20, "does it run at all: members trained and judged, uncompiled"
+    ),
+    "streams": Part(
+        "machine.streams", 20, "batches while training is behind, memory between streams"
+    ),
+    "kernels": Part("exact.kernel_numbers", 15, "Triton kernels against float64"),
+    "terms": Part("exact.terms", 22, "39 terms, and a member's first losses, against the CPU"),
+    "decode": Part("inputs.decode", 15, "JPEG and films by the GPU"),
+    "flow": Part("inputs.flow", 12, "the flow engine against a known shift and the CPU"),
+    "views": Part("inputs.views", 8, "views and log-mel against the CPU"),
+    "supervised": Part("steps.supervised", 22, "R3D-18's step on a resident batch"),
+    "graphs": Part(
+        "steps.graphs", 70, "a search's step eager, compiled, with CUDA graphs, in parallel"
+    ),
+    "cohort": Part("training.cohort", 45, "members an hour, of cohorts and one process a member"),
+    "evolve": Part("training.evolve", 35, "a small search from start to report"),
+    "tests": Part("machine.tests", 25, "the other tests marked gpu"),
+    "bench": Part("throughput.bench", 28, "loss, views and input beside limits and peers"),
+    "kmeans": Part("clusters.clusters", 15, "k-means against scikit-learn and cuML"),
+    "use": Part("commands.use", 25, "evaluate, finetune, embed and export"),
+    "workers": Part("commands.workers", 20, "a search by a Ray worker on the GPU"),
+    "ranks": Part("commands.ranks", 20, "pretraining: NCCL with one process, two on one GPU"),
+    "step": Part("steps.step", 30, "the four-network step of full size, eager and compiled"),
 }
-"""In this order: what others need first, what takes long to compile last."""
+"""In this order: what others need and whether it runs at all, in two minutes; then what a goal hangs on; what takes
+long to compile at full size last, in the time that others leave."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +112,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--work", type=Path, default=ROOT / "runs" / "gpu_check", help="caches, logs, the small run"
     )
-    add("--minutes", type=float, default=9.0, help="for all parts together [9]")
+    add("--minutes", type=float, default=8.0, help="for all parts together [8]")
     add("--again", action="store_true", help="run parts that are done, too")
     add("--sha", help="commit of the sources, where they came without .git")
     add("--cpu", action="store_true", help="try every part at tiny sizes on the CPU")
@@ -172,6 +185,8 @@ def run_part(
     env = {**os.environ, "GPU_CHECK_LIMIT": f"{limit:.0f}", "PYTHONUNBUFFERED": "1"}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "MPLBACKEND": "Agg"}
     env |= {"TRITON_CACHE_DIR": str(work / "triton"), "XDG_CACHE_HOME": str(work / "cache")}
+    folders = [ROOT, ROOT / "benchmarks", ROOT / "benchmarks" / "gpu_checks" / "site"]
+    env["PYTHONPATH"] = os.pathsep.join([*map(str, folders), env.get("PYTHONPATH", "")])
     env[HOST] = ",".join(stand_ins(record.read(out), about))
     command = [sys.executable, str(Path(__file__).resolve()), "--child", name, "--parts", name]
     command += ["--out", str(out.absolute()), "--work", str(work), "--about", json.dumps(about)]
@@ -235,7 +250,7 @@ def where_it_was(log: Path) -> str:
 
 
 def stand_ins(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> list[str]:
-    """Stages of input that this GPU was seen not to do, for the host to do in later parts."""
+    """Stages of input whose part ended without a row, or gave wrong pictures: later parts leave them to the CPU."""
     if about["device"] == "cpu":
         return []
     mine = goals.latest([row for row in rows if row["gpu"] == about["gpu"]])
@@ -255,7 +270,7 @@ def child(args: argparse.Namespace) -> int:
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(float(os.environ["GPU_CHECK_LIMIT"]) - 2, 1))
     import torch
-    from gpu_checks.job import Job
+    from gpu_checks.job import Job, use_host
 
     name, about = args.child, json.loads(args.about)
     if args.cpu:
@@ -266,10 +281,8 @@ def child(args: argparse.Namespace) -> int:
     device = torch.device("cpu" if args.cpu else "cuda:0")
     job = Job(device, args.work, tuple(folders + labelled + plain), tuple(labelled))
     rec = record.Recorder(args.out, name, about)
-    if name not in ("machine", "data", "kernels", "kmeans", "tests", "supervised"):
-        # decoding and flow are checked as they are in their own parts
-        if name not in ("decode", "flow"):
-            job.ready_input()
+    if name not in ("decode", "flow"):  # there they are tried all the same
+        use_host()
     module, function = PARTS[name].function.split(".")
     getattr(importlib.import_module(f"gpu_checks.{module}"), function)(job, rec)
     return 0

@@ -18,10 +18,11 @@ from torch import Tensor
 from engine.bench.base import interleaved
 from engine.core.runtime import num_cores
 from engine.data.dali import to_torch
+from engine.data.hardware import flow_fault
 from engine.data.pipeline import ClipBatch
 from engine.data.plan import plan_batch
 from engine.data.views import ViewMaker, Views
-from gpu_checks.job import Job, input_pipeline
+from gpu_checks.job import Job, input_pipeline, without_dali
 from gpu_checks.record import Absent, Recorder
 
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ def decode(job: Job, rec: Recorder) -> None:
         got = on_device.load(plan)
         rec.row(
             "frames on the GPU are the CPU's", psnr(got.rgb, want.rgb), unit="dB", goal=35.0,
-            detail=f"{tuple(got.rgb.shape)} on {got.rgb.device}",
+            detail=f"{tuple(got.rgb.shape)} on {got.rgb.device} {job.on_host()}".strip(),
         )  # fmt: skip
         for name in ("wave", "wave_shifted"):
             error = float((getattr(got, name).cpu() - getattr(want, name)).abs().max())
@@ -74,6 +75,8 @@ def decode(job: Job, rec: Recorder) -> None:
             detail = f"{ms:.1f} ms a batch of {n}, sound included, {num_cores()} cores"
             rec.row(f"decoding for the {name}", n / ms * 1e3, unit="clips/s", detail=detail)
     with rec.check("the JPEG engines are at work"):
+        if without_dali():
+            raise Absent("DALI is not installed")
         busy = _busy(job, "jpeg", lambda: on_device.load(plan))
         rec.row("the JPEG engines are at work", busy, unit="% busy", goal=1)
     with rec.check("JPEG engines beside CUDA decoding"):
@@ -230,9 +233,12 @@ def flow(job: Job, rec: Recorder) -> None:
     real = on_cpu._start_frames(plan, _read(job, plan))()
     host_ms = milliseconds(job, lambda: on_cpu._compute_flow(real)) / n
     rec.row("flow on the CPU", host_ms, unit="ms a clip", detail=f"{num_cores()} cores, {size} px")
+    there: Tensor | None = None
     with rec.check("flow engine"):
         job.need_gpu()
         on_device = input_pipeline(job, recipe, job.device, sound=False)
+        if fault := flow_fault(job.device, size):
+            raise Absent(f"{fault}; the CPU computes flow")
         got = on_device._compute_flow(made.to(job.device))
         error = end_point_error(got, truth)
         mean = [
@@ -255,6 +261,8 @@ def flow(job: Job, rec: Recorder) -> None:
         found = end_point_error(tiny._compute_flow(small), torch.tensor(SHIFT).float())
         rec.row("flow engine at 48 px", found, unit="px", goal=0.7, sense="<=")
     with rec.check("the flow engine is at work"):
+        if there is None:
+            raise Absent("no flow engine, or no GPU")
         busy = _busy(job, "ofa", lambda: on_device._compute_flow(there))
         rec.row("the flow engine is at work", busy, unit="% busy", goal=1)
 

@@ -110,23 +110,36 @@ def _names(folders: list[Path]) -> str:
     return ", ".join(str(folder) for folder in folders)
 
 
+def streams(job: Job, rec: Recorder) -> None:
+    """Batches that cross from input's stream to training's, and memory that is given back between them."""
+    files = ("core/test_streams.py", "data/test_pipeline.py")
+    _pytest(job, rec, [str(ROOT / "tests" / name) for name in files])
+
+
 def tests(job: Job, rec: Recorder) -> None:
-    """The tests marked ``gpu``, which take in the kernels' on the device; on a CPU a few others."""
+    """The other tests marked ``gpu``, which take in the kernels' on the device; on a CPU a few others."""
     folder = ROOT / "tests"
-    if not folder.is_dir():
-        rec.absent("pytest -m gpu", "no tests/ beside engine/")
-        return
     chosen = [str(folder / "kernels" / "test_clip_views.py")]
     if job.gpu:
         # kernels first: should time run out, they have been seen
         kernels = [
             str(folder / "kernels" / f"test_{op}.py") for op in ("weighted_loss", "clip_views")
         ]
-        chosen = ["-m", "gpu", *kernels, *_marked(folder)]
+        chosen = [*kernels, *_marked(folder)]
+    _pytest(job, rec, chosen)
+
+
+def _pytest(job: Job, rec: Recorder, chosen: list[str]) -> None:
+    """Tests of some files, on a GPU those that are marked ``gpu``."""
+    if not (ROOT / "tests").is_dir():
+        rec.absent("pytest -m gpu", "no tests/ beside engine/")
+        return
+    if job.gpu:
+        chosen = ["-m", "gpu", *chosen]
     # the project's own options name plug-ins that such a machine may lack
     options = ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-v", "--tb=line"]
     command = [sys.executable, "-m", "pytest", *options, "--no-header", *chosen]
-    log = job.work / "logs" / "pytest.txt"
+    log = job.work / "logs" / f"pytest-{rec.part}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
@@ -153,4 +166,5 @@ def tests(job: Job, rec: Recorder) -> None:
 def _marked(folder: Path) -> list[str]:
     """Other test files that mention the mark: collecting all of them takes long."""
     mentions = [p for p in sorted(folder.rglob("test_*.py")) if "mark.gpu" in p.read_text()]
-    return [str(p) for p in mentions if p.parent.name != "kernels"]
+    elsewhere = ("test_streams.py", "test_pipeline.py")
+    return [str(p) for p in mentions if p.parent.name != "kernels" and p.name not in elsewhere]

@@ -78,7 +78,7 @@ class Recorder:
         """Let what goes wrong inside become this check's row, and the next check run."""
         try:
             yield
-        except Absent as error:
+        except (Absent, ModuleNotFoundError) as error:
             self.absent(name, str(error))
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]

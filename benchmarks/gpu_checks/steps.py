@@ -19,7 +19,8 @@ from engine.core.runtime import make_deterministic
 from engine.data.views import Views
 from engine.model.resnet3d import ResNet3D
 from engine.objective.lossfile import random_weights
-from engine.train.trainer import Trainer
+from engine.train.compiled import evaluate
+from engine.train.trainer import CHECK_EVERY_ON_GPU, Trainer
 from gpu_checks.inputs import milliseconds
 from gpu_checks.job import Job
 from gpu_checks.record import Recorder
@@ -125,7 +126,7 @@ def step(job: Job, rec: Recorder) -> None:
     make_deterministic(job.runtime())
     amp = job.size("bf16", "off")
     variants = [Variant("off", "off", 1), Variant(amp, "off", 1)]
-    variants += [Variant(amp, mode, 1) for mode in ("default", "reduce-overhead")]
+    variants += [Variant(amp, "default", 1)]  # at this size launches do not count
     took: dict[str, float] = {}
     flops = 0
     for variant in dict.fromkeys(variants):
@@ -147,21 +148,117 @@ def step(job: Job, rec: Recorder) -> None:
             detail += "".join(f"; {line}" for line in turns.told)[:300]
             rec.row(f"step: {variant.name}", n / ms * 1e3, unit="clips/s", detail=detail)
     eager = Variant(amp, "off", 1).name
-    for mode in ("default", "reduce-overhead"):
+    for mode in ("default",):
         compiled = Variant(amp, mode, 1).name
         if eager in took and compiled in took:
             ratio = took[eager] / took[compiled]
             rec.row(f"step: {mode} over eager AMP", ratio, unit="times", goal=job.size(1.8, None))
 
 
+def graphs(job: Job, rec: Recorder) -> None:
+    """A search's step: what launches cost, and what CUDA graphs save of it."""
+    make_deterministic(job.runtime())
+    amp = job.size("bf16", "off")
+    took: dict[str, float] = {}
+    for mode in ("off", "reduce-overhead", "default"):  # the default first, should time run out
+        with rec.check(f"search step: {mode}"), cheap_compile(job), recordings() as recorded:
+            turns = Turns(job, Variant(amp, mode, 1), small=True)
+            if mode != "off":
+                _one_graph(rec, turns, recorded)
+            took[mode] = milliseconds(job, turns.once)
+            host = _host_milliseconds(job, turns)
+            detail = f"the host is busy for {host:.2f} ms; batch {turns.recipe.optim.batch_size}"
+            detail += "".join(f"; {line}" for line in turns.told)[:300]
+            rec.row(f"search step: {mode}", took[mode], unit="ms", detail=detail)
+            with rec.check(f"search step: waits of the host, {mode}"):
+                _no_waits(job, rec, turns, mode)
+            if mode == "off":
+                with rec.check("recorded steps on parallel streams"):
+                    _parallel(job, rec, turns)
+    if {"off", "reduce-overhead"} <= took.keys():
+        ratio = took["off"] / took["reduce-overhead"]
+        rec.row(
+            "search step: CUDA graphs over eager", ratio, unit="times", goal=job.size(2.0, None)
+        )
+
+
+def _host_milliseconds(job: Job, turns: Turns) -> float:
+    """Of the host alone, which launches and does not wait."""
+    job.wait()
+    began = time.perf_counter()
+    for _ in range(3):
+        turns.once()
+    milliseconds_ = (time.perf_counter() - began) / 3 * 1e3
+    job.wait()
+    return milliseconds_
+
+
+def _no_waits(job: Job, rec: Recorder, turns: Turns, mode: str) -> None:
+    """Steps under PyTorch's watch, which raises where an operation makes the host wait."""
+    job.need_gpu()
+    member = turns.members[0]
+    member.step += -member.step % CHECK_EVERY_ON_GPU + 1  # the loss is looked at just before
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            turns.once()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rec.row(f"search step: waits of the host, {mode}", 0, goal=0, sense="==")
+
+
+def _parallel(job: Job, rec: Recorder, turns: Turns) -> None:
+    """Forward and backward passes of several members, each recorded with memory of its own: in turn, and at once."""
+    job.need_gpu()
+    graphs, streams = [], [torch.cuda.Stream(job.device) for _ in range(MEMBERS)]
+    for number, stream in enumerate(streams):
+        member = turns.trainer.member(random_weights(number), seed=0)
+
+        def step(member: Any = member) -> None:
+            member.loss.zero_grad(set_to_none=True)
+            evaluate(member, turns.batches[0], buffers=None, runtime=turns.trainer.runtime)[
+                0
+            ].backward()
+
+        stream.wait_stream(torch.cuda.current_stream(job.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        job.wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+        graphs.append((graph, member))
+
+    def in_turn() -> None:
+        for graph, _ in graphs:
+            graph.replay()
+
+    def at_once() -> None:
+        main = torch.cuda.current_stream(job.device)
+        for (graph, _), stream in zip(graphs, streams, strict=True):
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                graph.replay()
+        for stream in streams:
+            main.wait_stream(stream)
+
+    one, many = milliseconds(job, in_turn) / MEMBERS, milliseconds(job, at_once) / MEMBERS
+    detail = f"{MEMBERS} members, eager kernels, forward and backward alone"
+    rec.row("recorded steps in turn", one, unit="ms a member", detail=detail)
+    rec.row("recorded steps on parallel streams", many, unit="ms a member", detail=detail)
+    rec.row("parallel streams over turns", one / many, unit="times")
+
+
 class Turns:
     """Members of a variant that take turns on two resident batches."""
 
-    def __init__(self, job: Job, variant: Variant) -> None:
+    def __init__(self, job: Job, variant: Variant, *, small: bool = False) -> None:
+        """``small``: at the size of a search of the built-in videos."""
         torch._dynamo.reset()
         counters.clear()
         changes = [f"optim.amp={variant.amp}", f"optim.compile={variant.compile}"]
-        self.recipe = job.full(*changes)
+        self.recipe = (job.small if small else job.full)(*changes)
         self.told: list[str] = []
         runtime = job.runtime(variant.amp)
         self.trainer = Trainer(self.recipe, job.index, runtime, warn=self.told.append)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -23,11 +20,14 @@ from engine.bench.cohort import (
 from engine.core.pool import ProcessPool
 from engine.core.recipe import override
 from engine.core.runtime import make_deterministic
+from engine.data.shards.index import ClipIndex
+from engine.features.extract import LabelledClips
 from engine.objective.lossfile import random_weights
 from engine.objective.terms import LossWeights
 from engine.train.trainer import Member, MemberFailed, Trainer
+from gpu_checks.commands import engine, fresh, options, settings
 from gpu_checks.job import Job
-from gpu_checks.record import ROOT, Absent, Recorder
+from gpu_checks.record import Absent, Recorder
 
 COHORTS = (1, 2, 4, 8, 16)
 
@@ -35,7 +35,7 @@ COHORTS = (1, 2, 4, 8, 16)
 def cohort(job: Job, rec: Recorder) -> None:
     """Members an hour of cohorts and of one process a member, at the size of a search of the built-in videos."""
     make_deterministic(job.runtime())
-    mode = job.size("default", "off")
+    mode = job.size("auto", "off")
     recipe = job.small(f"optim.compile={mode}")
     runtime, steps = job.runtime(recipe.optim.amp), job.size(10, 2)
     trainer = trainer_for(recipe, job.index, runtime, steps=steps)
@@ -114,42 +114,42 @@ def _trained(trainer: Trainer, losses: Sequence[LossWeights]) -> list[Member]:
     return members
 
 
-BOOT = "from gpu_checks.job import use_host; use_host(); from engine.cli.main import main; main()"
+def first(job: Job, rec: Recorder) -> None:
+    """Does it run at all: two members trained for a few steps on batches of the videos, and judged."""
+    make_deterministic(job.runtime())
+    changes = ["optim.compile=off", "optim.steps=6", "optim.warmup_steps=2"]
+    recipe = job.small(*changes)
+    trainer = Trainer(recipe, job.index, job.runtime(), warn=job.said.append)
+    began = time.perf_counter()
+    members = _trained(trainer, [random_weights(i) for i in range(2)])
+    job.wait()
+    detail = "; ".join(job.said)[:300] or "no warning"
+    rec.row("members trained", time.perf_counter() - began, unit="s", detail=detail)
+    values = [value for member in members for value in member.term_values().values()]
+    sound = all(math.isfinite(value) for value in values)
+    rec.row("terms are finite", len(values), ok=sound, detail=f"after {recipe.optim.steps} steps")
+    labelled = LabelledClips(ClipIndex(job.folders[1]), recipe, runtime=job.runtime())
+    began = time.perf_counter()
+    found = labelled.fitness([member.loss.rgb for member in members], seed=0)
+    words = [each if isinstance(each, str) else f"{each.value:.3f}" for each in found]
+    good = not any(isinstance(each, str) for each in found)
+    seconds = time.perf_counter() - began
+    rec.row("members judged", seconds, unit="s", ok=good, detail=f"fitness {', '.join(words)}")
 
 
 def evolve(job: Job, rec: Recorder) -> None:
     """``engine evolve`` from start to report: two generations of four members, and confirmation."""
-    run = job.work / "evolve"
-    shutil.rmtree(run, ignore_errors=True)
-    videos, labelled = job.folders
-    changes = [*job.size([], [*TINY_RUN]), "optim.warmup_steps=2", "search.confirm_seeds=1"]
-    changes += [f"optim.steps={job.size(20, 3)}", "search.generation=4", "search.tournament=2"]
+    run, (videos, labelled) = fresh(job, "evolve"), job.folders
+    changes = ["optim.warmup_steps=2", "search.confirm_seeds=1", f"optim.steps={job.size(20, 3)}"]
+    changes += ["search.generation=4", "search.tournament=2"]
     changes += [f"search.population={job.size(4, 3)}", f"search.rounds={job.size(4, 1)}"]
-    command = [sys.executable, "-c", BOOT, "evolve", "--recipe", "demo", "--run", str(run)]
-    command += ["--device", job.device.type]
-    for option, folders in (("--videos", videos), ("--labelled", labelled)):
-        command += [word for folder in folders for word in (option, str(folder))]
-    command += [word for change in changes for word in ("--set", change)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    began = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    seconds = time.perf_counter() - began
-    (job.work / "logs").mkdir(parents=True, exist_ok=True)
-    (job.work / "logs" / "evolve.txt").write_text(done.stdout)
-    last = (done.stdout.strip().splitlines() or ["no output"])[-1][:300]
-    rec.row("engine evolve ends well", done.returncode, goal=0, sense="==", detail=last)
-    rec.row("engine evolve, start to report", seconds, unit="s", detail=job.on_host())
     with rec.check("outcome"):
+        engine(
+            job, rec, "engine evolve", "evolve", "--recipe", "demo", "--run", str(run), "--device",
+            job.device.type, *options("--videos", videos), *options("--labelled", labelled),
+            *settings(job, *changes),
+        )  # fmt: skip
         _outcome(rec, run)
-
-
-TINY_RUN = (
-    "clip.num_frames=4 clip.num_future_frames=2 clip.size=32 model.width=0.0625 optim.batch_size=4 "
-    "optim.amp=off fitness.views_per_clip=1 fitness.kmeans_init=2 fitness.kmeans_seeds=1"
-).split()
 
 
 def _outcome(rec: Recorder, run: Path) -> None:

@@ -74,7 +74,9 @@ class TrafficMode(TorchDispatchMode):
 def variants(bench: Bench) -> tuple[Variant, list[Variant]]:
     """The one that the recipe and device choose, and all."""
     amp = "bf16" if bench.runtime.amp else "off"
-    own = Variant(amp, compile_mode(bench.recipe.optim, bench.device), 1)
+    optim = bench.recipe.optim
+    mode = compile_mode(optim, bench.device, whole=optim.accumulate == 1)
+    own = Variant(amp, mode, 1)
     every = [own, Variant("off", "off", 1), Variant("bf16", "off", 1)]
     if not bench.gpu and not bench.quick and num_cores() > 1:
         every.append(Variant(amp, "off", num_cores()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 from collections.abc import Sequence
@@ -11,7 +10,9 @@ from importlib.util import find_spec
 import torch
 
 from engine.core.provenance import installed_version
+from engine.core.recipe import Clip
 from engine.core.runtime import check_kernels_package, cpu_has_bf16, num_cores
+from engine.data.hardware import FILM_LIBRARY, FLOW_LIBRARY, flow_fault, missing, picture_fault
 from engine.train.precision_check import OLDEST_CUDNN
 
 Row = tuple[str, str, str]
@@ -31,8 +32,8 @@ def diagnose() -> Sequence[Row]:
         ("torch", torch.__version__, _cudnn(gpu)),
         ("DALI", _version(*DALI), _decoding(gpu)),
         ("nvImageCodec", _version(*NVIMGCODEC), "JPEG decoding needs it"),
-        ("video decoder", _library("libnvcuvid.so.1"), "only for shards of video streams"),
-        ("flow", _library("libnvidia-opticalflow.so.1"), _flow(gpu)),
+        ("video decoder", _library(FILM_LIBRARY), _films(gpu)),
+        ("flow", _library(FLOW_LIBRARY), _flow(gpu)),
         ("k-means", _version("cuml-cu13", "cuml-cu12"), _kmeans(gpu)),
         ("Triton", _version("triton"), fused),
         ("kernels", *_kernels()),
@@ -45,11 +46,7 @@ def _version(*packages: str) -> str:
 
 
 def _library(name: str) -> str:
-    try:
-        ctypes.CDLL(name)
-    except OSError:
-        return "absent"
-    return "found"
+    return "absent" if missing(name) else "found"
 
 
 def _cudnn(gpu: bool) -> str:
@@ -64,16 +61,30 @@ def _cudnn(gpu: bool) -> str:
 def _decoding(gpu: bool) -> str:
     if _version(*DALI) == "absent":
         return "install the extra cpu, cuda12 or cuda13: nothing can be decoded without DALI"
-    return "JPEG engines" if gpu else "libjpeg-turbo on the CPU"
+    if not gpu:
+        return "libjpeg-turbo on the CPU"
+    fault = picture_fault(_first_gpu())
+    return (
+        f"libjpeg-turbo on the CPU: {fault}" if fault else "on the GPU, by its JPEG engines if any"
+    )
+
+
+def _films(gpu: bool) -> str:
+    only = "only for shards of video streams"
+    fault = missing(FILM_LIBRARY) if gpu else ""
+    return f"{only}: VP9 on the CPU, H.264 and HEVC not at all: {fault}" if fault else only
 
 
 def _flow(gpu: bool) -> str:
+    on_cpu = "OpenCV's DIS on the CPU"
     if not gpu:
-        return "OpenCV's DIS on the CPU"
-    if _library("libnvidia-opticalflow.so.1") == "absent":
-        asked = os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "unset")
-        return f"absent: start the container with NVIDIA_DRIVER_CAPABILITIES=compute,video,utility (now {asked})"
-    return "the GPU's flow engine"
+        return on_cpu
+    fault = flow_fault(_first_gpu(), Clip().size)
+    return f"{on_cpu}: {fault}" if fault else "the GPU's flow engine"
+
+
+def _first_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _kmeans(gpu: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ class _End:
     error: BaseException | None = None
 
 
-def prefetch(items: Iterator[Item], *, depth: int, name: str) -> Iterator[Item]:
+def prefetch(items: Iterator[Item], *, depth: int, name: str) -> Generator[Item, None, None]:
     """Yields the same items, of which a thread called ``name`` makes up to ``depth`` + 1 before they are asked for.
 
     An error reaches the reader in its turn. A reader that stops early ends the thread, which closes ``items``.

@@ -35,6 +35,8 @@ from engine.core.pool import (
     lost_by_error,
 )
 
+WORK = "work"
+"""The thread of a worker's process in which it gets ready and does its jobs."""
 OBJECT_STORE_BYTES = 100 * 2**20
 START_TRIES = 3
 """Of Ray itself."""
@@ -81,6 +83,11 @@ class _Actor:
         assert self._evaluator is not None
         self._progress = None
         return self._evaluator(work, partial(setattr, self, "_progress"))
+
+
+def in_turn(method: Any) -> Any:
+    """An actor's method, to be called in the thread for jobs."""
+    return method.options(concurrency_group=WORK)
 
 
 @dataclass
@@ -140,17 +147,19 @@ class RayPool(Pool):
             "num_cpus": cpus,
             "num_gpus": gpus,
             "max_restarts": 0,  # we replace them, since a new one has to be prepared
-            "max_concurrency": 2,  # a job, and how far it is
+            # Of its own methods: how far a job is. Jobs have a thread to themselves, always the same one, since
+            # PyTorch keeps the CUDA graphs that it recorded by thread.
+            "max_concurrency": 1,
             "scheduling_strategy": "SPREAD",
         }
-        self._actor = self._ray.remote(_Actor).options(**options)
+        self._actor = self._ray.remote(concurrency_groups={WORK: 1})(_Actor).options(**options)
         self._began = self._seen = self._counted = time.monotonic()
         self._together, self._reason = False, ""
         self._add(self.size)
 
     def _begin(self, worker: _Slot, job: Job) -> None:
         worker.checked = time.monotonic()
-        self._ask(worker, "busy", worker.actor.evaluate.remote(job.work))
+        self._ask(worker, "busy", in_turn(worker.actor.evaluate).remote(job.work))
 
     def wait(self) -> Sequence[Done | Lost]:
         self._check_any_left()
@@ -278,7 +287,9 @@ class RayPool(Pool):
             if slot.stage == "placed":
                 self._together = True
                 count = here[slot.node]
-                self._ask(slot, "preparing", slot.actor.prepare.remote(self._factory, count))
+                self._ask(
+                    slot, "preparing", in_turn(slot.actor.prepare).remote(self._factory, count)
+                )
 
     def _check_any_left(self) -> None:
         now = time.monotonic()

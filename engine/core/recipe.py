@@ -120,7 +120,8 @@ class Optim(Section, frozen=True):
     amp: Literal["auto", "off", "bf16"] = "auto"
     """auto: bf16 on a GPU, float32 on a CPU."""
     compile: Literal["auto", "off", "default", "reduce-overhead"] = "auto"
-    """torch.compile's mode for the step; reduce-overhead adds CUDA graphs. auto: default on a GPU, off on a CPU."""
+    """torch.compile's mode for the step; reduce-overhead adds CUDA graphs. auto: on a GPU reduce-overhead, or default
+    with several processes or micro-batches; off on a CPU."""
 
 
 class Fitness(Section, frozen=True):

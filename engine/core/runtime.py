@@ -123,6 +123,8 @@ def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
     chosen = torch.device(device)
     if chosen.type == "cpu":
         return Runtime(chosen, amp == "bf16" and cpu_has_bf16())
+    if chosen.index is not None:  # what says "cuda" alone, and CuPy, then mean this one too
+        torch.cuda.set_device(chosen)
     return Runtime(chosen, amp in ("bf16", "auto"))
 
 
@@ -161,7 +163,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether an error came from the GPU itself: most of them leave this process unable to use it again."""
+    """Whether an error came from the GPU itself: most of them leave this process unable to use it again.
+
+    What can't be recorded in a CUDA graph is none: nothing was run.
+    """
+    if "captur" in str(error):
+        return False
     kind = getattr(torch, "AcceleratorError", ())  # torch has it since 2.8
     signs = ("CUDA error:", "Triton Error [CUDA]")
     return isinstance(error, kind) or (

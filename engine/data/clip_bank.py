@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 
 import msgspec
 import numpy as np
@@ -29,6 +30,7 @@ from torch import Tensor
 from engine.core.prefetch import prefetch
 from engine.core.recipe import Audio, Clip
 from engine.core.runtime import free_memory
+from engine.core.streams import SideStream, cross, finish, upload
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan
 from engine.data.shards.index import ClipIndex
@@ -102,13 +104,20 @@ class ClipBank:
     def batches(self, plans: Iterable[ClipPlan], *, flow: bool, sound: bool) -> Iterator[ClipBatch]:
         """Cut planned batches, one ahead of the reader; ``flow`` and ``sound`` say whether they carry them."""
 
-        def cut() -> Iterator[ClipBatch]:
+        side = SideStream(self.device)
+
+        def cut() -> Iterator[tuple[ClipBatch, torch.cuda.Event | None]]:
             if self.device.type == "cpu":
                 torch.set_num_threads(1)  # of this thread; members have the other cores
             for plan in plans:
-                yield self.load(plan, flow=flow, sound=sound)
+                with side.work():
+                    batch = self.load(plan, flow=flow, sound=sound)
+                    ready = side.mark()
+                yield batch, ready
 
-        return prefetch(cut(), depth=1, name="bank-cut")
+        with closing(prefetch(cut(), depth=1, name="bank-cut")) as batches:
+            for batch, ready in batches:
+                yield cross(batch, ready)
 
     @torch.no_grad()
     def load(self, plan: ClipPlan, *, flow: bool, sound: bool) -> ClipBatch:
@@ -126,13 +135,13 @@ class ClipBank:
             mirrored = torch.where(torch.from_numpy(plan.flip), -size, size)
             scale = torch.stack([mirrored, size], dim=1)[:, None, :, None, None]
             flows = self._cropped(self._flow, rows[:, :-1], across, down).mul_(
-                scale.to(self.device)
+                upload(scale, self.device)
             )
             flows = flows.permute(0, 1, 3, 4, 2).contiguous()
         wave, wave_shifted = self._waves(plan) if sound else (None, None)
         heard = self.has_audio[plan.clip] & sound
         has_audio, has_shift, order = (
-            torch.from_numpy(array).to(self.device)
+            upload(torch.from_numpy(array), self.device)
             for array in (heard, heard & (plan.shift != 0.0), plan.order)
         )
         return ClipBatch(
@@ -157,13 +166,13 @@ class ClipBank:
             for start in (np.where(whole, 0.0, place * (1.0 - share)) for place in (left, top))
         )
         across[plan.flip] = across[plan.flip, ::-1]
-        x, y = (torch.from_numpy(w.astype(np.float32)).to(self.device) for w in (across, down))
+        x, y = (upload(torch.from_numpy(w.astype(np.float32)), self.device) for w in (across, down))
         return x, y, share
 
     def _cropped(self, kept: Tensor, rows: Tensor, across: Tensor, down: Tensor) -> Tensor:
         """float32 (N, F, channels, D, D) of the kept rows (N, F)."""
         n, f = rows.shape
-        x = kept[rows.to(kept.device)].to(self.device).float()
+        x = upload(kept[upload(rows, kept.device)], self.device).float()
         channels, side, size = x.shape[2], self.side, self.clip.size
         x = torch.bmm(x.reshape(n, f * channels * side, side), across.transpose(1, 2))
         x = x.view(n, f * channels, side, size).transpose(2, 3)
@@ -178,7 +187,7 @@ class ClipBank:
             for out, clip, start in zip(waves[row], plan.clip, starts, strict=True):
                 wave = self._wave[clip][max(start, 0) : start + self.samples]
                 out[max(-start, 0) :][: len(wave)] = wave.float() / FULL_SCALE
-        wave, shifted = waves.to(self.device)
+        wave, shifted = upload(waves, self.device)
         return wave, shifted
 
     def _fill(self, index: ClipIndex, threads: int) -> None:
@@ -205,6 +214,7 @@ class ClipBank:
         for chunk, batch in zip(chunks, batches, strict=True):
             for i, (bank, start) in enumerate(chunk):
                 self._keep(batch, i, bank, start)
+        finish(self.device)  # batches are cut on another stream
 
     def _row_plan(self, rows: list[tuple[int, int]]) -> ClipPlan:
         bank, start = (np.array(column, np.int64) for column in zip(*rows, strict=True))

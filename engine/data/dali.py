@@ -13,7 +13,11 @@ from torch import Tensor
 def _built(graph: Callable[[], Any], *, batch_size: int, device: torch.device, threads: int) -> Any:
     """Build a graph for one device; it runs ahead of its reader only where it is scheduled."""
     settings = {"batch_size": batch_size, "num_threads": threads, "prefetch_queue_depth": 1}
-    index = (device.index or 0) if device.type == "cuda" else None
+    index = None
+    if (
+        device.type == "cuda"
+    ):  # the same as torch's: a process may have chosen another than the first
+        index = torch.cuda.current_device() if device.index is None else device.index
     return pipeline_def(graph, device_id=index, **settings)()
 
 
@@ -30,13 +34,17 @@ def _cut(pictures: Any, *, size: int) -> Any:
     )
 
 
-def frames_graph(*, size: int, batch_size: int, device: torch.device, threads: int) -> Any:
-    """JPEG bytes -> uint8 (size, size, 3) each: decode, crop, resize, flip."""
+def frames_graph(
+    *, size: int, batch_size: int, device: torch.device, threads: int, on_host: bool
+) -> Any:
+    """JPEG bytes -> uint8 (size, size, 3) each: decode, crop, resize, flip; ``on_host``: decoded by the CPU."""
+    gpu = device.type == "cuda"
 
     def graph() -> Any:
-        where = "mixed" if device.type == "cuda" else "cpu"
+        where = "mixed" if gpu and not on_host else "cpu"
         jpeg = _input("jpeg", types.UINT8, 1)
-        return _cut(fn.decoders.image(jpeg, device=where, output_type=types.RGB), size=size)
+        pictures = fn.decoders.image(jpeg, device=where, output_type=types.RGB)
+        return _cut(pictures.gpu() if gpu and on_host else pictures, size=size)
 
     return _built(graph, batch_size=batch_size, device=device, threads=threads)
 
@@ -80,5 +88,9 @@ def flow_graph(*, batch_size: int, device: torch.device, threads: int) -> Any:
 
 
 def to_torch(batch: Any) -> Tensor:
-    """Take a uniform DALI batch over to torch; copied, because DALI reuses its buffer in the next run."""
+    """Copy a uniform DALI batch to torch, on this thread's stream.
+
+    DALI gives the buffer to other work as soon as nothing refers to it: its reader has to hold ``batch`` until the
+    copy is made, which on a GPU is later than it is asked for (``streams.finish``).
+    """
     return torch.utils.dlpack.from_dlpack(batch.as_tensor()).clone()

@@ -4,6 +4,9 @@ Pictures that are stored one by one enter one by one: N x F of them are decoded,
 by side, then regrouped to N clips. Films enter whole, with the places of their frames to decode. Sound is decoded
 once, and the aligned and the misaligned window are cut out of it. Flow is computed after crop, resize and
 flip, so it follows them exactly: on a GPU by its flow engine, on a CPU by ``engine.data.flow``.
+
+On a GPU all of this runs on a stream of its own, beside training (``core.streams``): a batch crosses to its reader's
+stream when it is handed over. What the GPU or its driver lacks, the CPU does (``hardware``).
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +25,10 @@ from torch import Tensor
 
 from engine.core.prefetch import prefetch
 from engine.core.recipe import Audio, Clip
+from engine.core.streams import SideStream, cross, finish, upload
 from engine.data.dali import films_graph, flow_graph, frames_graph, sound_graph, to_torch
 from engine.data.flow import dis_flow
+from engine.data.hardware import film_fault, first_line, flow_fault, picture_fault
 from engine.data.media.codecs import JPEG, VP9, VP9_MP4
 from engine.data.plan import ClipPlan, square_boxes
 from engine.data.shards.index import ClipIndex, EncodedClip
@@ -68,8 +74,8 @@ class InputPipeline:
 
     ``flow`` and ``sound`` say whether batches carry them. One instance serves one thread at a time. A clip that a
     decoder refuses, and whose bytes are not those that were written, is replaced as ``ClipIndex.read`` does it.
-    Films that a GPU can't decode are decoded by the CPU where that can, and ``warn`` is called once. Raises ValueError
-    for clips that nothing here decodes.
+    What this GPU can't do is found out here, ``warn`` is called with what the CPU does instead, and why. Raises
+    ValueError for clips that nothing here decodes.
     """
 
     def __init__(
@@ -91,27 +97,51 @@ class InputPipeline:
         self.samples = round(num_frames * clip.frame_stride / index.fps * audio.sample_rate)
         self._batch_size, self._threads, self._wants_sound = batch_size, threads, sound
         self._warn = warn
-        self._films_on_host = self._choose_host()
+        self._side = SideStream(device)
+        self._pictures_on_host = self._choose_pictures_host()
+        self._films_on_host = self._choose_films_host()
         self._build_decoders()
         self._flow: Any = None
         self._pool: ThreadPoolExecutor | None = None
-        if flow and device.type == "cuda":
+        if flow and self._has_flow_engine():
             self._flow = flow_graph(batch_size=batch_size, device=device, threads=threads)
         elif flow:
             self._pool = ThreadPoolExecutor(threads, "flow")
 
-    def _choose_host(self) -> bool:
-        """Decide whether the CPU decodes films from the start; raises ValueError where nothing decodes them."""
-        if self.device.type == "cuda":
+    def _choose_pictures_host(self) -> bool:
+        """Decide whether the CPU decodes pictures."""
+        if self.device.type != "cuda" or JPEG not in self.index.codecs:
+            return True
+        if fault := picture_fault(self.device):
+            self._warn(f"the CPU decodes JPEG pictures, because the GPU can't: {fault}")
+        return bool(fault)
+
+    def _choose_films_host(self) -> bool:
+        """Decide whether the CPU decodes films; raises ValueError where nothing decodes them."""
+        films = self.index.codecs - {JPEG}
+        lost = " and ".join(sorted(codec.name for codec in films if not codec.on_cpu))
+        if self.device.type != "cuda":
+            fault = "this runs on the CPU"
+        else:
+            fault = film_fault() if films else ""
             small = np.minimum(self.index.width, self.index.height) < GPU_LEAST
-            return bool(small.any()) and self.index.codecs <= {JPEG, VP9, VP9_MP4}
-        lost = sorted({codec.name for codec in self.index.codecs if not codec.on_cpu})
-        if lost:
+            if not lost and small.any():
+                return True
+            if fault and not lost:
+                self._warn(f"the CPU decodes VP9, because the GPU can't: {fault}")
+        if fault and lost:
             raise ValueError(
-                f"{', '.join(map(str, self.index.folders))}: clips are stored as {' and '.join(lost)}, "
-                "which only a GPU decodes here: ingest the videos with --codec jpeg or vp9, or run on a GPU"
+                f"{', '.join(map(str, self.index.folders))}: clips are stored as {lost}, which only a GPU decodes, "
+                f"and {fault}; or ingest the videos with --codec jpeg or vp9"
             )
-        return True
+        return bool(fault)
+
+    def _has_flow_engine(self) -> bool:
+        if self.device.type != "cuda":
+            return False
+        if fault := flow_fault(self.device, self.clip.size):
+            self._warn(f"the CPU computes flow (OpenCV's DIS), because the GPU can't: {fault}")
+        return not fault
 
     def _build_decoders(self) -> None:
         """Build the graphs of pictures and sound, also anew: an error ends a graph."""
@@ -119,7 +149,9 @@ class InputPipeline:
         where: dict[str, Any] = {"device": self.device, "threads": self._threads}
         self._frames = self._films = self._sound = None
         if JPEG in self.index.codecs:
-            self._frames = frames_graph(size=size, batch_size=n * self.num_frames, **where)
+            on_host = self._pictures_on_host
+            many = n * self.num_frames
+            self._frames = frames_graph(size=size, batch_size=many, on_host=on_host, **where)
         if self.index.codecs - {JPEG}:
             on_host = self._films_on_host
             self._films = films_graph(size=size, batch_size=n, on_host=on_host, **where)
@@ -128,13 +160,20 @@ class InputPipeline:
 
     def load(self, plan: ClipPlan) -> ClipBatch:
         """Decode one planned batch; blocks until it is there."""
-        return self._with_flow(self._decoded(plan, self._read(plan)))
+        return cross(*self._with_flow(self._decoded(plan, self._read(plan))))
 
-    def _with_flow(self, batch: ClipBatch) -> ClipBatch:
-        return replace(batch, flow=self._compute_flow(batch.rgb))
+    def _with_flow(self, batch: ClipBatch) -> tuple[ClipBatch, torch.cuda.Event | None]:
+        """The whole batch, and the event after which it is there."""
+        with self._side.work():
+            batch = replace(batch, flow=self._compute_flow(batch.rgb))
+            return batch, self._side.mark()
 
     def _decoded(self, plan: ClipPlan, encoded: list[EncodedClip]) -> ClipBatch:
         """Decode a batch without its flow."""
+        with self._side.work():
+            return self._decoded_here(plan, encoded)
+
+    def _decoded_here(self, plan: ClipPlan, encoded: list[EncodedClip]) -> ClipBatch:
         try:
             rgb, waves = self._decode(plan, encoded)
         except RuntimeError as error:
@@ -181,7 +220,7 @@ class InputPipeline:
             if self._films_on_host or codecs == {JPEG} or not codecs <= on_cpu:
                 raise error
             self._films_on_host = True
-            self._warn(f"the GPU can't decode VP9 ({_first_line(error)}): the CPU does")
+            self._warn(f"the CPU decodes VP9, because the GPU can't: {first_line(error)}")
         self._build_decoders()
         return checked
 
@@ -193,7 +232,9 @@ class InputPipeline:
         read = prefetch(((plan, self._read(plan)) for plan in plans), depth=1, name="input-read")
         decoded = prefetch((self._decoded(*each) for each in read), depth=1, name="input-decode")
         whole = (self._with_flow(batch) for batch in decoded)
-        return prefetch(whole, depth=depth, name="input-flow")
+        with closing(prefetch(whole, depth=depth, name="input-flow")) as ready:
+            for batch, event in ready:
+                yield cross(batch, event)
 
     def _start_frames(self, plan: ClipPlan, encoded: list[EncodedClip]) -> Callable[[], Tensor]:
         """Begin to decode; the call that is returned waits for the frames, uint8 (N, F, H, W, 3)."""
@@ -215,23 +256,25 @@ class InputPipeline:
 
         def collect() -> Tensor:
             shape = (self.num_frames, self.clip.size, self.clip.size, 3)
-            parts = [(which, _outputs(graph)[0].reshape(-1, *shape)) for which, graph in running]
+            parts = [
+                (which, self._outputs(graph)[0].reshape(-1, *shape)) for which, graph in running
+            ]
             if len(parts) == 1:
                 return parts[0][1]
             rgb = torch.empty((len(encoded), *shape), dtype=torch.uint8, device=self.device)
             for which, pictures in parts:
-                rgb[torch.from_numpy(which).to(self.device)] = pictures
+                rgb[self._to_device(which)] = pictures
             return rgb
 
         return collect
 
     def _compute_flow(self, rgb: Tensor) -> Tensor | None:
         if self._flow is not None:
-            self._flow.feed_input("clip", rgb.contiguous())
-            (flow,) = self._flow.run()
-            return to_torch(flow)
+            (flow,) = self._outputs(_start(self._flow, {"clip": rgb.contiguous()}))
+            return flow
         if self._pool is not None:
-            return torch.from_numpy(dis_flow(rgb.numpy(), preset=self.clip.flow, pool=self._pool))
+            frames = rgb.cpu().numpy()
+            return self._to_device(dis_flow(frames, preset=self.clip.flow, pool=self._pool))
         return None
 
     def _start_sound(
@@ -250,15 +293,25 @@ class InputPipeline:
         def collect() -> tuple[Tensor, Tensor]:
             waves = torch.zeros(2, len(plan), self.samples, device=self.device)
             if len(which):
-                places = torch.from_numpy(which).to(self.device)
-                for row, cut in zip(waves, _outputs(self._sound), strict=True):
+                places = self._to_device(which)
+                for row, cut in zip(waves, self._outputs(self._sound), strict=True):
                     row[places] = cut
             return waves[0], waves[1]
 
         return collect
 
+    def _outputs(self, graph: Any) -> list[Tensor]:
+        """Wait for a graph that runs, and take over its outputs."""
+        try:
+            outputs = graph.share_outputs()
+            taken = [to_torch(output) for output in outputs]
+            finish(self.device)  # from here on DALI may write where these copies read
+            return taken
+        finally:
+            graph.release_outputs()
+
     def _to_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return upload(torch.from_numpy(np.ascontiguousarray(array)), self.device)
 
 
 def _crop_inputs(boxes: NDArray[np.float32], flip: NDArray[np.int32]) -> dict[str, Any]:
@@ -273,16 +326,3 @@ def _start(graph: Any, inputs: dict[str, Any]) -> Any:
         graph.feed_input(name, data)
     graph.schedule_run()
     return graph
-
-
-def _outputs(graph: Any) -> list[Tensor]:
-    """Wait for a graph that runs, and take over its outputs."""
-    try:
-        return [to_torch(output) for output in graph.share_outputs()]
-    finally:
-        graph.release_outputs()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0]

@@ -27,6 +27,7 @@ from engine.core.files import write_text_atomic
 from engine.core.provenance import provenance
 from engine.core.recipe import Recipe, RecipeError, recipe_hash
 from engine.core.runtime import Runtime, set_seed
+from engine.core.streams import upload
 from engine.data.library import Report
 from engine.data.plan import plan_batch
 from engine.data.shards.index import ClipIndex
@@ -177,7 +178,7 @@ class Finetuning:
         board = None
         if self.folder is not None:
             board = SummaryWriter(str(self.folder / "tensorboard" / name), purge_step=first)
-        mode = compile_mode(optim, self.runtime.device)
+        mode = compile_mode(optim, self.runtime.device, whole=False)
         forward = model if mode == "off" else torch.compile(model, mode=mode)
         model.train()
         index = self.dataset.index.subset(clips)
@@ -231,7 +232,7 @@ class Finetuning:
         for batch in extract.decoded(
             index, plans, clip=clip, batch_size=size, runtime=self.runtime
         ):
-            yield batch.rgb, torch.from_numpy(label[batch.clip]).to(self.runtime.device)
+            yield batch.rgb, upload(torch.from_numpy(label[batch.clip]), self.runtime.device)
 
     def _test(self, model: Classifier, clips: Ints) -> tuple[dict[str, float], Ints, Ints]:
         """Accuracies, and the classes that videos were taken for and are of; softmax is averaged over a video."""

@@ -213,7 +213,7 @@ class Embedder:
                 outputs = []
         finally:
             self.stopping.set()
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
 
     def embed_clips(self, frames: Tensor) -> Tensor:
         """Features float32 (n, D) of uint8 (n, T, H, W, 3), on the device."""

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import msgspec
@@ -321,8 +321,14 @@ def check_undamaged(index: ClipIndex) -> None:
 
 def normalised(frames: Tensor, card: Card, device: torch.device) -> Tensor:
     """uint8 (n, T, H, W, 3) to (n, 3, T, H, W) by the card's statistics, channels-last."""
-    mean, std = (torch.tensor(values, device=device) for values in (card.mean, card.std))
+    mean, std = (_constant(values, device) for values in (card.mean, card.std))
     return kernels.clip_views(frames.to(device), mean, std)[0]
+
+
+@cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once: the host waits for a GPU at each."""
+    return torch.tensor(values, device=device)
 
 
 def clip_of(shape: ClipInput) -> Clip:

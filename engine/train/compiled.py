@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.core.files import take_lock
 from engine.core.recipe import Optim
 from engine.core.runtime import Runtime
 from engine.data.views import Views
@@ -18,11 +21,32 @@ MAX_GRAPHS = 256
 """Graphs that a process may compile: far more than the branches that one search's losses have."""
 
 
-def compile_mode(settings: Optim, device: torch.device) -> str:
-    """``optim.compile`` as torch.compile's mode, or "off"; compiling takes a CPU minutes, so "auto" leaves it there."""
+GRAPHS = "reduce-overhead"
+"""torch.compile's mode that records CUDA graphs."""
+RUNS_TO_REPLAY = 3
+"""Runs of a step after which a CUDA graph has been replayed: the first warms up, the second records."""
+
+
+def compile_mode(settings: Optim, device: torch.device, *, whole: bool) -> str:
+    """``optim.compile`` as torch.compile's mode, or "off".
+
+    "auto" compiles on a GPU alone, since that takes a CPU minutes; and with CUDA graphs where a step is ``whole``, in
+    one process and one microbatch. At a search's sizes launches, which graphs save, take most of a step.
+    """
     if settings.compile != "auto":
         return str(settings.compile)
-    return "off" if device.type == "cpu" else "default"
+    if device.type == "cpu":
+        return "off"
+    return GRAPHS if whole else "default"
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Let processes that share a compiler's cache compile in turn: the first one does the work, others find it done."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    with take_lock(Path(cache_dir()) / "engine.lock", on_wait=lambda: None):
+        yield
 
 
 class StepBuffers:
@@ -36,10 +60,20 @@ class StepBuffers:
     def __init__(
         self, loss: EvolvedLoss, optimizer: torch.optim.Optimizer, state: FlatState, *, mode: str
     ) -> None:
-        """``mode``: "default", or "reduce-overhead" for CUDA graphs."""
+        """``mode``: "default", or GRAPHS."""
         self.loss, self.optimizer, self.state, self.mode = loss, optimizer, state, mode
         torch._dynamo.config.recompile_limit = MAX_GRAPHS
         self._compiled: dict[Branches, Callable[..., tuple[Tensor, Tensor]]] = {}
+
+    def without_graphs(self) -> None:
+        """Compile anew from now on, without CUDA graphs."""
+        self.mode = "default"
+        self._compiled.clear()
+
+    @property
+    def runs_to_check(self) -> int:
+        """Runs of a step of which the last is as all that follow."""
+        return RUNS_TO_REPLAY if self.mode == GRAPHS else 1
 
     @property
     def graphs(self) -> int:
@@ -53,7 +87,7 @@ class StepBuffers:
         compiled = self._compiled.get(alive)
         if compiled is None:
             compiled = self._compiled[alive] = self._compile(active)
-        if self.mode == "reduce-overhead" and views.order.is_cuda:
+        if self.mode == GRAPHS and views.order.is_cuda:
             torch.compiler.cudagraph_mark_step_begin()
         return compiled(alive.views(views), weights)
 

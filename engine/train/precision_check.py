@@ -136,12 +136,14 @@ def _as_configured(
         member = copy.copy(member)
         loss = member.loss = twin(member.loss)
     else:
-        buffers.state.copy_from(member.state)
         loss = buffers.loss
-    loss.zero_grad(set_to_none=True)
-    total, values = evaluate(member, views, buffers=buffers, runtime=runtime)
-    values = values.clone()
-    total.backward()
+    for _ in range(1 if buffers is None else buffers.runs_to_check):
+        if buffers is not None and member.state is not None:
+            buffers.state.copy_from(member.state)
+        loss.zero_grad(set_to_none=True)
+        total, values = evaluate(member, views, buffers=buffers, runtime=runtime)
+        values = values.clone()
+        total.backward()
     named = _named(member, values, loss.rgb)
     loss.zero_grad(set_to_none=True)
     return named

@@ -7,6 +7,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from engine.core.runtime import (
     release_memory,
     set_seed,
 )
+from engine.core.streams import HostLead, SideStream, cross
 from engine.data.clip_bank import ClipBank
 from engine.data.pipeline import ClipBatch, InputPipeline
 from engine.data.plan import ClipPlan, plan_batch
@@ -34,7 +36,7 @@ from engine.objective.loss import (
     weights_in_order,
 )
 from engine.objective.terms import TERM_NAMES, LossWeights
-from engine.train.compiled import StepBuffers, compile_mode
+from engine.train.compiled import GRAPHS, StepBuffers, compile_mode, compiling
 from engine.train.member import FlatState, Member
 from engine.train.microbatch import differentiate, split
 from engine.train.optim import descend, make_optimizer
@@ -84,9 +86,10 @@ class Trainer:
         self.clock, self.warn, self.ranks = clock or Clock(), warn, ranks
         optim = recipe.optim
         self.local_batch_size = ranks.share_of(optim.batch_size, pieces=optim.accumulate)
-        self.mode = compile_mode(optim, runtime.device)
+        whole = ranks.world * optim.accumulate == 1
+        self.mode = compile_mode(optim, runtime.device, whole=whole)
         """Mode in which steps are compiled; "off": not at all."""
-        if self.mode == "reduce-overhead" and ranks.world * optim.accumulate > 1:
+        if self.mode == GRAPHS and not whole:
             self.mode = "default"
             warn(
                 "CUDA graphs are for one process and one microbatch a step: compiling without them"
@@ -95,6 +98,7 @@ class Trainer:
             warn("float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong")
         self.sound = bool(index.has_audio.any())
         self.views = ViewMaker(recipe.clip, recipe.audio).to(runtime.device)
+        self._side, self._said = SideStream(runtime.device), set[str]()
         self.buffers: StepBuffers | None = None
         """Networks of the compiled steps, from the first member on."""
         self._checked = self.mode == "off" and not runtime.amp
@@ -219,7 +223,14 @@ class Trainer:
             threads=self.runtime.threads,
             flow="flow" in modalities,
             sound="audio" in modalities,
+            warn=self._say_once,
         )
+
+    def _say_once(self, message: str) -> None:
+        """Warn of what each of a run's pipelines would say again."""
+        if message not in self._said:
+            self._said.add(message)
+            self.warn(message)
 
     def rounds(
         self, members: Sequence[Member], *, seed: int, bank: ClipBank | None = None
@@ -228,12 +239,17 @@ class Trainer:
         modalities = tuple({m: None for member in members for m in member.alive.modalities})
         first = min(member.step for member in members)
         batches = self.batches(seed=seed, first=first, modalities=modalities, bank=bank)
+        lead = HostLead(self.runtime.device)
+        self._side.follow()
         for step in range(first, self.recipe.optim.steps):
-            with self.clock("input"):
-                batch = next(batches)
-            with self.clock("views"):
-                views = self.views(batch, modalities)
-            yield step, views
+            with self._side.work():
+                with self.clock("input"):
+                    batch = next(batches)
+                with self.clock("views"):
+                    views = self.views(batch, modalities)
+                ready = self._side.mark()
+            yield step, cross(views, ready)
+            lead.after_step()
 
     def step_all(self, members: Sequence[Member], views: Views) -> list[float | MemberFailed]:
         """Step members on one batch; returns the loss of each, or the failure that ended it. Raises as ``attempt``.
@@ -297,21 +313,34 @@ class Trainer:
         return value
 
     def _check(self, member: Member, views: Views) -> None:
-        """Compile the step, or go on uncompiled where the recipe allows it, and compare it with float32's."""
+        """Compile the step, or go on with less where the recipe allows it, and compare it with float32's."""
         count = self.recipe.optim.accumulate
         (first, *_), *_ = split(views, member.computed, count=count, ranks=self.ranks)
-        try:
-            with without_others():
-                check_step(
-                    member, first, buffers=self.buffers, runtime=self.runtime, warn=self.warn
-                )
-        except CanNotCompile as error:
-            if self.recipe.optim.compile != "auto":
-                raise RuntimeError(f"{error}; go on without by --set optim.compile=off") from error
+        while not self._checked:
+            try:
+                with without_others(), compiling() if self.buffers else nullcontext():
+                    check_step(
+                        member, first, buffers=self.buffers, runtime=self.runtime, warn=self.warn
+                    )
+                # not before: where memory runs out here, it is done again with fewer members
+                self._checked = True
+            except CanNotCompile as error:
+                if self.recipe.optim.compile != "auto":
+                    advice = "go on without by --set optim.compile=off"
+                    raise RuntimeError(f"{error}; {advice}") from error
+                self._compile_less(error)
+
+    def _compile_less(self, error: CanNotCompile) -> None:
+        """Go on without CUDA graphs, or, where it did already, uncompiled."""
+        if self.mode == GRAPHS and self.buffers is not None:
+            self.warn(
+                f"{error} with CUDA graphs: it is compiled without them, and launches cost more"
+            )
+            self.mode = "default"
+            self.buffers.without_graphs()
+        else:
             self.warn(f"{error}: it runs uncompiled, slower")
             self.buffers, self.mode = None, "off"
-        # not before: where memory runs out here, it is done again with fewer members
-        self._checked = True
 
     def _checked_loss(self, member: Member, total: Tensor, values: Tensor) -> float:
         """The loss at steps where it is checked, else nan; raises NonFiniteLoss."""

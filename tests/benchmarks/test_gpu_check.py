@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
-MINUTES = 9
+MINUTES = 8
 
 
 def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -20,11 +20,11 @@ def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
 
 
-def test_all_parts_together_stay_under_nine_minutes() -> None:
+def test_all_parts_together_stay_under_eight_minutes() -> None:
     lines = gpu_check("--dry-run").stdout.splitlines()
     name, seconds, _ = lines[-1].split()
     assert name == "together"
-    assert sum(int(line.split()[1]) for line in lines[:-1]) == int(seconds) < 60 * MINUTES
+    assert sum(int(line.split()[1]) for line in lines[:-1]) == int(seconds) <= 60 * MINUTES
 
 
 def test_an_unknown_part_is_one_line() -> None:

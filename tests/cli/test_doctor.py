@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from click.testing import CliRunner
 
 import kernels
 from engine.cli import doctor
 from engine.cli.main import main
+from engine.data import hardware
 
 PARTS = "device torch DALI nvImageCodec flow k-means Triton kernels".split()
 
@@ -36,16 +39,23 @@ def test_a_cpu_takes_the_cpu_paths(monkeypatch) -> None:
 def pretend_gpu(monkeypatch, *, cudnn: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A card")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(doctor, "picture_fault", lambda device: "")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+
+
+def unloadable(name: str, *rest: object) -> object:
+    raise OSError(f"{name}: cannot open shared object file")
 
 
 def test_a_gpu_takes_the_gpu_paths(monkeypatch) -> None:
     pretend_gpu(monkeypatch, cudnn=91900)
-    monkeypatch.setattr(doctor, "_library", lambda _: "found")
+    monkeypatch.setattr(doctor, "flow_fault", lambda device, size: "")
     assert row("device") == ("A card", "bf16 autocast")
     assert row("torch")[1] == "cuDNN 91900"
     assert row("flow")[1] == "the GPU's flow engine"
     assert row("Triton")[1] == "fused kernels"
+    assert row("DALI")[1] == "on the GPU, by its JPEG engines if any"
 
 
 def test_an_old_cudnn_is_told(monkeypatch) -> None:
@@ -55,10 +65,21 @@ def test_an_old_cudnn_is_told(monkeypatch) -> None:
 
 def test_a_container_without_the_flow_engine_is_told_what_to_set(monkeypatch) -> None:
     pretend_gpu(monkeypatch, cudnn=91900)
-    monkeypatch.setattr(doctor, "_library", lambda _: "absent")
+    monkeypatch.setattr(ctypes, "CDLL", unloadable)
     monkeypatch.setenv("NVIDIA_DRIVER_CAPABILITIES", "compute")
-    assert row("flow")[0] == "absent"
-    assert "compute,video,utility (now compute)" in row("flow")[1]
+    hardware.flow_fault.cache_clear()
+    assert row("flow")[0] == row("video decoder")[0] == "absent"
+    assert row("flow")[1].startswith(
+        "OpenCV's DIS on the CPU: libnvidia-opticalflow.so.1 is absent"
+    )
+    for part in ("flow", "video decoder"):
+        assert "compute,video,utility (now compute)" in row(part)[1]
+
+
+def test_a_gpu_that_decodes_no_pictures_is_told(monkeypatch) -> None:
+    pretend_gpu(monkeypatch, cudnn=91900)
+    monkeypatch.setattr(doctor, "picture_fault", lambda device: "no decoder found")
+    assert row("DALI")[1] == "libjpeg-turbo on the CPU: no decoder found"
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch) -> None:

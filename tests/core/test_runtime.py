@@ -11,6 +11,7 @@ from engine.core.runtime import (
     LARGE_PRODUCT,
     choose_runtime,
     cpu_has_bf16,
+    is_device_error,
     one_thread,
 )
 
@@ -53,3 +54,19 @@ def test_small_products_get_one_thread_and_large_ones_all() -> None:
         with pytest.raises(KeyError), one_thread():
             raise KeyError
         assert threads() == {2}
+
+
+def test_a_gpu_that_is_named_is_the_one_that_cuda_means(monkeypatch) -> None:
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert choose_runtime("cuda:3").device == torch.device("cuda:3")
+    choose_runtime("cuda")
+    choose_runtime("cpu")
+    assert chosen == [torch.device("cuda:3")]
+
+
+def test_what_can_not_be_recorded_is_no_error_of_the_gpu() -> None:
+    assert is_device_error(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    said = "CUDA error: operation not permitted when stream is capturing"
+    assert not is_device_error(RuntimeError(said))

@@ -168,3 +168,28 @@ def test_evaluation_frames_need_neither_flow_nor_sound(index) -> None:
     assert batch.flow is None and batch.wave is None
     smaller = only.load(plan_views(index, CLIP, clips=np.arange(3), view=0, num_views=1))
     assert torch.equal(smaller.rgb, batch.rgb[:3])
+
+
+@pytest.mark.gpu
+def test_batches_are_the_cpus_while_training_is_behind(index, pipeline) -> None:
+    """Training reads each batch half a second late: DALI has run several times by then, and memory was given back."""
+    gpu = torch.device("cuda:0")
+    plans = [plan(index, step) for step in range(50)]
+    sizes = {"batch_size": 6, "num_frames": 12, "threads": 2}
+    on_gpu = InputPipeline(index, CLIP, audio=AUDIO, device=gpu, **sizes)
+    calm = [on_gpu.load(p).flow.cpu() for p in plans]
+    late: list[dict[str, torch.Tensor]] = []
+    names = ("rgb", "flow", "wave", "wave_shifted", "has_audio", "has_shift", "order")
+    for number, batch in enumerate(on_gpu.batches(plans)):
+        if number % 10 == 0:
+            torch.cuda._sleep(1_000_000_000)  # cycles
+        late.append({name: getattr(batch, name).clone() for name in names})
+    for p, still, got in zip(plans, calm, late, strict=True):
+        want = pipeline.load(p)
+        error = (got["rgb"].cpu().float() - want.rgb.float()).square().flatten(1).mean(1)
+        assert error.max() < 255**2 * 10**-3.5, "35 dB for every clip"
+        assert (got["flow"].cpu() - still).abs().mean() < 0.05
+        for name in ("wave", "wave_shifted"):
+            torch.testing.assert_close(got[name].cpu(), getattr(want, name), rtol=0, atol=1e-4)
+        for name in ("has_audio", "has_shift", "order"):
+            assert torch.equal(got[name].cpu(), getattr(want, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from engine.core.recipe import load_recipe, override
+from engine.core.files import take_lock
+from engine.core.recipe import Optim, load_recipe, override
 from engine.core.runtime import choose_runtime, cpu_has_bf16, make_deterministic
 from engine.data.shards.index import ClipIndex
 from engine.features.extract import LabelledClips
@@ -19,6 +21,7 @@ from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
 from engine.search.cohort import evaluate_cohort
 from engine.search.samplers import Proposal
 from engine.train.checkpoint import load_member, save_member
+from engine.train.compiled import GRAPHS, compile_mode
 from engine.train.member import FlatState, Member
 from engine.train.trainer import NonFiniteLoss, Trainer
 
@@ -243,6 +246,91 @@ def test_a_step_that_can_not_be_compiled(
         members, train(make_trainer(tiny_shards), [SMALL, SMALLER]), strict=True
     ):
         assert same(member, other)
+
+
+@pytest.mark.parametrize("without_too", [False, True])
+def test_a_step_that_can_not_be_recorded_is_compiled_without_graphs(
+    tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, without_too: bool
+) -> None:
+    """As chosen on a GPU: CUDA graphs, else none, else nothing compiled; a capture's error comes at the second run."""
+    modes: list[str] = []
+
+    def compile_(function, *, mode, **_):
+        runs = [0]
+
+        def step(*inputs):
+            modes.append(mode)
+            runs[0] += 1
+            if mode == GRAPHS and runs[0] == 2:
+                raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+            if mode == "default" and without_too:
+                raise RuntimeError("no C++ compiler")
+            return function(*inputs)
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    eager = train(make_trainer(tiny_shards), [SMALL])[0]
+    trainer = make_trainer(tiny_shards, "optim.compile=reduce-overhead")
+    trainer.recipe = override(trainer.recipe, ["optim.compile=auto"])
+    (member,) = train(trainer, [SMALL])
+    assert trainer.mode == ("off" if without_too else "default")
+    assert modes[:3] == [GRAPHS, GRAPHS, "default"]
+    assert "with CUDA graphs" in trainer.warnings[0] and "capturing" in trainer.warnings[0]
+    assert len(trainer.warnings) == 1 + without_too
+    assert member.term_values() == eager.term_values()
+
+
+def test_a_replayed_graph_is_what_is_checked(
+    tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third run that differs from the first two, as a graph's replay may, is told; the member stays as it was."""
+    runs = [0]
+
+    def compile_(function, **_):
+        def step(views, weights):
+            runs[0] += 1
+            total, values = function(views, weights)
+            return (total, values) if runs[0] < 3 else (total * 2, values * 2)
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    trainer = make_trainer(tiny_shards, "optim.compile=reduce-overhead", "optim.steps=2")
+    train(trainer, [SMALL])
+    assert runs == [5] and "differs from float32's" in trainer.warnings[0]
+
+
+def test_processes_compile_in_turn(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another process compiles, this one waits, and then finds what it compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiled = threading.Event()
+
+    def compile_(function, **_):
+        compiled.set()
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    trainer = make_trainer(tiny_shards, "optim.compile=default", "optim.steps=2")
+    with take_lock(tmp_path / "engine.lock"):
+        work = threading.Thread(target=train, args=(trainer, [SMALL]))
+        work.start()
+        assert not compiled.wait(2.0)
+    work.join()
+    assert compiled.is_set()
+    with take_lock(tmp_path / "engine.lock"):
+        train(make_trainer(tiny_shards, "optim.steps=2"), [SMALL])
+
+
+def test_graphs_are_chosen_where_a_step_is_whole() -> None:
+    def mode(compile_: str, device: str, whole: bool) -> str:
+        return compile_mode(Optim(compile=compile_), torch.device(device), whole=whole)
+
+    assert mode("auto", "cuda", True) == GRAPHS
+    assert mode("auto", "cuda", False) == mode("default", "cuda", True) == "default"
+    assert mode("auto", "cpu", True) == mode("off", "cuda", True) == "off"
 
 
 def test_branches_say_which_terms_share_a_graph() -> None:

@@ -18,6 +18,7 @@ from engine.objective.lossfile import random_weights
 from engine.objective.terms import check_weights
 from engine.search.cohort import evaluate_cohort
 from engine.search.samplers import Proposal
+from engine.search.worker import Cohort, CohortEvaluator, CohortFactory
 from engine.train import memory as train_memory
 from engine.train.member import Member
 from engine.train.memory import CohortMemory
@@ -104,6 +105,45 @@ def test_a_member_too_large_for_memory_fails_alone_and_says_what_to_do(
         assert result.reason == (
             "out of memory: CUDA out of memory.; try a smaller --set optim.batch_size or clip.size"
         )
+
+
+def test_a_worker_out_of_memory_shrinks_its_own_cohorts_alone(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Two workers, one of which holds two members at once: the other trains all, and the numbers are the same."""
+    shards = [(tiny_shards / "unlabelled",), (tiny_shards / "labelled",)]
+    factory = CohortFactory(
+        load_recipe(TINY),
+        *shards,
+        data="",
+        checkpoints=tmp_path,
+        device="cpu",
+        members_at_once=None,
+    )
+
+    def worker() -> CohortEvaluator:
+        return CohortEvaluator(factory, *map(ClipIndex, shards), choose_runtime("cpu"))
+
+    large, small = worker(), worker()
+    sizes: dict[str, list[int]] = {"large": [], "small": []}
+    for name, most in (("large", 99), ("small", 2)):
+        trainer = {"large": large, "small": small}[name].trainer
+
+        def step_all(members, views, most=most, seen=sizes[name], real=trainer.step_all):
+            seen.append(len(members))
+            if len(members) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(members, views)
+
+        trainer.step_all = step_all  # type: ignore[method-assign]
+    cohort = Cohort(tuple(Proposal(i, loss) for i, loss in enumerate(LOSSES[:3])), (0,))
+    told: list[object] = []
+    results = [evaluator(cohort, told.append) for evaluator in (small, large, small)]
+    assert max(sizes["large"]) == min(sizes["large"]) == 3
+    assert sizes["small"].count(3) == 1, "found out once, and kept"
+    assert [len(result.warnings) for result in results] == [1, 0, 0]
+    first, *others = ([one.fitness for one in result.results] for result in results)
+    assert all(other == first for other in others) and None not in first
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(
