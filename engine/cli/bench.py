@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.common import (
-    ASSIGNMENTS,
-    COUNT,
-    DEVICE,
-    NATURAL,
-    PATH,
-    RECIPE,
-    errors_explained,
-    open_videos,
-    options,
-)
+from engine.cli import common
 
 if TYPE_CHECKING:
     from engine.core.recipe import Recipe
@@ -28,30 +18,31 @@ SIGNAL = "signal"
 
 @click.command()
 @click.argument("part", default="all")
-@click.option("--videos", multiple=True, type=PATH, help="Videos or shards [default: the demo's].")
-@options(RECIPE, ASSIGNMENTS, DEVICE)
-@click.option("--quick", is_flag=True, help="Fewer repeats and smaller cohorts.")
-@click.option("--json", type=PATH, help="Append a row a measurement to this JSON Lines file.")
-@click.option("--plot", type=PATH, help="Draw the stages' roofline: a .png or .svg file.")
+@common.paths("--videos", help="Videos or shards [default: the demo's].")
+@common.options(common.RECIPE, common.ASSIGNMENTS, common.DEVICE)
+@common.flag("--quick", help="Fewer repeats and smaller cohorts.")
+@common.path("--json", help="Append a row a measurement to this JSON Lines file.")
+@common.path("--plot", help="Draw the stages' roofline: a .png or .svg file.")
 @click.option(
-    "--compare", nargs=2, type=PATH, metavar="A B", help="Only show two --json files side by side."
+    "--compare",
+    nargs=2,
+    type=common.PATH,
+    metavar="A B",
+    help="Only show two --json files side by side.",
 )
-@click.option(
-    "--labelled",
-    multiple=True,
-    type=PATH,
-    help="signal: class folders, or shards of them, that judge [default: the demo's].",
+@common.paths(
+    "--labelled", help="signal: class folders, or shards of them, that judge [default: the demo's]."
 )
-@click.option("--losses", type=NATURAL, default=24, help="signal: random losses.")
-@click.option("--repeats", type=COUNT, default=1, help="signal: seeds in each of the two sets.")
+@common.natural("--losses", default=24, help="signal: random losses.")
+@common.count("--repeats", default=1, help="signal: seeds in each of the two sets.")
 @click.option(
     "--looks", multiple=True, type=int, metavar="STEP", help="signal: judge after STEP steps, too."
 )
 @click.option(
     "--presets/--no-presets", default=True, help="signal: also train the losses that come along."
 )
-@click.option("--features", type=PATH, help="signal: keep the judged features in this folder.")
-@errors_explained
+@common.path("--features", help="signal: keep the judged features in this folder.")
+@common.errors_explained
 def bench(
     part: str,
     videos: tuple[Path, ...],
@@ -102,7 +93,7 @@ def _throughput(
     index = None
     if WITH_VIDEOS & set(parts):
         with Display() as display:
-            (library,) = open_videos(display, videos or demo_folders(display.prepare)[0])
+            (library,) = common.open_videos(display, videos or demo_folders(display.prepare)[0])
         index = library.index
     run_bench(parts, recipe, runtime=runtime, index=index, quick=quick, json=json, plot=plot)
 
@@ -131,7 +122,7 @@ def _signal(
     plan = plan_of(recipe, losses=losses, repeats=repeats, looks=looks, presets=presets)
     with Display() as display:
         folders = (videos, labelled) if videos else demo_folders(display.prepare)
-        train, judging = open_videos(display, *folders)
+        train, judging = common.open_videos(display, *folders)
         files = {"rows": json, "features": features}
         bench = Signal(recipe, train, judging, runtime=runtime, warn=display.say, **files)
         measure(bench, plan, say=display.say, show=wide_console().print)

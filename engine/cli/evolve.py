@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.common import (
-    COUNT,
-    NATURAL,
-    PATH,
-    errors_explained,
-    open_run,
-    open_videos,
-    run_options,
-    say_substitutes,
-)
+from engine.cli import common
 
 if TYPE_CHECKING:
     from engine.core.display import Display
@@ -39,23 +30,17 @@ def members(text: str) -> int | None:
 
 
 @click.command()
-@click.option(
-    "--videos", multiple=True, type=PATH, help="Videos or shards to train on; may be given again."
-)
-@click.option(
+@common.paths("--videos", help="Videos or shards to train on; may be given again.")
+@common.paths(
     "--labelled",
-    multiple=True,
-    type=PATH,
     help="Class folders, or shards of them, to judge losses by; none for fitness.metric=zipf.",
 )
 @click.option("--method", help="How losses are proposed: search.method of the recipe.")
-@click.option(
-    "--rounds",
-    type=NATURAL,
-    help="Members after the initial population; may be raised with --resume.",
+@common.natural(
+    "--rounds", help="Members after the initial population; may be raised with --resume."
 )
-@click.option("--gpus", type=COUNT, metavar="N", help="Workers, with a GPU each.")
-@click.option("--workers", type=COUNT, metavar="N", help="Workers on CPUs.")
+@common.count("--gpus", metavar="N", help="Workers, with a GPU each.")
+@common.count("--workers", metavar="N", help="Workers on CPUs.")
 @click.option(
     "--address", metavar="auto|HOST:PORT", help="Ray cluster to join [default: one here]."
 )
@@ -75,11 +60,8 @@ def members(text: str) -> int | None:
     metavar="SECONDS",
     help="Longest training of a member on a worker [default: any].",
 )
-@click.option(
-    "--max-retries",
-    type=NATURAL,
-    default=2,
-    help="How often a member is tried again whose worker was lost.",
+@common.natural(
+    "--max-retries", default=2, help="How often a member is tried again whose worker was lost."
 )
 @click.option(
     "--clip-bank",
@@ -89,15 +71,15 @@ def members(text: str) -> int | None:
 @click.option(
     "--storage", metavar="URL", help="Database for the study [default: a file in the run]."
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done and how long it would take.")
+@common.flag("--dry-run", help="Say what would be done and how long it would take.")
 @click.option(
     "--signal",
     type=click.IntRange(min=2),
     metavar="N",
     help="A dry run that also trains N random losses under two seeds, and says how well fitness ranks them.",
 )
-@run_options
-@errors_explained
+@common.run_options
+@common.errors_explained
 def evolve(
     videos: tuple[Path, ...],
     labelled: tuple[Path, ...],
@@ -123,7 +105,7 @@ def evolve(
     limits = {key: options.pop(key) for key in ("members_at_once", "time_limit", "max_retries")}
     crew = _workers(gpus, workers, options.pop("address"), device, **limits)
     default = "cpu/evolve" if videos else "demo"
-    run, recipe = open_run("evolve", default, assignments=assignments, **options)
+    run, recipe = common.open_run("evolve", default, assignments=assignments, **options)
     if videos and not labelled:
         if recipe.fitness.uses_labels:
             raise ValueError(
@@ -199,7 +181,7 @@ def _data(
     folders = [[Path(name) for name in each] for each in names]
     if names == (DEMO, DEMO):
         folders = list(demo_folders(display.prepare))
-    unlabelled, judged_by = open_videos(display, *folders)
+    unlabelled, judged_by = common.open_videos(display, *folders)
     return Data(unlabelled, judged_by, names)
 
 
@@ -210,7 +192,7 @@ def _evolve(recipe: Any, data: Data, *, run: RunFolder, display: Display, **how:
     from engine.search.evolve import evolve as search
 
     summary = search(recipe, data, run=run, display=display, **how)
-    say_substitutes(display, data.videos, data.labelled)
+    common.say_substitutes(display, data.videos, data.labelled)
     page = write_report(run.path)
     print_outcome(summary)
     print_events(Events(run.path).counts)

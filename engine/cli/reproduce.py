@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.common import (
-    BASELINES,
-    DEVICE,
-    PATH,
-    errors_explained,
-    labelled_options,
-    open_labelled,
-    open_videos,
-    say_substitutes,
-)
+from engine.cli import common
 
 if TYPE_CHECKING:
     from engine.core.run import RunFolder
@@ -26,9 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("table", type=click.Choice(["table1", "table2", "fig4", "fig5"]))
 @click.option("--scale", "scale_name", default="cpu", metavar="cpu|small|paper|FILE")
-@click.option(
-    "--videos", multiple=True, type=PATH, required=True, help="Unlabelled videos or shards."
-)
+@common.paths("--videos", required=True, help="Unlabelled videos or shards.")
 @click.option(
     "--dataset",
     "names",
@@ -36,7 +25,7 @@ if TYPE_CHECKING:
     default=["folders"],
     help="ucf101, hmdb51, kinetics or folders; for table2 again, each with its --root.",
 )
-@labelled_options
+@common.labelled_options
 @click.option(
     "--loss",
     "losses",
@@ -44,12 +33,12 @@ if TYPE_CHECKING:
     metavar="[NAME=]LOSS",
     help="The evolved loss, RUN/best.toml; with NAME= a further row.",
 )
-@click.option("--imagenet", type=PATH, help="State dict of a ResNet trained on ImageNet.")
-@click.option("--kinetics", type=PATH, help="State dict of a video ResNet trained on Kinetics.")
+@common.path("--imagenet", help="State dict of a ResNet trained on ImageNet.")
+@common.path("--kinetics", help="State dict of a video ResNet trained on Kinetics.")
 @click.option("--rows", help="Only these, by name, with commas.")
 @click.option("--seeds", help="Only these, with commas [default: the scale's].")
 @click.option("--protocols", help="Only these, with commas: kmeans, linear, finetune.")
-@BASELINES
+@common.BASELINES
 @click.option(
     "--set",
     "assignments",
@@ -57,13 +46,11 @@ if TYPE_CHECKING:
     metavar="KEY=VALUE",
     help="Override the scale, such as pretrain.optim.steps=50.",
 )
-@click.option("--retry-failed", is_flag=True, help="Do failed cells again.")
-@click.option("--dry-run", is_flag=True, help="List what is to do, with an estimate.")
-@click.option(
-    "--run", "run_path", type=PATH, help="Run folder [default: runs/reproduce-TABLE-SCALE]."
-)
-@DEVICE
-@errors_explained
+@common.flag("--retry-failed", help="Do failed cells again.")
+@common.flag("--dry-run", help="List what is to do, with an estimate.")
+@common.path("--run", "run_path", help="Run folder [default: runs/reproduce-TABLE-SCALE].")
+@common.DEVICE
+@common.errors_explained
 def reproduce(
     table: str,
     scale_name: str,
@@ -100,8 +87,8 @@ def reproduce(
     run = _run_folder(run_path or Path("runs") / f"reproduce-{table}-{scale.name}", scale.pretrain)
     with Display(log=run.path) as display:
         size = scale.pretrain.clip.size
-        datasets = [open_labelled(display, name, size, root=r, **more) for name, r in pairs]
-        (library,) = open_videos(display, videos)
+        datasets = [common.open_labelled(display, name, size, root=r, **more) for name, r in pairs]
+        (library,) = common.open_videos(display, videos)
         todo = Reproduction(
             table, scale, inputs, library, datasets, run, runtime, display, only, with_baselines
         )
@@ -110,7 +97,7 @@ def reproduce(
                 click.echo(line)
             return
         todo.go(write, retry_failed=retry_failed)
-        say_substitutes(display, library)
+        common.say_substitutes(display, library)
     print_paper(table_of(todo), run.path)
 
 
