@@ -31,7 +31,8 @@ from engine.core.provenance import provenance
 from engine.core.recipe import Recipe, preset_names, recipe_hash
 from engine.core.runtime import Runtime, make_deterministic
 from engine.data.clip_bank import ClipBank
-from engine.data.library import Library, fingerprint
+from engine.data.library import Library
+from engine.data.shards.index import data_digest
 from engine.features.extract import Cuts, Extractor, LabelledClips
 from engine.features.fitness import cohort_fitness
 from engine.features.readout import READOUTS
@@ -152,7 +153,7 @@ class Signal:
         self._extractor = Extractor(
             labelled.index, chosen.clips, cuts=cuts, runtime=runtime, bank={}
         )
-        self.key = f"{recipe_hash(recipe)} {fingerprint(videos, labelled)}"
+        self.key = f"{recipe_hash(recipe)} {data_digest((*videos.shards, *labelled.shards))}"
         self._about = {**provenance(runtime), "recipe": recipe.name, "clips": len(chosen.clips)}
         self._cut_off = False
         self._done = {(row.loss, row.seed): row for row in self._read()}

@@ -20,7 +20,8 @@ from engine.core.ray_pool import RayPool
 from engine.core.recipe import Recipe, recipe_hash
 from engine.core.run import Events, RunError, RunFolder
 from engine.core.runtime import Clock, Runtime
-from engine.data.library import Library, fingerprint
+from engine.data.library import Library
+from engine.data.shards.index import data_digest
 from engine.features.extract import LabelledClips
 from engine.objective.lossfile import random_weights
 from engine.search.cohort import MemberResult
@@ -81,9 +82,9 @@ def evolve(
     Raises ValueError where the data does not fit (see ``LabelledClips``), and RunError where the run began with other
     videos, or rounds were lowered below the members that are done.
     """
-    clock, identity = Clock(), fingerprint(data.videos, data.labelled)
-    factory = _factory(recipe, data, identity, run, workers)
     videos, judging = data.videos.index, data.labelled.index
+    clock, identity = Clock(), data_digest((*data.videos.shards, *data.labelled.shards))
+    factory = _factory(recipe, data, identity, run, workers)
     here = CohortEvaluator(factory, videos, judging, runtime) if workers.count == 0 else None
     on_cpu = Runtime(torch.device("cpu"), amp=False)
     labelled = here.labelled if here else LabelledClips(judging, recipe, runtime=on_cpu)

@@ -26,7 +26,8 @@ from engine.core.recipe import Recipe, recipe_hash
 from engine.core.run import RunError, RunFolder
 from engine.core.runtime import Runtime, choose_runtime, make_deterministic
 from engine.core.tensors import CheckpointError, load_tensors
-from engine.data.library import Library, default_shard_cache, fingerprint, open_library
+from engine.data.library import Library, default_shard_cache, open_library
+from engine.data.shards.index import data_digest
 from engine.data.views import Views
 from engine.features.extract import LabelledClips
 from engine.model.network_file import Card, card_of, save_network
@@ -143,7 +144,7 @@ def _identity(recipe: Recipe, library: Library, member: Member) -> dict[str, Any
         checksum = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), checksum)
     return {
         "recipe": recipe_hash(recipe),
-        "data set": fingerprint(library),
+        "data set": data_digest(library.shards),
         "network at the start": f"{checksum:08x}",
     }
 
@@ -190,7 +191,7 @@ def _provenance(
         "recipe_hash": recipe_hash(recipe),
         "labels_used": loss_used_labels(run.path / "loss.toml"),
         "num_clips": len(library.index),
-        "data": fingerprint(library),
+        "data": data_digest(library.shards),
     }
     return write_provenance(run, facts)
 
