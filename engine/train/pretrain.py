@@ -34,10 +34,9 @@ from engine.model.network_file import Card, card_of, save_network
 from engine.objective.lossfile import load_loss, loss_used_labels, save_loss
 from engine.objective.terms import LossWeights
 from engine.train.checkpoint import load_last, save_last
-from engine.train.ema import RunningAverage
 from engine.train.flops import peak_flops, step_flops
 from engine.train.member import Member, tensors_of
-from engine.train.optim import learning_rate, start_moments
+from engine.train.optim import RunningAverage, learning_rate, start_moments
 from engine.train.trainer import Trainer
 
 LOG_EVERY = 10
