@@ -70,14 +70,10 @@ def evaluate(
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     make_deterministic(runtime)
     with Display() as display:
-        dataset = common.open_labelled(
-            display, name, max(card.input.size for card in cards), **labelled
-        )
-        shared: dict[str, Any] = {
-            "runtime": runtime,
-            "seed": recipe.seed,
-            "on_progress": display.prepare,
-        }
+        size = max(card.input.size for card in cards)
+        dataset = common.open_labelled(display, name, size, **labelled)
+        shared: dict[str, Any] = {"runtime": runtime, "seed": recipe.seed}
+        shared["on_progress"] = display.prepare
         results = evaluate_many(
             networks,
             dataset,
