@@ -208,17 +208,12 @@ class Signal:
         return row
 
     def _untrained(self, seed: int) -> Training:
-        (look,), judging = self._look(
-            [self.trainer.initial_loss(seed).rgb], [UNTRAINED], seed, 0, 0.0
-        )
-        return Training(
-            key=self.key,
-            loss=UNTRAINED,
-            seed=seed,
-            looks=[look],
-            judging=judging,
-            about=self._about,
-        )
+        network = self.trainer.initial_loss(seed).rgb
+        looks, judging = self._look([network], [UNTRAINED], seed, 0, 0.0)
+        return self._row(loss=UNTRAINED, seed=seed, looks=looks, judging=judging)
+
+    def _row(self, **fields: Any) -> Training:
+        return Training(key=self.key, about=self._about, **fields)
 
     def _train(self, losses: Sequence[str], seed: int, looks: Sequence[int]) -> list[Training]:
         """A cohort's trainings, looked at on the way."""
@@ -245,15 +240,13 @@ class Signal:
                     looked[loss].append(look)
                 began = self._clock()
         return [
-            Training(
-                key=self.key,
+            self._row(
                 loss=loss,
                 seed=seed,
                 looks=looked[loss],
                 judging=judging,
                 terms=members[loss].term_values() if loss in members else {},
                 failed=failed.get(loss),
-                about=self._about,
             )
             for loss in losses
         ]

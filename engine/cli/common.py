@@ -34,6 +34,7 @@ path = functools.partial(click.option, type=PATH)
 paths = functools.partial(path, multiple=True)
 count = functools.partial(click.option, type=COUNT)
 natural = functools.partial(click.option, type=NATURAL)
+seconds = functools.partial(click.option, type=SECONDS)
 flag = functools.partial(click.option, is_flag=True)
 """Options by the type of their value."""
 

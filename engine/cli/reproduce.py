@@ -10,7 +10,6 @@ import click
 from engine.cli import common
 
 if TYPE_CHECKING:
-    from engine.core.run import RunFolder
     from engine.evaluate.paper.rows import Inputs
 
 
@@ -68,6 +67,7 @@ def reproduce(
     """Run one of the paper's tables or figures; the same command goes on after a kill."""
     from engine.cli.tables import print_paper
     from engine.core.display import Display
+    from engine.core.run import RunFolder
     from engine.core.runtime import check_kernels_package, choose_runtime
     from engine.evaluate.paper.run import Reproduction, Selection
     from engine.evaluate.paper.scale import load_scale
@@ -84,7 +84,8 @@ def reproduce(
     pairs = _pairs(names, root)
     _check_apart(videos, root)
     runtime = choose_runtime(device, amp=scale.pretrain.optim.amp)
-    run = _run_folder(run_path or Path("runs") / f"reproduce-{table}-{scale.name}", scale.pretrain)
+    path = run_path or Path("runs") / f"reproduce-{table}-{scale.name}"
+    run = RunFolder.begun(path, scale.pretrain)
     with Display(log=run.path) as display:
         size = scale.pretrain.clip.size
         datasets = [common.open_labelled(display, name, size, root=r, **more) for name, r in pairs]
@@ -143,15 +144,6 @@ def _check_apart(videos: tuple[Path, ...], roots: tuple[Path, ...]) -> None:
                     f"--videos {video} and --root {root} share videos, so that held-out clips would be trained on: give"
                     " other --videos; with folds by group, some groups' clips are added to them, without labels"
                 )
-
-
-def _run_folder(path: Path, recipe: Any) -> RunFolder:
-    """A new run, or the one that the same command began."""
-    from engine.core.run import RunFolder
-
-    if (path / "recipe.toml").exists():
-        return RunFolder.reopen(path, recipe)[0]
-    return RunFolder.create(path, recipe)
 
 
 def _pairs(names: tuple[str, ...], roots: tuple[Path, ...]) -> list[tuple[str, tuple[Path, ...]]]:

@@ -128,6 +128,12 @@ class RunFolder:
         run._take_lock()
         return run, own
 
+    @classmethod
+    def begun(cls, path: Path, recipe: Recipe) -> RunFolder:
+        """The run that an earlier process began with this recipe, or a new one; raises as ``reopen``."""
+        old = (path / "recipe.toml").exists()
+        return cls.reopen(path, recipe)[0] if old else cls.create(path, recipe)
+
     def _take_lock(self) -> None:
         for attempt in range(4):
             try:
