@@ -1,4 +1,4 @@
-"""What the parts of the bench share: how time is taken, what the machine does at best, how peers are compared."""
+"""Timing, the machine's best speeds, and the comparison of peers, for all parts of the bench."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INDUCTOR: dict[str, dict[str, str | int | bool | Callable[..., Any]]] = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured on: a recipe, a device and videos."""
+    """The recipe, the device and the videos to measure with."""
 
     recipe: Recipe
     runtime: Runtime
@@ -134,7 +134,7 @@ def shape(*sizes: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, else its name."""
+    """The first line of an error's message, or else its name."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -19,7 +19,7 @@ SUFFIXES = (".png", ".svg")
 
 
 class Limit(Struct, frozen=True):
-    """What a stage is held against: something measured on this machine, or worked out from measurements."""
+    """A stage's physical limit: measured on this machine, or worked out from measurements."""
 
     name: str
     value: float
@@ -57,7 +57,7 @@ class Row(Struct, frozen=True, kw_only=True):
 
     @property
     def reached(self) -> float | None:
-        """What the call came to at the median, in the limit's unit; None without a limit."""
+        """The call's speed at the median, in the limit's unit; None without a limit."""
         if self.limit is None:
             return None
         if self.limit.unit == BANDWIDTH:
@@ -78,7 +78,7 @@ class Row(Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What makes rows of two files the same measurement."""
+        """The key by which rows of two files are the same measurement."""
         return self.part, self.name, self.shape, str(self.about.get("device", ""))
 
 

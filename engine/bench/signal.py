@@ -62,7 +62,7 @@ class Look(Struct, frozen=True):
 
     step: int
     core_seconds: float
-    """What it took to get there, judging left out."""
+    """Cost of getting there, judging left out."""
     effective_rank: float
     scores: dict[str, Score]
     """By read-out."""
@@ -84,7 +84,7 @@ class Training(Struct, frozen=True, kw_only=True):
     about: dict[str, Any] = {}
 
     def line(self, readout: str) -> str:
-        """What came of it, in one line."""
+        """The outcome in one line."""
         if self.failed is not None:
             return f"{self.loss}, seed {self.seed}: {self.failed}"
         seen = ", ".join(
@@ -95,7 +95,7 @@ class Training(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """Losses, seeds and steps to measure."""
 
     losses: tuple[str, ...]
     """Names that ``load_loss`` knows."""
@@ -265,7 +265,7 @@ class Signal:
         return members, failed
 
     def _warm_up(self) -> None:
-        """What only a process's first step costs is no member's."""
+        """Train a member for a step, so that the cost of a process's first step is no measured member's."""
         if self._warm:
             return
         self._warm = True
@@ -278,7 +278,7 @@ class Signal:
     def _look(
         self, networks: Sequence[Any], names: Sequence[str], seed: int, step: int, spent: float
     ) -> tuple[list[Look], float]:
-        """What the networks' features are worth, and the core-seconds that judging one costs a search."""
+        """Scores of the networks' features, and the core-seconds that judging one costs a search."""
         began = self._clock()
         features = self._extractor.outputs(
             networks, [self.card] * len(networks), batch_norm=self.recipe.fitness.batch_norm
@@ -341,7 +341,7 @@ def judged(
 
 @dataclass(frozen=True)
 class Ranking:
-    """What one way of judging says after some steps."""
+    """Figures of one way of judging after some steps."""
 
     step: int
     readout: str

@@ -34,7 +34,7 @@ GPU_SIZES = (
     "name=gpu clip.size=112 clip.num_frames=16 model.arch=r3d_18 model.width=1.0 model.pool=false "
     "objective.order_share=1.0 objective.decoder_width=32"
 ).split()
-"""What a GPU is measured with unless a recipe is named: the demo's recipe, with networks of full size."""
+"""Changes to the demo's recipe for a GPU, unless a recipe is named: networks of full size."""
 
 
 def parts_named(part: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What the commands share: options, errors in one line, and the opening of runs, videos and labelled videos."""
+"""Options that commands share, errors in one line, and the opening of runs, videos and labelled videos."""
 
 from __future__ import annotations
 

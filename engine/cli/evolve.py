@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from engine.search.evolve import Data, Workers
 
 DEMO = ["demo"]
-"""How a run notes the built-in videos."""
+"""A run's note for the built-in videos."""
 
 
 def members(text: str) -> int | None:
@@ -103,7 +103,7 @@ def evolve(
     settings = {key: options.pop(key) for key in ("method", "rounds", "clip_bank")}
     assignments += tuple(f"search.{k}={v}" for k, v in settings.items() if v is not None)
     limits = {key: options.pop(key) for key in ("members_at_once", "time_limit", "max_retries")}
-    crew = _workers(gpus, workers, options.pop("address"), device, **limits)
+    trainers = _workers(gpus, workers, options.pop("address"), device, **limits)
     default = "cpu/evolve" if videos else "demo"
     run, recipe = common.open_run("evolve", default, assignments=assignments, **options)
     if videos and not labelled:
@@ -113,9 +113,12 @@ def evolve(
                 " fitness.metric=zipf and --set fitness.num_clusters=N"
             )
         labelled = videos
-    if crew.count != 0:
-        device = "auto" if crew.gpus else "cpu"
-    how: dict[str, Any] = {"runtime": choose_runtime(device, amp=recipe.optim.amp), "workers": crew}
+    if trainers.count != 0:
+        device = "auto" if trainers.gpus else "cpu"
+    how: dict[str, Any] = {
+        "runtime": choose_runtime(device, amp=recipe.optim.amp),
+        "workers": trainers,
+    }
     run.use_storage(storage)
     with Display(log=None if dry_run or signal else run.path) as display:
         data = _data(run, videos, labelled, resume=options["resume"], display=display)
@@ -139,7 +142,7 @@ def _signal(recipe: Recipe, data: Data, losses: int, *, runtime: Runtime, displa
 def _workers(
     gpus: int | None, workers: int | None, address: str | None, device: str, **limits: Any
 ) -> Workers:
-    """Who does the work; raises ValueError for options that contradict each other or the machine."""
+    """Options of the workers; raises ValueError where they contradict each other or the machine."""
     import torch
 
     from engine.search.evolve import Workers

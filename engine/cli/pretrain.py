@@ -80,10 +80,10 @@ def _here(options: dict[str, Any]) -> Path | None:
     from engine.core.display import Display
     from engine.train.pretrain import pretrain
 
-    run, job = _new_job(options)
+    run, training = _new_run(options)
     with Display(log=run.path) as display:
         say = partial(common.say_library, display)
-        out, library = pretrain(job, display, run=run, device=job.device, opened=say)
+        out, library = pretrain(training, display, run=run, device=training.device, opened=say)
         common.say_substitutes(display, library)
     return out
 
@@ -95,13 +95,13 @@ def _in_processes(options: dict[str, Any], processes: int, restarts: int) -> Pat
 
     if options["device"] == "cuda":
         check_gpus(processes)
-    run, job = _new_job(options)
+    run, training = _new_run(options)
     run.close()
-    folders = [job.videos, job.labelled] if job.labelled else [job.videos]
+    folders = [training.videos, training.labelled] if training.labelled else [training.videos]
     with Display() as display:
         videos, *labelled = [library.shards for library in common.open_videos(display, *folders)]
-    job = replace(job, videos=videos, labelled=labelled[0] if labelled else ())
-    return in_processes(job, processes=processes, restarts=restarts)
+    training = replace(training, videos=videos, labelled=labelled[0] if labelled else ())
+    return in_processes(training, processes=processes, restarts=restarts)
 
 
 def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
@@ -119,9 +119,9 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
 
     def make() -> PretrainOptions:
         resume = options["resume"] or (path / "recipe.toml").exists()
-        run, job = _new_job({**options, "resume": resume})
+        run, training = _new_run({**options, "resume": resume})
         run.close()
-        return job
+        return training
 
     try:
         return as_rank(make, ranks, device=options["device"], run=path)[0]
@@ -131,15 +131,15 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
         sys.exit(1)
 
 
-def _new_job(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
-    """The run's folder, and the job that the options describe."""
+def _new_run(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
+    """The run's folder, and the options of its training."""
     from engine.objective.lossfile import load_loss, loss_used_labels
     from engine.train.pretrain import PretrainOptions
 
     loss = options["loss_name"]
     weights = load_loss(loss) if loss else None
     run, recipe = common.open_run("pretrain", "cpu/pretrain", **options)
-    job = PretrainOptions(
+    training = PretrainOptions(
         recipe,
         run.path,
         videos=options["videos"],
@@ -152,4 +152,4 @@ def _new_job(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
         keep_every=options["keep_every"],
         judge_every=options["judge_every"],
     )
-    return run, job
+    return run, training

@@ -31,11 +31,11 @@ CONNECT_SECONDS = 10.0
 GROW_SECONDS = 30.0
 """Between checks whether a cluster has more CPUs than before."""
 START_SECONDS = 900.0
-"""How long a worker may take to get ready."""
+"""Longest time that a worker takes to get ready."""
 PLACE_SECONDS = 20.0
-"""How long the first workers wait for the others to be placed, before they divide each machine's cores."""
+"""Longest time that the first workers wait for the others' places before they divide each machine's cores."""
 MISSING_SECONDS = 600.0
-"""How long a run without any worker waits for one: a cluster may be getting a node back."""
+"""Longest time that a run without any worker waits for one: a cluster may be getting a node back."""
 STARTS = 3
 """Errors at its start, or losses while others get their work done, after which a worker is given up."""
 DEATHS = 10
@@ -327,7 +327,7 @@ def _start_here(ray: Any, **options: Any) -> None:
 
 
 def room(ray: Any, size: int | None, *, cpus: float, gpus: float) -> int:
-    """How many workers there are to be; raises ValueError where the cluster never has room for one."""
+    """The number of workers to start; raises ValueError where the cluster never has room for one."""
     total = ray.cluster_resources()
     if size is None and gpus:
         size = int(total.get("GPU", 0) / gpus)

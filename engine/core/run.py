@@ -214,7 +214,7 @@ def plain(text: str) -> str:
 
 
 def how_ended(run: Path) -> tuple[str, str] | None:
-    """How the last process at work on a run ended, and why; None where the log doesn't say (killed, or at work)."""
+    """The end of the last process at work on a run, and why; None where the log has none (killed, or at work)."""
     try:
         with (run / LOG).open("rb") as file:
             file.seek(0, 2)

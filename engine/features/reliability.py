@@ -26,7 +26,7 @@ MOST_MEMBERS = 10_000
 
 @dataclass(frozen=True)
 class Reliability:
-    """How well one training, or several, rank losses."""
+    """Spreads and rank correlations that say how well one training, or several, rank losses."""
 
     losses: int
     seeds: int

@@ -234,7 +234,7 @@ def evaluation_order(active: Collection[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Branches:
-    """Which parts of the networks run: all that decides the shape of a step's graph.
+    """Parts of the networks that run: all that decides the shape of a step's graph.
 
     Losses with the same branches can share a compiled graph, in which the weights alone tell them apart;
     all losses whose weights are all above 0 do.

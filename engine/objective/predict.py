@@ -48,7 +48,7 @@ class DecodeTask(Task):
         return (views.future if self.future else views.clip)[self.target]
 
     def _trivial(self, views: Views, target: Tensor, mask: Tensor | None) -> Tensor:
-        """What is predicted without learning, of a shape that broadcasts to the target's.
+        """The prediction that takes no learning, of a shape that broadcasts to the target's.
 
         No motion for flow; for what comes next, the clip's last frame or the mean spectrum of its sound; else the
         mean over the batch and its frames.

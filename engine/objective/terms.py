@@ -22,7 +22,7 @@ class Term:
     """One weighted term of Eq. 1."""
 
     name: str
-    """What recipes, studies and reports call it, such as ``rgb/to_flow`` or ``distill/flow@3``."""
+    """Its name in recipes, studies and reports, such as ``rgb/to_flow`` or ``distill/flow@3``."""
     task: str
     """The kind of task: shuffle, backward, align_audio, predict, reconstruct, colorize, cross, embed, distill."""
     letter: str

@@ -60,7 +60,7 @@ class Member:
         return {name: every[name] for name in self.computed if name in self.active}
 
     def learnt(self) -> dict[str, Any]:
-        """What a run keeps of it: ``terms_at_start`` and ``terms``; ``feature_ranks``, each at the start and now."""
+        """Facts that a run keeps of it: ``terms_at_start``, ``terms``, and ``feature_ranks`` at the start and now."""
         began, now = self.ranks(at_start=True), self.ranks()
         return {
             "terms_at_start": self.term_values(at_start=True),

@@ -134,7 +134,7 @@ class Column:
     unseen: bool = False
     """Train on groups that pretraining saw (without labels), test on those that it did not."""
     paper: str = ""
-    """Which of the paper's numbers stands beside it."""
+    """The paper's numbers that stand beside it, by data set and protocol."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from engine.objective.lossfile import load_loss
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows, seeds and protocols of a table are run; empty: all (seeds: the scale's)."""
+    """Rows, seeds and protocols of a table to run; empty: all (seeds: the scale's)."""
 
     rows: Sequence[str] = ()
     seeds: Sequence[int] = ()
