@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -407,16 +407,9 @@ def summary(trainings: Sequence[Training], plan: Plan) -> list[Ranking]:
 
 def summary_table(rankings: Sequence[Ranking], title: str) -> Table:
     """A row a step and read-out."""
-    columns = [
-        "steps",
-        "read-out",
-        "best",
-        "mean",
-        "untrained",
-        "Spearman (95 %)",
-        "losses' spread",
-    ]
-    columns += ["seeds'", "ratio", "repeats", "members (1, 2, 4 repeats)", "core-s a member"]
+    columns = ["steps", "read-out", "best", "mean", "untrained", "Spearman (95 %)"]
+    columns += ["losses' spread", "seeds'", "ratio", "repeats"]
+    columns += ["members (1, 2, 4 repeats)", "core-s a member"]
     cells = [
         [
             str(row.step),
@@ -462,5 +455,4 @@ def _at(row: Training, step: int) -> Look:
 
 
 def _value(look: Look, name: str) -> float:
-    score: Mapping[str, Score] = look.scores
-    return score[name].value if name in score else float("nan")
+    return look.scores[name].value if name in look.scores else float("nan")

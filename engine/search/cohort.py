@@ -67,12 +67,6 @@ class MemberResult:
     steps: int = 0
     """Steps trained, of all repeats."""
 
-    @property
-    def terms(self) -> dict[str, float]:
-        """Unweighted terms near the end of training, running mean; of the last repeat."""
-        terms: dict[str, float] = self.learnt.get("terms", {})
-        return terms
-
 
 @dataclass
 class Training:

@@ -84,7 +84,15 @@ def evolve(
     """
     videos, judging = data.videos.index, data.labelled.index
     clock, identity = Clock(), data_digest((*data.videos.shards, *data.labelled.shards))
-    factory = _factory(recipe, data, identity, run, workers)
+    factory = CohortFactory(
+        recipe,
+        videos=tuple(path.absolute() for path in data.videos.shards),
+        labelled=tuple(path.absolute() for path in data.labelled.shards),
+        data=identity,
+        checkpoints=run.checkpoints.absolute(),
+        device="cuda" if workers.gpus else "cpu",
+        members_at_once=workers.members_at_once,
+    )
     here = CohortEvaluator(factory, videos, judging, runtime) if workers.count == 0 else None
     on_cpu = Runtime(torch.device("cpu"), amp=False)
     labelled = here.labelled if here else LabelledClips(judging, recipe, runtime=on_cpu)
@@ -138,15 +146,11 @@ class _Search:
         pool: Pool
         if isinstance(worker, CohortEvaluator):
             pool = LocalPool(worker, on_news=on_news)
-            return pool
-        self.records.display.say("starting workers")
-        pool = RayPool(
-            worker,
-            size=self.workers.count,
-            address=self.workers.address,
-            gpus=float(self.workers.gpus),
-            on_news=on_news,
-        )
+        else:
+            self.records.display.say("starting workers")
+            size, address = self.workers.count, self.workers.address
+            gpus = float(self.workers.gpus)
+            pool = RayPool(worker, size=size, address=address, gpus=gpus, on_news=on_news)
         return pool
 
     def _compares(self, cohort: Cohort) -> bool:
@@ -245,20 +249,6 @@ def _open_study(
             recipe_hash=recipe_hash(recipe),
             on_wait=on_wait,
         )
-
-
-def _factory(
-    recipe: Recipe, data: Data, identity: str, run: RunFolder, workers: Workers
-) -> CohortFactory:
-    return CohortFactory(
-        recipe,
-        videos=tuple(path.absolute() for path in data.videos.shards),
-        labelled=tuple(path.absolute() for path in data.labelled.shards),
-        data=identity,
-        checkpoints=run.checkpoints.absolute(),
-        device="cuda" if workers.gpus else "cpu",
-        members_at_once=workers.members_at_once,
-    )
 
 
 def _check_rounds(recipe: Recipe, run: RunFolder, study: SearchStudy) -> None:
