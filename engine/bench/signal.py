@@ -219,7 +219,13 @@ class Signal:
         """A cohort's trainings, looked at on the way."""
         self._warm_up()
         began = self._clock()
-        members, failed = self._members(losses, seed)
+        members: dict[str, Member] = {}
+        failed: dict[str, str] = {}
+        for loss in losses:
+            try:
+                members[loss] = self.trainer.member(load_loss(loss), seed=seed)
+            except ValueError as error:  # no sound, say
+                failed[loss] = str(error)
         looked: dict[str, list[Look]] = {loss: [] for loss in losses}
         judging, spent = 0.0, 0.0
         rounds = self.trainer.rounds(list(members.values()), seed=seed, bank=self._bank)
@@ -250,19 +256,6 @@ class Signal:
             )
             for loss in losses
         ]
-
-    def _members(
-        self, losses: Sequence[str], seed: int
-    ) -> tuple[dict[str, Member], dict[str, str]]:
-        """New members, and why the others could not be made."""
-        members: dict[str, Member] = {}
-        failed: dict[str, str] = {}
-        for loss in losses:
-            try:
-                members[loss] = self.trainer.member(load_loss(loss), seed=seed)
-            except ValueError as error:  # no sound, say
-                failed[loss] = str(error)
-        return members, failed
 
     def _warm_up(self) -> None:
         """Train a member for a step, so that the cost of a process's first step is no measured member's."""

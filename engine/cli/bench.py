@@ -57,45 +57,30 @@ def bench(
     PART signal trains random losses under two sets of seeds, and says how well fitness ranks them at what cost; it
     goes on with what is in its --json file. It is no part of "all": it takes two trainings a loss.
     """
-    from engine.bench.suite import check_files, chosen_recipe, parts_named, show_comparison
+    from engine.bench import suite
+    from engine.core.display import Display
     from engine.core.runtime import check_kernels_package, choose_runtime
+    from engine.data.library import demo_folders
 
     if compare is not None:
-        show_comparison(*compare)
+        suite.show_comparison(*compare)
         return
-    parts = () if part == SIGNAL else parts_named(part)
-    check_files(more["json"], more["plot"])
+    parts = () if part == SIGNAL else suite.parts_named(part)
+    suite.check_files(more["json"], more["plot"])
     check_kernels_package()
     gpu = choose_runtime(device).device.type == "cuda"
-    recipe = chosen_recipe(recipe_name, list(assignments), gpu=gpu)
+    recipe = suite.chosen_recipe(recipe_name, list(assignments), gpu=gpu)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     if part == SIGNAL:
         _signal(recipe, videos, runtime=runtime, **more)
-    else:
-        _throughput(parts, recipe, videos, runtime=runtime, **more)
-
-
-def _throughput(
-    parts: tuple[str, ...],
-    recipe: Recipe,
-    videos: tuple[Path, ...],
-    *,
-    runtime: Runtime,
-    quick: bool,
-    json: Path | None,
-    plot: Path | None,
-    **_: Any,
-) -> None:
-    from engine.bench.suite import WITH_VIDEOS, run_bench
-    from engine.core.display import Display
-    from engine.data.library import demo_folders
-
+        return
     index = None
-    if WITH_VIDEOS & set(parts):
+    if suite.WITH_VIDEOS & set(parts):
         with Display() as display:
             (library,) = common.open_videos(display, videos or demo_folders(display.prepare)[0])
         index = library.index
-    run_bench(parts, recipe, runtime=runtime, index=index, quick=quick, json=json, plot=plot)
+    shown = {key: more[key] for key in ("quick", "json", "plot")}
+    suite.run_bench(parts, recipe, runtime=runtime, index=index, **shown)
 
 
 def _signal(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,18 +70,9 @@ class Reliability:
         The least n with sqrt(one(repeats)) E[largest of n normal draws] >= 1; infinite beyond MOST_MEMBERS.
         """
         correlation = math.sqrt(self.one(repeats))
-        if not correlation:
-            return math.inf
-        low, high = 1, 2
-        while expected_largest(high) * correlation < 1:
-            low, high = high, 2 * high
-            if low > MOST_MEMBERS:
-                return math.inf
-        while high - low > 1:
-            middle = (low + high) // 2
-            short = expected_largest(middle) * correlation < 1
-            low, high = (middle, high) if short else (low, middle)
-        return high
+        counts = range(1, MOST_MEMBERS + 1)
+        short = bisect_left(counts, 1.0, key=lambda n: expected_largest(n) * correlation)
+        return counts[short] if short < len(counts) else math.inf
 
 
 def reliability(scores: ArrayLike, *more: ArrayLike) -> Reliability:

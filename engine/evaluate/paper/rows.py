@@ -8,7 +8,6 @@ from pathlib import Path
 
 from engine.evaluate.paper.scale import Scale
 
-TABLES = ("table1", "table2", "fig4", "fig5")
 TITLES = {
     "table1": "Table 1: self-supervised methods, without labels before the protocol",
     "table2": "Table 2: fine-tuned on labelled data sets",
