@@ -226,13 +226,12 @@ class _CohortTraining:
         self.rounds = None  # lets go of the decoders
 
     def _groups(self) -> list[list[Training]]:
-        """Runs of one seed that are in memory together; a loss that failed under one seed is not tried again."""
+        """Trainings of one seed that are in memory together; a loss that failed under one seed is not tried again."""
         failed = {one.place for one in self.trainings if one.failed is not None}
         groups = []
         for seed in dict.fromkeys(one.seed for one in self.trainings):
-            left = [
-                r for r in self.trainings if r.seed == seed and r.going and r.place not in failed
-            ]
+            same = [one for one in self.trainings if one.seed == seed and one.going]
+            left = [one for one in same if one.place not in failed]
             groups += [left[i : i + self.at_once] for i in range(0, len(left), self.at_once)]
         return groups
 
@@ -364,10 +363,8 @@ class _CohortTraining:
         results = tuple(one.result for one in trainings if one.result is not None)
         batch = self.trainer.recipe.optim.batch_size
         speeds = [one.trained * batch / one.seconds if one.trained else 0.0 for one in trainings]
-        compared = self.search.halving or state == "pruned"
-        common = (
-            sorted(set.intersection(*(set(one.at_rungs) for one in trainings))) if compared else ()
-        )
+        compared, first = self.search.halving or state == "pruned", trainings[0].first
+        common = set.intersection(*(set(one.at_rungs) for one in trainings)) if compared else ()
         return MemberResult(
             state=state,
             fitness=float(np.mean([r.value for r in results])) if state == "complete" else None,
@@ -378,7 +375,7 @@ class _CohortTraining:
             clips_per_second=fmean(speeds),
             learnt={} if failed else trainings[-1].learnt,
             rgb=trainings[-1].rgb if state == "complete" else None,
-            rungs=tuple((at - trainings[0].first, _rung_fitness(trainings, at)) for at in common),
+            rungs=tuple((at - first, _rung_fitness(trainings, at)) for at in sorted(common)),
             steps=sum(one.trained for one in trainings),
         )
 
