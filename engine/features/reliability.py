@@ -86,7 +86,9 @@ def reliability(scores: ArrayLike, *more: ArrayLike) -> Reliability:
     table = _clean(scores)
     tables = [table, *(_clean(each) for each in more)]
     if len(table) < 2:
-        raise ValueError(f"reliability: {len(table)} losses with a fitness; two are needed")
+        raise ValueError(
+            f"reliability: {len(table)} losses have a fitness, and at least two are needed"
+        )
     noise = _noise(tables)
     count = table.shape[1]
     between = float(np.var(table.mean(1), ddof=1)) - noise / count

@@ -130,7 +130,7 @@ def _begin(run: RunFolder | None, options: PretrainOptions) -> LossWeights:
             )
         return own
     if weights is None:
-        raise RunError(f"{run.path}: ended before it had its loss (loss.toml); give --loss again")
+        raise RunError(f"{run.path}: ended before it wrote its loss (loss.toml): give --loss again")
     about = "the loss that this run trains with"
     save_loss(weights, path, name="loss", about=about, labels_used=options.labels_used)
     return weights
