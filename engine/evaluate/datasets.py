@@ -304,8 +304,8 @@ def _official(index: ClipIndex, name: str, label: Ints) -> tuple[Fold, ...]:
             folds.append(Fold(f"split{number}", train, test))
     if not folds:
         raise ValueError(
-            f"{name}: no official split has clips both to train and to test on: the lists' videos are not here; for class"
-            " folders, use --dataset folders --folds group"
+            f"{name}: no official split has clips both to train and to test on: the lists' videos are not here; for"
+            " class folders, use --dataset folders --folds group"
         )
     return tuple(folds)
 

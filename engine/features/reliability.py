@@ -86,9 +86,7 @@ def reliability(scores: ArrayLike, *more: ArrayLike) -> Reliability:
     table = _clean(scores)
     tables = [table, *(_clean(each) for each in more)]
     if len(table) < 2:
-        raise ValueError(
-            f"reliability: {len(table)} losses have a fitness, and at least two are needed"
-        )
+        raise ValueError(f"reliability: {len(table)} losses have a fitness; at least two must")
     noise = _noise(tables)
     count = table.shape[1]
     between = float(np.var(table.mean(1), ddof=1)) - noise / count
