@@ -30,7 +30,8 @@ from scipy.stats import kendalltau, spearmanr
 
 from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
 from engine.core.runtime import choose_runtime, make_deterministic
-from engine.data.library import default_shard_cache, demo_folders, fingerprint, open_library
+from engine.data.library import default_shard_cache, demo_folders, open_library
+from engine.data.shards.index import data_digest
 from engine.features.extract import LabelledClips
 from engine.objective.lossfile import random_weights
 from engine.objective.terms import TERM_NAMES, LossWeights
@@ -104,7 +105,7 @@ class Bench:
         make_deterministic(self.runtime)
         if self.runtime.device.type == "cpu":
             torch.set_num_threads(1)
-        what = f"{recipe_hash(recipe)} {fingerprint(self.videos, self.judges)}"
+        what = f"{recipe_hash(recipe)} {data_digest((*self.videos.shards, *self.judges.shards))}"
         self.key = hashlib.sha256(what.encode()).hexdigest()[:12]
         self.bank: Any = None
         self._warm_up()

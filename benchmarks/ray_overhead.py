@@ -21,7 +21,7 @@ from typing import Any
 import click
 from rows import JSON, append
 
-from engine.core.pool import Crew, Done, Evaluator
+from engine.core.pool import Done, Evaluator, JobQueue
 from engine.core.ray_pool import RayPool
 
 
@@ -42,7 +42,7 @@ def measure(name: str, *, workers: int, members: list[float], cpus: float) -> di
     """Run all members and compare with the ideal: the longest of the workers' equal shares."""
     began = time.perf_counter()
     pool = RayPool(sleeper, size=workers, cpus=cpus)
-    crew = Crew(pool, 0, split=lambda work: [work])
+    queue = JobQueue(pool, 0, split=lambda work: [work])
     left = list(members)
     try:
         while pool.ready() < workers:
@@ -54,7 +54,7 @@ def measure(name: str, *, workers: int, members: list[float], cpus: float) -> di
             return now
 
         cpu = time.process_time()
-        slept = [report.result for _, report in crew.run(feed) if isinstance(report, Done)]
+        slept = [report.result for _, report in queue.run(feed) if isinstance(report, Done)]
         wall, cpu = time.perf_counter() - ready, time.process_time() - cpu
     finally:
         pool.close()

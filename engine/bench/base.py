@@ -1,4 +1,4 @@
-"""What the parts of the bench share: how time is taken, what the machine does at best, how peers are compared."""
+"""Timing, the machine's best speeds, and the comparison of peers, for all parts of the bench."""
 
 from __future__ import annotations
 
@@ -13,15 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.bench.rows import (
-    BANDWIDTH,
-    COMPUTE,
-    Limit,
-    Row,
-    gigabytes_per_second,
-    measured,
-    teraflops,
-)
+from engine.bench import rows
 from engine.core.recipe import Recipe
 from engine.core.runtime import Runtime
 from engine.data.shards.index import ClipIndex
@@ -42,7 +34,7 @@ INDUCTOR: dict[str, dict[str, str | int | bool | Callable[..., Any]]] = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured on: a recipe, a device and videos."""
+    """The recipe, the device and the videos to measure with."""
 
     recipe: Recipe
     runtime: Runtime
@@ -83,11 +75,11 @@ class Bench:
         seconds = 0.1 if self.quick else 1.0
         return interleaved(steps, device=self.device, seconds=seconds, flush=flush)
 
-    def copy_bandwidth(self) -> Limit:
+    def copy_bandwidth(self) -> rows.Limit:
         """See ``copy_bandwidth``."""
         return copy_bandwidth(self.device, torch.get_num_threads(), self.quick)
 
-    def matrix_peak(self, dtype: torch.dtype, *, ieee: bool = False) -> Limit:
+    def matrix_peak(self, dtype: torch.dtype, *, ieee: bool = False) -> rows.Limit:
         """The fastest matrix product in ``dtype``: see ``matrix_peak``.
 
         float32 on a GPU is measured as convolutions compute it, that is in TF32 where cuDNN may use it, or with
@@ -127,11 +119,11 @@ class Bench:
 
     def memory_rows(
         self, steps: Mapping[str, Step], *, ours: Sequence[str], bytes: int, **fields: Any
-    ) -> list[Row]:
+    ) -> list[rows.Row]:
         """Rows of one operation and its peers, which move at least ``bytes``, beside a copy's bandwidth."""
-        fields |= {"limit": self.copy_bandwidth(), "bytes": bytes, "unit": BANDWIDTH}
+        fields |= {"limit": self.copy_bandwidth(), "bytes": bytes, "unit": rows.BANDWIDTH}
         return [
-            measured(samples, count=bytes / 1e9, name=name, peer=name not in ours, **fields)
+            rows.measured(samples, count=bytes / 1e9, name=name, peer=name not in ours, **fields)
             for name, samples in self.time(steps, flush=True).items()
         ]
 
@@ -142,7 +134,7 @@ def shape(*sizes: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, else its name."""
+    """The first line of an error's message, or else its name."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -220,20 +212,20 @@ def _with_threads(what: str, device: torch.device, threads: int) -> str:
 
 
 @cache
-def copy_bandwidth(device: torch.device, threads: int, quick: bool) -> Limit:
+def copy_bandwidth(device: torch.device, threads: int, quick: bool) -> rows.Limit:
     """Bytes read and written a second while a large tensor is copied: the roof of what only moves memory."""
     size = COPY_BYTES[device.type]
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.zeros_like(source)
     ms = _fastest(lambda: target.copy_(source), device, quick=quick)
     name = _with_threads("memory copy", device, threads)
-    return Limit(name, gigabytes_per_second(2 * size, ms), BANDWIDTH)
+    return rows.Limit(name, rows.gigabytes_per_second(2 * size, ms), rows.BANDWIDTH)
 
 
 @cache
 def matrix_peak(
     device: torch.device, dtype: torch.dtype, threads: int, tf32: bool, quick: bool
-) -> Limit:
+) -> rows.Limit:
     """FLOPs a second of a large square matrix product in ``dtype``, the best of a few sizes."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
@@ -244,8 +236,8 @@ def matrix_peak(
             # drawn at random: a GPU multiplies constants faster, for the power that it saves
             a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
             product = partial(torch.mm, a, b, out=torch.empty_like(a))
-            best = max(best, teraflops(2 * side**3, _fastest(product, device, quick=quick)))
+            best = max(best, rows.teraflops(2 * side**3, _fastest(product, device, quick=quick)))
     finally:
         matmul.fp32_precision = before
     kind = "TF32" if tf32 else str(dtype)[6:]
-    return Limit(_with_threads(f"{kind} matrix product", device, threads), best, COMPUTE)
+    return rows.Limit(_with_threads(f"{kind} matrix product", device, threads), best, rows.COMPUTE)

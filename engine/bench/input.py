@@ -125,7 +125,7 @@ class Stages:
         return lambda i: [pipeline._compute_flow(clip[None]) for clip in batches[i]]
 
     def limit(self, stage: str, ms: float) -> Limit:
-        """What a stage can come to, from one thread's (or decoder's) milliseconds a batch."""
+        """A stage's best speed, from one thread's (or decoder's) milliseconds a batch."""
         count, what = self.threads, f"{self.threads} threads x one thread's"
         if self.bench.gpu and stage == "decode":
             decoders = VIDEO_DECODERS if self.films else JPEG_DECODERS

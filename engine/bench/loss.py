@@ -36,7 +36,7 @@ def mse_sum(
     divisors: Tensor,
     scalars: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What one would write without the op; it knows no masks."""
+    """The plain sum that one would write without the op; it knows no masks."""
     del masks
     losses = [F.mse_loss(s, t) for s, t in zip(students, teachers, strict=True)]
     values = torch.cat([torch.stack(losses).float(), scalars]) / divisors
@@ -60,7 +60,7 @@ def activation_shapes(
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """What is timed: the recipe's network, and a larger one whose activations no cache holds."""
+    """Cases to time: the recipe's network, and a larger one whose activations no cache holds."""
     recipe, single, half = bench.recipe, torch.float32, torch.bfloat16
     own = (recipe.model, recipe.clip, recipe.optim.batch_size)
     chosen = [(*own, single), (*own, half)] if bench.gpu else [(*own, single)]

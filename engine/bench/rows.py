@@ -1,4 +1,4 @@
-"""What a measurement is: a row with its limit, kept as JSON Lines, shown as a table, compared with another file's."""
+"""Measurements: rows with their limits, kept as JSON Lines, shown as a table and a roofline, compared with others."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from rich.table import Table
 from engine.core.display import table
 
 BANDWIDTH, COMPUTE = "GB/s", "TFLOP/s"
+SUFFIXES = (".png", ".svg")
+"""Of pictures of the roofline."""
 
 
 class Limit(Struct, frozen=True):
-    """What a stage is held against: something measured on this machine, or worked out from measurements."""
+    """A stage's physical limit: measured on this machine, or worked out from measurements."""
 
     name: str
     value: float
@@ -55,7 +57,7 @@ class Row(Struct, frozen=True, kw_only=True):
 
     @property
     def reached(self) -> float | None:
-        """What the call came to at the median, in the limit's unit; None without a limit."""
+        """The call's speed at the median, in the limit's unit; None without a limit."""
         if self.limit is None:
             return None
         if self.limit.unit == BANDWIDTH:
@@ -76,7 +78,7 @@ class Row(Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What makes rows of two files the same measurement."""
+        """The key by which rows of two files are the same measurement."""
         return self.part, self.name, self.shape, str(self.about.get("device", ""))
 
 
@@ -207,3 +209,42 @@ def bottleneck(rows: Sequence[Row]) -> str | None:
         f"bottleneck of {what}: {worst}, {number(stages[worst])} ms a batch beside {others}"
         f" ({share:.0%} of their sum)"
     )
+
+
+def check_path(path: Path) -> None:
+    """Raise ValueError for a picture that can't be written, before anything is measured."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--plot {path}: name a picture that ends in {' or '.join(SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {path.absolute().parent}")
+
+
+def points(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
+    """(label, FLOP per byte, TFLOP/s) of the rows that count both bytes and FLOPs."""
+    return [
+        (f"{row.part}: {row.name}", row.flops / row.bytes, teraflops(row.flops, row.ms[1]))
+        for row in rows
+        if row.flops and row.bytes
+    ]
+
+
+def roofs(rows: Sequence[Row], unit: str) -> list[Limit]:
+    """The limits in a unit that rows are held against, each once, the highest first."""
+    limits = {row.limit.name: row.limit for row in rows if row.limit and row.limit.unit == unit}
+    return sorted(limits.values(), key=lambda limit: -limit.value)
+
+
+def draw_roofline(rows: Sequence[Row], path: Path) -> bool:
+    """Write the picture; False, and no picture, where no row has both bytes and FLOPs."""
+    from engine.report.figures.roofline import roofline  # only here: matplotlib takes a second
+
+    rows = [row for row in rows if row.flops and row.bytes]
+    if not rows:
+        return False
+    title = f"Roofline of the stages: {rows[0].about.get('device', '')}"
+    lines = [
+        [(f"{limit.name}: {limit.value:.3g} {unit}", limit.value) for limit in roofs(rows, unit)]
+        for unit in (BANDWIDTH, COMPUTE)
+    ]
+    roofline(points(rows), *lines, title=title).savefig(path, dpi=150)
+    return True

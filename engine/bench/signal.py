@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from engine.core.provenance import provenance
 from engine.core.recipe import Recipe, preset_names, recipe_hash
 from engine.core.runtime import Runtime, make_deterministic
 from engine.data.clip_bank import ClipBank
-from engine.data.library import Library, fingerprint
+from engine.data.library import Library
+from engine.data.shards.index import data_digest
 from engine.features.extract import Cuts, Extractor, LabelledClips
 from engine.features.fitness import cohort_fitness
 from engine.features.readout import READOUTS
@@ -61,7 +62,7 @@ class Look(Struct, frozen=True):
 
     step: int
     core_seconds: float
-    """What it took to get there, judging left out."""
+    """Cost of getting there, judging left out."""
     effective_rank: float
     scores: dict[str, Score]
     """By read-out."""
@@ -83,7 +84,7 @@ class Training(Struct, frozen=True, kw_only=True):
     about: dict[str, Any] = {}
 
     def line(self, readout: str) -> str:
-        """What came of it, in one line."""
+        """The outcome in one line."""
         if self.failed is not None:
             return f"{self.loss}, seed {self.seed}: {self.failed}"
         seen = ", ".join(
@@ -94,7 +95,7 @@ class Training(Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """Losses, seeds and steps to measure."""
 
     losses: tuple[str, ...]
     """Names that ``load_loss`` knows."""
@@ -152,7 +153,7 @@ class Signal:
         self._extractor = Extractor(
             labelled.index, chosen.clips, cuts=cuts, runtime=runtime, bank={}
         )
-        self.key = f"{recipe_hash(recipe)} {fingerprint(videos, labelled)}"
+        self.key = f"{recipe_hash(recipe)} {data_digest((*videos.shards, *labelled.shards))}"
         self._about = {**provenance(runtime), "recipe": recipe.name, "clips": len(chosen.clips)}
         self._cut_off = False
         self._done = {(row.loss, row.seed): row for row in self._read()}
@@ -207,23 +208,24 @@ class Signal:
         return row
 
     def _untrained(self, seed: int) -> Training:
-        (look,), judging = self._look(
-            [self.trainer.initial_loss(seed).rgb], [UNTRAINED], seed, 0, 0.0
-        )
-        return Training(
-            key=self.key,
-            loss=UNTRAINED,
-            seed=seed,
-            looks=[look],
-            judging=judging,
-            about=self._about,
-        )
+        network = self.trainer.initial_loss(seed).rgb
+        looks, judging = self._look([network], [UNTRAINED], seed, 0, 0.0)
+        return self._row(loss=UNTRAINED, seed=seed, looks=looks, judging=judging)
+
+    def _row(self, **fields: Any) -> Training:
+        return Training(key=self.key, about=self._about, **fields)
 
     def _train(self, losses: Sequence[str], seed: int, looks: Sequence[int]) -> list[Training]:
         """A cohort's trainings, looked at on the way."""
         self._warm_up()
         began = self._clock()
-        members, failed = self._members(losses, seed)
+        members: dict[str, Member] = {}
+        failed: dict[str, str] = {}
+        for loss in losses:
+            try:
+                members[loss] = self.trainer.member(load_loss(loss), seed=seed)
+            except ValueError as error:  # no sound, say
+                failed[loss] = str(error)
         looked: dict[str, list[Look]] = {loss: [] for loss in losses}
         judging, spent = 0.0, 0.0
         rounds = self.trainer.rounds(list(members.values()), seed=seed, bank=self._bank)
@@ -244,34 +246,19 @@ class Signal:
                     looked[loss].append(look)
                 began = self._clock()
         return [
-            Training(
-                key=self.key,
+            self._row(
                 loss=loss,
                 seed=seed,
                 looks=looked[loss],
                 judging=judging,
                 terms=members[loss].term_values() if loss in members else {},
                 failed=failed.get(loss),
-                about=self._about,
             )
             for loss in losses
         ]
 
-    def _members(
-        self, losses: Sequence[str], seed: int
-    ) -> tuple[dict[str, Member], dict[str, str]]:
-        """New members, and why the others could not be made."""
-        members: dict[str, Member] = {}
-        failed: dict[str, str] = {}
-        for loss in losses:
-            try:
-                members[loss] = self.trainer.member(load_loss(loss), seed=seed)
-            except ValueError as error:  # no sound, say
-                failed[loss] = str(error)
-        return members, failed
-
     def _warm_up(self) -> None:
-        """What only a process's first step costs is no member's."""
+        """Train a member for a step, so that the cost of a process's first step is no measured member's."""
         if self._warm:
             return
         self._warm = True
@@ -284,7 +271,7 @@ class Signal:
     def _look(
         self, networks: Sequence[Any], names: Sequence[str], seed: int, step: int, spent: float
     ) -> tuple[list[Look], float]:
-        """What the networks' features are worth, and the core-seconds that judging one costs a search."""
+        """Scores of the networks' features, and the core-seconds that judging one costs a search."""
         began = self._clock()
         features = self._extractor.outputs(
             networks, [self.card] * len(networks), batch_norm=self.recipe.fitness.batch_norm
@@ -347,7 +334,7 @@ def judged(
 
 @dataclass(frozen=True)
 class Ranking:
-    """What one way of judging says after some steps."""
+    """Figures of one way of judging after some steps."""
 
     step: int
     readout: str
@@ -413,16 +400,9 @@ def summary(trainings: Sequence[Training], plan: Plan) -> list[Ranking]:
 
 def summary_table(rankings: Sequence[Ranking], title: str) -> Table:
     """A row a step and read-out."""
-    columns = [
-        "steps",
-        "read-out",
-        "best",
-        "mean",
-        "untrained",
-        "Spearman (95 %)",
-        "losses' spread",
-    ]
-    columns += ["seeds'", "ratio", "repeats", "members (1, 2, 4 repeats)", "core-s a member"]
+    columns = ["steps", "read-out", "best", "mean", "untrained", "Spearman (95 %)"]
+    columns += ["losses' spread", "seeds'", "ratio", "repeats"]
+    columns += ["members (1, 2, 4 repeats)", "core-s a member"]
     cells = [
         [
             str(row.step),
@@ -468,5 +448,4 @@ def _at(row: Training, step: int) -> Look:
 
 
 def _value(look: Look, name: str) -> float:
-    score: Mapping[str, Score] = look.scores
-    return score[name].value if name in score else float("nan")
+    return look.scores[name].value if name in look.scores else float("nan")

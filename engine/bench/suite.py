@@ -1,4 +1,4 @@
-"""The bench as a whole: which parts there are, the sizes that a device gets, and what is shown at the end."""
+"""The bench as a whole: its parts, the sizes that a device gets, and the tables at the end."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import msgspec
 import torch
 from rich.console import Console
 
-from engine.bench import cohort, input, kmeans, loss, step, views
+from engine.bench import cohort, input, kmeans, loss, rows, step, views
 from engine.bench.base import Bench, keep_heap
-from engine.bench.plot import check_path, draw_roofline
-from engine.bench.rows import Row, append_json, bottleneck, comparison, read_json, rows_table
 from engine.core.provenance import provenance
 from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
 from engine.core.runtime import Runtime, make_deterministic
 from engine.data.shards.index import ClipIndex
 
-PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+PARTS: dict[str, Callable[[Bench], Iterator[rows.Row]]] = {
     "input": input.run,
     "views": views.run,
     "loss": loss.run,
@@ -36,7 +34,7 @@ GPU_SIZES = (
     "name=gpu clip.size=112 clip.num_frames=16 model.arch=r3d_18 model.width=1.0 model.pool=false "
     "objective.order_share=1.0 objective.decoder_width=32"
 ).split()
-"""What a GPU is measured with unless a recipe is named: the demo's recipe, with networks of full size."""
+"""Changes to the demo's recipe for a GPU, unless a recipe is named: networks of full size."""
 
 
 def parts_named(part: str) -> tuple[str, ...]:
@@ -61,7 +59,7 @@ def chosen_recipe(name: str | None, assignments: list[str], *, gpu: bool) -> Rec
 def check_files(json: Path | None, plot: Path | None) -> None:
     """Raise ValueError for files that can't be written, before anything is measured."""
     if plot is not None:
-        check_path(plot)
+        rows.check_path(plot)
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
         raise ValueError(f"--json {json}: name a file in a folder that exists")
 
@@ -75,7 +73,7 @@ def run_bench(
     quick: bool = False,
     json: Path | None = None,
     plot: Path | None = None,
-) -> list[Row]:
+) -> list[rows.Row]:
     """Measure parts, show each one's table when it is there, and name the bottleneck.
 
     ``index`` may be None where no part is in WITH_VIDEOS. Rows are appended to ``json`` part by part.
@@ -92,20 +90,20 @@ def run_bench(
     bench = Bench(recipe, runtime, index, notes.append, quick)
     about = {**provenance(runtime), "seed": recipe.seed, "recipe": recipe.name}
     about |= {"recipe_hash": recipe_hash(recipe), "threads": torch.get_num_threads()}
-    measured: list[Row] = []
+    measured: list[rows.Row] = []
     for part in parts:
-        rows = [msgspec.structs.replace(row, about=about) for row in PARTS[part](bench)]
-        measured += rows
-        console.print(rows_table(f"{part} on {about['device']}", rows))
+        new = [msgspec.structs.replace(row, about=about) for row in PARTS[part](bench)]
+        measured += new
+        console.print(rows.rows_table(f"{part} on {about['device']}", new))
         while notes:
             say(notes.pop(0))
         if json is not None:
-            append_json(rows, json)
+            rows.append_json(new, json)
     if plot is not None:
-        drawn = draw_roofline(measured, plot)
+        drawn = rows.draw_roofline(measured, plot)
         none = "nothing to draw: only views, loss and step count both bytes and FLOPs"
         say(f"roofline: {plot}" if drawn else none)
-    if (worst := bottleneck(measured)) is not None:
+    if (worst := rows.bottleneck(measured)) is not None:
         say(worst)
     return measured
 
@@ -113,8 +111,8 @@ def run_bench(
 def show_comparison(first: Path, second: Path) -> None:
     """Print two result files side by side; raises ValueError for one that holds no results."""
     console = wide_console()
-    rows = read_json(first), read_json(second)
-    shown, missing = comparison(*rows, names=(first.name, second.name))
+    both = rows.read_json(first), rows.read_json(second)
+    shown, missing = rows.comparison(*both, names=(first.name, second.name))
     console.print(shown)
     for line in missing:
         console.print(line, markup=False, soft_wrap=True)

@@ -35,7 +35,7 @@ def plain(
 
 
 def floor_bytes(pixels: int, dtype: torch.dtype) -> int:
-    """What must be moved: RGB bytes in, RGB and grey numbers out."""
+    """The least bytes moved: RGB bytes in, RGB and grey numbers out."""
     return pixels * (3 + 4 * dtype.itemsize)
 
 

@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.common import (
-    ASSIGNMENTS,
-    COUNT,
-    DEVICE,
-    NATURAL,
-    PATH,
-    RECIPE,
-    errors_explained,
-    open_videos,
-    options,
-)
+from engine.cli import common
 
 if TYPE_CHECKING:
     from engine.core.recipe import Recipe
@@ -28,30 +18,31 @@ SIGNAL = "signal"
 
 @click.command()
 @click.argument("part", default="all")
-@click.option("--videos", multiple=True, type=PATH, help="Videos or shards [default: the demo's].")
-@options(RECIPE, ASSIGNMENTS, DEVICE)
-@click.option("--quick", is_flag=True, help="Fewer repeats and smaller cohorts.")
-@click.option("--json", type=PATH, help="Append a row a measurement to this JSON Lines file.")
-@click.option("--plot", type=PATH, help="Draw the stages' roofline: a .png or .svg file.")
+@common.paths("--videos", help="Videos or shards [default: the demo's].")
+@common.options(common.RECIPE, common.ASSIGNMENTS, common.DEVICE)
+@common.flag("--quick", help="Fewer repeats and smaller cohorts.")
+@common.path("--json", help="Append a row a measurement to this JSON Lines file.")
+@common.path("--plot", help="Draw the stages' roofline: a .png or .svg file.")
 @click.option(
-    "--compare", nargs=2, type=PATH, metavar="A B", help="Only show two --json files side by side."
+    "--compare",
+    nargs=2,
+    type=common.PATH,
+    metavar="A B",
+    help="Only show two --json files side by side.",
 )
-@click.option(
-    "--labelled",
-    multiple=True,
-    type=PATH,
-    help="signal: class folders, or shards of them, that judge [default: the demo's].",
+@common.paths(
+    "--labelled", help="signal: class folders, or shards of them, that judge [default: the demo's]."
 )
-@click.option("--losses", type=NATURAL, default=24, help="signal: random losses.")
-@click.option("--repeats", type=COUNT, default=1, help="signal: seeds in each of the two sets.")
+@common.natural("--losses", default=24, help="signal: random losses.")
+@common.count("--repeats", default=1, help="signal: seeds in each of the two sets.")
 @click.option(
     "--looks", multiple=True, type=int, metavar="STEP", help="signal: judge after STEP steps, too."
 )
 @click.option(
     "--presets/--no-presets", default=True, help="signal: also train the losses that come along."
 )
-@click.option("--features", type=PATH, help="signal: keep the judged features in this folder.")
-@errors_explained
+@common.path("--features", help="signal: keep the judged features in this folder.")
+@common.errors_explained
 def bench(
     part: str,
     videos: tuple[Path, ...],
@@ -66,45 +57,30 @@ def bench(
     PART signal trains random losses under two sets of seeds, and says how well fitness ranks them at what cost; it
     goes on with what is in its --json file. It is no part of "all": it takes two trainings a loss.
     """
-    from engine.bench.suite import check_files, chosen_recipe, parts_named, show_comparison
+    from engine.bench import suite
+    from engine.core.display import Display
     from engine.core.runtime import check_kernels_package, choose_runtime
+    from engine.data.library import demo_folders
 
     if compare is not None:
-        show_comparison(*compare)
+        suite.show_comparison(*compare)
         return
-    parts = () if part == SIGNAL else parts_named(part)
-    check_files(more["json"], more["plot"])
+    parts = () if part == SIGNAL else suite.parts_named(part)
+    suite.check_files(more["json"], more["plot"])
     check_kernels_package()
     gpu = choose_runtime(device).device.type == "cuda"
-    recipe = chosen_recipe(recipe_name, list(assignments), gpu=gpu)
+    recipe = suite.chosen_recipe(recipe_name, list(assignments), gpu=gpu)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     if part == SIGNAL:
         _signal(recipe, videos, runtime=runtime, **more)
-    else:
-        _throughput(parts, recipe, videos, runtime=runtime, **more)
-
-
-def _throughput(
-    parts: tuple[str, ...],
-    recipe: Recipe,
-    videos: tuple[Path, ...],
-    *,
-    runtime: Runtime,
-    quick: bool,
-    json: Path | None,
-    plot: Path | None,
-    **_: Any,
-) -> None:
-    from engine.bench.suite import WITH_VIDEOS, run_bench
-    from engine.core.display import Display
-    from engine.data.library import demo_folders
-
+        return
     index = None
-    if WITH_VIDEOS & set(parts):
+    if suite.WITH_VIDEOS & set(parts):
         with Display() as display:
-            (library,) = open_videos(display, videos or demo_folders(display.prepare)[0])
+            (library,) = common.open_videos(display, videos or demo_folders(display.prepare)[0])
         index = library.index
-    run_bench(parts, recipe, runtime=runtime, index=index, quick=quick, json=json, plot=plot)
+    shown = {key: more[key] for key in ("quick", "json", "plot")}
+    suite.run_bench(parts, recipe, runtime=runtime, index=index, **shown)
 
 
 def _signal(
@@ -131,7 +107,7 @@ def _signal(
     plan = plan_of(recipe, losses=losses, repeats=repeats, looks=looks, presets=presets)
     with Display() as display:
         folders = (videos, labelled) if videos else demo_folders(display.prepare)
-        train, judging = open_videos(display, *folders)
+        train, judging = common.open_videos(display, *folders)
         files = {"rows": json, "features": features}
         bench = Signal(recipe, train, judging, runtime=runtime, warn=display.say, **files)
         measure(bench, plan, say=display.say, show=wide_console().print)

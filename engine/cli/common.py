@@ -1,4 +1,4 @@
-"""What the commands share: options, errors in one line, and the opening of runs, videos and labelled videos."""
+"""Options that commands share, errors in one line, and the opening of runs, videos and labelled videos."""
 
 from __future__ import annotations
 
@@ -30,26 +30,29 @@ PATH = click.Path(path_type=Path)
 COUNT, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
 SECONDS = click.FloatRange(min=0, min_open=True)
 
+path = functools.partial(click.option, type=PATH)
+paths = functools.partial(path, multiple=True)
+count = functools.partial(click.option, type=COUNT)
+natural = functools.partial(click.option, type=NATURAL)
+seconds = functools.partial(click.option, type=SECONDS)
+flag = functools.partial(click.option, is_flag=True)
+"""Options by the type of their value."""
+
 RECIPE = click.option(
     "--recipe", "recipe_name", metavar="FILE|NAME", help="Recipe file, or its name."
 )
 ASSIGNMENTS = click.option(
     "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Override the recipe."
 )
-SEED = click.option("--seed", type=NATURAL, help="Override the recipe's seed.")
-RUN = click.option(
-    "--run", "run_path", type=PATH, help="Run folder [default: a new one under runs/]."
-)
-RESUME = click.option("--resume", is_flag=True, help="Go on with --run, or with the newest run.")
+SEED = natural("--seed", help="Override the recipe's seed.")
+RUN = path("--run", "run_path", help="Run folder [default: a new one under runs/].")
+RESUME = flag("--resume", help="Go on with --run, or with the newest run.")
 DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
-WORKERS = click.option("--workers", type=COUNT, help="Processes [default: one a core].")
-BASELINES = click.option(
-    "--baselines", "with_baselines", is_flag=True, help="Show trivial baselines on the same folds."
-)
-ROOT = click.option("--root", multiple=True, type=PATH, help="Folder of the videos, or shards.")
-SPLITS = click.option(
+WORKERS = count("--workers", help="Processes [default: one a core].")
+BASELINES = flag("--baselines", "with_baselines", help="Show trivial baselines on the same folds.")
+ROOT = paths("--root", help="Folder of the videos, or shards.")
+SPLITS = path(
     "--splits",
-    type=PATH,
     help="Folder of the lists [default: in or beside --root]; of --dataset folders: of train.csv, val.csv, test.csv.",
 )
 FOLDS = click.option(
@@ -58,9 +61,7 @@ FOLDS = click.option(
 GROUP_PATTERN = click.option(
     "--group-pattern", metavar="REGEX", help="Finds a clip's group in its file's name."
 )
-ALLOW_MISSING = click.option(
-    "--allow-missing", is_flag=True, help="Go on where listed videos are missing, and say so."
-)
+ALLOW_MISSING = flag("--allow-missing", help="Go on where listed videos are missing, and say so.")
 
 
 def options(*declared: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -1,4 +1,4 @@
-"""What a machine has, and which path each stage takes on it."""
+"""Checks a machine: the libraries and devices there, and the path that each stage takes."""
 
 from __future__ import annotations
 

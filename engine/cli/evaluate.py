@@ -7,22 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.common import (
-    ASSIGNMENTS,
-    BASELINES,
-    COUNT,
-    DEVICE,
-    PATH,
-    RECIPE,
-    SEED,
-    errors_explained,
-    holds_class_folders,
-    labelled_options,
-    open_labelled,
-    open_run,
-    options,
-    run_options,
-)
+from engine.cli import common
 
 if TYPE_CHECKING:
     from engine.core.recipe import Recipe
@@ -34,15 +19,13 @@ DATASETS = "ucf101, hmdb51, kinetics or folders"
 DATASET = click.option(
     "--dataset", "name", help=f"{DATASETS} [default: the recipe's, or folders for class folders]"
 )
-SEEDS = click.option("--seeds", type=COUNT, default=1, help="Seeds to repeat with.")
+SEEDS = common.count("--seeds", default=1, help="Seeds to repeat with.")
 
 
 @click.command()
-@click.option(
+@common.paths(
     "--checkpoint",
     "checkpoints",
-    multiple=True,
-    type=PATH,
     required=True,
     help="A network's file, or a run; may be given again.",
 )
@@ -52,15 +35,14 @@ SEEDS = click.option("--seeds", type=COUNT, default=1, help="Seeds to repeat wit
     default="frozen",
     help="frozen: all three that train no network.",
 )
-@options(DATASET, labelled_options, SEEDS, BASELINES)
-@click.option(
+@common.options(DATASET, common.labelled_options, SEEDS, common.BASELINES)
+@common.path(
     "--json",
     "json_path",
-    type=PATH,
     help="Append a row a protocol to this JSON Lines file, with confusion matrices as CSV beside it.",
 )
-@options(RECIPE, ASSIGNMENTS, SEED, DEVICE)
-@errors_explained
+@common.options(common.RECIPE, common.ASSIGNMENTS, common.SEED, common.DEVICE)
+@common.errors_explained
 def evaluate(
     checkpoints: tuple[Path, ...],
     protocol: str,
@@ -88,12 +70,10 @@ def evaluate(
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     make_deterministic(runtime)
     with Display() as display:
-        dataset = open_labelled(display, name, max(card.input.size for card in cards), **labelled)
-        shared: dict[str, Any] = {
-            "runtime": runtime,
-            "seed": recipe.seed,
-            "on_progress": display.prepare,
-        }
+        size = max(card.input.size for card in cards)
+        dataset = common.open_labelled(display, name, size, **labelled)
+        shared: dict[str, Any] = {"runtime": runtime, "seed": recipe.seed}
+        shared["on_progress"] = display.prepare
         results = evaluate_many(
             networks,
             dataset,
@@ -114,15 +94,13 @@ def evaluate(
 
 @click.command()
 @click.argument("recipe_argument", metavar="[DATASET|RECIPE]", required=False)
-@click.option(
-    "--checkpoint",
-    type=PATH,
-    help="The network's file, or a run; none for --set finetune.init=scratch.",
+@common.path(
+    "--checkpoint", help="The network's file, or a run; none for --set finetune.init=scratch."
 )
-@options(DATASET, labelled_options, SEEDS)
-@click.option("--checkpoint-every", type=COUNT, default=200, help="Steps between saves.")
-@run_options
-@errors_explained
+@common.options(DATASET, common.labelled_options, SEEDS)
+@common.count("--checkpoint-every", default=200, help="Steps between saves.")
+@common.run_options
+@common.errors_explained
 def finetune(
     recipe_argument: str | None,
     recipe_name: str | None,
@@ -142,12 +120,12 @@ def finetune(
     check_kernels_package()
     labelled = {key: options.pop(key) for key in LABELLED}
     chosen = _recipe_named(recipe_argument or recipe_name, resume=options["resume"])
-    run, recipe = open_run("finetune", "", recipe_name=chosen, **options)
+    run, recipe = common.open_run("finetune", "", recipe_name=chosen, **options)
     name = name or recipe.finetune.dataset or _folders(labelled["root"])
     inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=labelled)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display(log=run.path) as display:
-        dataset = open_labelled(display, inputs["name"], recipe.clip.size, **inputs["data"])
+        dataset = common.open_labelled(display, inputs["name"], recipe.clip.size, **inputs["data"])
         result = run_finetuning(
             run,
             recipe,
@@ -164,7 +142,7 @@ def finetune(
 
 def _folders(root: tuple[Path, ...]) -> str | None:
     """The data set's name where none is named and ``root`` holds class folders."""
-    return "folders" if root and holds_class_folders(root) else None
+    return "folders" if root and common.holds_class_folders(root) else None
 
 
 def _evaluation_recipe(

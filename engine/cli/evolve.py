@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.common import (
-    COUNT,
-    NATURAL,
-    PATH,
-    errors_explained,
-    open_run,
-    open_videos,
-    run_options,
-    say_substitutes,
-)
+from engine.cli import common
 
 if TYPE_CHECKING:
     from engine.core.display import Display
@@ -26,7 +17,7 @@ if TYPE_CHECKING:
     from engine.search.evolve import Data, Workers
 
 DEMO = ["demo"]
-"""How a run notes the built-in videos."""
+"""A run's note for the built-in videos."""
 
 
 def members(text: str) -> int | None:
@@ -39,23 +30,17 @@ def members(text: str) -> int | None:
 
 
 @click.command()
-@click.option(
-    "--videos", multiple=True, type=PATH, help="Videos or shards to train on; may be given again."
-)
-@click.option(
+@common.paths("--videos", help="Videos or shards to train on; may be given again.")
+@common.paths(
     "--labelled",
-    multiple=True,
-    type=PATH,
     help="Class folders, or shards of them, to judge losses by; none for fitness.metric=zipf.",
 )
 @click.option("--method", help="How losses are proposed: search.method of the recipe.")
-@click.option(
-    "--rounds",
-    type=NATURAL,
-    help="Members after the initial population; may be raised with --resume.",
+@common.natural(
+    "--rounds", help="Members after the initial population; may be raised with --resume."
 )
-@click.option("--gpus", type=COUNT, metavar="N", help="Workers, with a GPU each.")
-@click.option("--workers", type=COUNT, metavar="N", help="Workers on CPUs.")
+@common.count("--gpus", metavar="N", help="Workers, with a GPU each.")
+@common.count("--workers", metavar="N", help="Workers on CPUs.")
 @click.option(
     "--address", metavar="auto|HOST:PORT", help="Ray cluster to join [default: one here]."
 )
@@ -75,11 +60,8 @@ def members(text: str) -> int | None:
     metavar="SECONDS",
     help="Longest training of a member on a worker [default: any].",
 )
-@click.option(
-    "--max-retries",
-    type=NATURAL,
-    default=2,
-    help="How often a member is tried again whose worker was lost.",
+@common.natural(
+    "--max-retries", default=2, help="How often a member is tried again whose worker was lost."
 )
 @click.option(
     "--clip-bank",
@@ -89,15 +71,15 @@ def members(text: str) -> int | None:
 @click.option(
     "--storage", metavar="URL", help="Database for the study [default: a file in the run]."
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done and how long it would take.")
+@common.flag("--dry-run", help="Say what would be done and how long it would take.")
 @click.option(
     "--signal",
     type=click.IntRange(min=2),
     metavar="N",
     help="A dry run that also trains N random losses under two seeds, and says how well fitness ranks them.",
 )
-@run_options
-@errors_explained
+@common.run_options
+@common.errors_explained
 def evolve(
     videos: tuple[Path, ...],
     labelled: tuple[Path, ...],
@@ -121,9 +103,9 @@ def evolve(
     settings = {key: options.pop(key) for key in ("method", "rounds", "clip_bank")}
     assignments += tuple(f"search.{k}={v}" for k, v in settings.items() if v is not None)
     limits = {key: options.pop(key) for key in ("members_at_once", "time_limit", "max_retries")}
-    crew = _workers(gpus, workers, options.pop("address"), device, **limits)
+    trainers = _workers(gpus, workers, options.pop("address"), device, **limits)
     default = "cpu/evolve" if videos else "demo"
-    run, recipe = open_run("evolve", default, assignments=assignments, **options)
+    run, recipe = common.open_run("evolve", default, assignments=assignments, **options)
     if videos and not labelled:
         if recipe.fitness.uses_labels:
             raise ValueError(
@@ -131,9 +113,12 @@ def evolve(
                 " fitness.metric=zipf and --set fitness.num_clusters=N"
             )
         labelled = videos
-    if crew.count != 0:
-        device = "auto" if crew.gpus else "cpu"
-    how: dict[str, Any] = {"runtime": choose_runtime(device, amp=recipe.optim.amp), "workers": crew}
+    if trainers.count != 0:
+        device = "auto" if trainers.gpus else "cpu"
+    how: dict[str, Any] = {
+        "runtime": choose_runtime(device, amp=recipe.optim.amp),
+        "workers": trainers,
+    }
     run.use_storage(storage)
     with Display(log=None if dry_run or signal else run.path) as display:
         data = _data(run, videos, labelled, resume=options["resume"], display=display)
@@ -157,7 +142,7 @@ def _signal(recipe: Recipe, data: Data, losses: int, *, runtime: Runtime, displa
 def _workers(
     gpus: int | None, workers: int | None, address: str | None, device: str, **limits: Any
 ) -> Workers:
-    """Who does the work; raises ValueError for options that contradict each other or the machine."""
+    """Options of the workers; raises ValueError where they contradict each other or the machine."""
     import torch
 
     from engine.search.evolve import Workers
@@ -199,7 +184,7 @@ def _data(
     folders = [[Path(name) for name in each] for each in names]
     if names == (DEMO, DEMO):
         folders = list(demo_folders(display.prepare))
-    unlabelled, judged_by = open_videos(display, *folders)
+    unlabelled, judged_by = common.open_videos(display, *folders)
     return Data(unlabelled, judged_by, names)
 
 
@@ -210,7 +195,7 @@ def _evolve(recipe: Any, data: Data, *, run: RunFolder, display: Display, **how:
     from engine.search.evolve import evolve as search
 
     summary = search(recipe, data, run=run, display=display, **how)
-    say_substitutes(display, data.videos, data.labelled)
+    common.say_substitutes(display, data.videos, data.labelled)
     page = write_report(run.path)
     print_outcome(summary)
     print_events(Events(run.path).counts)

@@ -9,17 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.common import (
-    COUNT,
-    NATURAL,
-    PATH,
-    errors_explained,
-    open_run,
-    open_videos,
-    run_options,
-    say_library,
-    say_substitutes,
-)
+from engine.cli import common
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,30 +26,22 @@ if TYPE_CHECKING:
     metavar="FILE|PRESET|random:SEED",
     help="The loss, such as RUN/best.toml.",
 )
-@click.option(
-    "--videos", multiple=True, type=PATH, required=True, help="Videos or shards; several times."
-)
-@click.option("--gpus", type=COUNT, help="One process a GPU, on so many GPUs of this machine.")
-@click.option("--workers", type=COUNT, help="So many processes on this machine's CPU.")
-@click.option(
+@common.paths("--videos", required=True, help="Videos or shards; several times.")
+@common.count("--gpus", help="One process a GPU, on so many GPUs of this machine.")
+@common.count("--workers", help="So many processes on this machine's CPU.")
+@common.natural(
     "--restarts",
-    type=NATURAL,
     default=3,
     help="How often all processes may start again, from the last checkpoint, after one died.",
 )
-@click.option("--checkpoint-every", type=COUNT, default=500, help="In steps.")
-@click.option("--keep-every", type=COUNT, help="Steps between checkpoints that are kept.")
-@click.option(
-    "--labelled",
-    multiple=True,
-    type=PATH,
-    help="Labelled clips whose k-means fitness chooses checkpoints/best.safetensors.",
+@common.count("--checkpoint-every", default=500, help="In steps.")
+@common.count("--keep-every", help="Steps between checkpoints that are kept.")
+@common.paths(
+    "--labelled", help="Labelled clips whose k-means fitness chooses checkpoints/best.safetensors."
 )
-@click.option(
-    "--judge-every", type=COUNT, help="Steps between fitnesses [default: --checkpoint-every]."
-)
-@run_options
-@errors_explained
+@common.count("--judge-every", help="Steps between fitnesses [default: --checkpoint-every].")
+@common.run_options
+@common.errors_explained
 def pretrain(gpus: int | None, workers: int | None, restarts: int, **options: Any) -> None:
     """Train the representation with a given loss; ends with the RGB network as RUN/rgb.safetensors."""
     from engine.core.launch import ranks_of_environment
@@ -98,11 +80,11 @@ def _here(options: dict[str, Any]) -> Path | None:
     from engine.core.display import Display
     from engine.train.pretrain import pretrain
 
-    run, job = _new_job(options)
+    run, training = _new_run(options)
     with Display(log=run.path) as display:
-        say = partial(say_library, display)
-        out, library = pretrain(job, display, run=run, device=job.device, opened=say)
-        say_substitutes(display, library)
+        say = partial(common.say_library, display)
+        out, library = pretrain(training, display, run=run, device=training.device, opened=say)
+        common.say_substitutes(display, library)
     return out
 
 
@@ -113,13 +95,13 @@ def _in_processes(options: dict[str, Any], processes: int, restarts: int) -> Pat
 
     if options["device"] == "cuda":
         check_gpus(processes)
-    run, job = _new_job(options)
+    run, training = _new_run(options)
     run.close()
-    folders = [job.videos, job.labelled] if job.labelled else [job.videos]
+    folders = [training.videos, training.labelled] if training.labelled else [training.videos]
     with Display() as display:
-        videos, *labelled = [library.shards for library in open_videos(display, *folders)]
-    job = replace(job, videos=videos, labelled=labelled[0] if labelled else ())
-    return in_processes(job, processes=processes, restarts=restarts)
+        videos, *labelled = [library.shards for library in common.open_videos(display, *folders)]
+    training = replace(training, videos=videos, labelled=labelled[0] if labelled else ())
+    return in_processes(training, processes=processes, restarts=restarts)
 
 
 def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
@@ -137,9 +119,9 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
 
     def make() -> PretrainOptions:
         resume = options["resume"] or (path / "recipe.toml").exists()
-        run, job = _new_job({**options, "resume": resume})
+        run, training = _new_run({**options, "resume": resume})
         run.close()
-        return job
+        return training
 
     try:
         return as_rank(make, ranks, device=options["device"], run=path)[0]
@@ -149,15 +131,15 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
         sys.exit(1)
 
 
-def _new_job(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
-    """The run's folder, and the job that the options describe."""
+def _new_run(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
+    """The run's folder, and the options of its training."""
     from engine.objective.lossfile import load_loss, loss_used_labels
     from engine.train.pretrain import PretrainOptions
 
     loss = options["loss_name"]
     weights = load_loss(loss) if loss else None
-    run, recipe = open_run("pretrain", "cpu/pretrain", **options)
-    job = PretrainOptions(
+    run, recipe = common.open_run("pretrain", "cpu/pretrain", **options)
+    training = PretrainOptions(
         recipe,
         run.path,
         videos=options["videos"],
@@ -170,4 +152,4 @@ def _new_job(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
         keep_every=options["keep_every"],
         judge_every=options["judge_every"],
     )
-    return run, job
+    return run, training

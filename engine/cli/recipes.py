@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from engine.cli.common import errors_explained
+from engine.cli import common
 
 
 @click.command()
 @click.argument("name", required=False)
-@errors_explained
+@common.errors_explained
 def recipes(name: str | None) -> None:
     """List the recipes and losses that come along, or print the one called NAME, to change a copy of it."""
     from engine.core.recipe import preset_names, preset_text, recipe_named

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import click
 
-from engine.cli.common import PATH, errors_explained
+from engine.cli import common
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
-@click.option("--compare", is_flag=True, help="Put two or more runs side by side on one page.")
-@click.option(
+@click.argument("runs", nargs=-1, required=True, type=common.PATH, metavar="RUN...")
+@common.flag("--compare", help="Put two or more runs side by side on one page.")
+@common.path(
     "--out",
-    type=PATH,
     metavar="FILE.html",
     help="With --compare: the page; its figures lie beside it [default: compare.html].",
 )
-@errors_explained
+@common.errors_explained
 def report(runs: tuple[Path, ...], compare: bool, out: Path | None) -> None:
     """Write a run's report again, also while it is at work: RUN/report.html.
 
@@ -43,9 +42,9 @@ def report(runs: tuple[Path, ...], compare: bool, out: Path | None) -> None:
 
 
 @click.command()
-@click.argument("folder", type=PATH, default=Path("runs"), metavar="[DIR]")
-@click.option("--json", "as_lines", is_flag=True, help="One JSON object a line.")
-@errors_explained
+@click.argument("folder", type=common.PATH, default=Path("runs"), metavar="[DIR]")
+@common.flag("--json", "as_lines", help="One JSON object a line.")
+@common.errors_explained
 def runs(folder: Path, as_lines: bool) -> None:
     """List the runs in DIR [default: runs]: state, best fitness, members done, age.
 

@@ -7,28 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli.common import (
-    BASELINES,
-    DEVICE,
-    PATH,
-    errors_explained,
-    labelled_options,
-    open_labelled,
-    open_videos,
-    say_substitutes,
-)
+from engine.cli import common
 
 if TYPE_CHECKING:
-    from engine.core.run import RunFolder
     from engine.evaluate.paper.rows import Inputs
 
 
 @click.command()
 @click.argument("table", type=click.Choice(["table1", "table2", "fig4", "fig5"]))
 @click.option("--scale", "scale_name", default="cpu", metavar="cpu|small|paper|FILE")
-@click.option(
-    "--videos", multiple=True, type=PATH, required=True, help="Unlabelled videos or shards."
-)
+@common.paths("--videos", required=True, help="Unlabelled videos or shards.")
 @click.option(
     "--dataset",
     "names",
@@ -36,7 +24,7 @@ if TYPE_CHECKING:
     default=["folders"],
     help="ucf101, hmdb51, kinetics or folders; for table2 again, each with its --root.",
 )
-@labelled_options
+@common.labelled_options
 @click.option(
     "--loss",
     "losses",
@@ -44,12 +32,12 @@ if TYPE_CHECKING:
     metavar="[NAME=]LOSS",
     help="The evolved loss, RUN/best.toml; with NAME= a further row.",
 )
-@click.option("--imagenet", type=PATH, help="State dict of a ResNet trained on ImageNet.")
-@click.option("--kinetics", type=PATH, help="State dict of a video ResNet trained on Kinetics.")
+@common.path("--imagenet", help="State dict of a ResNet trained on ImageNet.")
+@common.path("--kinetics", help="State dict of a video ResNet trained on Kinetics.")
 @click.option("--rows", help="Only these, by name, with commas.")
 @click.option("--seeds", help="Only these, with commas [default: the scale's].")
 @click.option("--protocols", help="Only these, with commas: kmeans, linear, finetune.")
-@BASELINES
+@common.BASELINES
 @click.option(
     "--set",
     "assignments",
@@ -57,13 +45,11 @@ if TYPE_CHECKING:
     metavar="KEY=VALUE",
     help="Override the scale, such as pretrain.optim.steps=50.",
 )
-@click.option("--retry-failed", is_flag=True, help="Do failed cells again.")
-@click.option("--dry-run", is_flag=True, help="List what is to do, with an estimate.")
-@click.option(
-    "--run", "run_path", type=PATH, help="Run folder [default: runs/reproduce-TABLE-SCALE]."
-)
-@DEVICE
-@errors_explained
+@common.flag("--retry-failed", help="Do failed cells again.")
+@common.flag("--dry-run", help="List what is to do, with an estimate.")
+@common.path("--run", "run_path", help="Run folder [default: runs/reproduce-TABLE-SCALE].")
+@common.DEVICE
+@common.errors_explained
 def reproduce(
     table: str,
     scale_name: str,
@@ -81,6 +67,7 @@ def reproduce(
     """Run one of the paper's tables or figures; the same command goes on after a kill."""
     from engine.cli.tables import print_paper
     from engine.core.display import Display
+    from engine.core.run import RunFolder
     from engine.core.runtime import check_kernels_package, choose_runtime
     from engine.evaluate.paper.run import Reproduction, Selection
     from engine.evaluate.paper.scale import load_scale
@@ -97,11 +84,12 @@ def reproduce(
     pairs = _pairs(names, root)
     _check_apart(videos, root)
     runtime = choose_runtime(device, amp=scale.pretrain.optim.amp)
-    run = _run_folder(run_path or Path("runs") / f"reproduce-{table}-{scale.name}", scale.pretrain)
+    path = run_path or Path("runs") / f"reproduce-{table}-{scale.name}"
+    run = RunFolder.begun(path, scale.pretrain)
     with Display(log=run.path) as display:
         size = scale.pretrain.clip.size
-        datasets = [open_labelled(display, name, size, root=r, **more) for name, r in pairs]
-        (library,) = open_videos(display, videos)
+        datasets = [common.open_labelled(display, name, size, root=r, **more) for name, r in pairs]
+        (library,) = common.open_videos(display, videos)
         todo = Reproduction(
             table, scale, inputs, library, datasets, run, runtime, display, only, with_baselines
         )
@@ -110,7 +98,7 @@ def reproduce(
                 click.echo(line)
             return
         todo.go(write, retry_failed=retry_failed)
-        say_substitutes(display, library)
+        common.say_substitutes(display, library)
     print_paper(table_of(todo), run.path)
 
 
@@ -156,15 +144,6 @@ def _check_apart(videos: tuple[Path, ...], roots: tuple[Path, ...]) -> None:
                     f"--videos {video} and --root {root} share videos, so that held-out clips would be trained on: give"
                     " other --videos; with folds by group, some groups' clips are added to them, without labels"
                 )
-
-
-def _run_folder(path: Path, recipe: Any) -> RunFolder:
-    """A new run, or the one that the same command began."""
-    from engine.core.run import RunFolder
-
-    if (path / "recipe.toml").exists():
-        return RunFolder.reopen(path, recipe)[0]
-    return RunFolder.create(path, recipe)
 
 
 def _pairs(names: tuple[str, ...], roots: tuple[Path, ...]) -> list[tuple[str, tuple[Path, ...]]]:

@@ -7,54 +7,39 @@ from typing import Any
 
 import click
 
-from engine.cli.common import (
-    COUNT,
-    DEVICE,
-    PATH,
-    SECONDS,
-    WORKERS,
-    errors_explained,
-    options,
-    say_rejects,
-)
+from engine.cli import common
 
-CHECKPOINT = click.option(
-    "--checkpoint", type=PATH, help="The network: RUN, RUN/rgb.safetensors, or published weights."
+CHECKPOINT = common.path(
+    "--checkpoint", help="The network: RUN, RUN/rgb.safetensors, or published weights."
 )
 
 
 @click.command()
-@click.argument("videos", nargs=-1, type=PATH)
+@click.argument("videos", nargs=-1, type=common.PATH)
 @CHECKPOINT
-@click.option("--out", type=PATH, help="The file of features, such as features.parquet.")
+@common.path("--out", help="The file of features, such as features.parquet.")
 @click.option("--per", type=click.Choice(["clip", "video"]), default="clip")
-@click.option(
-    "--views",
-    type=COUNT,
-    default=1,
-    help="Views in time, spread over each clip, whose features are averaged.",
+@common.count(
+    "--views", default=1, help="Views in time, spread over each clip, whose features are averaged."
 )
-@click.option(
-    "--clip-seconds",
-    type=SECONDS,
-    help="Length of a raw video's clips [default: what the network sees at once].",
+@common.seconds(
+    "--clip-seconds", help="Length of a raw video's clips [default: what the network sees at once]."
 )
-@click.option(
+@common.seconds(
     "--every",
-    type=SECONDS,
     metavar="SECONDS",
     help="From one clip's start to the next one's [default: --clip-seconds, end to end].",
 )
 @click.option("--fps", type=click.FloatRange(min=1), default=25.0)
-@click.option("--batch-size", type=COUNT, default=32)
-@options(WORKERS, DEVICE)
+@common.count("--batch-size", default=32)
+@common.options(common.WORKERS, common.DEVICE)
 @click.option(
     "--amp",
     type=click.Choice(["auto", "off", "bf16"]),
     default="auto",
     help="Number format of the network; auto: bf16 on a GPU, float32 on a CPU.",
 )
-@errors_explained
+@common.errors_explained
 def embed(
     videos: tuple[Path, ...],
     checkpoint: Path | None,
@@ -102,7 +87,7 @@ def embed(
         except KeyboardInterrupt:
             raise RuntimeError("interrupted; the same command goes on from here") from None
         rejects = [Reject(**facts) for facts in report.rejects]
-        say_rejects(display, rejects, file=f"{out}.rejects.jsonl")
+        common.say_rejects(display, rejects, file=f"{out}.rejects.jsonl")
         display.say(report.protocol)
         display.say(f"{report.rows} rows, {len(rejects)} rejected -> {out}")
 
@@ -117,11 +102,11 @@ def _required(checkpoint: Path | None, out: Path | None, what: str) -> tuple[Pat
 
 @click.command()
 @CHECKPOINT
-@click.option("--out", type=PATH, help="The file, such as network.onnx or network.pt2.")
+@common.path("--out", help="The file, such as network.onnx or network.pt2.")
 @click.option(
     "--format", "format_", metavar="torch|onnx", help="[default: by --out: .pt2 or .onnx]"
 )
-@errors_explained
+@common.errors_explained
 def export(checkpoint: Path | None, out: Path | None, format_: str | None) -> None:
     """Write the RGB network, with its preprocessing, as a torch.export program or an ONNX file.
 

@@ -87,7 +87,7 @@ class Lost:
     reason: str
     worker: str
     error: BaseException | None = None
-    """What the job raised, where it was an error that ended it."""
+    """The error that ended the job, where it was one."""
 
 
 @dataclass
@@ -320,7 +320,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 @dataclass
-class Crew:
+class JobQueue:
     """The queue of jobs: keeps a pool's workers busy until all work is done or has failed for good.
 
     Lost work is done again, divided by ``split`` into smaller jobs (so that one bad member can't take others down

@@ -21,19 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import engine
-from engine.core.pool import (
-    POLL_SECONDS,
-    Done,
-    Evaluator,
-    Factory,
-    Job,
-    Lost,
-    OnNews,
-    Pool,
-    Worker,
-    die_with_parent,
-    lost_by_error,
-)
+from engine.core import pool
 
 WORK = "work"
 """The thread of a worker's process in which it gets ready and does its jobs."""
@@ -45,11 +33,11 @@ CONNECT_SECONDS = 10.0
 GROW_SECONDS = 30.0
 """Between checks whether a cluster has more CPUs than before."""
 START_SECONDS = 900.0
-"""How long a worker may take to get ready."""
+"""Longest time that a worker takes to get ready."""
 PLACE_SECONDS = 20.0
-"""How long the first workers wait for the others to be placed, before they divide each machine's cores."""
+"""Longest time that the first workers wait for the others' places before they divide each machine's cores."""
 MISSING_SECONDS = 600.0
-"""How long a run without any worker waits for one: a cluster may be getting a node back."""
+"""Longest time that a run without any worker waits for one: a cluster may be getting a node back."""
 STARTS = 3
 """Errors at its start, or losses while others get their work done, after which a worker is given up."""
 DEATHS = 10
@@ -60,10 +48,10 @@ class _Actor:
     """A worker's process: evaluates in one thread and answers how far it is in another."""
 
     def __init__(self) -> None:
-        self._evaluator: Evaluator | None = None
+        self._evaluator: pool.Evaluator | None = None
         self._progress: Any = None
         # Ray's daemon; else it would hold its GPU for a while after its driver was killed
-        die_with_parent()
+        pool.die_with_parent()
 
     def place(self) -> tuple[str, str, int]:
         """Host, node and process number."""
@@ -71,7 +59,7 @@ class _Actor:
 
         return socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def prepare(self, factory: Factory, workers_here: int) -> None:
+    def prepare(self, factory: pool.Factory, workers_here: int) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers_here))
         self._evaluator = factory(workers_here)
@@ -91,7 +79,7 @@ def in_turn(method: Any) -> Any:
 
 
 @dataclass
-class _Slot(Worker):
+class _Slot(pool.Worker):
     """A worker as an actor. Stages: placing, placed, preparing, idle, busy, given up."""
 
     actor: Any = None
@@ -110,7 +98,7 @@ class _Slot(Worker):
         return f"{self.name} (process {self.pid} on {self.host})" if self.pid else self.name
 
 
-class RayPool(Pool):
+class RayPool(pool.Pool):
     """``size`` workers as Ray actors; behaves as ``engine.core.pool.Pool`` says.
 
     Joins the cluster at ``address`` (``auto`` or ``HOST:PORT``), or starts Ray on this machine alone. Each worker
@@ -122,13 +110,13 @@ class RayPool(Pool):
 
     def __init__(
         self,
-        factory: Factory,
+        factory: pool.Factory,
         *,
         size: int | None,
         address: str | None = None,
         gpus: float = 0.0,
         cpus: float = 1.0,
-        on_news: OnNews = lambda job, news: None,
+        on_news: pool.OnNews = lambda job, news: None,
     ) -> None:
         """``size`` None: as many as the cluster has GPUs, or, for workers without, CPUs, also when it grows."""
         self._ray = _import_ray()
@@ -157,16 +145,16 @@ class RayPool(Pool):
         self._together, self._reason = False, ""
         self._add(self.size)
 
-    def _begin(self, worker: _Slot, job: Job) -> None:
+    def _begin(self, worker: _Slot, job: pool.Job) -> None:
         worker.checked = time.monotonic()
         self._ask(worker, "busy", in_turn(worker.actor.evaluate).remote(job.work))
 
-    def wait(self) -> Sequence[Done | Lost]:
+    def wait(self) -> Sequence[pool.Done | pool.Lost]:
         self._check_any_left()
         waiting = {s.reference: s for s in self.workers if s.reference is not None}
-        reports: list[Done | Lost] = []
+        reports: list[pool.Done | pool.Lost] = []
         if references := list(waiting):
-            self._ray.wait(references, num_returns=1, timeout=POLL_SECONDS)
+            self._ray.wait(references, num_returns=1, timeout=pool.POLL_SECONDS)
             done, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
             for reference in done:
                 reports += self._answered(waiting[reference])
@@ -194,7 +182,7 @@ class RayPool(Pool):
         slot.actor, slot.pid, slot.node = self._actor.remote(), 0, ""
         self._ask(slot, "placing", slot.actor.place.remote())
 
-    def _answered(self, slot: _Slot) -> Iterator[Done | Lost]:
+    def _answered(self, slot: _Slot) -> Iterator[pool.Done | pool.Lost]:
         reference, slot.reference, job = slot.reference, None, slot.job
         try:
             answer = self._ray.get(reference)
@@ -210,22 +198,22 @@ class RayPool(Pool):
             assert job is not None
             slot.stage, slot.job, slot.asked, slot.failures = "idle", None, None, 0
             self._seen = time.monotonic()
-            yield Done(job, answer, slot.title)
+            yield pool.Done(job, answer, slot.title)
 
-    def _explained(self, error: Any, slot: _Slot) -> Lost:
+    def _explained(self, error: Any, slot: _Slot) -> pool.Lost:
         """The loss that an error of Ray's reports; raises an error of the disk."""
         known, text = self._ray.exceptions, " ".join(str(error).split())
         if isinstance(error, known.RayTaskError):
-            return lost_by_error(slot.job, error.cause, slot.title)
+            return pool.lost_by_error(slot.job, error.cause, slot.title)
         if isinstance(error, known.OutOfMemoryError) or "OOM" in text.split("Some common")[0]:
             kind, reason = "out_of_memory", "its process was ended for want of memory"
         elif "node has died" in text or "node died" in text or "owner" in text:
             kind, reason = "node_lost", "its node was lost"
         else:
             kind, reason = "worker_died", "its process ended unexpectedly"
-        return Lost(slot.job, kind, reason, slot.title)
+        return pool.Lost(slot.job, kind, reason, slot.title)
 
-    def _lost(self, slot: _Slot, lost: Lost) -> Iterator[Lost]:
+    def _lost(self, slot: _Slot, lost: pool.Lost) -> Iterator[pool.Lost]:
         """Report it and put a new process in the worker's place, or give the place up."""
         self._kill(slot)
         slot.failures += 1
@@ -250,7 +238,7 @@ class RayPool(Pool):
                 os.kill(slot.pid, signal.SIGKILL)
         slot.actor, slot.reference, slot.asked, slot.job, slot.pid = None, None, None, None, 0
 
-    def _check(self, slot: _Slot) -> Iterator[Lost]:
+    def _check(self, slot: _Slot) -> Iterator[pool.Lost]:
         """Asks for a job's progress, and ends a job or a start whose time is up."""
         now = time.monotonic()
         if slot.job is not None and slot.asked is not None:
@@ -259,12 +247,12 @@ class RayPool(Pool):
                 with suppress(self._ray.exceptions.RayError):  # the job's own answer says it
                     self._on_news(slot.job, self._ray.get(slot.asked))
                 slot.asked = None
-        elif slot.stage == "busy" and now - slot.checked >= POLL_SECONDS:
+        elif slot.stage == "busy" and now - slot.checked >= pool.POLL_SECONDS:
             slot.asked, slot.checked = slot.actor.progress.remote(), now
         limit = START_SECONDS if slot.stage == "preparing" else slot.job.seconds if slot.job else 0
         if 0 < limit < now - slot.since:
             reason = f"not done in its time limit of {limit:g} s"
-            yield from self._lost(slot, Lost(slot.job, "time_limit", reason, slot.title))
+            yield from self._lost(slot, pool.Lost(slot.job, "time_limit", reason, slot.title))
 
     def _grow(self) -> None:
         """Take the CPUs that a cluster has got since, where as many workers as it has were asked for."""
@@ -350,7 +338,7 @@ def _start_here(ray: Any, **options: Any) -> None:
 
 
 def room(ray: Any, size: int | None, *, cpus: float, gpus: float) -> int:
-    """How many workers there are to be; raises ValueError where the cluster never has room for one."""
+    """The number of workers to start; raises ValueError where the cluster never has room for one."""
     total = ray.cluster_resources()
     if size is None and gpus:
         size = int(total.get("GPU", 0) / gpus)

@@ -70,7 +70,7 @@ class Model(Section, frozen=True):
     depths: tuple[Positive, ...] = ()
     """Residual blocks in each of the four stages; none: as many as ``arch`` has."""
     time_strides: Strides = (1, 1, 2, 2, 2)
-    """What the stem and the four stages divide the number of frames by."""
+    """Divisors of the number of frames, of the stem and the four stages."""
     space_strides: Strides = (2, 1, 2, 2, 2)
     """Likewise of height and width, and of the sound's frames and mels."""
     motion_stem: Share = 0.0
@@ -86,7 +86,7 @@ class Objective(Section, frozen=True):
     """chance: each term is divided by what comes of no learning on the same batch, so that 1 is nothing and 0 all that
     can be learnt; raw: as it is (the paper does not say)."""
     distill: Literal["l2", "standardised", "projected"] = "l2"
-    """What is compared: activations as they are (the paper), standardised ones, or a linear map of RGB's with those."""
+    """The activations compared: as they are (the paper), standardised ones, or a linear map of RGB's with those."""
     margin: PositiveFloat = 0.5
     embed_dim: Positive = 64
     decoder_width: Positive = 32
@@ -137,7 +137,7 @@ class Fitness(Section, frozen=True):
     views_per_clip: Positive = 2
     """Views in time, evenly spread over a clip, whose features are averaged."""
     readout: Readout = "unit"
-    """How features are scaled before they are clustered; ``engine.features.readout`` describes each."""
+    """Scaling of features before they are clustered; ``engine.features.readout`` describes each."""
     kmeans_init: Positive = 10
     """K-means starts per run; the one with the least inertia counts."""
     kmeans_seeds: Positive = 3
@@ -154,7 +154,7 @@ class Fitness(Section, frozen=True):
         return self.metric != "zipf"
 
     def clusters_for(self, num_classes: int) -> int:
-        """How many clusters k-means finds, for 0 classes without labels; raises ValueError that says what to set."""
+        """The number of clusters for k-means, for 0 classes without labels; raises ValueError that says what to set."""
         if num_classes == 0 and self.uses_labels:
             raise ValueError(
                 f'fitness.metric "{self.metric}" needs labelled clips: give some with --labelled, '
@@ -219,7 +219,7 @@ class Evaluation(Section, frozen=True):
     """Statistics of batch norm: those of training, or of batches that mix all classes (they see test clips)."""
     batch_size: Annotated[int, Meta(ge=2)] = 32
     readout: Readout = "unit"
-    """How features are scaled before k-means, as in ``[fitness]``."""
+    """Scaling of features before k-means, as in ``[fitness]``."""
     kmeans_init: Positive = 10
     kmeans_seeds: Annotated[int, Meta(ge=1, le=100)] = 10
     strengths: tuple[PositiveFloat, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

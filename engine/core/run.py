@@ -128,6 +128,12 @@ class RunFolder:
         run._take_lock()
         return run, own
 
+    @classmethod
+    def begun(cls, path: Path, recipe: Recipe) -> RunFolder:
+        """The run that an earlier process began with this recipe, or a new one; raises as ``reopen``."""
+        old = (path / "recipe.toml").exists()
+        return cls.reopen(path, recipe)[0] if old else cls.create(path, recipe)
+
     def _take_lock(self) -> None:
         for attempt in range(4):
             try:
@@ -208,7 +214,7 @@ def plain(text: str) -> str:
 
 
 def how_ended(run: Path) -> tuple[str, str] | None:
-    """How the last process at work on a run ended, and why; None where the log doesn't say (killed, or at work)."""
+    """The end of the last process at work on a run, and why; None where the log has none (killed, or at work)."""
     try:
         with (run / LOG).open("rb") as file:
             file.seek(0, 2)

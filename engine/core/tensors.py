@@ -37,9 +37,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, facts: Mapping[st
         with replacing(path) as temporary:
             save_file(whole, temporary, metadata=metadata)
     except SafetensorError as error:
-        number = re.search(
-            r"os error (\d+)", str(error)
-        )  # the system's, which it gives as text alone
+        number = re.search(r"os error (\d+)", str(error))  # the system's, given as text alone
         if number is None:
             raise OSError(f"can't write {path}: {error}") from None
         text = f"can't write the checkpoint: {os.strerror(int(number[1]))}"

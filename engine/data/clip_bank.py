@@ -44,7 +44,7 @@ ROWS = 16
 GPU_SHARE = 0.25
 """Of a GPU's free memory, what a bank may take."""
 FULL_SCALE = 32768.0
-"""What 16-bit samples are shares of."""
+"""The largest 16-bit sample, as which full volume is stored."""
 UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 

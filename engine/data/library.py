@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.data.demo.demo import default_cache, make_demo
 from engine.data.ingest.run import Progress, ingest
 from engine.data.ingest.sources import Reject
-from engine.data.shards.index import ClipIndex, data_digest, is_shards
+from engine.data.shards.index import ClipIndex, is_shards
 
 Report = Callable[[str, int, int], None]
 """Called while something is prepared: what, done, total; once with a total of 0 for a line to be said."""
@@ -74,11 +74,6 @@ def reported(name: str, report: Report) -> Callable[[Progress], None]:
             report(f"reading {name}", now.done, now.total)
 
     return show
-
-
-def fingerprint(*libraries: Library) -> str:
-    """Identifies data as ``data_digest`` does."""
-    return data_digest(folder for library in libraries for folder in library.shards)
 
 
 def default_shard_cache() -> Path:

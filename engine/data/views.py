@@ -42,7 +42,7 @@ class Views:
     clip: dict[str, Tensor]
     """rgb (N,3,T,H,W), grey (N,1,T,H,W), flow (N,2,T,H,W) channels-last; audio (N,1,F,mels)."""
     future: dict[str, Tensor]
-    """What comes next: rgb and grey P frames, flow the P-1 maps that there are, audio the next stretch."""
+    """The clips' continuation: rgb and grey P frames, flow the P-1 maps that there are, audio the next stretch."""
     shifted_audio: Tensor | None
     """(N,1,F,mels) the misaligned sound."""
     has_audio: Tensor
@@ -57,7 +57,7 @@ class Views:
     def __len__(self) -> int:
         return len(self.order)
 
-    def part(self, number: int, of: int) -> Views:
+    def microbatch(self, number: int, of: int) -> Views:
         """Every ``of``-th clip from ``number`` on, in memory of its own; ``whole`` is left out."""
 
         def cut(x: Tensor) -> Tensor:

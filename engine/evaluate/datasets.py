@@ -261,7 +261,7 @@ def _described(
     unmatched = [s for (s, _), group in zip(clips, groups, strict=True) if group is None]
     if by_group and pattern is not None and unmatched:
         raise ValueError(
-            f"the group pattern {pattern.pattern!r} matches {len(unmatched)} of {len(clips)} names nowhere, such as"
+            f"the group pattern {pattern.pattern!r} finds nothing in {len(unmatched)} of {len(clips)} names, such as"
             f" {unmatched[0]}: give another with --group-pattern"
         )
     group, names = _numbered(
@@ -312,8 +312,8 @@ def _official(index: ClipIndex, name: str, label: Ints) -> tuple[Fold, ...]:
             folds.append(Fold(f"split{number}", train, test))
     if not folds:
         raise ValueError(
-            f"{name}: no official split has clips to train and to test on: videos or shards lack what lists say;"
-            " class folders go by --dataset folders --folds group"
+            f"{name}: no official split has clips both to train and to test on: the lists' videos are not here; for"
+            " class folders, use --dataset folders --folds group"
         )
     return tuple(folds)
 

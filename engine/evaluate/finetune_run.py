@@ -80,8 +80,7 @@ def run_finetuning(
 
     def note() -> None:
         """Write what the run begins with, or check that it is continued on the same videos."""
-        digest = data_digest(dataset.index.folders)
-        write_provenance(run, {**provenance(runtime), "data": digest})
+        write_provenance(run, {**provenance(runtime), "data": data_digest(dataset.index.folders)})
         run.write_json(INPUTS, inputs)
 
     run.begin(note)

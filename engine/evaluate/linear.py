@@ -13,10 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import (  # type: ignore[import-untyped]
-    LogisticRegression,
-    RidgeClassifier,
-)
+from sklearn import linear_model  # type: ignore[import-untyped]
 from sklearn.model_selection import StratifiedGroupKFold  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
@@ -87,7 +84,7 @@ def _logistic(gpu: bool) -> Any:
         from cuml.linear_model import LogisticRegression as OnGpu
 
         return OnGpu(**settings, output_type="numpy")
-    return LogisticRegression(**settings, warm_start=True)
+    return linear_model.LogisticRegression(**settings, warm_start=True)
 
 
 def layers_predict(*, num_classes: int, gpu: bool = False) -> Predictor:
@@ -102,7 +99,8 @@ def layers_predict(*, num_classes: int, gpu: bool = False) -> Predictor:
 
 def ridge_predict(x: Floats, labels: Ints, test: Floats, strengths: Sequence[float]) -> Ints:
     """Predict by one-against-all ridge regressions on -1 and 1; strengths are their alphas."""
-    return np.stack([RidgeClassifier(alpha=a).fit(x, labels).predict(test) for a in strengths])
+    ridges = [linear_model.RidgeClassifier(alpha=a).fit(x, labels) for a in strengths]
+    return np.stack([ridge.predict(test) for ridge in ridges])
 
 
 def choose_strength(

@@ -169,9 +169,7 @@ class Judge:
         """Runs all folds and seeds of a protocol."""
         classes = range(len(self.dataset.classes))
         total = np.zeros((len(classes), len(classes)), np.int64)
-        one: Callable[[Ints, Ints, int], tuple[dict[str, Any], Ints | None]] = getattr(
-            self, f"_{protocol}"
-        )
+        one: Callable[..., tuple[dict[str, Any], Ints | None]] = getattr(self, f"_{protocol}")
         seeds = seeds[:1] if protocol == "retrieval" else seeds
         turns = [(seed, fold) for seed in seeds for fold in self._folds(protocol)]
         rows = []
@@ -248,10 +246,8 @@ class Judge:
     def _linear(self, train: Ints, test: Ints, seed: int) -> tuple[dict[str, Any], Ints]:
         labels, s = self.videos.label[train], self.settings
         every = self.videos.features.numpy()
-        how: dict[str, Any] = {
-            "num_classes": len(self.dataset.classes),
-            "gpu": self.device.startswith("cuda"),
-        }
+        on_gpu = self.device.startswith("cuda")
+        how: dict[str, Any] = {"num_classes": len(self.dataset.classes), "gpu": on_gpu}
         strength = linear.choose_strength(
             linear.layers_predict(**how),
             every[train],

@@ -12,11 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
-from sklearn.metrics import (  # type: ignore[import-untyped]
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-)
-from sklearn.metrics.cluster import contingency_matrix  # type: ignore[import-untyped]
+from sklearn import metrics  # type: ignore[import-untyped]
 from torch import Tensor
 
 Floats = NDArray[np.floating[Any]]
@@ -50,17 +46,17 @@ def agreement(labels: Ints, clusters: Ints) -> Agreement:
             f" not {clusters.dtype} of shape {clusters.shape}"
         )
     counts, classes, matched = matching(labels, clusters)
-    nmi = normalized_mutual_info_score(labels, clusters, average_method="arithmetic")
+    nmi = metrics.normalized_mutual_info_score(labels, clusters, average_method="arithmetic")
     return Agreement(
         hungarian=float(counts[classes, matched].sum() / labels.size),
         nmi=float(np.clip(nmi, 0.0, 1.0)),  # rounding can leave [0, 1] by an ulp
-        ari=float(adjusted_rand_score(labels, clusters)),
+        ari=float(metrics.adjusted_rand_score(labels, clusters)),
     )
 
 
 def matching(labels: Ints, clusters: Ints) -> tuple[Ints, Ints, Ints]:
     """Counts (classes, clusters), rising, and the rows and columns of the best one-to-one matching."""
-    counts = contingency_matrix(labels, clusters)
+    counts = metrics.cluster.contingency_matrix(labels, clusters)
     return counts, *linear_sum_assignment(counts, maximize=True)
 
 

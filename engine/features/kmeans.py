@@ -74,9 +74,8 @@ def kmeans_backend(device: str, choice: str = "auto") -> Backend:
             f'fitness.kmeans = "cuml" needs cuML (extra cuda12 or cuda13) and a GPU, but {lacking}:'
             ' write "auto"'
         )
-    return (
-        AUTO.get(device.partition(":")[0], "sklearn") if choice == "auto" else cast(Backend, choice)
-    )
+    own = AUTO.get(device.partition(":")[0], "sklearn")
+    return own if choice == "auto" else cast(Backend, choice)
 
 
 def cluster(

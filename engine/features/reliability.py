@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ MOST_MEMBERS = 10_000
 
 @dataclass(frozen=True)
 class Reliability:
-    """How well one training, or several, rank losses."""
+    """Spreads and rank correlations that say how well one training, or several, rank losses."""
 
     losses: int
     seeds: int
@@ -69,18 +70,9 @@ class Reliability:
         The least n with sqrt(one(repeats)) E[largest of n normal draws] >= 1; infinite beyond MOST_MEMBERS.
         """
         correlation = math.sqrt(self.one(repeats))
-        if not correlation:
-            return math.inf
-        low, high = 1, 2
-        while expected_largest(high) * correlation < 1:
-            low, high = high, 2 * high
-            if low > MOST_MEMBERS:
-                return math.inf
-        while high - low > 1:
-            middle = (low + high) // 2
-            short = expected_largest(middle) * correlation < 1
-            low, high = (middle, high) if short else (low, middle)
-        return high
+        counts = range(1, MOST_MEMBERS + 1)
+        short = bisect_left(counts, 1.0, key=lambda n: expected_largest(n) * correlation)
+        return counts[short] if short < len(counts) else math.inf
 
 
 def reliability(scores: ArrayLike, *more: ArrayLike) -> Reliability:
@@ -94,7 +86,7 @@ def reliability(scores: ArrayLike, *more: ArrayLike) -> Reliability:
     table = _clean(scores)
     tables = [table, *(_clean(each) for each in more)]
     if len(table) < 2:
-        raise ValueError(f"reliability: {len(table)} losses with a fitness; two are needed")
+        raise ValueError(f"reliability: {len(table)} losses have a fitness; at least two must")
     noise = _noise(tables)
     count = table.shape[1]
     between = float(np.var(table.mean(1), ddof=1)) - noise / count

@@ -64,7 +64,7 @@ class Decoder(nn.Module):
         return (*time, *(-(-n // part) for n in self.out_size[len(time) :]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """What stage-4 activations decode to, (N, out_channels, *out_size)."""
+        """Decode stage-4 activations to (N, out_channels, *out_size)."""
         first, second, third = self.norms
         sizes = zip(x.shape[2:], self.out_size, self.coarse_grid, strict=True)
         grid = [max(min(now, end), coarse) for now, end, coarse in sizes]

@@ -16,11 +16,11 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from engine.core.recipe import Recipe
+from engine.core.recipe import Model, Recipe
 from engine.core.tensors import CheckpointError, load_tensors, save_tensors
 from engine.data.views import RGB_MEAN, RGB_STD
 from engine.model.pretrained import architecture_of, is_image_network, load_pretrained
-from engine.model.resnet3d import SPACE_STRIDES, TIME_STRIDES, ResNet3D, Strides, video_network
+from engine.model.resnet3d import ResNet3D, video_network
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,16 +34,9 @@ class ClipInput(Struct, frozen=True):
     size: int = 112
 
 
-class Card(Struct, frozen=True, kw_only=True):
-    """What a network's file says of it."""
+class Card(Model, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """The contents of a network's file beside its weights: its shape, what it takes and where it comes from."""
 
-    arch: str
-    width: float = 1.0
-    pool: bool = False
-    depths: tuple[int, ...] = ()
-    time_strides: Strides = TIME_STRIDES
-    space_strides: Strides = SPACE_STRIDES
-    motion_stem: float = 0.0
     input: ClipInput = ClipInput()
     mean: tuple[float, float, float] = RGB_MEAN
     """Of frames scaled to [0, 1], RGB: clips are normalised by it and ``std`` before they enter."""
@@ -59,25 +52,15 @@ class Card(Struct, frozen=True, kw_only=True):
     num_clips: int | None = None
     """Unlabelled clips trained on."""
     git_sha: str | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
     source: str = ""
     """The file that it was read from."""
 
 
 def card_of(recipe: Recipe, **facts: Any) -> Card:
     """The card of a network trained with a recipe; ``facts`` are the card's other fields."""
-    model, clip = recipe.model, recipe.clip
-    return Card(
-        arch=model.arch,
-        width=model.width,
-        pool=model.pool,
-        depths=model.depths,
-        time_strides=model.time_strides,
-        space_strides=model.space_strides,
-        motion_stem=model.motion_stem,
-        input=ClipInput(clip.num_frames, clip.frame_stride, clip.size),
-        **facts,
-    )
+    clip = ClipInput(recipe.clip.num_frames, recipe.clip.frame_stride, recipe.clip.size)
+    return Card(**msgspec.structs.asdict(recipe.model), input=clip, **facts)
 
 
 def save_network(path: Path, state: Mapping[str, Tensor], card: Card, **facts: Any) -> None:
@@ -128,19 +111,12 @@ def _pickled(path: Path) -> dict[str, Any]:
 
 
 def _card(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], path: Path) -> Card:
-    if "arch" in facts:
-        try:
-            return msgspec.convert({**facts, "source": str(path)}, Card)
-        except msgspec.ValidationError as error:
-            raise CheckpointError(f"{path}: its card can't be read: {error}") from None
-    arch = architecture_of(tensors, where=str(path))
-    if is_image_network(tensors, where=str(path)):
-        return Card(
-            arch=arch,
-            pool=True,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            labels_used=True,
-            source=str(path),
-        )
-    return Card(arch=arch, pool=arch == "r3d_50", labels_used=True, source=str(path))
+    if "arch" not in facts:
+        arch = architecture_of(tensors, where=str(path))
+        facts = {"arch": arch, "pool": arch == "r3d_50", "labels_used": True}
+        if is_image_network(tensors, where=str(path)):
+            facts |= {"pool": True, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    try:
+        return msgspec.convert({**facts, "source": str(path)}, Card)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path}: its card can't be read: {error}") from None

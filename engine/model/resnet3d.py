@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from engine.core.recipe import Model
 
 DEPTHS: dict[str, tuple[int, int, int, int]] = {
     "r3d_18": (2, 2, 2, 2),
@@ -66,32 +67,13 @@ def factorized_channels(inputs: int, planes: int) -> int:
     return (inputs * planes * 27) // (inputs * 9 + planes * 3)
 
 
-class NetworkSettings(Protocol):
-    """What decides a network's shape: a recipe's ``[model]``, or a file's card."""
-
-    @property
-    def arch(self) -> str: ...
-    @property
-    def width(self) -> float: ...
-    @property
-    def pool(self) -> bool: ...
-    @property
-    def depths(self) -> tuple[int, ...]: ...
-    @property
-    def time_strides(self) -> Strides: ...
-    @property
-    def space_strides(self) -> Strides: ...
-    @property
-    def motion_stem(self) -> float: ...
-
-
 Stride = tuple[int, int]
 """In time, and along both axes of space."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What a residual block is built of, so that 2-D, 3D and (2+1)D networks share the blocks."""
+    """Parts of a residual block, so that 2-D, 3D and (2+1)D networks share the blocks."""
 
     conv: Callable[[int, int, int, Stride], nn.Module]
     """(inputs, outputs, channels inside a (2+1)D one, stride) -> convolution of 3 per axis."""
@@ -105,12 +87,13 @@ def _conv3d(inputs: int, outputs: int, middle: int, stride: Stride) -> nn.Module
     return nn.Conv3d(inputs, outputs, 3, stride=(time, space, space), padding=1, bias=False)
 
 
-def _conv2plus1d(inputs: int, outputs: int, middle: int, stride: Stride) -> nn.Module:
+def _conv2plus1d(
+    inputs: int, outputs: int, middle: int, stride: Stride, *, size: int = 3
+) -> nn.Sequential:
     time, space = stride
+    stride_3d, padding = (1, space, space), (0, size // 2, size // 2)
     return nn.Sequential(
-        nn.Conv3d(
-            inputs, middle, (1, 3, 3), stride=(1, space, space), padding=(0, 1, 1), bias=False
-        ),
+        nn.Conv3d(inputs, middle, (1, size, size), stride_3d, padding, bias=False),
         nn.BatchNorm3d(middle),
         nn.ReLU(inplace=True),
         nn.Conv3d(middle, outputs, (3, 1, 1), stride=(time, 1, 1), padding=(1, 0, 0), bias=False),
@@ -150,31 +133,23 @@ class ResidualBlock(nn.Module):
         super().__init__()
         middle = factorized_channels(inputs, planes)
         outputs = planes * (4 if bottleneck else 1)
+
+        def normed(layer: nn.Module, channels: int, *, relu: bool = True) -> nn.Sequential:
+            return nn.Sequential(
+                layer, layers.norm(channels), *([nn.ReLU(inplace=True)] if relu else [])
+            )
+
         if bottleneck:
-            self.conv1 = nn.Sequential(
-                layers.point(inputs, planes, (1, 1)), layers.norm(planes), nn.ReLU(inplace=True)
-            )
-            self.conv2 = nn.Sequential(
-                layers.conv(planes, planes, middle, stride),
-                layers.norm(planes),
-                nn.ReLU(inplace=True),
-            )
-            self.conv3 = nn.Sequential(layers.point(planes, outputs, (1, 1)), layers.norm(outputs))
+            self.conv1 = normed(layers.point(inputs, planes, (1, 1)), planes)
+            self.conv2 = normed(layers.conv(planes, planes, middle, stride), planes)
+            self.conv3 = normed(layers.point(planes, outputs, (1, 1)), outputs, relu=False)
         else:
-            self.conv1 = nn.Sequential(
-                layers.conv(inputs, planes, middle, stride),
-                layers.norm(planes),
-                nn.ReLU(inplace=True),
-            )
-            self.conv2 = nn.Sequential(
-                layers.conv(planes, planes, middle, (1, 1)), layers.norm(planes)
-            )
+            self.conv1 = normed(layers.conv(inputs, planes, middle, stride), planes)
+            self.conv2 = normed(layers.conv(planes, planes, middle, (1, 1)), planes, relu=False)
             self.conv3 = None
         self.downsample: nn.Sequential | None = None
         if stride != (1, 1) or inputs != outputs:
-            self.downsample = nn.Sequential(
-                layers.point(inputs, outputs, stride), layers.norm(outputs)
-            )
+            self.downsample = normed(layers.point(inputs, outputs, stride), outputs, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output, of its input's size over the stride, rounded up."""
@@ -312,9 +287,7 @@ class ResNet3D(ResNet):
             _start_from_motion(self.stem, motion_stem)
 
 
-def video_network(
-    settings: NetworkSettings, in_channels: int = 3, *, pictures: bool = True
-) -> ResNet3D:
+def video_network(settings: Model, in_channels: int = 3, *, pictures: bool = True) -> ResNet3D:
     """A network as a recipe's ``[model]`` or a file's card says; without ``pictures`` it sees flow, which is motion."""
     return ResNet3D(
         settings.arch,
@@ -364,7 +337,7 @@ class AudioResNet(ResNet):
         )
 
 
-def audio_network(settings: NetworkSettings) -> AudioResNet:
+def audio_network(settings: Model) -> AudioResNet:
     """The audio network beside video networks of these settings."""
     return AudioResNet(
         settings.arch,
@@ -387,18 +360,9 @@ def _stem3d(inputs: int, width: float, stride: Stride, *, frames: int) -> nn.Seq
 
 
 def _stem2plus1d(inputs: int, width: float, stride: Stride) -> nn.Sequential:
-    outputs, (time, space) = scaled(STEM_CHANNELS, width), stride
-    middle = max(8, round(STEM_MIDDLE * width))
-    return nn.Sequential(
-        nn.Conv3d(
-            inputs, middle, (1, 7, 7), stride=(1, space, space), padding=(0, 3, 3), bias=False
-        ),
-        nn.BatchNorm3d(middle),
-        nn.ReLU(inplace=True),
-        nn.Conv3d(middle, outputs, (3, 1, 1), stride=(time, 1, 1), padding=(1, 0, 0), bias=False),
-        nn.BatchNorm3d(outputs),
-        nn.ReLU(inplace=True),
-    )
+    outputs, middle = scaled(STEM_CHANNELS, width), max(8, round(STEM_MIDDLE * width))
+    convolution = _conv2plus1d(inputs, outputs, middle, stride, size=7)
+    return nn.Sequential(*convolution, nn.BatchNorm3d(outputs), nn.ReLU(inplace=True))
 
 
 @torch.no_grad()

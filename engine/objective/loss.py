@@ -98,10 +98,9 @@ class EvolvedLoss(nn.Module):
         side = max(clip.size // objective.decoder_downscale, 4)
         tasks: list[Task] = []
         for term in TERMS:
-            if term.task not in ("predict", "reconstruct", "colorize", "cross"):
+            if term.target is None:
                 continue
-            m, future = term.modality, term.task == "predict"
-            target = {"colorize": "rgb", "cross": term.name.rpartition("to_")[2]}.get(term.task, m)
+            m, target, future = term.modality, term.target, term.task == "predict"
             if target == "audio":
                 size: tuple[int, ...] = (to_come if future else heard, max(mels // 2, 1))
                 channels = 1
@@ -234,7 +233,7 @@ def evaluation_order(active: Collection[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Branches:
-    """Which parts of the networks run: all that decides the shape of a step's graph.
+    """Parts of the networks that run: all that decides the shape of a step's graph.
 
     Losses with the same branches can share a compiled graph, in which the weights alone tell them apart;
     all losses whose weights are all above 0 do.

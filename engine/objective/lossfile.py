@@ -48,8 +48,8 @@ def save_loss(
     weights: LossWeights, path: Path, *, name: str, about: str, labels_used: bool = False
 ) -> None:
     """Write a loss that ``load_loss`` reads; ``labels_used``: labels had a part in choosing it."""
-    told = {"labels_used": True} if labels_used else {}
-    text = tomli_w.dumps({"name": name, "about": about, **told, "weights": weights})
+    facts = {"labels_used": True} if labels_used else {}
+    text = tomli_w.dumps({"name": name, "about": about, **facts, "weights": weights})
     write_text_atomic(path, text)
 
 

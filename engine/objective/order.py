@@ -36,12 +36,12 @@ class OrderTask(Task):
         values: list[TermValue] = []
         if self.terms[0] in active:
             copies = activations.shuffled[m]
-            found = _two_way(self.shuffle, pooled[: len(copies)], copies)
-            values.append(Scalar(self.terms[0], found, CHANCE))
+            value = _two_way(self.shuffle, pooled[: len(copies)], copies)
+            values.append(Scalar(self.terms[0], value, CHANCE))
         if self.terms[1] in active:
             copies = activations.reversed[m]
-            found = _two_way(self.backward_time, pooled[-len(copies) :], copies)
-            values.append(Scalar(self.terms[1], found, CHANCE))
+            value = _two_way(self.backward_time, pooled[-len(copies) :], copies)
+            values.append(Scalar(self.terms[1], value, CHANCE))
         return values
 
 

@@ -38,17 +38,15 @@ class DecodeTask(Task):
         if name not in active:
             return []
         mask = views.has_audio if self.target == "audio" else None
-        target = shrunk(self._aim(views), self.decoder.out_size)
+        aim = (views.future if self.future else views.clip)[self.target]
+        target = shrunk(aim, self.decoder.out_size)
         trivial = self._trivial(views, target, mask)
         error = (trivial - target).square().flatten(1).mean(1)
         decoded = trivial + self.decoder(activations.clip[self.modality][4])
         return [Pair(name, decoded, target, batch_mean(error, mask, views), mask)]
 
-    def _aim(self, views: Views) -> Tensor:
-        return (views.future if self.future else views.clip)[self.target]
-
     def _trivial(self, views: Views, target: Tensor, mask: Tensor | None) -> Tensor:
-        """What is predicted without learning, of a shape that broadcasts to the target's.
+        """The prediction that takes no learning, of a shape that broadcasts to the target's.
 
         No motion for flow; for what comes next, the clip's last frame or the mean spectrum of its sound; else the
         mean over the batch and its frames.

@@ -1,4 +1,4 @@
-"""What a task is: a module that owns its head and turns activations into terms of Eq. 1."""
+"""The base of all tasks: a module that owns its head and turns activations into terms of Eq. 1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.data.views import Views
 
 @dataclass
 class Activations:
-    """What the networks made of one batch."""
+    """Activations of the networks on one batch."""
 
     clip: dict[str, list[Tensor]]
     """Per modality the stem, the four stages and the pooled features of the N clips."""
@@ -34,7 +34,7 @@ class Pair:
     student: Tensor
     teacher: Tensor
     chance: Tensor
-    """float32 (): what the term would be had nothing been learnt, without gradient."""
+    """float32 (): the term's value had nothing been learnt, without gradient."""
     mask: Tensor | None = None
     """bool (N,); None keeps every clip."""
 
@@ -46,7 +46,7 @@ class Scalar:
     name: str
     value: Tensor
     chance: float
-    """What it would be had nothing been learnt."""
+    """Its value had nothing been learnt."""
 
 
 TermValue = Pair | Scalar

@@ -22,7 +22,7 @@ class Term:
     """One weighted term of Eq. 1."""
 
     name: str
-    """What recipes, studies and reports call it, such as ``rgb/to_flow`` or ``distill/flow@3``."""
+    """Its name in recipes, studies and reports, such as ``rgb/to_flow`` or ``distill/flow@3``."""
     task: str
     """The kind of task: shuffle, backward, align_audio, predict, reconstruct, colorize, cross, embed, distill."""
     letter: str
@@ -31,19 +31,20 @@ class Term:
     """The network that the loss trains; for embed and distill, the network that RGB is compared with."""
     networks: tuple[str, ...]
     """Every network whose activations it reads."""
+    target: str | None = None
+    """The modality that a decoder aims at; None for a task without a decoder."""
     layer: int | None = None
     """Distillation only: 0 is the stem, 1 to 4 the stages."""
 
     @property
     def is_l2(self) -> bool:
         """Whether it is a mean squared difference of two tensors; else it is a number already."""
-        return self.task in ("predict", "reconstruct", "colorize", "cross", "distill")
+        return self.target is not None or self.layer is not None
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Every modality whose clips it sees, as a network's input or as what a decoder aims at."""
-        aims = {"colorize": "rgb", "cross": self.name.rpartition("to_")[2]}.get(self.task)
-        return tuple(m for m in MODALITIES if m in self.networks or m == aims)
+        """Every modality whose clips it sees, as a network's input or as a decoder's target."""
+        return tuple(m for m in MODALITIES if m in self.networks or m == self.target)
 
     @property
     def code(self) -> str:
@@ -59,16 +60,16 @@ def _table() -> tuple[Term, ...]:
         rows.append(Term(f"{m}/backward", "backward", "B", m, (m,)))
         rows.append(Term(f"{m}/align_audio", "align_audio", "A", m, (m, "audio")))
     for m in MODALITIES:
-        rows.append(Term(f"{m}/predict", "predict", "P", m, (m,)))
-        rows.append(Term(f"{m}/reconstruct", "reconstruct", "R", m, (m,)))
-    rows.append(Term("grey/colorize", "colorize", "C", "grey", ("grey",)))
+        rows.append(Term(f"{m}/predict", "predict", "P", m, (m,), m))
+        rows.append(Term(f"{m}/reconstruct", "reconstruct", "R", m, (m,), m))
+    rows.append(Term("grey/colorize", "colorize", "C", "grey", ("grey",), "rgb"))
     for m, other in (("rgb", "flow"), ("grey", "flow"), ("flow", "rgb")):
-        rows.append(Term(f"{m}/to_{other}", "cross", "X", m, (m,)))
+        rows.append(Term(f"{m}/to_{other}", "cross", "X", m, (m,), other))
     for m in ("grey", "flow", "audio"):
         rows.append(Term(f"rgb+{m}/embed", "embed", "E", m, ("rgb", m)))
     for m in ("grey", "flow", "audio"):
         for layer in range(NUM_LAYERS):
-            rows.append(Term(f"distill/{m}@{layer}", "distill", "D", m, ("rgb", m), layer))
+            rows.append(Term(f"distill/{m}@{layer}", "distill", "D", m, ("rgb", m), layer=layer))
     return tuple(rows)
 
 

@@ -1,1 +1,1 @@
-"""Which losses are trained next, and what came of them."""
+"""The search for a loss: proposals, cohorts of members, their workers, and the study that keeps them."""

@@ -38,7 +38,7 @@ from engine.train.memory import CohortMemory
 from engine.train.trainer import DeviceFailed, MemberFailed, Trainer, device_failed
 
 SHARES = (4, 2)
-"""Rungs, as what a member's steps are divided by."""
+"""Divisors of a member's steps that give its rungs."""
 OnStep = Callable[[int, Sequence[float]], None]
 """Called after each step with the step and the losses of the members at work (nan for those that left)."""
 
@@ -59,7 +59,7 @@ class MemberResult:
     """Its share of its cohort's time, input and clustering included."""
     clips_per_second: float
     learnt: dict[str, Any]
-    """What ``Member.learnt`` says at the end of training; of the last repeat, empty where one failed."""
+    """``Member.learnt`` at the end of training; of the last repeat, empty where one failed."""
     rgb: dict[str, Tensor] | None
     """The RGB network's weights; of the last repeat."""
     rungs: tuple[tuple[int, float], ...] = ()
@@ -67,15 +67,9 @@ class MemberResult:
     steps: int = 0
     """Steps trained, of all repeats."""
 
-    @property
-    def terms(self) -> dict[str, float]:
-        """Unweighted terms near the end of training, running mean; of the last repeat."""
-        terms: dict[str, float] = self.learnt.get("terms", {})
-        return terms
-
 
 @dataclass
-class MemberRun:
+class Training:
     """A member's training under one seed."""
 
     place: int
@@ -136,7 +130,7 @@ def evaluate_cohort(
 ) -> list[MemberResult]:
     """Train each member's loss, once a seed, and measure its fitness; results in the order of ``members``.
 
-    As many members as fit into memory are trained at once; where memory runs out all the same, half as many, from
+    As many members as fit into memory are trained at once; where memory trainings out all the same, half as many, from
     their start. Neither changes a result. ``search.halving`` compares the whole cohort, and within it those that
     train from the same step. With ``full`` all members are trained to the end and on all clips, whatever ``search``
     says. ``memory`` is what one cohort leaves for the next.
@@ -192,7 +186,7 @@ class _CohortTraining:
     bank: ClipBank | None
     """The clips to train on; None for all."""
     on_step: OnStep | None
-    runs: list[MemberRun] = field(default_factory=list)
+    trainings: list[Training] = field(default_factory=list)
     rounds: Iterator[tuple[int, Views]] | None = None
     """Steps and views of the only group, which stays in memory."""
 
@@ -207,19 +201,19 @@ class _CohortTraining:
             for place, member in enumerate(members):
                 first = 0 if member.start is None else first_step(self.search, self.steps)
                 at = rungs(self.search, first=first, steps=self.steps)
-                self.runs.append(MemberRun(place, member, seed, first, first, at))
+                self.trainings.append(Training(place, member, seed, first, first, at))
         self._train_all()
         results = []
         for place, member in enumerate(members):
-            runs = [run for run in self.runs if run.place == place and run.begun]
-            results.append(self._result(runs))
+            trainings = [one for one in self.trainings if one.place == place and one.begun]
+            results.append(self._result(trainings))
             if member.keep is not None and results[-1].state == "complete":
-                ends = {run.seed: run.end for run in runs if run.end is not None}
+                ends = {one.seed: one.end for one in trainings if one.end is not None}
                 save_ends(member.keep, ends, recipe_hash=recipe_hash(self.trainer.recipe))
         return results
 
     def _train_all(self) -> None:
-        ends = sorted({*(rung for run in self.runs for rung in run.rungs), self.steps})
+        ends = sorted({*(rung for one in self.trainings for rung in one.rungs), self.steps})
         alone = len(self._groups()) == 1
         with TemporaryDirectory(prefix="members-") as folder:
             for end in ends:
@@ -231,46 +225,47 @@ class _CohortTraining:
                     self._prune(end)
         self.rounds = None  # lets go of the decoders
 
-    def _groups(self) -> list[list[MemberRun]]:
-        """Runs of one seed that are in memory together; a loss that failed under one seed is not tried again."""
-        failed = {run.place for run in self.runs if run.failed is not None}
+    def _groups(self) -> list[list[Training]]:
+        """Trainings of one seed that are in memory together; a loss that failed under one seed is not tried again."""
+        failed = {one.place for one in self.trainings if one.failed is not None}
         groups = []
-        for seed in dict.fromkeys(run.seed for run in self.runs):
-            left = [r for r in self.runs if r.seed == seed and r.going and r.place not in failed]
+        for seed in dict.fromkeys(one.seed for one in self.trainings):
+            same = [one for one in self.trainings if one.seed == seed and one.going]
+            left = [one for one in same if one.place not in failed]
             groups += [left[i : i + self.at_once] for i in range(0, len(left), self.at_once)]
         return groups
 
-    def _advance(self, group: Sequence[MemberRun], end: int, *, alone: bool) -> None:
+    def _advance(self, group: Sequence[Training], end: int, *, alone: bool) -> None:
         """Train a group up to step ``end`` and judge those that have a rung there."""
-        began, before = time.perf_counter(), [run.step for run in group]
+        began, before = time.perf_counter(), [one.step for one in group]
         reason: str | None = None
         try:
             self._train(group, end, alone=alone)
-            self._judge([run for run in group if run.going], end)
+            self._judge([one for one in group if one.going], end)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = next(iter(str(error).strip().splitlines()), "no memory")
         if reason is not None:  # only here does no traceback hold the members' tensors any more
             self.rounds = None
-            for run in group:
-                run.member = None
+            for one in group:
+                one.member = None
             if len(group) > 1:
                 raise TooManyMembers(reason, len(group))
             self.trainer.free_memory()
             advice = "try a smaller --set optim.batch_size or clip.size"
             group[0].failed = f"out of memory: {reason}; {advice}"
         seconds = time.perf_counter() - began
-        done = [run.step - step for run, step in zip(group, before, strict=True)]
-        for run, steps in zip(group, done, strict=True):
-            run.seconds += seconds * steps / max(sum(done), 1)
+        done = [one.step - step for one, step in zip(group, before, strict=True)]
+        for one, steps in zip(group, done, strict=True):
+            one.seconds += seconds * steps / max(sum(done), 1)
 
-    def _train(self, group: Sequence[MemberRun], end: int, *, alone: bool) -> None:
+    def _train(self, group: Sequence[Training], end: int, *, alone: bool) -> None:
         with self.trainer.clock("train"):
-            for run in group:
-                self._load(run)
-        alive = [run for run in group if run.member is not None and run.going]
-        if not alive or min(run.step for run in alive) >= end:
+            for one in group:
+                self._load(one)
+        alive = [one for one in group if one.member is not None and one.going]
+        if not alive or min(one.step for one in alive) >= end:
             return
         rounds = self.rounds or self.trainer.rounds(
             _members(alive), seed=group[0].seed, bank=self.bank
@@ -278,110 +273,110 @@ class _CohortTraining:
         if alone:
             self.rounds = rounds
         for step, views in rounds:
-            at_work = [run for run in alive if run.going and run.step == step]
+            at_work = [one for one in alive if one.going and one.step == step]
             outcomes = self.trainer.step_all(_members(at_work), views)
             losses = dict.fromkeys(map(id, group), float("nan"))
-            for run, outcome in zip(at_work, outcomes, strict=True):
+            for one, outcome in zip(at_work, outcomes, strict=True):
                 if isinstance(outcome, MemberFailed):
-                    run.failed, run.member = str(outcome), None
+                    one.failed, one.member = str(outcome), None
                 else:
-                    losses[id(run)], run.step = outcome, step + 1
+                    losses[id(one)], one.step = outcome, step + 1
             if self.on_step is not None:
                 self.on_step(step, list(losses.values()))
-            if step + 1 == end or not any(run.going for run in alive):
+            if step + 1 == end or not any(one.going for one in alive):
                 return
 
-    def _load(self, run: MemberRun) -> None:
-        """Make a run's member: new, from its parent's end, or as it was left in a file."""
-        if run.member is not None:
+    def _load(self, one: Training) -> None:
+        """Make a training's member: new, from its parent's end, or as it was left in a file."""
+        if one.member is not None:
             return
-        run.begun = True
+        one.begun = True
         try:
-            member = self.trainer.member(run.proposal.weights, seed=run.seed, first=run.first)
-            if run.parked is not None:
-                load_member(run.parked, member, recipe_hash="")
-            elif run.proposal.start is not None:
-                load_end(run.proposal.start, member.loss, seed=run.seed)
-            run.member = member
+            member = self.trainer.member(one.proposal.weights, seed=one.seed, first=one.first)
+            if one.parked is not None:
+                load_member(one.parked, member, recipe_hash="")
+            elif one.proposal.start is not None:
+                load_end(one.proposal.start, member.loss, seed=one.seed)
+            one.member = member
         except ValueError as error:
-            run.failed = str(error)
+            one.failed = str(error)
 
-    def _park(self, group: Sequence[MemberRun], folder: Path) -> None:
+    def _park(self, group: Sequence[Training], folder: Path) -> None:
         with self.trainer.clock("train"):
-            for run in group:
-                if run.member is not None and run.going:
-                    run.parked = folder / f"{run.place}-{run.seed}.safetensors"
-                    save_member(run.parked, run.member, facts={"recipe_hash": ""})
-                run.member = None
+            for one in group:
+                if one.member is not None and one.going:
+                    one.parked = folder / f"{one.place}-{one.seed}.safetensors"
+                    save_member(one.parked, one.member, facts={"recipe_hash": ""})
+                one.member = None
 
-    def _judge(self, group: Sequence[MemberRun], end: int) -> None:
-        judged = [run for run in group if end == self.steps or end in run.rungs]
+    def _judge(self, group: Sequence[Training], end: int) -> None:
+        judged = [one for one in group if end == self.steps or end in one.rungs]
         if not judged:
             return
         members = _members(judged)
         with self.trainer.clock("fitness"):
             networks = [member.loss.rgb for member in members]
             results = self.labelled.fitness(networks, seed=judged[0].seed)
-        for run, member, result in zip(judged, members, results, strict=True):
-            run.learnt = member.learnt()
+        for one, member, result in zip(judged, members, results, strict=True):
+            one.learnt = member.learnt()
             if isinstance(result, str):
-                run.failed = result
+                one.failed = result
             elif end < self.steps:
-                run.at_rungs[end] = result
+                one.at_rungs[end] = result
             else:
-                run.result, run.rgb = result, copy_of(member.loss.rgb)
-                run.end = None if run.proposal.keep is None else copy_of(member.loss)
-            if not run.going:
-                run.member = None
+                one.result, one.rgb = result, copy_of(member.loss.rgb)
+                one.end = None if one.proposal.keep is None else copy_of(member.loss)
+            if not one.going:
+                one.member = None
 
     def _prune(self, end: int) -> None:
         """Prune members that were judged after ``end`` steps, each by the mean over its seeds."""
-        failed = {run.place for run in self.runs if run.failed is not None}
-        judged: dict[int, list[MemberRun]] = {}
-        for run in self.runs:
-            if end in run.at_rungs and run.place not in failed:
-                judged.setdefault(run.place, []).append(run)
+        failed = {one.place for one in self.trainings if one.failed is not None}
+        judged: dict[int, list[Training]] = {}
+        for one in self.trainings:
+            if end in one.at_rungs and one.place not in failed:
+                judged.setdefault(one.place, []).append(one)
         reasons: dict[int, str] = {}
-        for place, runs in judged.items():
-            if end == runs[0].rungs[0]:
-                rank = float(np.mean([run.at_rungs[end].effective_rank for run in runs]))
+        for place, trainings in judged.items():
+            if end == trainings[0].rungs[0]:
+                rank = float(np.mean([one.at_rungs[end].effective_rank for one in trainings]))
                 if rank < self.search.collapse_rank:
                     reasons[place] = f"collapsed: effective rank {rank:.2f} at step {end}"
         if self.search.halving:
-            fitness = {place: _rung_fitness(runs, end) for place, runs in judged.items()}
+            fitness = {place: _rung_fitness(trainings, end) for place, trainings in judged.items()}
             ranked = [float("-inf") if place in reasons else fitness[place] for place in judged]
             for place, goes_on in zip(judged, promoted(ranked), strict=True):
                 if not goes_on and place not in reasons:
                     value = f"fitness {fitness[place]:.4f} at step {end}"
                     reasons[place] = f"{value} is in the worse half of {len(judged)} members"
-        for run in self.runs:
-            if run.place in reasons:
-                run.pruned, run.member = reasons[run.place], None
-                if run.parked is not None:
-                    run.parked.unlink(missing_ok=True)
+        for one in self.trainings:
+            if one.place in reasons:
+                one.pruned, one.member = reasons[one.place], None
+                if one.parked is not None:
+                    one.parked.unlink(missing_ok=True)
 
-    def _result(self, runs: Sequence[MemberRun]) -> MemberResult:
-        """One member's outcome, of its runs under each seed."""
-        failed = next((run.failed for run in runs if run.failed is not None), None)
-        pruned = next((run.pruned for run in runs if run.pruned is not None), None)
+    def _result(self, trainings: Sequence[Training]) -> MemberResult:
+        """One member's outcome, of its trainings under each seed."""
+        failed = next((one.failed for one in trainings if one.failed is not None), None)
+        pruned = next((one.pruned for one in trainings if one.pruned is not None), None)
         state: State = "failed" if failed else "pruned" if pruned else "complete"
-        results = tuple(run.result for run in runs if run.result is not None)
+        results = tuple(one.result for one in trainings if one.result is not None)
         batch = self.trainer.recipe.optim.batch_size
-        speeds = [run.trained * batch / run.seconds if run.trained else 0.0 for run in runs]
-        compared = self.search.halving or state == "pruned"
-        common = sorted(set.intersection(*(set(run.at_rungs) for run in runs))) if compared else ()
+        speeds = [one.trained * batch / one.seconds if one.trained else 0.0 for one in trainings]
+        compared, first = self.search.halving or state == "pruned", trainings[0].first
+        common = set.intersection(*(set(one.at_rungs) for one in trainings)) if compared else ()
         return MemberResult(
             state=state,
             fitness=float(np.mean([r.value for r in results])) if state == "complete" else None,
             reason=failed or pruned,
             results=results,
-            seeds=tuple(run.seed for run in runs),
-            seconds=sum(run.seconds for run in runs),
+            seeds=tuple(one.seed for one in trainings),
+            seconds=sum(one.seconds for one in trainings),
             clips_per_second=fmean(speeds),
-            learnt={} if failed else runs[-1].learnt,
-            rgb=runs[-1].rgb if state == "complete" else None,
-            rungs=tuple((at - runs[0].first, _rung_fitness(runs, at)) for at in common),
-            steps=sum(run.trained for run in runs),
+            learnt={} if failed else trainings[-1].learnt,
+            rgb=trainings[-1].rgb if state == "complete" else None,
+            rungs=tuple((at - first, _rung_fitness(trainings, at)) for at in sorted(common)),
+            steps=sum(one.trained for one in trainings),
         )
 
 
@@ -410,10 +405,10 @@ def promoted(fitnesses: Sequence[float]) -> list[bool]:
     return [fitness >= least for fitness in fitnesses]
 
 
-def _rung_fitness(runs: Sequence[MemberRun], rung: int) -> float:
+def _rung_fitness(trainings: Sequence[Training], rung: int) -> float:
     """Mean over a member's seeds of the fitness at one of its rungs."""
-    return float(np.mean([run.at_rungs[rung].value for run in runs]))
+    return float(np.mean([one.at_rungs[rung].value for one in trainings]))
 
 
-def _members(runs: Sequence[MemberRun]) -> list[Member]:
-    return [run.member for run in runs if run.member is not None]
+def _members(trainings: Sequence[Training]) -> list[Member]:
+    return [one.member for one in trainings if one.member is not None]

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from engine.core.display import Display
-from engine.core.pool import Crew, Done, Job, LocalPool, Lost, Pool
+from engine.core.pool import Done, Job, JobQueue, LocalPool, Lost, Pool
 from engine.core.provenance import provenance, write_provenance
 from engine.core.ray_pool import RayPool
 from engine.core.recipe import Recipe, recipe_hash
 from engine.core.run import Events, RunError, RunFolder
 from engine.core.runtime import Clock, Runtime
-from engine.data.library import Library, fingerprint
+from engine.data.library import Library
+from engine.data.shards.index import data_digest
 from engine.features.extract import LabelledClips
 from engine.objective.lossfile import random_weights
 from engine.search.cohort import MemberResult
@@ -43,7 +44,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Workers:
-    """Options of who trains the members."""
+    """Options of the workers that train the members."""
 
     count: int | None = 0
     """Ray's workers; 0: this process alone, without Ray. None: as many as the cluster has GPUs."""
@@ -56,7 +57,7 @@ class Workers:
     time_limit: float = 0.0
     """Seconds that a member may take for each of its trainings; 0: any."""
     max_retries: int = 2
-    """How often a member is tried again whose worker was lost."""
+    """Further tries of a member whose worker was lost."""
 
     def __post_init__(self) -> None:
         if self.count == 0 and self.time_limit:
@@ -81,9 +82,17 @@ def evolve(
     Raises ValueError where the data does not fit (see ``LabelledClips``), and RunError where the run began with other
     videos, or rounds were lowered below the members that are done.
     """
-    clock, identity = Clock(), fingerprint(data.videos, data.labelled)
-    factory = _factory(recipe, data, identity, run, workers)
     videos, judging = data.videos.index, data.labelled.index
+    clock, identity = Clock(), data_digest((*data.videos.shards, *data.labelled.shards))
+    factory = CohortFactory(
+        recipe,
+        videos=tuple(path.absolute() for path in data.videos.shards),
+        labelled=tuple(path.absolute() for path in data.labelled.shards),
+        data=identity,
+        checkpoints=run.checkpoints.absolute(),
+        device="cuda" if workers.gpus else "cpu",
+        members_at_once=workers.members_at_once,
+    )
     here = CohortEvaluator(factory, videos, judging, runtime) if workers.count == 0 else None
     on_cpu = Runtime(torch.device("cpu"), amp=False)
     labelled = here.labelled if here else LabelledClips(judging, recipe, runtime=on_cpu)
@@ -108,7 +117,7 @@ def evolve(
 
 @dataclass
 class _Search:
-    """The loop of a search and of its confirmation, whoever does the work."""
+    """The loop of a search and of its confirmation, in this process or on Ray's workers."""
 
     data: Data
     study: SearchStudy
@@ -120,15 +129,15 @@ class _Search:
     def run(self, worker: CohortEvaluator | CohortFactory) -> None:
         """Train all members that are not done, then confirm the best; a factory makes Ray's workers."""
         with closing(self._open_pool(worker)) as pool:
-            crew = Crew(
+            queue = JobQueue(
                 pool,
                 self.workers.max_retries,
                 split=lambda cohort: [cohort] if self._compares(cohort) else split(cohort),
                 limit=lambda c: self.workers.time_limit * len(c.members) * len(c.seeds),
                 on_lost=self.records.lost,
             )
-            self._search(crew)
-            self._confirm(crew)
+            self._search(queue)
+            self._confirm(queue)
 
     def _open_pool(self, worker: CohortEvaluator | CohortFactory) -> Pool:
         def on_news(job: Job, progress: Progress | None) -> None:
@@ -137,28 +146,24 @@ class _Search:
         pool: Pool
         if isinstance(worker, CohortEvaluator):
             pool = LocalPool(worker, on_news=on_news)
-            return pool
-        self.records.display.say("starting workers")
-        pool = RayPool(
-            worker,
-            size=self.workers.count,
-            address=self.workers.address,
-            gpus=float(self.workers.gpus),
-            on_news=on_news,
-        )
+        else:
+            self.records.display.say("starting workers")
+            size, address = self.workers.count, self.workers.address
+            gpus = float(self.workers.gpus)
+            pool = RayPool(worker, size=size, address=address, gpus=gpus, on_news=on_news)
         return pool
 
     def _compares(self, cohort: Cohort) -> bool:
         """Whether its members are compared with each other, so that they are not tried again one by one."""
         return self.study.settings.halving or cohort.confirm
 
-    def _search(self, crew: Crew) -> None:
+    def _search(self, queue: JobQueue) -> None:
         """Train members until all are done."""
         study, records = self.study, self.records
         planner = Planner(
             records.recipe,
             study,
-            workers=crew.pool.size,
+            workers=queue.pool.size,
             members_at_once=self.workers.members_at_once,
             checkpoints=records.run.checkpoints,
             clock=records.clock,
@@ -166,9 +171,9 @@ class _Search:
         stage = "evolving losses" if study.settings.method == "evolution" else "drawing losses"
         done, best = len(study.members()), study.best_fitness()
         self.progress = ProgressLine(
-            records.display, stage, study.total, done, crew.pool.size, best
+            records.display, stage, study.total, done, queue.pool.size, best
         )
-        for cohort, result in self._outcomes(crew, planner.cohorts):
+        for cohort, result in self._outcomes(queue, planner.cohorts):
             for member, each in zip(cohort.members, result.results, strict=True):
                 if not study.is_done(member.number):
                     records.member(member.number, each)
@@ -183,30 +188,30 @@ class _Search:
                 f"{records.run.path}: all {len(members)} members {how}; the first: {members[0].reason}"
             )
 
-    def _confirm(self, crew: Crew) -> None:
+    def _confirm(self, queue: JobQueue) -> None:
         """Train the best loss and a random one again with seeds that the search never saw."""
         best, left = self.study.best(), self.records.seeds_to_confirm()
         total = 2 * self.study.settings.confirm_seeds
         stage, done = "confirming with fresh seeds", total - 2 * len(left)
-        self.progress = ProgressLine(self.records.display, stage, total, done, crew.pool.size)
+        self.progress = ProgressLine(self.records.display, stage, total, done, queue.pool.size)
 
         def cohorts(idle: int) -> list[Cohort]:
             now, left[:] = left[:idle], left[idle:]
             return [_confirmation(best, seed) for seed in now]
 
-        for cohort, result in self._outcomes(crew, cohorts):
+        for cohort, result in self._outcomes(queue, cohorts):
             self.records.confirmed(cohort, result)
             self.progress.done += 2
 
     def _outcomes(
-        self, crew: Crew, feed: Callable[[int], list[Cohort]]
+        self, queue: JobQueue, feed: Callable[[int], list[Cohort]]
     ) -> Iterator[tuple[Cohort, CohortResult]]:
         """Cohorts as they are done: asked for, submitted, waited for, and, once taken in, recorded."""
-        for cohort, report in crew.run(feed):
+        for cohort, report in queue.run(feed):
             assert report.job is not None
             result = report.result if isinstance(report, Done) else _all_failed(cohort, report)
             yield cohort, result
-            self.records.cohort(result, workers=crew.pool.size)
+            self.records.cohort(result, workers=queue.pool.size)
             # a worker's damaged clips count as if they had been met here
             videos, labelled = result.substituted
             self.data.videos.index.substituted.update(videos)
@@ -244,20 +249,6 @@ def _open_study(
             recipe_hash=recipe_hash(recipe),
             on_wait=on_wait,
         )
-
-
-def _factory(
-    recipe: Recipe, data: Data, identity: str, run: RunFolder, workers: Workers
-) -> CohortFactory:
-    return CohortFactory(
-        recipe,
-        videos=tuple(path.absolute() for path in data.videos.shards),
-        labelled=tuple(path.absolute() for path in data.labelled.shards),
-        data=identity,
-        checkpoints=run.checkpoints.absolute(),
-        device="cuda" if workers.gpus else "cpu",
-        members_at_once=workers.members_at_once,
-    )
 
 
 def _check_rounds(recipe: Recipe, run: RunFolder, study: SearchStudy) -> None:

@@ -16,8 +16,7 @@ import torch
 from engine.core.pool import Tell
 from engine.core.recipe import Recipe, recipe_hash
 from engine.core.runtime import Runtime, choose_runtime, make_deterministic
-from engine.data.library import Library, fingerprint
-from engine.data.shards.index import ClipIndex
+from engine.data.shards.index import ClipIndex, data_digest
 from engine.features.extract import LabelledClips
 from engine.features.kmeans import kmeans_backend
 from engine.model.network_file import card_of, save_network
@@ -163,7 +162,7 @@ class CohortFactory:
     """Shards, absolute."""
     labelled: tuple[Path, ...]
     data: str
-    """The fingerprint that they must have."""
+    """``data_digest`` of both, which they must have."""
     checkpoints: Path
     """Absolute."""
     device: str
@@ -179,11 +178,9 @@ class CohortFactory:
                     f"{path} is not there on {here}: videos and run must lie where all nodes see them,"
                     " under the same paths"
                 )
-        videos, labelled = (
-            Library(ClipIndex(folders), folders, ()) for folders in (self.videos, self.labelled)
-        )
-        if fingerprint(videos, labelled) != self.data:
+        videos, labelled = ClipIndex(self.videos), ClipIndex(self.labelled)
+        if data_digest((*self.videos, *self.labelled)) != self.data:
             raise ValueError(f"{self.videos[0]} holds other videos on {here} than at the start")
         runtime = choose_runtime(self.device, amp=self.recipe.optim.amp)
         runtime = replace(runtime, processes=workers_here)
-        return CohortEvaluator(self, videos.index, labelled.index, runtime)
+        return CohortEvaluator(self, videos, labelled, runtime)

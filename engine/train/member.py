@@ -53,14 +53,11 @@ class Member:
 
     def term_values(self, *, at_start: bool = False) -> dict[str, float]:
         """Each active term's running mean, unweighted."""
-        values = self.start if at_start else self.values
-        if values is None:
-            return {}
-        every = dict(zip(self.computed, values.tolist(), strict=False))
-        return {name: every[name] for name in self.computed if name in self.active}
+        values = zip(self.computed, self._numbers(at_start=at_start), strict=False)
+        return {name: value for name, value in values if name in self.active}
 
     def learnt(self) -> dict[str, Any]:
-        """What a run keeps of it: ``terms_at_start`` and ``terms``; ``feature_ranks``, each at the start and now."""
+        """Facts that a run keeps of it: ``terms_at_start``, ``terms``, and ``feature_ranks`` at the start and now."""
         began, now = self.ranks(at_start=True), self.ranks()
         return {
             "terms_at_start": self.term_values(at_start=True),
@@ -70,10 +67,12 @@ class Member:
 
     def ranks(self, *, at_start: bool = False) -> dict[str, float]:
         """The running mean of how many directions each network's features spread in, in a batch."""
+        numbers = self._numbers(at_start=at_start)[len(self.computed) :]
+        return dict(zip(self.alive.networks, numbers, strict=False))
+
+    def _numbers(self, *, at_start: bool) -> list[float]:
         values = self.start if at_start else self.values
-        if values is None:
-            return {}
-        return dict(zip(self.alive.networks, values[len(self.computed) :].tolist(), strict=True))
+        return [] if values is None else values.tolist()
 
 
 class FlatState:

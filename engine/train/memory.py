@@ -29,11 +29,9 @@ class CohortMemory:
 
     def clips(self, trainer: Trainer, size: int | str) -> ClipBank | None:
         """The bank that ``search.clip_bank`` asks for, decoded at the first call; None for a size of 0."""
-        if not size:
-            return None
-        if self.bank is None:
+        if size and self.bank is None:
             self.bank = trainer.open_bank(size)
-        return self.bank
+        return self.bank if size else None
 
     def members_that_fit(
         self,
@@ -75,7 +73,9 @@ def memory_needed(
     """Bytes that a member takes, and those that its step takes beside: measured on a GPU, counted on a CPU."""
     if trainer.runtime.device.type == "cuda":
         return _measured(trainer, weights, seed=seed, bank=bank)
-    return _counted(trainer, seed=seed)
+    parameters = sum(p.nbytes for p in trainer.initial_loss(seed).parameters())
+    per_member = 4 * parameters  # weights, gradients, two moments
+    return per_member, CPU_STEP * per_member * trainer.runtime.threads
 
 
 def that_many_fit(runtime: Runtime, *, per_member: int, per_step: int) -> int:
@@ -119,9 +119,3 @@ def _measured(
     # A CUDA graph's memory is no part of a replay's peak, and free_memory counts it as free: it is what stays idle.
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return per_member, max(per_step, idle)
-
-
-def _counted(trainer: Trainer, *, seed: int) -> tuple[int, int]:
-    parameters = sum(p.nbytes for p in trainer.initial_loss(seed).parameters())
-    per_member = 4 * parameters  # weights, gradients, two moments
-    return per_member, CPU_STEP * per_member * trainer.runtime.threads

@@ -54,7 +54,7 @@ def split(
     for number in range(count):
         # one process's order: clip i of rank r is its clip i * world + r
         audio, shift = everywhere[:, :, number::count].permute(1, 2, 0).flatten(1)
-        micro = views.part(number, count) if count > 1 else views
+        micro = views.microbatch(number, count) if count > 1 else views
         if ranks.world > 1:
             micro = replace(micro, whole=WholeBatch(ranks, audio, shift))
         microbatches.append(micro)

@@ -26,17 +26,17 @@ from engine.core.recipe import Recipe, recipe_hash
 from engine.core.run import RunError, RunFolder
 from engine.core.runtime import Runtime, choose_runtime, make_deterministic
 from engine.core.tensors import CheckpointError, load_tensors
-from engine.data.library import Library, default_shard_cache, fingerprint, open_library
+from engine.data.library import Library, default_shard_cache, open_library
+from engine.data.shards.index import data_digest
 from engine.data.views import Views
 from engine.features.extract import LabelledClips
 from engine.model.network_file import Card, card_of, save_network
 from engine.objective.lossfile import load_loss, loss_used_labels, save_loss
 from engine.objective.terms import LossWeights
 from engine.train.checkpoint import load_last, save_last
-from engine.train.ema import RunningAverage
 from engine.train.flops import peak_flops, step_flops
 from engine.train.member import Member, tensors_of
-from engine.train.optim import learning_rate, start_moments
+from engine.train.optim import RunningAverage, learning_rate, start_moments
 from engine.train.trainer import Trainer
 
 LOG_EVERY = 10
@@ -130,7 +130,7 @@ def _begin(run: RunFolder | None, options: PretrainOptions) -> LossWeights:
             )
         return own
     if weights is None:
-        raise RunError(f"{run.path}: ended before it had its loss (loss.toml); give --loss again")
+        raise RunError(f"{run.path}: ended before it wrote its loss (loss.toml): give --loss again")
     about = "the loss that this run trains with"
     save_loss(weights, path, name="loss", about=about, labels_used=options.labels_used)
     return weights
@@ -143,7 +143,7 @@ def _identity(recipe: Recipe, library: Library, member: Member) -> dict[str, Any
         checksum = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), checksum)
     return {
         "recipe": recipe_hash(recipe),
-        "data set": fingerprint(library),
+        "data set": data_digest(library.shards),
         "network at the start": f"{checksum:08x}",
     }
 
@@ -190,7 +190,7 @@ def _provenance(
         "recipe_hash": recipe_hash(recipe),
         "labels_used": loss_used_labels(run.path / "loss.toml"),
         "num_clips": len(library.index),
-        "data": fingerprint(library),
+        "data": data_digest(library.shards),
     }
     return write_provenance(run, facts)
 

@@ -116,6 +116,6 @@ def as_rank(
 def _folder(options: PretrainOptions) -> RunFolder:
     """The run's folder: a new one, or one that a process before this one has begun."""
     path, recipe = options.run, options.recipe
-    if options.resume or (restarts_so_far() and (path / "recipe.toml").exists()):
+    if options.resume:
         return RunFolder.reopen(path, recipe)[0]
-    return RunFolder.create(path, recipe)
+    return (RunFolder.begun if restarts_so_far() else RunFolder.create)(path, recipe)

@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from engine.bench.plot import check_path, draw_roofline, points, roofs
 from engine.bench.rows import (
     Limit,
     Row,
     append_json,
     bottleneck,
+    check_path,
     comparison,
+    draw_roofline,
     number,
+    points,
     quantiles,
     read_json,
+    roofs,
     rows_table,
 )
 

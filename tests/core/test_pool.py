@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from engine.core.pool import Crew, Done, Evaluator, Job, LocalPool, Lost, Plain, ProcessPool
+from engine.core.pool import Done, Evaluator, Job, JobQueue, LocalPool, Lost, Plain, ProcessPool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,8 +65,8 @@ def halves(work: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(member,) for member in work]
 
 
-def outcomes(crew: Crew, works: Sequence[Any]) -> dict[Any, Any]:
-    found = list(crew.run(feeder(works)))
+def outcomes(queue: JobQueue, works: Sequence[Any]) -> dict[Any, Any]:
+    found = list(queue.run(feeder(works)))
     ended = {w: r.result if isinstance(r, Done) else (r.kind, r.reason) for w, r in found}
     assert len(ended) == len(found), "a work ended twice"
     return ended
@@ -77,8 +77,8 @@ def test_a_bad_member_takes_no_other_down_twice() -> None:
         return Lost(job, "worker_died", "bang", worker) if 2 in job.work else sum(job.work)
 
     pool, told = Scripted(2, fate), list[tuple[str, bool]]()
-    crew = Crew(pool, 2, halves, on_lost=lambda lost, again: told.append((lost.kind, again)))
-    ended = outcomes(crew, [(1, 2, 3), (4, 5)])
+    queue = JobQueue(pool, 2, halves, on_lost=lambda lost, again: told.append((lost.kind, again)))
+    ended = outcomes(queue, [(1, 2, 3), (4, 5)])
     assert ended == {(1,): 1, (2,): ("worker_died", "bang"), (3,): 3, (4, 5): 9}
     assert told == [("worker_died", True), ("worker_died", True), ("worker_died", False)]
     attempts = [attempt for work, _, attempt in pool.handed if 2 in work]
@@ -90,7 +90,7 @@ def test_a_job_is_tried_again_by_another_worker() -> None:
         return Lost(job, "error", "broken GPU", worker) if worker == "w0" else job.work
 
     pool = Scripted(3, fate)
-    ended = outcomes(Crew(pool, 1, lambda work: [work]), list(range(6)))
+    ended = outcomes(JobQueue(pool, 1, lambda work: [work]), list(range(6)))
     assert ended == {i: i for i in range(6)}
     again = [worker for _, worker, attempt in pool.handed if attempt == 2]
     assert again and "w0" not in again
@@ -99,7 +99,7 @@ def test_a_job_is_tried_again_by_another_worker() -> None:
 def test_a_run_where_nothing_is_ever_done_ends() -> None:
     pool = Scripted(2, lambda job, worker: Lost(job, "error", "no such file", worker))
     with pytest.raises(RuntimeError, match=r"jobs in a row were lost .* no such file; mend that"):
-        outcomes(Crew(pool, 1, lambda work: [work]), list(range(100)))
+        outcomes(JobQueue(pool, 1, lambda work: [work]), list(range(100)))
     assert len(pool.handed) < 30
 
 
@@ -110,8 +110,8 @@ def test_time_limits_are_those_of_the_work() -> None:
         limits.append(job.seconds)
         return None
 
-    crew = Crew(Scripted(1, fate), 0, halves, limit=lambda work: 2.0 * len(work))
-    outcomes(crew, [(1, 2), (3,)])
+    queue = JobQueue(Scripted(1, fate), 0, halves, limit=lambda work: 2.0 * len(work))
+    outcomes(queue, [(1, 2), (3,)])
     assert limits == [4.0, 2.0]
 
 
@@ -123,7 +123,7 @@ def test_this_process_does_jobs_while_it_waits() -> None:
         return work.upper()
 
     pool = LocalPool(evaluate, on_news=lambda job, said: news.append((job.number, said)))
-    assert outcomes(Crew(pool, 0, lambda work: [work]), ["a", "b"]) == {"a": "A", "b": "B"}
+    assert outcomes(JobQueue(pool, 0, lambda work: [work]), ["a", "b"]) == {"a": "A", "b": "B"}
     assert news == [(1, "at a"), (2, "at b")]
 
 
@@ -133,7 +133,7 @@ def test_an_error_in_this_process_is_raised() -> None:
 
     pool = LocalPool(evaluate, on_news=lambda job, said: None)
     with pytest.raises(OSError, match="disk"):
-        outcomes(Crew(pool, 5, lambda work: [work]), ["a"])
+        outcomes(JobQueue(pool, 5, lambda work: [work]), ["a"])
 
 
 def act(workers_here: int) -> Evaluator:
@@ -180,16 +180,18 @@ def pool() -> Iterator[ProcessPool]:
 
 
 def test_processes_do_each_job_once_and_stay(pool: ProcessPool) -> None:
-    ended = outcomes(Crew(pool, 0), [("sleep", 0.01, i) for i in range(12)])
+    ended = outcomes(JobQueue(pool, 0), [("sleep", 0.01, i) for i in range(12)])
     assert len(ended) == 12 and set(ended.values()) <= {(pid, 2) for pid in pool.pids().values()}
 
 
 def test_a_process_that_dies_loses_its_own_job_alone(pool: ProcessPool, tmp_path: Path) -> None:
     lost: list[tuple[Any, bool]] = []
-    crew = Crew(pool, 1, on_lost=lambda one, again: lost.append((one.job and one.job.work, again)))
+    queue = JobQueue(
+        pool, 1, on_lost=lambda one, again: lost.append((one.job and one.job.work, again))
+    )
     once = ("die once", str(tmp_path / "died"))
     works = [("sleep", 0.3, 0), once, ("die",), *(("sleep", 0.02, i) for i in range(1, 6))]
-    ended = outcomes(crew, works)
+    ended = outcomes(queue, works)
     died = [(once, True), (("die",), True), (("die",), False)]
     assert sorted(lost, key=str) == sorted(died, key=str)
     assert ended.pop(("die",)) == ("worker_died", "its process was ended by SIGKILL")
@@ -197,15 +199,15 @@ def test_a_process_that_dies_loses_its_own_job_alone(pool: ProcessPool, tmp_path
 
 
 def test_a_process_that_hangs_is_replaced(pool: ProcessPool) -> None:
-    ended = outcomes(Crew(pool, 0, limit=lambda work: 1.5), [("stop",), ("sleep", 0.01)])
+    ended = outcomes(JobQueue(pool, 0, limit=lambda work: 1.5), [("stop",), ("sleep", 0.01)])
     assert ended[("stop",)] == ("time_limit", "not done in its time limit of 1.5 s")
     assert ended[("sleep", 0.01)] in {(pid, 2) for pid in pool.pids().values()}
 
 
 def test_an_idle_process_that_dies_is_replaced(pool: ProcessPool) -> None:
-    outcomes(Crew(pool, 0), [("sleep", 0.01)])
+    outcomes(JobQueue(pool, 0), [("sleep", 0.01)])
     os.kill(next(iter(pool.pids().values())), signal.SIGKILL)
-    ended = outcomes(Crew(pool, 1), [("sleep", 0.01, i) for i in range(6)])
+    ended = outcomes(JobQueue(pool, 1), [("sleep", 0.01, i) for i in range(6)])
     assert len(ended) == 6 and all(isinstance(end[0], int) for end in ended.values())
 
 
@@ -223,8 +225,8 @@ def test_an_error_of_a_process_is_reported(error: Exception, kind: str, reason: 
     lost: list[Lost] = []
     pool = ProcessPool(Plain(raise_it), size=1)
     try:
-        crew = Crew(pool, 0, on_lost=lambda one, again: lost.append(one))
-        outcomes(crew, [Sendable(error)])
+        queue = JobQueue(pool, 0, on_lost=lambda one, again: lost.append(one))
+        outcomes(queue, [Sendable(error)])
     finally:
         pool.close()
     (one,) = lost
@@ -249,7 +251,7 @@ def raise_it(work: Sendable) -> None:
 def test_a_full_disk_ends_everything(pool: ProcessPool) -> None:
     error = OSError(errno.ENOSPC, "No space left on device", "/runs/x")
     with pytest.raises(OSError, match="No space left") as told:
-        outcomes(Crew(pool, 3), [("raise", error)])
+        outcomes(JobQueue(pool, 3), [("raise", error)])
     assert told.value.errno == errno.ENOSPC and told.value.filename == "/runs/x"
 
 
@@ -257,7 +259,7 @@ def test_processes_that_cant_start_say_why() -> None:
     pool = ProcessPool(cant_start, size=1)
     try:
         with pytest.raises(ValueError, match="no such codec"):
-            outcomes(Crew(pool, 3), [("sleep", 0.0)])
+            outcomes(JobQueue(pool, 3), [("sleep", 0.0)])
     finally:
         pool.close()
 
@@ -283,7 +285,7 @@ def test_progress_comes_from_processes() -> None:
     news: list[Any] = []
     pool = ProcessPool(act, size=1, on_news=lambda job, said: news.append((job.number, said)))
     try:
-        outcomes(Crew(pool, 0), [("sleep", 0.01), ("sleep", 0.02)])
+        outcomes(JobQueue(pool, 0), [("sleep", 0.01), ("sleep", 0.02)])
     finally:
         pool.close()
     assert news == [(1, "at it"), (2, "at it")]

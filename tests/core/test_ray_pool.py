@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine.core.pool import Crew, Done, Evaluator, Lost
+from engine.core.pool import Done, Evaluator, JobQueue, Lost
 from engine.core.ray_pool import RayPool
 
 ray = pytest.importorskip("ray")
@@ -67,7 +67,7 @@ def broken(workers_here: int) -> Evaluator:
 
 
 class Run:
-    """Jobs through a crew, with all that became of them."""
+    """Jobs through a queue, with all that became of them."""
 
     def __init__(
         self, works: list[Any], *, size: int, retries: int = 1, seconds: float = 0.0, **more: Any
@@ -86,7 +86,7 @@ class Run:
         pool = RayPool(
             factory, size=size, cpus=1.0, on_news=lambda job, news: self.news.append(news), **more
         )
-        crew = Crew(
+        queue = JobQueue(
             pool,
             retries,
             lambda work: [work],
@@ -94,7 +94,7 @@ class Run:
             on_lost=lambda lost, again: self.lost.append((lost, again)),
         )
         try:
-            for outcome in crew.run(feed):
+            for outcome in queue.run(feed):
                 self.outcomes.append(outcome)
         finally:
             pool.close()

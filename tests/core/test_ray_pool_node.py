@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.core.pool import Crew, Done, Evaluator, Lost, Tell
+from engine.core.pool import Done, Evaluator, JobQueue, Lost, Tell
 from engine.core.ray_pool import RayPool
 
 ray = pytest.importorskip("ray")
@@ -52,10 +52,10 @@ def test_a_lost_nodes_member_is_evaluated_by_another(nodes: Any) -> None:
 
     pool = RayPool(sleeper, size=2, address=nodes.address)
     try:
-        crew = Crew(pool, 2, lambda work: [work], on_lost=lambda *told: lost.append(told))
+        queue = JobQueue(pool, 2, lambda work: [work], on_lost=lambda *told: lost.append(told))
         done: list[tuple[float, int]] = []
         gone = False
-        for _, report in crew.run(feed):
+        for _, report in queue.run(feed):
             assert isinstance(report, Done)
             done.append(report.result)
             if len(done) == 3 and pool.ready() == 2 and not gone:

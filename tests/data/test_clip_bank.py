@@ -227,6 +227,9 @@ def test_a_cohort_trains_on_the_bank(tiny_shards: Path, monkeypatch: pytest.Monk
     assert made is not None and seen == set(made.clips.tolist()) and len(seen) == 5
     again = evaluate_cohort(trainer, labelled, members=jobs[1:], seeds=[0], memory=memory)
     assert memory.bank is made
-    assert again[0].fitness == first[1].fitness and again[0].terms == first[1].terms
+    assert (
+        again[0].fitness == first[1].fitness
+        and again[0].learnt["terms"] == first[1].learnt["terms"]
+    )
     evaluate_cohort(trainer, labelled, members=jobs[1:], seeds=[0], memory=memory, full=True)
     assert len(seen) > 5 and memory.bank is made

@@ -203,7 +203,7 @@ def test_what_can_not_be_used_is_one_line(colours: Path, tmp_path: Path) -> None
         "unknown data set 'ucf'": {"name": "ucf"},
         "needs --group-pattern": {"name": "folders"},
         "no regular expression": {"name": "folders", "group_pattern": "("},
-        "matches 60 of 60 names nowhere": {"name": "folders", "group_pattern": "actor"},
+        "finds nothing in 60 of 60 names": {"name": "folders", "group_pattern": "actor"},
         "without it nothing is left": {"name": "folders", "group_pattern": "^v"},
         "no official split": {"name": "folders", "folds": "official", "group_pattern": "x"},
         "holds no HMDB51 lists|its lists": {"name": "hmdb51"},

@@ -226,7 +226,7 @@ def test_small_fits_are_one_threads(colour_set: Dataset, monkeypatch: pytest.Mon
             seen.add(torch.get_num_threads())
             return super().fit(*args)
 
-    monkeypatch.setattr(linear, "LogisticRegression", Spy)
+    monkeypatch.setattr(linear.linear_model, "LogisticRegression", Spy)
     net, card = network()
     with threadpool_limits(2):
         before = threadpool_info()

@@ -60,7 +60,7 @@ def halved(tiny_shards: Path) -> list[MemberResult]:
 
 
 def same(one: MemberResult, other: MemberResult) -> bool:
-    names = ("state", "fitness", "reason", "results", "seeds", "terms", "rungs", "steps")
+    names = ("state", "fitness", "reason", "results", "seeds", "learnt", "rungs", "steps")
     if not all(getattr(one, name) == getattr(other, name) for name in names):
         return False
     if one.rgb is None or other.rgb is None:
@@ -114,7 +114,7 @@ def test_the_worse_half_is_dropped_at_each_rung(
             assert halved[i].reason == (
                 f"fitness {at[1]:.4f} at step {at[0]} is in the worse half of {len(going)} members"
             )
-            assert halved[i].rgb is None and halved[i].terms and halved[i].seconds > 0
+            assert halved[i].rgb is None and halved[i].learnt["terms"] and halved[i].seconds > 0
         going = kept
     assert 0 < len(going) < len(JOBS)
     for i in going:

@@ -14,7 +14,8 @@ import torch
 
 from engine.core.pool import Done, Job, Lost
 from engine.core.ray_pool import RayPool
-from engine.data.library import fingerprint, open_library
+from engine.data.library import open_library
+from engine.data.shards.index import data_digest
 from engine.search import evolve
 from engine.search import worker as cohort_worker
 from engine.search.worker import CohortFactory
@@ -105,7 +106,7 @@ def factory(shards: Path, run: Path, **changed: Any) -> CohortFactory:
         "recipe": RECIPE,
         "videos": libraries[0].shards,
         "labelled": libraries[1].shards,
-        "data": fingerprint(*libraries),
+        "data": data_digest(p for library in libraries for p in library.shards),
         "checkpoints": run / "checkpoints",
         "device": "cpu",
         "members_at_once": None,

@@ -159,7 +159,7 @@ def test_a_cohort_is_judged_by_its_own_networks(tiny_shards: Path, traced: None)
         trainer, labelled, members=[Proposal(0, SMALL), Proposal(0, SMALLER)], seeds=[0]
     )
     (one,) = evaluate_cohort(trainer, labelled, members=[Proposal(0, SMALLER)], seeds=[0])
-    assert both[1].fitness == one.fitness and both[1].terms == one.terms
+    assert both[1].fitness == one.fitness and both[1].learnt["terms"] == one.learnt["terms"]
     assert both[0].rgb is not None and both[1].rgb is not None and one.rgb is not None
     assert all(torch.equal(both[1].rgb[name], one.rgb[name]) for name in one.rgb)
     assert not all(torch.equal(both[0].rgb[name], one.rgb[name]) for name in one.rgb)

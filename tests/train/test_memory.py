@@ -89,7 +89,11 @@ def test_a_cohort_out_of_memory_halves_itself(
         "out of memory with 3 members at once: going on with 2",
     ]
     for one, other in zip(want, got, strict=True):
-        assert one.fitness == other.fitness and one.terms == other.terms and one.fitness is not None
+        assert (
+            one.fitness == other.fitness
+            and one.learnt["terms"] == other.learnt["terms"]
+            and one.fitness is not None
+        )
     sizes.clear()
     evaluate_cohort(trainer, labelled, members=JOBS[:3], seeds=[0], memory=memory)
     assert sizes == [2] * steps + [1] * steps, "the size that fits is kept"
@@ -193,7 +197,7 @@ def test_a_measurement_that_fails_ends_nothing(
     def fails(*_: object, **__: object) -> tuple[int, int]:
         raise error
 
-    monkeypatch.setattr(train_memory, "_counted", fails)
+    monkeypatch.setattr(train_memory, "memory_needed", fails)
     memory = CohortMemory()
     if want is None:
         with pytest.raises(DeviceFailed, match="--resume"):

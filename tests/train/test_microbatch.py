@@ -67,7 +67,7 @@ def test_shares_are_counts_over_the_whole_batch(pieces: int) -> None:
 
 
 def test_a_piece_is_every_so_manyth_clip() -> None:
-    part = views_of(HEARD, SHIFTS).part(1, 4)
+    part = views_of(HEARD, SHIFTS).microbatch(1, 4)
     assert part.clip["rgb"][:, 0, 0, 0, 0].tolist() == [1.0, 5.0]
     assert part.has_audio.tolist() == [True, False] and len(part) == 2
     assert part.clip["rgb"].is_contiguous(memory_format=torch.channels_last_3d)

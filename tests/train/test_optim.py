@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.core.recipe import Optim
-from engine.train.optim import descend, learning_rate, make_optimizer, new_moments, start_moments
+from engine.train.optim import (
+    RunningAverage,
+    descend,
+    learning_rate,
+    make_optimizer,
+    new_moments,
+    start_moments,
+)
 
 
 def small() -> nn.Sequential:
@@ -98,3 +105,21 @@ def test_a_backward_that_raises_moves_no_weight() -> None:
     with pytest.raises(ArithmeticError):
         descend(net, make_optimizer([(net, 1.0)], Optim()), Optim(), step=0, backward=backward)
     assert all(map(torch.equal, before, net.parameters()))
+
+
+def test_the_running_average_is_the_recursion_by_hand() -> None:
+    network = nn.BatchNorm1d(1)
+    average = RunningAverage(network, 0.5)
+    expected = 1.0
+    for step in range(30):
+        with torch.no_grad():
+            network.weight.fill_(float(step))
+        network.running_mean.fill_(float(step))
+        network.num_batches_tracked.fill_(step)
+        average.update(network, step=step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        torch.testing.assert_close(average.tensors["weight"].item(), expected, rtol=1e-5, atol=1e-5)
+        assert average.tensors["num_batches_tracked"] == step
+    assert 27.9 < average.tensors["running_mean"] < 29
+    assert network.weight.item() == 29.0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.core.files import storing, take_lock
-from engine.core.pool import Crew, Done, LocalPool, Lost, Plain, Pool, ProcessPool
+from engine.core.pool import Done, JobQueue, LocalPool, Lost, Plain, Pool, ProcessPool
 from engine.core.ray_pool import RayPool
 from engine.data.ingest.cut import Settings
 from engine.data.ingest.grouping import Group, group
@@ -256,8 +256,8 @@ class _Ingest:
         self.reused += queue.reused
         self.done += queue.reused
         with self.open_pool(sum(len(g.sources) for g in left)) as pool:
-            crew = Crew(pool, RETRIES, on_lost=_stop_on_error, max_in_a_row=math.inf)
-            for work, report in crew.run(queue.feed):
+            jobs = JobQueue(pool, RETRIES, on_lost=_stop_on_error, max_in_a_row=math.inf)
+            for work, report in jobs.run(queue.feed):
                 self._take(queue, work, report)
 
     def _take(self, queue: _Queue, work: Work, report: Done | Lost) -> None:

@@ -225,7 +225,7 @@ class ClipIndex:
     flags: NDArray[np.uint32]
     """(clips,): HAS_AUDIO, PARTIAL and the bits of splits."""
     codecs: set[Codec]
-    """How pictures are stored."""
+    """Codecs of its pictures."""
     damaged: tuple[Damage, ...]
     """Shards that were left out."""
     substituted: Counter[int]

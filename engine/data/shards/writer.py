@@ -35,7 +35,7 @@ from engine.data.shards.index import (
 BLOCK = 512
 """Bytes that a tar's parts are multiples of."""
 END = bytes(2 * BLOCK)
-"""What ends a tar."""
+"""The end of a tar."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class NewClip:
     label: str | None = None
     """Name of its class."""
     note: str | None = None
-    """What is missing of it; set for a clip that ends before it should."""
+    """The part that is missing; set for a clip that ends before it should."""
     splits: tuple[str, ...] = ()
     """Its part, "train", "test" or "validation", in splits 1, 2 ... of its data set; "" for none."""
 

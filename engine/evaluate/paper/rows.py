@@ -8,7 +8,6 @@ from pathlib import Path
 
 from engine.evaluate.paper.scale import Scale
 
-TABLES = ("table1", "table2", "fig4", "fig5")
 TITLES = {
     "table1": "Table 1: self-supervised methods, without labels before the protocol",
     "table2": "Table 2: fine-tuned on labelled data sets",
@@ -134,7 +133,7 @@ class Column:
     unseen: bool = False
     """Train on groups that pretraining saw (without labels), test on those that it did not."""
     paper: str = ""
-    """Which of the paper's numbers stands beside it."""
+    """The paper's numbers that stand beside it, by data set and protocol."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from engine.core.display import Display, duration
 from engine.core.provenance import check_same_videos, provenance
 from engine.core.run import RunError, RunFolder
 from engine.core.runtime import Runtime, make_deterministic
-from engine.data.library import Library, fingerprint
+from engine.data.library import Library
 from engine.data.shards.index import ClipIndex, data_digest
 from engine.evaluate.baselines import baselines
 from engine.evaluate.datasets import Dataset
@@ -28,7 +28,7 @@ from engine.objective.lossfile import load_loss
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows, seeds and protocols of a table are run; empty: all (seeds: the scale's)."""
+    """Rows, seeds and protocols of a table to run; empty: all (seeds: the scale's)."""
 
     rows: Sequence[str] = ()
     seeds: Sequence[int] = ()
@@ -162,7 +162,7 @@ class Reproduction:
         facts: dict[str, Any] = {
             "table": self.name,
             "scale": self.scale.name,
-            "data": fingerprint(self.videos),
+            "data": data_digest(self.videos.shards),
             "labelled": _fingerprint(self.datasets),
             "seen_groups": self.scale.seen_groups,
             "finetune": hashlib.sha256(repr(self.scale.finetune).encode()).hexdigest()[:12],

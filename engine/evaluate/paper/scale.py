@@ -11,15 +11,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from engine.core.recipe import (
-    Natural,
-    Recipe,
-    RecipeError,
-    assigned,
-    load_recipe,
-    read_toml,
-    recipe_from,
-)
+from engine.core import recipe
 
 Share = Annotated[float, Meta(gt=0.0, le=1.0)]
 Names = Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -29,13 +21,13 @@ class Scale(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A scale's file, with its two recipes made whole."""
 
     name: str
-    pretrain: Recipe
-    finetune: Recipe
-    seeds: Annotated[tuple[Natural, ...], Meta(min_length=1)] = (0, 1, 2)
-    seen_groups: Natural = 0
+    pretrain: recipe.Recipe
+    finetune: recipe.Recipe
+    seeds: Annotated[tuple[recipe.Natural, ...], Meta(min_length=1)] = (0, 1, 2)
+    seen_groups: recipe.Natural = 0
     """Groups of the labelled data set, the first by name, whose clips are trained on without labels; only where
     ``--folds group``. Fine-tuning trains on these and is tested on the others. 0: none, and all folds."""
-    checkpoint_every: Natural = 0
+    checkpoint_every: recipe.Natural = 0
     """Steps between checkpoints of networks in training; 0: none, a training that is killed begins anew."""
     labelled: Annotated[tuple[Share, ...], Meta(min_length=1)] = (0.1, 0.25, 0.5, 1.0)
     """Shares of the labelled clips in Fig. 4."""
@@ -59,21 +51,21 @@ def load_scale(name_or_path: str | Path, assignments: Sequence[str] = ()) -> Sca
     ``[pretrain]`` is a recipe, on top of the one that the key ``recipe`` names if it does; ``[finetune]`` holds what
     fine-tuning changes of it. Raises RecipeError as ``load_recipe`` does.
     """
-    read, where = read_toml(name_or_path, folder="reproduce")
-    values = assigned(dict(read), assignments)
+    read, where = recipe.read_toml(name_or_path, folder="reproduce")
+    values = recipe.assigned(dict(read), assignments)
     base, name = values.pop("recipe", None), str(values.get("name", "custom"))
-    start: dict[str, Any] = {} if base is None else msgspec.to_builtins(load_recipe(base))
+    start: dict[str, Any] = {} if base is None else msgspec.to_builtins(recipe.load_recipe(base))
     pretrain = _merged(start, {**values.pop("pretrain", {}), "name": name})
     change: dict[str, Any] = values.pop("finetune", {})
     finetune = _merged(pretrain, change)
     recipes = {
-        "pretrain": recipe_from(pretrain, where=f"{where}: pretrain"),
-        "finetune": recipe_from(finetune, where=f"{where}: finetune"),
+        "pretrain": recipe.recipe_from(pretrain, where=f"{where}: pretrain"),
+        "finetune": recipe.recipe_from(finetune, where=f"{where}: finetune"),
     }
     try:
         return msgspec.convert({"name": name, **values, **recipes}, Scale)
     except msgspec.ValidationError as error:
-        raise RecipeError(f"{where}: {error}") from None
+        raise recipe.RecipeError(f"{where}: {error}") from None
 
 
 def _merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -72,13 +72,9 @@ class Training:
         began = time.perf_counter()
         going = [(c, *batch) for c in at_work if (batch := c.next_batch()) is not None]
         keys = [(c, key) for c, members, _ in going for key in members]
-        outcomes: list[float | MemberFailed] = []
-        if len(going) > 1 and all(c.trainer.mode == "off" for c, *_ in going):
-            steps = [(c.trainer, m, views) for c, members, views in going for m in members.values()]
-            outcomes = self.runtime.map(lambda step: step[0].attempt(*step[1:]), steps)
-        else:
-            for cohort, members, views in going:
-                outcomes += cohort.trainer.step_all([*members.values()], views)
+        steps = [(c.trainer, m, views) for c, members, views in going for m in members.values()]
+        apart = self.runtime.map if all(c.trainer.mode == "off" for c, *_ in going) else map
+        outcomes = list(apart(lambda step: step[0].attempt(*step[1:]), steps))
         for (cohort, key), outcome in zip(keys, outcomes, strict=True):
             cohort.stepped(key, outcome)
         for cohort, *_ in going:
