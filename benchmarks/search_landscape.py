@@ -42,6 +42,7 @@ LAST = 14
 METHODS: dict[str, dict[str, Any]] = {
     "evolution": {"method": "evolution"},
     "cmaes": {"method": "cmaes"},
+    "surrogate": {"method": "surrogate"},
     "random": {"method": "random"},
 }
 """Every setting at its default."""

@@ -82,13 +82,17 @@ class Objective(Section, frozen=True):
 
     stop_gradient: bool = True
     """Stop the gradient of the distillation target."""
-    units: Literal["chance", "raw"] = "chance"
+    units: Literal["chance", "gradient", "raw"] = "chance"
     """chance: each term is divided by what comes of no learning on the same batch, so that 1 is nothing and 0 all that
-    can be learnt; raw: as it is (the paper does not say)."""
+    can be learnt; gradient: its weight is divided by the size of its gradient at the start, too, so that equal weights
+    pull the networks equally; raw: as it is (the paper does not say)."""
     distill: Literal["l2", "standardised", "projected"] = "l2"
     """The activations compared: as they are (the paper), standardised ones, or a linear map of RGB's with those."""
     margin: PositiveFloat = 0.5
     embed_dim: Positive = 64
+    decoder: Literal["linear", "convolutional"] = "linear"
+    """linear: what is decoded has to be in stage 4 linearly, and teaches from the first steps on; convolutional: three
+    layers of ``decoder_width`` channels, which learn to decode before the network learns."""
     decoder_width: Positive = 32
     decoder_downscale: Positive = 4
     """Decoders give frames at the clip's size divided by this."""
@@ -171,7 +175,7 @@ class Fitness(Section, frozen=True):
 class Search(Section, frozen=True):
     """The search: how losses are proposed, and how members are trained."""
 
-    method: Literal["evolution", "cmaes", "random", "grid"] = "evolution"
+    method: Literal["evolution", "cmaes", "surrogate", "random", "grid"] = "evolution"
     """``engine.search.samplers`` describes them."""
     population: Annotated[int, Meta(ge=2)] = 12
     rounds: Natural = 12
@@ -187,6 +191,9 @@ class Search(Section, frozen=True):
     """cmaes: standard deviation of the first generation's weights around 0.5."""
     cmaes_population: Natural = 0
     """cmaes: members of a generation; 0: 4 + 3 ln(39), which is 14."""
+    sparsity: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    """Probability that a drawn weight is exactly 0 (cmaes and grid: no use is made of it): members get cheaper, and
+    losses differ more. 0: the paper's prior, uniform in [0, 1)."""
     levels: Positive = 2
     """grid: weights that a term may have, evenly spaced, up to 1."""
     repeats: Positive = 1

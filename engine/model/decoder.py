@@ -1,4 +1,4 @@
-"""A small decoder from a network's last activations to frames, flow maps or log-mel.
+"""Decoders from a network's last activations to frames, flow maps or log-mel.
 
 Shape letters: N clips, C channels, T frames, H W pixels, F audio frames.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+LINEAR_START = 0.1
+"""Standard deviation of a linear decoder's first output, for features of unit size."""
 
 
 class Decoder(nn.Module):
@@ -79,3 +82,48 @@ class Decoder(nn.Module):
 
 def _resize(x: Tensor, size: list[int] | tuple[int, ...]) -> Tensor:
     return functional.interpolate(x, size=list(size), mode="nearest-exact")
+
+
+class LinearDecoder(nn.Module):
+    """Decode each position of stage 4 to its block of the output by one linear map, as masked autoencoders do.
+
+    Input (N, in_channels, *grid), output (N, out_channels, *out_size). All that is decoded can then be read out
+    of the features linearly, and no layer of its own has to learn before the network does (He et al., "Masked
+    Autoencoders", predict patches likewise). ``future``: what comes next is decoded from the last time step alone.
+    The weights start small, so that the first output is about zero and the gradient reaches the network at once.
+
+    Blocks are of equal size; where the output is no multiple of the grid, or smaller, the nearest of their
+    values are taken. Raises ValueError for sizes that can't be.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        out_size: tuple[int, ...],
+        *,
+        grid: tuple[int, ...],
+        future: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(out_size) not in (2, 3) or len(grid) != len(out_size) or min(*out_size, *grid) < 1:
+            raise ValueError(
+                f"decoder: grid is {grid}, out_size {out_size}; give (T, H, W) or, for audio, (F, mels), all >= 1"
+            )
+        if min(in_channels, out_channels) < 1:
+            raise ValueError(
+                f"decoder: in_channels is {in_channels}, out_channels {out_channels}; each must be at least 1"
+            )
+        self.out_size, self.future = tuple(out_size), future
+        used = (1, *grid[1:]) if future else grid
+        block = tuple(-(-out // now) for out, now in zip(out_size, used, strict=True))
+        conv: type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]
+        conv = nn.ConvTranspose3d if len(out_size) == 3 else nn.ConvTranspose2d
+        self.output = conv(in_channels, out_channels, block, stride=block)  # type: ignore[arg-type]
+        nn.init.normal_(self.output.weight, std=LINEAR_START * in_channels**-0.5)
+        nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What stage-4 activations decode to, (N, out_channels, *out_size)."""
+        decoded: Tensor = self.output(x[:, :, -1:] if self.future else x)
+        return decoded if decoded.shape[2:] == self.out_size else _resize(decoded, self.out_size)

@@ -7,6 +7,7 @@ trained on Kinetics with them load unchanged; see ``engine.model.pretrained``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -228,6 +229,11 @@ class ResNet(nn.Module):
         dtype = torch.promote_types(last.dtype, torch.float32)
         activations.append(last.mean(dim=tuple(range(2, last.ndim)), dtype=dtype))
         return activations
+
+    def last_grid(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Positions of the last stage along each axis, for one input of ``size``: (C, T, H, W), or (1, F, mels)."""
+        shadow = copy.deepcopy(self).to("meta")
+        return tuple(shadow.forward_features(torch.empty(1, *size, device="meta"))[4].shape[2:])
 
     def forward(self, x: Tensor) -> Tensor:
         """The features of clips: the global average (N, D) of the last stage."""

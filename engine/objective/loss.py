@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import kernels
 from engine.core.recipe import Clip, Model, Objective
 from engine.data.views import Views, backward, shuffled
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, LinearDecoder
 from engine.model.resnet3d import ResNet, ResNet3D, audio_network, video_network
 from engine.objective.align import AlignAudioTask, EmbedTask
 from engine.objective.distill import DistillTask
@@ -90,12 +90,14 @@ class EvolvedLoss(nn.Module):
         assert isinstance(network, ResNet3D)
         return network
 
-    @staticmethod
     def _decode_tasks(
-        feature_dim: int, clip: Clip, objective: Objective, audio_size: tuple[int, int, int]
+        self, feature_dim: int, clip: Clip, objective: Objective, audio_size: tuple[int, int, int]
     ) -> list[Task]:
         heard, to_come, mels = audio_size
         side = max(clip.size // objective.decoder_downscale, 4)
+        frames = (clip.num_frames, clip.size, clip.size)
+        grids = {m: self._network(m).last_grid((CHANNELS[m], *frames)) for m in VISUAL}
+        grids["audio"] = self._network("audio").last_grid((1, heard, mels))
         tasks: list[Task] = []
         for term in TERMS:
             if term.target is None:
@@ -108,7 +110,11 @@ class EvolvedLoss(nn.Module):
                 maps = clip.num_future_frames - (target == "flow")
                 size = (maps if future else clip.num_frames, side, side)
                 channels = CHANNELS[target]
-            decoder = Decoder(feature_dim, channels, size, hidden=objective.decoder_width)
+            decoder: Decoder | LinearDecoder
+            if objective.decoder == "linear":
+                decoder = LinearDecoder(feature_dim, channels, size, grid=grids[m], future=future)
+            else:
+                decoder = Decoder(feature_dim, channels, size, hidden=objective.decoder_width)
             tasks.append(DecodeTask(term.name, m, target=target, future=future, decoder=decoder))
         return tasks
 

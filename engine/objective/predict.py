@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.data.views import Views
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, LinearDecoder
 from engine.objective.task import Activations, Pair, Task, TermValue, batch_mean
 
 
@@ -23,7 +23,13 @@ class DecodeTask(Task):
     """
 
     def __init__(
-        self, name: str, modality: str, *, target: str, future: bool, decoder: Decoder
+        self,
+        name: str,
+        modality: str,
+        *,
+        target: str,
+        future: bool,
+        decoder: Decoder | LinearDecoder,
     ) -> None:
         super().__init__()
         self.terms = (name,)

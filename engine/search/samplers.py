@@ -2,7 +2,8 @@
 
 evolution (the paper): an initial population is drawn uniformly; then, round by round, a top performer (the winner of
 a tournament) is copied and one of its weights is drawn anew. cmaes (the follow-up): a normal distribution over all
-weights, moved and reshaped by each generation's ranks. random and grid are controls that learn nothing.
+weights, moved and reshaped by each generation's ranks. surrogate: a balanced design first, then what a model of all
+members so far promises (Thompson sampling). random and grid are controls that learn nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from engine.core.recipe import Search
 from engine.objective.terms import TERM_NAMES, LossWeights
+from engine.search.surrogate import Surrogate, best_weights, vectors
 
 State = Literal["complete", "failed", "pruned"]
 
@@ -123,8 +125,17 @@ def generation_of(number: int, *, settings: Search) -> range:
     return range(start, min(start + settings.generation, stop))
 
 
+def draw_weights(rng: np.random.Generator, *, sparsity: float) -> LossWeights:
+    """Every weight 0 with probability ``sparsity``, else uniform in [0, 1); one at least is above 0."""
+    values = rng.random(len(TERM_NAMES))
+    if sparsity:
+        absent = rng.random(len(TERM_NAMES))
+        values[(absent < sparsity) & (absent < absent.max())] = 0.0
+    return dict(zip(TERM_NAMES, values.tolist(), strict=True))
+
+
 class RandomSampler:
-    """Every weight uniform in [0, 1), from a random stream keyed by (seed, number)."""
+    """Weights by ``draw_weights``, from a random stream keyed by (seed, number)."""
 
     def __init__(self, settings: Search, *, seed: int) -> None:
         self.settings = settings
@@ -149,8 +160,7 @@ class RandomSampler:
 
     def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
         """Draw member ``number``'s weights; other samplers look at ``done``, those that it may know of, by number."""
-        values = self.stream(number).random(len(TERM_NAMES)).tolist()
-        weights = dict(zip(TERM_NAMES, values, strict=True))
+        weights = draw_weights(self.stream(number), sparsity=self.settings.sparsity)
         return Proposal(number, weights, round=self.round_of(number))
 
 
@@ -180,8 +190,11 @@ class EvolutionSampler(RandomSampler):
         parent = max((population[i] for i in order[: self.settings.tournament]), key=_by_fitness)
         weights = dict(parent.weights)
         mutated = TERM_NAMES[int(rng.random() * len(TERM_NAMES))]
-        while weights[mutated] == parent.weights[mutated]:
+        sparsity = self.settings.sparsity
+        while weights[mutated] == parent.weights[mutated] or not any(weights.values()):
             weights[mutated] = float(rng.random())
+            if sparsity and rng.random() < sparsity:
+                weights[mutated] = 0.0
         return Proposal(number, weights, parent.number, mutated, self.round_of(number))
 
     def population(self, done: Sequence[Trial]) -> list[Trial]:
@@ -190,6 +203,41 @@ class EvolutionSampler(RandomSampler):
         if self.settings.replace == "worst":
             complete.sort(key=_by_fitness, reverse=True)
         return complete[: self.settings.population]
+
+
+class SurrogateSampler(EvolutionSampler):
+    """Thompson sampling (1933): each member is the best loss under coefficients drawn from ``Surrogate``'s posterior.
+
+    The initial population is a balanced design: every term is in as many of its members, give or take one, with
+    weights spread evenly over [0, 1). After it a member's weights are those that one draw of all effects promises most
+    of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so it is looked
+    into; where it is known to harm, none has it. Generations are waited for as in evolution.
+    """
+
+    def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
+        """The design's member, or what one draw from the posterior promises most of."""
+        complete = [member for member in done if member.fitness is not None]
+        if number < self.settings.population or len(complete) < 2:
+            return self._designed(number)
+        fitness = np.array([member.fitness for member in complete], np.float64)
+        model = Surrogate.fit(vectors([member.weights for member in complete]), fitness)
+        most = max(round((1 - self.settings.sparsity) * len(TERM_NAMES)), 1)
+        values = best_weights(model.draw(self.stream(number)), most=most)
+        weights = dict(zip(TERM_NAMES, values.tolist(), strict=True))
+        return Proposal(number, weights, round=self.round_of(number))
+
+    def _designed(self, number: int) -> Proposal:
+        """Of each term a shuffled column, in which present and absent, and weights, are spread evenly."""
+        size, n = self.settings.population, len(TERM_NAMES)
+        key = np.random.SeedSequence(self.seed, spawn_key=(0xDE516, number // size))
+        rng = np.random.Generator(np.random.Philox(key))
+        present = (1 - self.settings.sparsity) * size
+        place = np.argsort(rng.random((size, n)), axis=0)[number % size] + rng.random(n)
+        values = np.where(place < present, place / present, 0.0)
+        if not values.any():
+            values[int(place.argmin())] = 1.0
+        weights = dict(zip(TERM_NAMES, values.tolist(), strict=True))
+        return Proposal(number, weights, round=self.round_of(number))
 
 
 class CmaSampler(RandomSampler):
@@ -312,6 +360,7 @@ def _by_fitness(member: Trial) -> tuple[float, int]:
 SAMPLERS: dict[str, type[RandomSampler]] = {
     "evolution": EvolutionSampler,
     "cmaes": CmaSampler,
+    "surrogate": SurrogateSampler,
     "random": RandomSampler,
     "grid": GridSampler,
 }

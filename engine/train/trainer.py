@@ -35,7 +35,8 @@ from engine.objective.loss import (
     evaluation_order,
     weights_in_order,
 )
-from engine.objective.terms import TERM_NAMES, LossWeights
+from engine.objective.terms import MODALITIES, TERM_NAMES, LossWeights
+from engine.train import units
 from engine.train.compiled import GRAPHS, StepBuffers, compile_mode, compiling
 from engine.train.member import FlatState, Member
 from engine.train.microbatch import differentiate, split
@@ -104,6 +105,7 @@ class Trainer:
         self._checked = self.mode == "off" and not runtime.amp
         self._checking = threading.Lock()
         self._initial: tuple[int, EvolvedLoss] | None = None
+        self._sizes: Tensor | None = None
 
     def initial_loss(self, seed: int) -> EvolvedLoss:
         """Networks and heads with the initial weights of ``seed``: equal for every member of that seed."""
@@ -168,10 +170,33 @@ class Trainer:
                 own = self._networks(seed)
                 self.buffers = StepBuffers(*own, FlatState(*own), mode=self.mode)
         vector = torch.tensor([weights[name] for name in TERM_NAMES], device=self.runtime.device)
-        ordered = weights_in_order(vector, computed)
+        ordered = weights_in_order(vector / self.gradient_sizes(), computed)
         return Member(
             loss, optimizer, vector, active, computed, ordered, alive, state, first, first
         )
+
+    def gradient_sizes(self) -> Tensor:
+        """float32 (39,): what weights are divided by, measured on the run's first clips; 1 but for gradient units."""
+        if self._sizes is None:
+            self._sizes = torch.ones(len(TERM_NAMES), device=self.runtime.device)
+            if self.recipe.objective.units == "gradient":
+                batches = list(self._first_views(units.BATCHES))
+                loss = self.initial_loss(self.recipe.seed)
+                with without_others():
+                    self._sizes = units.gradient_sizes(loss, batches, sound=self.sound)
+        return self._sizes
+
+    def _first_views(self, count: int) -> Iterator[Views]:
+        """Batches that depend on the recipe and the clips alone, not on processes, members or their seeds."""
+        r, size = self.recipe, min(units.CLIPS, self.recipe.optim.batch_size)
+        modalities = tuple(m for m in MODALITIES if m != "audio" or self.sound)
+        pipeline = self.pipeline(modalities, batch_size=size)
+        plans = (
+            plan_batch(self.index, r.clip, r.audio, seed=r.seed, step=step, batch_size=size)
+            for step in range(count)
+        )
+        for batch in pipeline.batches(plans):
+            yield self.views(batch, modalities)
 
     def _networks(self, seed: int) -> tuple[EvolvedLoss, torch.optim.Optimizer]:
         loss = self.initial_loss(seed)
@@ -210,7 +235,9 @@ class Trainer:
             world=self.ranks.world,
         )
 
-    def pipeline(self, modalities: Collection[str]) -> InputPipeline:
+    def pipeline(
+        self, modalities: Collection[str], *, batch_size: int | None = None
+    ) -> InputPipeline:
         """The pipeline that decodes this rank's batches."""
         r = self.recipe
         return InputPipeline(
@@ -218,7 +245,7 @@ class Trainer:
             r.clip,
             audio=r.audio,
             device=self.runtime.device,
-            batch_size=self.local_batch_size,
+            batch_size=batch_size or self.local_batch_size,
             num_frames=r.clip.num_frames + r.clip.num_future_frames,
             threads=self.runtime.threads,
             flow="flow" in modalities,

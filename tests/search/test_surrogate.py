@@ -1,0 +1,151 @@
+"""The model of fitness over losses, and the sampler that follows it."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import DotProduct, WhiteKernel
+
+from engine.core.recipe import Search
+from engine.objective.terms import TERM_NAMES
+from engine.search.samplers import draw_weights
+from engine.search.study import SearchStudy
+from engine.search.surrogate import (
+    GROUPS,
+    KINDS,
+    SHARED,
+    SIGNALS,
+    Surrogate,
+    basis,
+    best_weights,
+    vectors,
+)
+
+J = len(TERM_NAMES)
+SPARSE = Search(method="surrogate", population=16, rounds=24, sparsity=0.8)
+
+
+def losses(count, *, sparsity=0.8, seed=0):
+    rng = np.random.default_rng(seed)
+    return vectors([draw_weights(rng, sparsity=sparsity) for _ in range(count)])
+
+
+def truth(w):
+    """Two terms help, one of them in moderation; three harm."""
+    return (
+        0.2 + 0.2 * w[..., 4] + 0.1 * w[..., 7] * (1 - w[..., 7]) * 4 - 0.05 * w[..., 20:23].sum(-1)
+    )
+
+
+def search(settings, *, noise, seed=0):
+    study = SearchStudy(settings, storage=None, name="search", seed=seed, recipe_hash="abc")
+    while not study.finished:
+        for proposal in study.ask():
+            true = float(truth(vectors([proposal.weights])[0]))
+            seen = true + noise * np.random.default_rng([seed, proposal.number]).normal()
+            study.tell(proposal.number, fitness=seen, attributes={})
+    return study.members()
+
+
+def test_absent_terms_stand_for_nothing():
+    w = losses(50)
+    b = basis(w)
+    assert b.shape == (50, 3, J)
+    assert not b.transpose(0, 2, 1)[w == 0].any()
+    assert (b[:, 0][w > 0] == 1).all() and np.array_equal(b[:, 1], w)
+
+
+def test_prediction_is_a_gaussian_process_of_the_same_kernel():
+    """With the variances that were chosen, the posterior mean equals scikit-learn's for a linear kernel."""
+    w, new = losses(60), losses(9, seed=5)
+    y = truth(w) + 0.02 * np.random.default_rng(1).normal(size=60)
+    model = Surrogate.fit(w, y)
+    x, z = basis(w).reshape(60, -1), basis(new).reshape(9, -1)
+    centre, scale = x.mean(0), ((x - x.mean(0)) ** 2).sum(1).mean()
+    away = []
+    for ratio, kinds, shared in product(SIGNALS, KINDS, SHARED):
+        same = [[a == b for b in GROUPS] for a in GROUPS]
+        prior = np.kron(np.diag(kinds), (1 - shared) * np.eye(J) + shared * np.array(same))
+        root = np.linalg.cholesky(ratio / scale * prior + 1e-12 * np.eye(3 * J))
+        kernel = DotProduct(0.0, "fixed") + WhiteKernel(1.0, "fixed")
+        peer = GaussianProcessRegressor(kernel, optimizer=None).fit(
+            (x - centre) @ root, y - y.mean()
+        )
+        expected = peer.predict((z - centre) @ root) + y.mean()
+        away.append(np.abs(expected - model.predict(new)).max())
+    assert min(away) < 1e-7
+    assert np.median(away) > 1e-5  # only one choice of variances gives it
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_effects_are_found_of_either_sign(seed):
+    """Shrunken toward nothing by the prior, never past it: the two that help lead, those that harm come out below 0."""
+    w = losses(80, seed=seed)
+    y = truth(w) + 0.02 * np.random.default_rng(seed).normal(size=80)
+    model = Surrogate.fit(w, y)
+    effects = [model.effect(j) for j in range(J)]
+    means = np.array([mean for mean, _ in effects])
+    assert set(np.argsort(-means)[:2]) == {4, 7}
+    assert 0.02 < means[4] < 0.22
+    assert means[20:23].mean() < -0.02
+    none = np.setdiff1d(np.arange(J), [4, 7, 20, 21, 22])
+    sure = [abs(effects[j][0]) < 3 * effects[j][1] for j in none]
+    assert np.mean(sure) > 0.9
+
+
+def test_the_best_weights_of_known_coefficients():
+    coefficients = np.zeros((3, J))
+    coefficients[1, 4] = 0.2  # the more the better
+    coefficients[2, 7] = -0.1  # the best is a half
+    coefficients[0, 7] = 0.05
+    coefficients[0, 20] = -0.3
+    best = best_weights(coefficients.ravel(), most=J)
+    assert best[4] == 1.0 and best[7] == 0.5 and best.sum() == 1.5
+    assert np.flatnonzero(best_weights(coefficients.ravel(), most=1)).tolist() == [4]
+    harm = np.zeros((3, J))
+    harm[0] = -1.0
+    assert (best_weights(harm.ravel(), most=5) > 0).sum() == 1
+
+
+def test_the_design_has_every_term_equally_often():
+    members = search(SPARSE, noise=0.02)[:16]
+    counts = (vectors([m.weights for m in members]) > 0).sum(0)
+    assert counts.min() >= 3 and counts.max() <= 4
+    assert len({tuple(m.weights.values()) for m in members}) == 16
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_finds_what_evolution_does_not(seed):
+    found = {}
+    for method in ("surrogate", "evolution"):
+        settings = Search(method=method, population=16, rounds=24, sparsity=0.8)
+        members = search(settings, noise=0.03, seed=seed)
+        last = vectors([m.weights for m in members[-8:]])
+        found[method] = truth(last).mean()
+    assert found["surrogate"] > found["evolution"]
+    assert found["surrogate"] > 0.35
+
+
+def test_proposals_follow_from_the_seed_and_what_is_done_alone():
+    one, two = search(SPARSE, noise=0.02), search(SPARSE, noise=0.02)
+    assert [m.weights for m in one] == [m.weights for m in two]
+    other = search(SPARSE, noise=0.02, seed=1)
+    assert [m.weights for m in one] != [m.weights for m in other]
+
+
+def test_fewer_terms_are_drawn_where_asked_and_never_none():
+    w = losses(400, sparsity=0.9)
+    assert (w > 0).sum(1).min() >= 1
+    assert (w > 0).mean() == pytest.approx(0.1, abs=0.01)
+    plain = np.random.default_rng(3).random(J)
+    assert list(draw_weights(np.random.default_rng(3), sparsity=0.0).values()) == plain.tolist()
+
+
+def test_groups_are_tasks_and_what_is_distilled():
+    assert len(set(GROUPS)) == 11
+    assert (
+        len({g for g, n in zip(GROUPS, TERM_NAMES, strict=True) if n.startswith("distill/")}) == 3
+    )
