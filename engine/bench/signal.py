@@ -117,7 +117,8 @@ def plan_of(
     wrong = [step for step in looks if not 0 < step <= steps]
     if wrong:
         raise ValueError(f"--looks {wrong[0]}: a member is trained for {steps} steps (optim.steps)")
-    named = [f"random:{recipe.seed + i}" for i in range(losses)]
+    zeros = f":{recipe.search.sparsity:g}" if recipe.search.sparsity else ""
+    named = [f"random:{recipe.seed + i}{zeros}" for i in range(losses)]
     named += preset_names("losses") if presets else []
     seeds = tuple(recipe.seed + i for i in range(2 * repeats))
     return Plan(tuple(named), seeds, tuple(sorted({*looks, steps})))

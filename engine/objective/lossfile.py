@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,19 @@ RANDOM_LOSS_STREAM = 0x10553
 
 
 def load_loss(name_or_path: str | Path) -> LossWeights:
-    """Read a loss: a TOML file with a ``[weights]`` table, a preset's name, or ``random:SEED``.
+    """Read a loss: a TOML file with a ``[weights]`` table, a preset's name, ``random:SEED`` or ``random:SEED:ZEROS``.
 
     Returns every term's weight; names that the file leaves out get 0. Raises RecipeError as ``load_recipe``.
     """
     name = str(name_or_path)
     if name.startswith("random:"):
-        if not name[7:].isdigit():
-            raise RecipeError(f"loss {name!r}: write random:SEED with a whole number")
-        return random_weights(int(name[7:]))
+        match = re.fullmatch(r"random:(\d+)(?::(0?\.\d+|0))?", name)
+        if match is None:
+            raise RecipeError(
+                f"loss {name!r}: write random:SEED with a whole number, or random:SEED:ZEROS with"
+                " the share of weights that are 0, as random:3:0.85"
+            )
+        return random_weights(int(match[1]), sparsity=float(match[2] or 0))
     values, where = read_toml(name_or_path, folder="losses")
     weights = values.get("weights")
     if not isinstance(weights, dict):
@@ -53,7 +58,16 @@ def save_loss(
     write_text_atomic(path, text)
 
 
-def random_weights(seed: int) -> LossWeights:
-    """A loss drawn uniformly from [0, 1] for every term: the paper's "random loss"."""
+def draw_weights(rng: np.random.Generator, *, sparsity: float) -> LossWeights:
+    """Every weight 0 with probability ``sparsity``, else uniform in [0, 1); one at least is above 0."""
+    values = rng.random(len(TERM_NAMES))
+    if sparsity:
+        absent = rng.random(len(TERM_NAMES))
+        values[(absent < sparsity) & (absent < absent.max())] = 0.0
+    return dict(zip(TERM_NAMES, values.tolist(), strict=True))
+
+
+def random_weights(seed: int, *, sparsity: float = 0.0) -> LossWeights:
+    """A loss drawn as a search draws its first: uniformly from [0, 1] for every term (the paper), or with zeros."""
     rng = np.random.Generator(np.random.Philox(key=[seed, RANDOM_LOSS_STREAM]))
-    return dict(zip(TERM_NAMES, rng.random(len(TERM_NAMES)).tolist(), strict=True))
+    return draw_weights(rng, sparsity=sparsity)

@@ -197,7 +197,7 @@ class _Search:
 
         def cohorts(idle: int) -> list[Cohort]:
             now, left[:] = left[:idle], left[idle:]
-            return [_confirmation(best, seed) for seed in now]
+            return [_confirmation(best, seed, self.study.settings.sparsity) for seed in now]
 
         for cohort, result in self._outcomes(queue, cohorts):
             self.records.confirmed(cohort, result)
@@ -219,8 +219,8 @@ class _Search:
             self.progress.ended(report.job.number)
 
 
-def _confirmation(best: Trial, seed: int) -> Cohort:
-    members = (best.proposal, Proposal(-1, random_weights(seed)))
+def _confirmation(best: Trial, seed: int, sparsity: float) -> Cohort:
+    members = (best.proposal, Proposal(-1, random_weights(seed, sparsity=sparsity)))
     return Cohort(members, (seed,), confirm=True)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.core.recipe import Search
+from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES, LossWeights
 from engine.search.surrogate import Surrogate, best_weights, vectors
 
@@ -123,15 +124,6 @@ def generation_of(number: int, *, settings: Search) -> range:
         first, stop = settings.population, settings.population + settings.rounds
     start = number - (number - first) % settings.generation
     return range(start, min(start + settings.generation, stop))
-
-
-def draw_weights(rng: np.random.Generator, *, sparsity: float) -> LossWeights:
-    """Every weight 0 with probability ``sparsity``, else uniform in [0, 1); one at least is above 0."""
-    values = rng.random(len(TERM_NAMES))
-    if sparsity:
-        absent = rng.random(len(TERM_NAMES))
-        values[(absent < sparsity) & (absent < absent.max())] = 0.0
-    return dict(zip(TERM_NAMES, values.tolist(), strict=True))
 
 
 class RandomSampler:

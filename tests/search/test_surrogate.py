@@ -10,8 +10,9 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import DotProduct, WhiteKernel
 
 from engine.core.recipe import Search
+from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES
-from engine.search.samplers import draw_weights
+from engine.search import surrogate
 from engine.search.study import SearchStudy
 from engine.search.surrogate import (
     GROUPS,
@@ -58,8 +59,9 @@ def test_absent_terms_stand_for_nothing():
     assert (b[:, 0][w > 0] == 1).all() and np.array_equal(b[:, 1], w)
 
 
-def test_prediction_is_a_gaussian_process_of_the_same_kernel():
-    """With the variances that were chosen, the posterior mean equals scikit-learn's for a linear kernel."""
+def test_prediction_is_a_gaussian_process_of_the_same_kernel(monkeypatch):
+    """With the variances that were chosen, and before terms have scales of their own, the mean is scikit-learn's."""
+    monkeypatch.setattr(surrogate, "ROUNDS", 1)
     w, new = losses(60), losses(9, seed=5)
     y = truth(w) + 0.02 * np.random.default_rng(1).normal(size=60)
     model = Surrogate.fit(w, y)
@@ -82,18 +84,17 @@ def test_prediction_is_a_gaussian_process_of_the_same_kernel():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_effects_are_found_of_either_sign(seed):
-    """Shrunken toward nothing by the prior, never past it: the two that help lead, those that harm come out below 0."""
+    """Of two terms that help, one in moderation, and three that harm, 80 noisy members tell."""
     w = losses(80, seed=seed)
     y = truth(w) + 0.02 * np.random.default_rng(seed).normal(size=80)
     model = Surrogate.fit(w, y)
-    effects = [model.effect(j) for j in range(J)]
-    means = np.array([mean for mean, _ in effects])
-    assert set(np.argsort(-means)[:2]) == {4, 7}
-    assert 0.02 < means[4] < 0.22
-    assert means[20:23].mean() < -0.02
+    effects = np.array([model.effect(j) for j in range(J)])
+    assert effects[:, 0].argmax() == 4
+    assert 0.07 < effects[4, 0] < 0.29  # in truth 0.2
+    assert 0.04 < model.effect(7, 0.5)[0] < 0.16  # 0.1
+    assert effects[20:23, 0].mean() < -0.02  # -0.05
     none = np.setdiff1d(np.arange(J), [4, 7, 20, 21, 22])
-    sure = [abs(effects[j][0]) < 3 * effects[j][1] for j in none]
-    assert np.mean(sure) > 0.9
+    assert np.mean(np.abs(effects[none, 0]) < 3 * effects[none, 1]) > 0.9
 
 
 def test_the_best_weights_of_known_coefficients():
@@ -117,16 +118,14 @@ def test_the_design_has_every_term_equally_often():
     assert len({tuple(m.weights.values()) for m in members}) == 16
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_finds_what_evolution_does_not(seed):
-    found = {}
-    for method in ("surrogate", "evolution"):
+def test_finds_what_evolution_does_not():
+    found = {"surrogate": [], "evolution": []}
+    for method, seed in product(found, range(3)):
         settings = Search(method=method, population=16, rounds=24, sparsity=0.8)
-        members = search(settings, noise=0.03, seed=seed)
-        last = vectors([m.weights for m in members[-8:]])
-        found[method] = truth(last).mean()
-    assert found["surrogate"] > found["evolution"]
-    assert found["surrogate"] > 0.35
+        last = search(settings, noise=0.03, seed=seed)[-8:]
+        found[method].append(truth(vectors([m.weights for m in last])).mean())
+    assert min(found["surrogate"]) > 0.36
+    assert np.mean(found["surrogate"]) > np.mean(found["evolution"]) + 0.05
 
 
 def test_proposals_follow_from_the_seed_and_what_is_done_alone():

@@ -16,7 +16,7 @@ from engine.core.files import take_lock
 from engine.data.demo.scenes import CLASSES, FPS, SAMPLE_RATE, UNLABELLED, draw_scene
 from engine.data.media.encode import write_video
 
-VERSION = 1
+VERSION = 2
 """Raised whenever a clip would look or sound different, so that cached sets are made again."""
 MARKER = "demo.json"
 

@@ -1,10 +1,11 @@
 """The scenes of the built-in data set: what moves in them, how it looks and how it sounds.
 
-Textured things move over textured, sometimes panning grounds. A labelled clip's class is its motion
-alone: looks, sizes, places, phases and the camera are drawn alike in every class, and no two classes
-are mirror images. Sound follows one law: a thing hums the louder the faster it moves, the higher the
-higher up and the smaller it is, and knocks at every impact or turning point; every second clip has a
-noise from off-screen too. Letters: T frames, H W, K points in time.
+Textured things move over soft grounds, and what leaves the view enters it opposite. A labelled clip's class is its
+motion alone: looks, sizes, places and phases are drawn alike in every class, and no two classes are mirror images of
+left and right, since views are flipped. Each is the reverse of another in time, or of itself, but for its knocks. Sound
+follows one law: a thing hums the louder the faster it moves, the higher the higher up and the smaller it is, and knocks
+at every impact or turning point; every second clip has a noise from off-screen too. Letters: T frames, H W, K points in
+time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Rng = np.random.Generator
 HEIGHT, WIDTH, FPS, SAMPLE_RATE = 84, 112, 25, 16000
 UNLABELLED = "unlabelled"
 GAP = 16
+"""Pixels between a side of the view and where it goes on opposite."""
 SPREAD = 28
+"""How far from the middle things are at first, in pixels."""
 ZOOM = 2.8
 """Largest over smallest radius: zooming things run through it, the others are drawn from it."""
 
@@ -193,27 +196,16 @@ def _thing(
 
 
 def _ground(rng: Rng, num_frames: int, *, hue: float) -> Array:
-    """(T, H, W, 3): a lit, textured ground; the camera rests or pans, up to 7 px/s an axis."""
-    margin = 14
-    rows, columns = (
-        np.arange(-margin, side + margin, dtype=np.float32) / HEIGHT for side in (HEIGHT, WIDTH)
-    )
+    """(T, H, W, 3): a lit ground of low contrast, and a camera at rest."""
+    rows, columns = (np.arange(side, dtype=np.float32) / HEIGHT for side in (HEIGHT, WIDTH))
     u, v = np.meshgrid(columns, rows)
-    coarse = _pattern(rng, u, v, frequency=rng.uniform(1.5, 3))
-    mix = coarse[..., None]
+    mix = _pattern(rng, u, v, frequency=rng.uniform(1.5, 3))[..., None]
     value, step = rng.uniform(0.35, 0.75), rng.choice([-1, 1]) * rng.uniform(0.03, 0.08)
     first = np.array(_colour(rng, hue, (0.1, 0.5), value))
     second = np.array(_colour(rng, hue + rng.uniform(-0.12, 0.12), (0.1, 0.6), value + step))
     light = 1 + rng.uniform(-0.3, 0.3) * (u - 0.66) + rng.uniform(-0.3, 0.3) * (v - 0.5)
     ground = np.clip((first * (1 - mix) + second * mix) * light[..., None], 0, 255)
-    speed = np.zeros(2)
-    frames = np.empty((num_frames, HEIGHT, WIDTH, 3), np.float32)
-    for t in range(num_frames):
-        y, x = margin + speed * (t - num_frames / 2) / FPS
-        i, j = int(y), int(x)
-        wide = (1 + i - y) * ground[i : i + HEIGHT] + (y - i) * ground[i + 1 : i + 1 + HEIGHT]
-        frames[t] = (1 + j - x) * wide[:, j : j + WIDTH] + (x - j) * wide[:, j + 1 : j + 1 + WIDTH]
-    return frames
+    return np.repeat(ground[None].astype(np.float32), num_frames, axis=0)
 
 
 def _edge(outline: str, u: Array, v: Array) -> Array:
@@ -295,8 +287,8 @@ def _voice(rng: Rng, thing: _Thing, samples: int) -> Array:
 def draw_scene(group: str, number: int, *, seed: int = 0) -> Scene:
     """Draw one clip of ``group`` (a name in CLASSES, or UNLABELLED): a pure function of its arguments.
 
-    A labelled clip holds one or two things of one motion. An unlabelled one holds up to three, each
-    with its own motion, or two at once, and outlines that no labelled clip shows; every fifth is
+    A labelled clip holds one thing of one motion. An unlabelled one holds one or two, each with its own motion, or two
+    at once, and outlines that no labelled clip shows; every fifth is
     silent. Raises ValueError for an unknown group.
     """
     wild = group == UNLABELLED
