@@ -78,6 +78,7 @@ def print_outcome(summary: Mapping[str, Any]) -> None:
         "best": "best loss, fresh seeds",
     }
     rows = [[label, *spread_cells(summary[key])] for key, label in kinds.items()]
+    rows[1:1] = [[name, *spread_cells(spread)] for name, spread in summary["compared"].items()]
     rows += [["best loss, as the search saw it", f"{summary['best_search_fitness']:.3f}", "", "1"]]
     console.print(table("Fitness", ["", "mean", "sd", "n"], rows))
     if summary["failures"]:

@@ -232,7 +232,7 @@ class ResNet(nn.Module):
 
     def last_grid(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Positions of the last stage along each axis, for one input of ``size``: (C, T, H, W), or (1, F, mels)."""
-        shadow = copy.deepcopy(self).to("meta")
+        shadow = copy.deepcopy(self).to("meta").eval()
         return tuple(shadow.forward_features(torch.empty(1, *size, device="meta"))[4].shape[2:])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,12 @@ class Step:
 
 def stat(run: Run, key: str) -> Stat | None:
     """A Stat from the summary's ``{"mean", "sd", "n", "values"}`` under a key; None where there is no mean."""
-    table = table_of(run.summary, key)
+    return stat_in(run.summary, key)
+
+
+def stat_in(tables: Mapping[str, Any], key: str) -> Stat | None:
+    """A Stat from such an entry of a table of tables."""
+    table = table_of(tables, key)
     if (mean := finite(table.get("mean"))) is None:
         return None
     raw = table.get("values")

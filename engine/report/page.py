@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from engine.core.files import write_text_atomic
+from engine.features.trivial import TRIVIAL
 from engine.objective.terms import BY_NAME, TERM_NAMES
 from engine.report import measures, words
 from engine.report.figures import losses, search
@@ -201,6 +202,12 @@ def _results(run: Run) -> list[dict[str, Any]]:
         ("initial", "Initial population", "the search's seed", measures.initial_stat(run)),
         ("random", "Random losses", "fresh seeds", stat(run, "random")),
         ("best", "Best loss", "fresh seeds", stat(run, "best")),
+    ]
+    compared = table_of(run.summary, "compared")
+    rows[1:1] = [
+        ("untrained", name.replace("_", " ").capitalize(), note, measures.stat_in(compared, name))
+        for name in compared
+        for note in ("no training" if name in TRIVIAL else "fresh seeds",)
     ]
     return [{"key": k, "name": n, "note": o, "stat": s} for k, n, o, s in rows if s is not None]
 

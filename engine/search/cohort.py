@@ -31,6 +31,7 @@ from engine.data.clip_bank import ClipBank
 from engine.data.views import Views
 from engine.features.extract import LabelledClips
 from engine.features.fitness import FitnessResult
+from engine.features.trivial import TRIVIAL
 from engine.search.samplers import Proposal, State
 from engine.train.checkpoint import copy_of, load_end, load_member, save_ends, save_member
 from engine.train.member import Member
@@ -172,6 +173,14 @@ def untrained_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -
     if isinstance(result, str):
         raise ValueError(result)
     return result
+
+
+def trivial_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -> dict[str, float]:
+    """Measure the fitness of features that take no learning, by name; without those that have none."""
+    with trainer.clock("fitness"):
+        results = labelled.fitness([make() for make in TRIVIAL.values()], seed=seed)
+    known = zip(TRIVIAL, results, strict=True)
+    return {name: r.value for name, r in known if not isinstance(r, str)}
 
 
 @dataclass

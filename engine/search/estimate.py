@@ -69,7 +69,9 @@ def dry_run(
         [cost.job(n, steps, side_by_side=side_by_side) for n in generation] for generation in jobs
     ]
     seconds = _schedule(spans, count, waits=study.waits)
-    confirm = [cost.job(2, recipe.optim.steps, side_by_side=side_by_side)]
+    confirm = [
+        cost.job(2 + len(recipe.search.compare), recipe.optim.steps, side_by_side=side_by_side)
+    ]
     seconds += _schedule([confirm * recipe.search.confirm_seeds], count, waits=True)
     for line in (
         f"time: {duration(seconds)} expected; measured here: {1e3 * cost.batch:.0f} ms a batch,"
@@ -90,10 +92,11 @@ def _terms(trainer: Trainer) -> str:
 def _members(recipe: Recipe, study: SearchStudy, labelled: LabelledClips) -> str:
     search = recipe.search
     trainings = study.total * search.repeats
+    fresh = (2 + len(search.compare)) * search.confirm_seeds
     clips = recipe.optim.steps * recipe.optim.batch_size
     return (
         f"members: {study.total} by {search.method} ({search.population} and {search.rounds} rounds), {trainings}"
-        f" trainings of {recipe.optim.steps} steps ({clips} clips), then {2 * search.confirm_seeds} with fresh seeds;"
+        f" trainings of {recipe.optim.steps} steps ({clips} clips), then {fresh} with fresh seeds;"
         f" judged by {len(labelled.clips)} clips"
     )
 

@@ -17,13 +17,13 @@ from engine.core.display import Display
 from engine.core.pool import Done, Job, JobQueue, LocalPool, Lost, Pool
 from engine.core.provenance import provenance, write_provenance
 from engine.core.ray_pool import RayPool
-from engine.core.recipe import Recipe, recipe_hash
+from engine.core.recipe import Recipe, Search, recipe_hash
 from engine.core.run import Events, RunError, RunFolder
 from engine.core.runtime import Clock, Runtime
 from engine.data.library import Library
 from engine.data.shards.index import data_digest
 from engine.features.extract import LabelledClips
-from engine.objective.lossfile import random_weights
+from engine.objective.lossfile import load_loss, random_weights
 from engine.search.cohort import MemberResult
 from engine.search.packing import Planner, split
 from engine.search.records import ProgressLine, Records, outcome_line
@@ -168,7 +168,8 @@ class _Search:
             checkpoints=records.run.checkpoints,
             clock=records.clock,
         )
-        stage = "evolving losses" if study.settings.method == "evolution" else "drawing losses"
+        draws = study.settings.method in ("random", "grid")
+        stage = "drawing losses" if draws else "evolving losses"
         done, best = len(study.members()), study.best_fitness()
         self.progress = ProgressLine(
             records.display, stage, study.total, done, queue.pool.size, best
@@ -191,17 +192,19 @@ class _Search:
     def _confirm(self, queue: JobQueue) -> None:
         """Train the best loss and a random one again with seeds that the search never saw."""
         best, left = self.study.best(), self.records.seeds_to_confirm()
-        total = 2 * self.study.settings.confirm_seeds
-        stage, done = "confirming with fresh seeds", total - 2 * len(left)
+        settings = self.study.settings
+        each = 2 + len(settings.compare)
+        total = each * settings.confirm_seeds
+        stage, done = "confirming with fresh seeds", total - each * len(left)
         self.progress = ProgressLine(self.records.display, stage, total, done, queue.pool.size)
 
         def cohorts(idle: int) -> list[Cohort]:
             now, left[:] = left[:idle], left[idle:]
-            return [_confirmation(best, seed, self.study.settings.sparsity) for seed in now]
+            return [_confirmation(best, seed, settings) for seed in now]
 
         for cohort, result in self._outcomes(queue, cohorts):
             self.records.confirmed(cohort, result)
-            self.progress.done += 2
+            self.progress.done += each
 
     def _outcomes(
         self, queue: JobQueue, feed: Callable[[int], list[Cohort]]
@@ -219,8 +222,10 @@ class _Search:
             self.progress.ended(report.job.number)
 
 
-def _confirmation(best: Trial, seed: int, sparsity: float) -> Cohort:
-    members = (best.proposal, Proposal(-1, random_weights(seed, sparsity=sparsity)))
+def _confirmation(best: Trial, seed: int, settings: Search) -> Cohort:
+    losses = [random_weights(seed, sparsity=settings.sparsity)]
+    losses += [load_loss(name) for name in settings.compare]
+    members = (best.proposal, *(Proposal(-1 - i, loss) for i, loss in enumerate(losses)))
     return Cohort(members, (seed,), confirm=True)
 
 

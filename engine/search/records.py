@@ -145,15 +145,17 @@ class Records:
 
     def confirmed(self, cohort: Cohort, result: CohortResult) -> None:
         """Note the outcome of the best loss and a random one under a fresh seed."""
-        (seed,), (member, random_member) = cohort.seeds, cohort.members
-        best, random = (
+        (seed,), (member, random_member, *_) = cohort.seeds, cohort.members
+        best, random, *others = (
             {"fitness": r.fitness, "reason": r.reason, **self.attributes(r)} for r in result.results
         )
+        trivial = {name: {"fitness": value} for name, value in result.trivial.items()}
         record = {
             "trial": member.number,
             "untrained": {"fitness": result.untrained},
             "best": best,
             "random": {**random, "weights": random_member.weights},
+            "compared": trivial | dict(zip(self.recipe.search.compare, others, strict=True)),
         }
         with self.clock("logging"):
             self.run.write_json(CONFIRMATIONS, {**self._confirmations(), str(seed): record})
@@ -165,8 +167,16 @@ class Records:
             kind: _spread([known[str(seed)][kind]["fitness"] for seed in self._fresh_seeds()])
             for kind in ("untrained", "best", "random")
         }
+        first = next(iter(known.values())) if known else {}
+        compared = {
+            name: _spread(
+                [known[str(seed)]["compared"][name]["fitness"] for seed in self._fresh_seeds()]
+            )
+            for name in first.get("compared", ())
+        }
         summary = {
             "untrained": fresh["untrained"],
+            "compared": compared,
             "initial_population": _spread([m.fitness for m in members if m.round == 0]),
             "best_trial": best.number,
             "best_search_fitness": best.fitness,

@@ -20,7 +20,7 @@ from engine.data.shards.index import ClipIndex, data_digest
 from engine.features.extract import LabelledClips
 from engine.features.kmeans import kmeans_backend
 from engine.model.network_file import card_of, save_network
-from engine.search.cohort import MemberResult, evaluate_cohort, untrained_fitness
+from engine.search.cohort import MemberResult, evaluate_cohort, trivial_fitness, untrained_fitness
 from engine.search.samplers import Proposal
 from engine.train.memory import CohortMemory
 from engine.train.trainer import Trainer
@@ -51,6 +51,8 @@ class CohortResult:
     results: tuple[MemberResult, ...]
     """One a member, without networks."""
     untrained: float | None = None
+    trivial: Mapping[str, float] = field(default_factory=dict)
+    """Fitness of features that take no learning."""
     stages: Mapping[str, float] = field(default_factory=dict)
     """Seconds by stage."""
     warnings: tuple[str, ...] = ()
@@ -110,9 +112,10 @@ class CohortEvaluator:
             full=cohort.confirm,
         )
         self._keep_fittest(cohort, results)
-        untrained = None
+        untrained, trivial = None, dict[str, float]()
         if cohort.confirm:
             untrained = untrained_fitness(trainer, self.labelled, seed=cohort.seeds[0]).value
+            trivial = trivial_fitness(trainer, self.labelled, seed=cohort.seeds[0])
         warnings, self._warnings[:] = tuple(self._warnings), []
         videos, labelled = (Counter(index.substituted) for index in self._indices)
         for index in self._indices:
@@ -120,6 +123,7 @@ class CohortEvaluator:
         return CohortResult(
             tuple(replace(result, rgb=None) for result in results),
             untrained,
+            trivial,
             dict(trainer.clock.seconds),
             warnings,
             (videos, labelled),

@@ -180,13 +180,13 @@ class Trainer:
         if self._sizes is None:
             self._sizes = torch.ones(len(TERM_NAMES), device=self.runtime.device)
             if self.recipe.objective.units == "gradient":
-                batches = list(self._first_views(units.BATCHES))
+                batches = list(self.first_views(units.BATCHES))
                 loss = self.initial_loss(self.recipe.seed)
                 with without_others():
                     self._sizes = units.gradient_sizes(loss, batches, sound=self.sound)
         return self._sizes
 
-    def _first_views(self, count: int) -> Iterator[Views]:
+    def first_views(self, count: int) -> Iterator[Views]:
         """Batches that depend on the recipe and the clips alone, not on processes, members or their seeds."""
         r, size = self.recipe, min(units.CLIPS, self.recipe.optim.batch_size)
         modalities = tuple(m for m in MODALITIES if m != "audio" or self.sound)

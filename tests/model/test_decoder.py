@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.model.decoder import Decoder
+from engine.model.decoder import Decoder, LinearDecoder
 from engine.model.resnet3d import ResNet3D
 
 
@@ -153,3 +153,74 @@ def test_channels_last_gives_the_same() -> None:
 def test_mistakes_are_named(channels: int, out_size: tuple[int, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Decoder(channels, 3, out_size, hidden=8)
+
+
+def linear(*sizes: int, grid: tuple[int, ...], out_size: tuple[int, ...], future: bool = False):
+    torch.manual_seed(0)
+    return LinearDecoder(*sizes, out_size, grid=grid, future=future)
+
+
+def test_a_linear_decoder_is_one_matrix_over_each_position() -> None:
+    """Against einsum in float64: each position's block is its own activations times one matrix."""
+    decoder = linear(6, 2, grid=(2, 3, 3), out_size=(8, 6, 6)).double()
+    x = activations(4, 6, 2, 3, 3).double()
+    weight, bias = decoder.output.weight, decoder.output.bias
+    expected = torch.einsum("nctij,coabd->notaibjd", x, weight).reshape(4, 2, 8, 6, 6)
+    torch.testing.assert_close(decoder(x), expected + bias.view(1, 2, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("grid", "out_size"),
+    [
+        ((4, 3, 3), (8, 6, 6)),
+        ((1, 2, 2), (4, 16, 16)),
+        ((3, 3, 3), (8, 7, 5)),  # no multiple: the nearest values of the blocks
+        ((8, 4, 4), (3, 64, 64)),  # more frames in than out
+        ((4, 3), (61, 40)),
+    ],
+)
+@pytest.mark.parametrize("future", [False, True])
+def test_linear_decoders_give_the_size_asked_for(
+    grid: tuple[int, ...], out_size: tuple[int, ...], future: bool
+) -> None:
+    decoder = linear(16, 2, grid=grid, out_size=out_size, future=future)
+    x = activations(3, 16, *grid).requires_grad_()
+    out = decoder(x)
+    assert out.shape == (3, 2, *out_size)
+    out.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in decoder.parameters())
+    assert x.grad is not None
+    reached = x.grad.abs().sum((0, 1, *range(3, x.dim()))) > 0  # by time step
+    assert reached.tolist() == ([False] * (grid[0] - 1) + [True] if future else reached.tolist())
+
+
+def test_a_linear_decoder_starts_near_zero_and_teaches_at_once() -> None:
+    decoder = linear(64, 3, grid=(4, 3, 3), out_size=(8, 6, 6))
+    x, target = activations(8, 64, 4, 3, 3).requires_grad_(), activations(8, 3, 8, 6, 6)
+    out = decoder(x)
+    assert 0.05 < out.std() < 0.2
+    (grad,) = torch.autograd.grad((out - target).square().mean(), x)
+    assert grad.abs().gt(0).all()
+
+
+@pytest.mark.parametrize(
+    ("grid", "out_size", "words"),
+    [((4, 4), (4, 4, 4), "grid"), ((0, 2, 2), (4, 4, 4), "grid"), ((2,), (4,), "grid")],
+)
+def test_mistakes_of_linear_decoders_are_named(
+    grid: tuple[int, ...], out_size: tuple[int, ...], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        LinearDecoder(8, 3, out_size, grid=grid)
+
+
+@pytest.mark.parametrize(("frames", "size"), [(8, 24), (16, 32), (5, 17)])
+def test_networks_know_the_grid_of_their_last_stage(frames: int, size: int) -> None:
+    network = ResNet3D("r3d_18", 3, width=0.125)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    grid = network.last_grid((3, frames, size, size))
+    assert network.forward_features(torch.zeros(2, 3, frames, size, size))[4].shape[2:] == grid
+    fresh = ResNet3D("r3d_18", 3, width=0.125)
+    fresh.load_state_dict(before)
+    fresh.last_grid((3, frames, size, size))
+    assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items())

@@ -296,7 +296,7 @@ def draw_scene(group: str, number: int, *, seed: int = 0) -> Scene:
         names = ", ".join((*CLASSES, UNLABELLED))
         raise ValueError(f"no group {group!r} in the demo set; use one of {names}")
     rng = np.random.default_rng([seed, zlib.crc32(group.encode()), number])
-    num_frames, hue = int(rng.integers(60, 81)), rng.uniform()
+    num_frames, hue = int(rng.integers(48, 65)), rng.uniform()
     places = 1 if not wild else int(rng.integers(1, 3))
 
     def kinds() -> list[str]:
