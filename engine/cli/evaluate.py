@@ -80,7 +80,7 @@ def evaluate(
     from engine.model.network_file import load_network
 
     runtime = choose_runtime(device)
-    networks = [load_network(path, device=runtime.device) for path in checkpoints]
+    networks = [load_network(path, device=runtime.device, say=click.echo) for path in checkpoints]
     cards = [card for _, card in networks]
     protocols = {"frozen": FROZEN, "all": (*FROZEN, "finetune")}.get(protocol, (protocol,))
     labelled = {key: options.pop(key) for key in LABELLED}

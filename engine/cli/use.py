@@ -85,7 +85,7 @@ def embed(
     checkpoint, out = _required(checkpoint, out, "the file of features, such as features.parquet")
     check_kernels_package()
     runtime = choose_runtime(device, amp=amp)
-    network, card = load_network(checkpoint, device=runtime.device)
+    network, card = load_network(checkpoint, device=runtime.device, say=click.echo)
     with Display() as display:
         try:
             report = run(
@@ -134,7 +134,7 @@ def export(checkpoint: Path | None, out: Path | None, format_: str | None) -> No
 
     checkpoint, out = _required(checkpoint, out, "the file, such as network.onnx or network.pt2")
     format_of(out, format_)
-    network, card = load_network(checkpoint)
+    network, card = load_network(checkpoint, say=click.echo)
     report = run(network, card, out=out, format=format_)
     if report.difference is None:
         checked = "not run here, where onnxruntime is not installed"
