@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,8 +18,19 @@ from engine.cli.common import (
     say_rejects,
 )
 
+if TYPE_CHECKING:
+    from engine.core.recipe import Readout
+
 CHECKPOINT = click.option(
     "--checkpoint", type=PATH, help="The network: RUN, RUN/rgb.safetensors, or published weights."
+)
+
+
+READOUT = click.option(
+    "--readout",
+    type=click.Choice(["raw", "unit", "zscore"]),
+    default="raw",
+    help="Scale vectors by their mean and deviation over training clips: unit length, or z-scores.",
 )
 
 
@@ -47,7 +58,7 @@ CHECKPOINT = click.option(
 )
 @click.option("--fps", type=click.FloatRange(min=1), default=25.0)
 @click.option("--batch-size", type=COUNT, default=32)
-@options(WORKERS, DEVICE)
+@options(READOUT, WORKERS, DEVICE)
 @click.option(
     "--amp",
     type=click.Choice(["auto", "off", "bf16"]),
@@ -121,12 +132,15 @@ def _required(checkpoint: Path | None, out: Path | None, what: str) -> tuple[Pat
 @click.option(
     "--format", "format_", metavar="torch|onnx", help="[default: by --out: .pt2 or .onnx]"
 )
+@READOUT
 @errors_explained
-def export(checkpoint: Path | None, out: Path | None, format_: str | None) -> None:
+def export(
+    checkpoint: Path | None, out: Path | None, format_: str | None, readout: Readout
+) -> None:
     """Write the RGB network, with its preprocessing, as a torch.export program or an ONNX file.
 
-    It takes uint8 (N, T, H, W, 3) and gives features float32 (N, D), equal to the engine's within 1e-4. The card
-    is in the file and beside it (OUT.json).
+    It takes uint8 (clips, frames, height, width, 3) and gives features float32 (clips, D), equal to the engine's
+    within 1e-4. The card is in the file and beside it (OUT.json).
     """
     from engine.features.export import export as run
     from engine.features.export import format_of
@@ -135,7 +149,7 @@ def export(checkpoint: Path | None, out: Path | None, format_: str | None) -> No
     checkpoint, out = _required(checkpoint, out, "the file, such as network.onnx or network.pt2")
     format_of(out, format_)
     network, card = load_network(checkpoint, say=click.echo)
-    report = run(network, card, out=out, format=format_)
+    report = run(network, card, out=out, format=format_, readout=readout)
     if report.difference is None:
         checked = "not run here, where onnxruntime is not installed"
     else:

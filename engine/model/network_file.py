@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import json
 import pickle
 import re
 import warnings
@@ -76,6 +77,10 @@ class Card(Struct, frozen=True, kw_only=True):
     """Unlabelled clips trained on."""
     git_sha: str | None = None
     versions: dict[str, str] = {}
+    feature_mean: tuple[float, ...] = ()
+    """(D,) of the features over training clips; none for networks of other projects."""
+    feature_scale: tuple[float, ...] = ()
+    """(D,) their standard deviation."""
     source: str = ""
     """The file that it was read from."""
 
@@ -99,6 +104,12 @@ def card_of(recipe: Recipe, **facts: Any) -> Card:
 def save_network(path: Path, state: Mapping[str, Tensor], card: Card, **facts: Any) -> None:
     """Write an RGB network's weights with its card, and any other facts beside it; whole or not at all."""
     save_tensors(path, state, facts={**msgspec.to_builtins(card), **facts})
+
+
+def card_text(facts: Mapping[str, Any]) -> str:
+    """A card's JSON for a file beside the network: a field a line."""
+    lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def load_network(

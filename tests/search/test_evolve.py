@@ -93,6 +93,7 @@ def test_the_best_loss_and_its_network_are_kept(reference: Path) -> None:
     assert summary["best_trial"] == best.number and summary["weights"] == best.weights
     assert summary["best_search_fitness"] == best.fitness
     tensors, facts = load_tensors(reference / "checkpoints" / "best.safetensors")
+    assert len(facts["feature_mean"]) == len(facts["feature_scale"]) > 0
     assert facts["trial"] == best.number and facts["fitness"] == best.fitness
     assert "stem.0.weight" in tensors
 
