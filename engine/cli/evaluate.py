@@ -26,24 +26,33 @@ from engine.cli.common import (
 
 if TYPE_CHECKING:
     from engine.core.recipe import Recipe
+    from engine.model.network_file import ClipInput
 
 LABELLED = ("root", "splits", "folds", "group_pattern", "allow_missing")
 PROTOCOLS = ("frozen", "kmeans", "linear", "retrieval", "finetune", "all")
+DATASET_NAMES = ("ucf101", "hmdb51", "kinetics", "folders")
 DATASETS = "ucf101, hmdb51, kinetics or folders"
 
 DATASET = click.option(
     "--dataset", "name", help=f"{DATASETS} [default: the recipe's, or folders for class folders]"
 )
+TARGET = click.argument("target", metavar="[DATASET|RECIPE]", required=False)
+JSON = click.option(
+    "--json",
+    "json_path",
+    type=PATH,
+    help="Append a row a protocol to this JSON Lines file, with confusion matrices as CSV beside it.",
+)
 SEEDS = click.option("--seeds", type=COUNT, default=1, help="Seeds to repeat with.")
 
 
 @click.command()
+@TARGET
 @click.option(
     "--checkpoint",
     "checkpoints",
     multiple=True,
     type=PATH,
-    required=True,
     help="A network's file, or a run; may be given again.",
 )
 @click.option(
@@ -52,16 +61,10 @@ SEEDS = click.option("--seeds", type=COUNT, default=1, help="Seeds to repeat wit
     default="frozen",
     help="frozen: all three that train no network.",
 )
-@options(DATASET, labelled_options, SEEDS, BASELINES)
-@click.option(
-    "--json",
-    "json_path",
-    type=PATH,
-    help="Append a row a protocol to this JSON Lines file, with confusion matrices as CSV beside it.",
-)
-@options(RECIPE, ASSIGNMENTS, SEED, DEVICE)
+@options(DATASET, labelled_options, SEEDS, BASELINES, JSON, RECIPE, ASSIGNMENTS, SEED, DEVICE)
 @errors_explained
 def evaluate(
+    target: str | None,
     checkpoints: tuple[Path, ...],
     protocol: str,
     seeds: int,
@@ -70,7 +73,10 @@ def evaluate(
     device: str,
     **options: Any,
 ) -> None:
-    """Judge networks on labelled videos: k-means, a linear layer, retrieval, fine-tuning."""
+    """Judge networks on labelled videos: ``engine evaluate ucf101 --root DIR --checkpoint C``.
+
+    By k-means, a linear layer, retrieval or fine-tuning.
+    """
     from engine.cli.tables import print_baselines, print_evaluated
     from engine.core.display import Display
     from engine.core.runtime import choose_runtime, make_deterministic
@@ -79,11 +85,17 @@ def evaluate(
     from engine.evaluate.scores import append_rows
     from engine.model.network_file import load_network
 
+    if not checkpoints:
+        raise ValueError("--checkpoint is missing: a run's folder, or a network's file")
     runtime = choose_runtime(device)
     networks = [load_network(path, device=runtime.device, say=click.echo) for path in checkpoints]
     cards = [card for _, card in networks]
     protocols = {"frozen": FROZEN, "all": (*FROZEN, "finetune")}.get(protocol, (protocol,))
     labelled = {key: options.pop(key) for key in LABELLED}
+    if target in DATASET_NAMES:
+        options["name"] = options["name"] or target
+    elif target is not None:
+        options["recipe_name"] = options["recipe_name"] or target
     name, recipe = _evaluation_recipe(labelled["root"], cards[0].input, **options)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     make_deterministic(runtime)
@@ -113,37 +125,49 @@ def evaluate(
 
 
 @click.command()
-@click.argument("recipe_argument", metavar="[DATASET|RECIPE]", required=False)
+@TARGET
 @click.option(
     "--checkpoint",
     type=PATH,
     help="The network's file, or a run; none for --set finetune.init=scratch.",
 )
-@options(DATASET, labelled_options, SEEDS)
+@options(DATASET, labelled_options, SEEDS, BASELINES, JSON)
 @click.option("--checkpoint-every", type=COUNT, default=200, help="Steps between saves.")
 @run_options
 @errors_explained
 def finetune(
-    recipe_argument: str | None,
+    target: str | None,
     recipe_name: str | None,
     checkpoint: Path | None,
     name: str | None,
     seeds: int,
+    with_baselines: bool,
+    json_path: Path | None,
     checkpoint_every: int,
     device: str,
     **options: Any,
 ) -> None:
-    """Train a network with labels by a recipe, and test it: ``engine finetune ucf101 --root DIR --checkpoint C``."""
-    from engine.cli.tables import print_evaluated
+    """Train a network with labels by a recipe, and test it: ``engine finetune ucf101 --root DIR --checkpoint C``.
+
+    Without a recipe, that of the data set; else the defaults, on clips as the network was trained on.
+    """
+    from engine.cli.tables import print_baselines, print_evaluated
     from engine.core.display import Display
     from engine.core.runtime import check_kernels_package, choose_runtime
+    from engine.evaluate.baselines import baselines
     from engine.evaluate.finetune_run import inputs_of, run_finetuning
+    from engine.evaluate.scores import append_rows
 
     check_kernels_package()
     labelled = {key: options.pop(key) for key in LABELLED}
-    chosen = _recipe_named(recipe_argument or recipe_name, resume=options["resume"])
-    run, recipe = open_run("finetune", "", recipe_name=chosen, **options)
-    name = name or recipe.finetune.dataset or _folders(labelled["root"])
+    if target in DATASET_NAMES:
+        name = name or target
+    known = name or _folders(labelled["root"])
+    chosen = _recipe_named(target, recipe_name, known, resume=options["resume"])
+    if chosen is None and checkpoint is not None and not options["resume"]:
+        options["assignments"] = (*_as_trained(_input_of(checkpoint)), *options["assignments"])
+    run, recipe = open_run("finetune", None, recipe_name=chosen, **options)
+    name = known or recipe.finetune.dataset
     inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=labelled)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display(log=run.path) as display:
@@ -158,7 +182,12 @@ def finetune(
             on_progress=display.prepare,
             say=display.say,
         )
+        how: dict[str, Any] = {"runtime": runtime, "seed": recipe.seed}
+        trivial = baselines(dataset, **how, on_progress=display.prepare) if with_baselines else {}
     print_evaluated(result, name=inputs["checkpoint"] or "from scratch")
+    print_baselines(trivial)
+    if json_path is not None:
+        append_rows(json_path, [result], trivial)
     click.echo(f"results: {run.path / 'results.json'}")
 
 
@@ -169,7 +198,7 @@ def _folders(root: tuple[Path, ...]) -> str | None:
 
 def _evaluation_recipe(
     root: tuple[Path, ...],
-    shape: Any,
+    shape: ClipInput,
     *,
     name: str | None,
     recipe_name: str | None,
@@ -191,19 +220,39 @@ def _evaluation_recipe(
         return name, override(recipe, changed)
     preset = f"{name}_finetune"
     recipe = load_recipe(preset) if preset in preset_names() else Recipe()
-    as_trained = [f"clip.{key}={getattr(shape, key)}" for key in shape.__struct_fields__]
-    return name, override(recipe, [*as_trained, *changed])
+    return name, override(recipe, [*_as_trained(shape), *changed])
 
 
-def _recipe_named(name: str | None, *, resume: bool) -> str | None:
-    """A recipe's file or name; of a data set's name, its fine-tuning recipe."""
+def _as_trained(shape: ClipInput) -> list[str]:
+    """Assignments that make a recipe's clips those that a network was trained on."""
+    return [f"clip.{key}={getattr(shape, key)}" for key in shape.__struct_fields__]
+
+
+def _input_of(checkpoint: Path) -> ClipInput:
+    from engine.model.network_file import load_network
+
+    return load_network(checkpoint, say=lambda line: None)[1].input
+
+
+def _recipe_named(
+    target: str | None, recipe_name: str | None, dataset: str | None, *, resume: bool
+) -> str | None:
+    """A recipe's file or name; of a data set's name, its fine-tuning recipe; None for the defaults, or the run's own.
+
+    Raises ValueError where neither a recipe nor a data set is named.
+    """
     from engine.core.recipe import preset_names
 
-    if name is None:
-        if resume:
-            return None
+    named = recipe_name if target is None or target in DATASET_NAMES else target
+    named = named or target or dataset
+    if named is None and not resume:
         known = [n for n in preset_names() if n.endswith(("_finetune", "_linear"))]
         raise ValueError(
-            f"no recipe: name a file or one of {', '.join(known)} (ucf101 is short for ucf101_finetune)"
+            f"no recipe: name a file or one of {', '.join(known)} (ucf101 is short for ucf101_finetune), or give"
+            " --root with class folders"
         )
-    return f"{name}_finetune" if f"{name}_finetune" in preset_names() else name
+    if named is None or (resume and target is None and recipe_name is None):
+        return None
+    if f"{named}_finetune" in preset_names():
+        return f"{named}_finetune"
+    return None if named in DATASET_NAMES else named

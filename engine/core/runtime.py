@@ -108,6 +108,13 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
 
 
+def format_note(amp: str, runtime: Runtime) -> str | None:
+    """What to say where a runtime has not the number format that is asked for; None where it has."""
+    if amp != "bf16" or runtime.amp:
+        return None
+    return "float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong"
+
+
 def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
     """Pick the device: ``auto`` takes a GPU where there is one.
 

@@ -108,6 +108,28 @@ def test_class_folders_need_no_name(colours: Path, net: Path) -> None:
     )
 
 
+def test_both_commands_take_a_data_set_or_class_folders_alike(
+    colours: Path, net: Path, user: Path
+) -> None:
+    rows = user / "tuned.jsonl"
+    own = ("--checkpoint", net, "--device", "cpu", "--baselines", "--json", rows)
+    lists = ("ucf101", "--root", colours, *own)
+    code, out, err = call("evaluate", *lists, *FEW, "--protocol", "linear")
+    assert (code, err) == (0, "") and "ucf101: 3 official splits" in out
+    few = (*STEPS, "--set", "finetune.crops=1", "--set", "optim.batch_size=4")
+    folders = ("--root", colours / "UCF-101", "--group-pattern", r"_g0?(\d)")
+    code, out, err = call("finetune", *folders, *own, *few, "--run", user / "folders")
+    assert (code, err) == (
+        0,
+        "",
+    ) and "4x32x32 stride 2" in out  # clips as the network was trained on
+    assert "ridge on the mean 16x16 frame" in out
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["protocol"] for row in found] == ["linear", "finetune"]
+    assert all(len(row["baselines"]) == 3 for row in found)
+    assert "--checkpoint is missing" in refused("evaluate", "ucf101", "--root", colours)
+
+
 def test_finetune_and_resume(colours: Path, net: Path, user: Path) -> None:
     run = user / "tuned"
     args = (TINY, *on(colours, net, *STEPS, "--run", run))
