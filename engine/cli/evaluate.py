@@ -214,7 +214,9 @@ def _evaluation_recipe(
     recipe = None if recipe_name is None else load_recipe(recipe_name)
     name = name or (recipe and recipe.finetune.dataset) or _folders(root)
     if not name:
-        raise ValueError(f"--dataset is missing: {DATASETS} (also for shards of class folders)")
+        raise ValueError(
+            f"--dataset is missing: {DATASETS} (also for shards of class folders), or give --root with class folders"
+        )
     changed = [*assignments, *([] if seed is None else [f"seed={seed}"])]
     if recipe is not None:
         return name, override(recipe, changed)

@@ -63,7 +63,7 @@ def _one_thread_each(cores: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cores, "member", initializer=lambda: torch.set_num_threads(1))
 
 
-LARGE_PRODUCT = 2e8
+LARGE_PRODUCT = 1e9
 """Multiplications of one matrix product from which on a second thread helps more than waiting for it costs."""
 
 

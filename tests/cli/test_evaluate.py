@@ -138,8 +138,10 @@ def test_finetune_and_resume(colours: Path, net: Path, user: Path) -> None:
     found = json.loads((run / "results.json").read_text())
     assert found["metrics"]["video_top1"]["n"] == 3 and (run / "confusion.csv").exists()
     assert any((run / "tensorboard").rglob("events*")) and (run / "log.txt").exists()
+    assert json.loads(call("runs", run, "--json")[1])["state"] == "finished"
     (run / "folds" / "split3-seed0.json").unlink()
     (run / "results.json").unlink()
+    assert json.loads(call("runs", run, "--json")[1])["state"] == "interrupted"
     code, out, err = call("finetune", "--resume", "--run", run, "--device", "cpu")
     assert (code, err) == (0, "") and "split3-seed0: going on from step 3" in out
     assert json.loads((run / "results.json").read_text())["folds"] == found["folds"]
