@@ -92,29 +92,16 @@ def evaluate(
     cards = [card for _, card in networks]
     protocols = {"frozen": FROZEN, "all": (*FROZEN, "finetune")}.get(protocol, (protocol,))
     labelled = {key: options.pop(key) for key in LABELLED}
-    if target in DATASET_NAMES:
-        options["name"] = options["name"] or target
-    elif target is not None:
-        options["recipe_name"] = options["recipe_name"] or target
-    name, recipe = _evaluation_recipe(labelled["root"], cards[0].input, **options)
+    name, recipe = _evaluation_recipe(target, labelled["root"], cards[0].input, **options)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     make_deterministic(runtime)
     with Display() as display:
         dataset = open_labelled(display, name, max(card.input.size for card in cards), **labelled)
-        shared: dict[str, Any] = {
-            "runtime": runtime,
-            "seed": recipe.seed,
-            "on_progress": display.prepare,
-        }
-        results = evaluate_many(
-            networks,
-            dataset,
-            protocols=protocols,
-            settings=recipe.evaluation,
-            seeds=seeds,
-            training=recipe if "finetune" in protocols else None,
-            **shared,
-        )
+        shared: dict[str, Any] = {"runtime": runtime, "seed": recipe.seed}
+        shared["on_progress"] = display.prepare
+        training = recipe if "finetune" in protocols else None
+        how: dict[str, Any] = {"settings": recipe.evaluation, "seeds": seeds, "training": training}
+        results = evaluate_many(networks, dataset, protocols=protocols, **how, **shared)
         trivial = baselines(dataset, **shared) if with_baselines else {}
     for path, result in zip(checkpoints, results, strict=True):
         for evaluated in result.values():
@@ -162,28 +149,20 @@ def finetune(
     labelled = {key: options.pop(key) for key in LABELLED}
     if target in DATASET_NAMES:
         name = name or target
-    known = name or _folders(labelled["root"])
-    chosen = _recipe_named(target, recipe_name, known, resume=options["resume"])
+    folders = _folders(labelled["root"])
+    chosen = _recipe_named(target, recipe_name, name or folders, resume=options["resume"])
     if chosen is None and checkpoint is not None and not options["resume"]:
         options["assignments"] = (*_as_trained(_input_of(checkpoint)), *options["assignments"])
     run, recipe = open_run("finetune", None, recipe_name=chosen, **options)
-    name = known or recipe.finetune.dataset
+    name = name or recipe.finetune.dataset or folders
     inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=labelled)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     with Display(log=run.path) as display:
         dataset = open_labelled(display, inputs["name"], recipe.clip.size, **inputs["data"])
-        result = run_finetuning(
-            run,
-            recipe,
-            dataset,
-            inputs=inputs,
-            runtime=runtime,
-            checkpoint_every=checkpoint_every,
-            on_progress=display.prepare,
-            say=display.say,
-        )
-        how: dict[str, Any] = {"runtime": runtime, "seed": recipe.seed}
-        trivial = baselines(dataset, **how, on_progress=display.prepare) if with_baselines else {}
+        how: dict[str, Any] = {"runtime": runtime, "on_progress": display.prepare}
+        more: dict[str, Any] = {"checkpoint_every": checkpoint_every, "say": display.say}
+        result = run_finetuning(run, recipe, dataset, inputs=inputs, **more, **how)
+        trivial = baselines(dataset, seed=recipe.seed, **how) if with_baselines else {}
     print_evaluated(result, name=inputs["checkpoint"] or "from scratch")
     print_baselines(trivial)
     if json_path is not None:
@@ -197,6 +176,7 @@ def _folders(root: tuple[Path, ...]) -> str | None:
 
 
 def _evaluation_recipe(
+    target: str | None,
     root: tuple[Path, ...],
     shape: ClipInput,
     *,
@@ -211,6 +191,10 @@ def _evaluation_recipe(
     """
     from engine.core.recipe import Recipe, load_recipe, override, preset_names
 
+    if target in DATASET_NAMES:
+        name = name or target
+    else:
+        recipe_name = recipe_name or target
     recipe = None if recipe_name is None else load_recipe(recipe_name)
     name = name or (recipe and recipe.finetune.dataset) or _folders(root)
     if not name:

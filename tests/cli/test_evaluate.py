@@ -208,6 +208,10 @@ def test_what_is_wrong_with_a_recipe_is_one_line(colours: Path, net: Path, user:
         (("ucf101", *given), "is for 101 classes, and ucf101 has 5"),
         (("ucf101_linear", *given), "is for 101 classes, and ucf101 has 5"),
         (("hmdb51", *given, "--dataset", "ucf101"), "is for hmdb51, not for ucf101"),
+        (
+            ("ucf101_linear", "--root", colours / "UCF-101", *given[2:]),
+            "is for 101 classes, and ucf101 has 5",
+        ),
         (("ucf101_fine", *given), "did you mean 'ucf101_finetune'"),
         ((TINY, *given), "names no data set: give --dataset"),
         ((), "name a file or one of hmdb51_finetune, hmdb51_linear, ucf101_finetune"),
