@@ -92,6 +92,7 @@ def test_neighbours_are_found_as_the_page_does_it(
     monkeypatch.chdir(tmp_path)
     vectors = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
     vectors[13] = vectors[0] + 0.01
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)  # as --readout unit gives them
     names, zeros = [f"{i}.mp4" for i in range(20)], np.zeros(20)
     write_part(tmp_path / "part", FeatureRows(names, zeros, zeros, [None] * 20, vectors))
     merge_parts([tmp_path / "part"], tmp_path / "features.parquet", videos=False, about={})

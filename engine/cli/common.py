@@ -103,7 +103,7 @@ def _end(message: str, code: int) -> None:
 
 def open_run(
     command: str,
-    default: str,
+    default: str | None,
     *,
     recipe_name: str | None,
     assignments: tuple[str, ...],
@@ -114,21 +114,23 @@ def open_run(
 ) -> tuple[RunFolder, Recipe]:
     """The run folder and recipe of a command: a new run's, or with ``resume`` the one that it goes on with.
 
+    ``default`` names the recipe of a new run where none is named; None: every setting's default.
     Raises ValueError for a recipe that can't be used, and where there is no run to resume.
     """
-    from engine.core.recipe import load_recipe, override
+    from engine.core.recipe import Recipe, load_recipe, override
     from engine.core.run import RunFolder, latest_run, new_run_path
 
     changed = [*assignments, *([] if seed is None else [f"seed={seed}"])]
     if not resume:
-        recipe = override(load_recipe(recipe_name or default), changed)
+        named = recipe_name or default
+        recipe = override(load_recipe(named) if named else Recipe(), changed)
         return RunFolder.create(run_path or new_run_path(command), recipe), recipe
     path = run_path or latest_run(command)
     if recipe_name is None and not changed:
         return RunFolder.reopen(path, None)
     own = path / "recipe.toml"
     base = recipe_name or (own if own.exists() else default)
-    return RunFolder.reopen(path, override(load_recipe(base), changed))
+    return RunFolder.reopen(path, override(load_recipe(base) if base else Recipe(), changed))
 
 
 def open_videos(display: Display, *folders: Iterable[Path]) -> list[Library]:

@@ -331,6 +331,11 @@ def _start_here(ray: Any, **options: Any) -> None:
             return
         except Exception as error:  # Ray's own, without a class
             ray.shutdown()
+            if "AF_UNIX path" in str(error):
+                raise ValueError(
+                    "Ray can't be started here: the path of its folder is too long for sockets; set RAY_TMPDIR to a"
+                    " shorter one, such as /tmp"
+                ) from error
             if attempt == START_TRIES - 1:
                 raise RuntimeError(
                     f"Ray can't be started on this machine: {error}; is it short of memory or very busy?"

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core.pool import Pool
-from engine.core.recipe import Clip
+from engine.core.recipe import Clip, Readout
 from engine.data.ingest.run import IngestError, Progress, ingest, worker_pool
 from engine.data.ingest.sources import Source, SourceList
 from engine.data.plan import ClipPlan, central_plan
@@ -57,6 +57,8 @@ class EmbedSettings:
     fps: float = 25.0
     """Frames a second that raw videos are read at; ``engine ingest`` has the same default."""
     batch_size: int = 32
+    readout: Readout = "raw"
+    """How a row's vector is scaled: ``raw``, or by the mean and scale in the network's card, ``unit`` or ``zscore``."""
 
     def __post_init__(self) -> None:
         if self.per not in ("clip", "video"):

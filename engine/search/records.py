@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -42,6 +42,8 @@ class Records:
     display: Display
     events: Events
     clock: Clock
+    said: list[str] = field(default_factory=list)
+    """Warnings that were shown; they come from every worker, and are shown once."""
 
     def __post_init__(self) -> None:
         self._began = time.perf_counter()
@@ -105,7 +107,9 @@ class Records:
     def cohort(self, result: CohortResult, *, workers: int) -> None:
         """Write what follows from a cohort that is done: its seconds count as a worker's share."""
         for warning in result.warnings:
-            self.display.say(warning)
+            if warning not in self.said:
+                self.said.append(warning)
+                self.display.say(warning)
         for stage, seconds in result.stages.items():
             self._worked[stage] = self._worked.get(stage, 0.0) + seconds / workers
         self.keep_best()

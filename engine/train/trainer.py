@@ -17,6 +17,7 @@ from engine.core.recipe import Recipe
 from engine.core.runtime import (
     Clock,
     Runtime,
+    format_note,
     is_device_error,
     is_out_of_memory,
     release_memory,
@@ -94,8 +95,8 @@ class Trainer:
             warn(
                 "CUDA graphs are for one process and one microbatch a step: compiling without them"
             )
-        if optim.amp == "bf16" and not runtime.amp:
-            warn("float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong")
+        if (note := format_note(optim.amp, runtime)) is not None:
+            warn(note)
         self.sound = bool(index.has_audio.any())
         self.views = ViewMaker(recipe.clip, recipe.audio).to(runtime.device)
         self._side, self._said = SideStream(runtime.device), set[str]()

@@ -13,14 +13,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
 from engine.cli.main import main
 from engine.core.recipe import load_recipe, override, recipe_hash
+from engine.core.runtime import choose_runtime
 from engine.core.tensors import load_tensors
 from engine.data.views import Views
+from engine.features.embed import embed
+from engine.features.parquet import read_features
 from engine.model.network_file import load_network
 from engine.model.resnet3d import ResNet3D
 from engine.objective.lossfile import load_loss, random_weights, save_loss
@@ -146,6 +150,19 @@ def test_a_damaged_checkpoint_is_named(finished: Path, tiny_shards: Path) -> Non
     finally:
         last.write_bytes(whole)
     assert str(last) in line and "not a readable safetensors file" in line
+
+
+def test_the_card_knows_mean_and_scale_of_the_features_over_training_clips(
+    finished: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    network, card = load_network(finished)
+    cpu, out = choose_runtime("cpu"), tmp_path / "f.parquet"
+    embed(network, card, videos=[tiny_shards / "unlabelled"], out=out, runtime=cpu, workers=1)
+    vectors = read_features(out).vector.astype(np.float64)
+    assert len(vectors) == card.num_clips
+    np.testing.assert_allclose(card.feature_mean, vectors.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(card.feature_scale, vectors.std(0), rtol=1e-3, atol=1e-6)
+    assert len((finished / "rgb.json").read_text().splitlines()) < 40
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
