@@ -176,11 +176,15 @@ def say_library(display: Display, library: Library) -> None:
 
 
 def say_rejects(display: Display, rejects: Iterable[Reject], *, file: str = "") -> None:
-    """Shows the first sources that gave no clips, and why; ``file`` holds all of them."""
+    """Shows the first sources that gave no clips, or not all, a line for each cause; ``file`` holds all of them."""
+    from engine.data.ingest.sources import by_cause
+
     lines = []
-    for reject in rejects:
-        where = "".join(f" ({note})" for note in (reject.where, reject.listed) if note)
-        lines.append(f"rejected {reject.path}{where}: {reject.reason}")
+    for reject in by_cause(rejects):
+        notes = (reject.where, reject.listed, f"and {reject.more} more" if reject.more else None)
+        where = "".join(f" ({note})" for note in notes if note)
+        lost = "incomplete" if reject.partial and reject.where is None else "rejected"
+        lines.append(f"{lost} {reject.path}{where}: {reject.reason}")
     for line in lines[:SHOWN]:
         display.say(line)
     if len(lines) > SHOWN:

@@ -195,7 +195,9 @@ def _say(display: Display, report: IngestReport, sources: SourceList, out: Path)
         "gave clips": report.sources - report.rejected,
         "rejected": report.rejected,
         "of these listed, but not on the disk": missing,
-        "stretches rejected of sources that gave clips": len(rejects) - report.rejected,
+        "stretches rejected of sources that gave clips": sum(
+            1 + reject.more for reject in rejects if reject.partial and reject.where is not None
+        ),
         "sources of an earlier run, kept": report.reused,
         "files in no list, passed over": report.unlisted,
         "clips": report.clips,

@@ -210,7 +210,7 @@ def _from_key_frame(
     base = float(stream.time_base)
     kept: list[Any] = []
     size = 0
-    for packet in packets(container, stream, clock):
+    for packet in packets(container, [stream], clock):
         if not packet.size:
             continue
         dts, pts = _stamps(packet)
