@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 
 FAILURE, USAGE = 1, 2
+GO_ON = ("ingest", "embed", "reproduce")
+"""Commands that go on where they were without being asked to."""
 SHOWN = 20
 """Rejects that are shown; all are in a file."""
 
@@ -73,28 +75,56 @@ labelled_options = options(ROOT, SPLITS, FOLDS, GROUP_PATTERN, ALLOW_MISSING)
 
 
 def errors_explained(command: Command) -> Command:
-    """Turns what can go wrong into one line and an exit code: 2 for a user's mistake, 1 for a failure."""
+    """Turns what can go wrong into one line and an exit code.
+
+    2 for a user's mistake, 1 for a failure; 130 for Ctrl-C and 143 for SIGTERM, after either of which the line says
+    how to go on.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except click.ClickException:
-            raise
-        except KeyboardInterrupt:
-            _end("interrupted; what was finished is kept, and --resume goes on from there", FAILURE)
-        except ValueError as error:
-            _end(str(error), USAGE)
-        except (OSError, RuntimeError) as error:
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            hint = " (the disk is full: make room, then use --resume)" if full else ""
-            _end(f"{error}{hint}", FAILURE)
+        from engine.core.interrupt import interrupts
+
+        line = f"interrupted; {_how_to_go_on(command.__name__, kwargs)}"
+        with interrupts(lambda code: _say_end(line)) as received:
+            try:
+                command(*args, **kwargs)
+            except click.ClickException:
+                raise
+            except BaseException as error:
+                code = received.code(error)
+                if code is not None:
+                    _end(line, code)
+                _explain(error)
 
     return wrapped
 
 
-def _end(message: str, code: int) -> None:
+def _explain(error: BaseException) -> None:
+    """Ends the process with an error's line, or raises it where it is none of those that users meet."""
+    if isinstance(error, ValueError):
+        _end(str(error), USAGE)
+    if isinstance(error, (OSError, RuntimeError)):
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        hint = " (the disk is full: make room, then use --resume)" if full else ""
+        _end(f"{error}{hint}", FAILURE)
+    raise error
+
+
+def _how_to_go_on(command: str, options: dict[str, Any]) -> str:
+    if "resume" in options:
+        return "what was finished is kept, and --resume goes on from there"
+    if command in GO_ON:
+        return "what was finished is kept, and the same command goes on from there"
+    return "run the same command again"
+
+
+def _say_end(message: str) -> None:
     click.echo(f"engine: {' '.join(message.split())}", err=True)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    _say_end(message)
     sys.exit(code)
 
 

@@ -149,8 +149,6 @@ def _ingest(
             raise RuntimeError(
                 f"{error}; what was finished is kept for the same command"
             ) from error
-        except KeyboardInterrupt:
-            raise RuntimeError("interrupted; the same command goes on from here") from None
         _say(display, report, sources, out)
 
 

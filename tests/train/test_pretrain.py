@@ -79,7 +79,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     with monkeypatch.context() as patched:
         interrupt_at(patched, step=step)
         done = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3", *every)
-    assert "interrupted" in one_line(done, code=1)
+    assert "interrupted" in one_line(done, code=130)
     assert not (run / "rgb.safetensors").exists()
     assert (run / "checkpoints" / "last.safetensors").exists() == (step == 4)
     code, out, err = pretrain(tiny_shards, run, "--resume", *every)
