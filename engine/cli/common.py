@@ -25,6 +25,8 @@ Command = Callable[..., None]
 FAILURE, USAGE = 1, 2
 GO_ON = ("ingest", "embed", "reproduce")
 """Commands that go on where they were without being asked to."""
+OPENED = "engine.run"
+"""Key of the click context under which the command's run folder is noted."""
 SHOWN = 20
 """Rejects that are shown; all are in a file."""
 
@@ -85,8 +87,12 @@ def errors_explained(command: Command) -> Command:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         from engine.core.interrupt import interrupts
 
-        line = f"interrupted; {_how_to_go_on(command.__name__, kwargs)}"
-        with interrupts(lambda code: _say_end(line)) as received:
+        context = click.get_current_context()
+
+        def line() -> str:
+            return f"interrupted; {_how_to_go_on(context, kwargs)}"
+
+        with interrupts(lambda code: _say_end(line())) as received:
             try:
                 command(*args, **kwargs)
             except click.ClickException:
@@ -94,7 +100,7 @@ def errors_explained(command: Command) -> Command:
             except BaseException as error:
                 code = received.code(error)
                 if code is not None:
-                    _end(line, code)
+                    _end(line(), code)
                 _explain(error)
 
     return wrapped
@@ -111,10 +117,11 @@ def _explain(error: BaseException) -> None:
     raise error
 
 
-def _how_to_go_on(command: str, options: dict[str, Any]) -> str:
-    if "resume" in options:
+def _how_to_go_on(context: click.Context, options: dict[str, Any]) -> str:
+    run = context.meta.get(OPENED)
+    if run is not None and (run / "recipe.toml").exists():
         return "what was finished is kept, and --resume goes on from there"
-    if command in GO_ON:
+    if "resume" in options or context.info_name in GO_ON:
         return "what was finished is kept, and the same command goes on from there"
     return "run the same command again"
 
@@ -147,10 +154,12 @@ def open_run(
     from engine.core.run import RunFolder, latest_run, new_run_path
 
     changed = [*assignments, *([] if seed is None else [f"seed={seed}"])]
+    path = run_path or (latest_run if resume else new_run_path)(command)
+    if (context := click.get_current_context(silent=True)) is not None:
+        context.meta[OPENED] = path
     if not resume:
         recipe = override(load_recipe(recipe_name or default), changed)
-        return RunFolder.create(run_path or new_run_path(command), recipe), recipe
-    path = run_path or latest_run(command)
+        return RunFolder.create(path, recipe), recipe
     if recipe_name is None and not changed:
         return RunFolder.reopen(path, None)
     own = path / "recipe.toml"

@@ -297,7 +297,9 @@ class _CohortTraining:
             return
         run.begun = True
         try:
-            member = self.trainer.member(run.proposal.weights, seed=run.seed, first=run.first)
+            member = self.trainer.member(
+                run.proposal.weights, seed=run.seed, first=run.first, bank=self.bank
+            )
             if run.parked is not None:
                 load_member(run.parked, member, recipe_hash="")
             elif run.proposal.start is not None:

@@ -18,7 +18,8 @@ import torch
 from click.testing import CliRunner
 
 from engine.cli.main import main
-from engine.core.recipe import load_recipe, override, recipe_hash
+from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
+from engine.core.run import RunFolder
 from engine.core.tensors import load_tensors
 from engine.data.views import Views
 from engine.model.network_file import load_network
@@ -323,6 +324,36 @@ def test_a_killed_process_is_started_again_and_the_run_ends(
     ):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_was_killed_as_it_began_knows_its_loss(
+    finished: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, save = tmp_path / "run", RunFolder.save_recipe
+
+    def killed(self: RunFolder, recipe: Recipe) -> None:
+        save(self, recipe)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "save_recipe", killed)
+        done = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3")
+    assert "--resume goes on from there" in one_line(done, code=130)
+    code, _, err = pretrain(tiny_shards, run, "--resume")
+    assert (code, err) == (0, "")
+    for name, tensor in load_tensors(finished / "rgb.safetensors")[0].items():
+        assert torch.equal(load_tensors(run / "rgb.safetensors")[0][name], tensor)
+
+
+def test_before_there_is_a_run_the_same_command_goes_on(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.train.pretrain.open_library", interrupted)
+    done = pretrain(tiny_shards, tmp_path / "run", "--recipe", TINY, "--loss", "random:3")
+    assert "the same command goes on from there" in one_line(done, code=130)
 
 
 def test_a_loss_must_be_given(tiny_shards: Path, tmp_path: Path) -> None:
