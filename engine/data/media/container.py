@@ -103,6 +103,8 @@ def _why_unreadable(path: Path | str, error: Exception) -> str:
         size = file.seek(0, os.SEEK_END)
         if not any(head):
             return "it is empty" if not head else "it begins with zeros: was its download begun?"
+        if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+            return "it is a web page, not a video: its download failed"
         if head[4:8] == b"ftyp" and not _has_index(file, size):
             return "it is cut off: its index (moov), which stands at its end, is missing"
     return f"can't be opened as a video: {reason_of(error)}"

@@ -38,12 +38,15 @@ def length_of(
     if not declared and container.duration:
         duration = container.duration / 1e6
     if 0.0 < duration <= LONGEST:
-        streams = [video] if declared else [video, *container.streams.audio]
         # Where only the container tells a duration, some count it from zero and some from the start.
         end = duration + (start if declared else min(start, 0.0))
-        there = _end_of_data(container, streams, start, end, clock)
+        there = _end_of_data(container, [video], start, end, clock)
         if there < end - SLACK:
-            return max(0.0, there - start), duration
+            sound = (
+                [] if declared else container.streams.audio
+            )  # the container's may be the sound's
+            whole = bool(sound) and _end_of_data(container, sound, start, end, clock) == end
+            return max(0.0, there - start), 0.0 if whole else duration
     if not 0.0 < duration <= LONGEST or (not declared and abs(start) > 0.1):
         return scan_duration(path, clock), 0.0
     promised = _avi_promise(path) if container.format.name == "avi" else 0.0
@@ -79,7 +82,7 @@ def _last(
 ) -> float:
     """Find where the last whole packet ends, reading from ``sought`` on up to ``until``; ``least`` where none is."""
     last = least
-    step = 1.0 / float(streams[0].average_rate or 25)
+    step = 1.0 / float(getattr(streams[0], "average_rate", None) or 25)
     with suppress(av.FFmpegError):
         container.seek(int(sought / streams[0].time_base), stream=streams[0], any_frame=True)
         for packet in packets(container, streams, clock):
@@ -92,11 +95,12 @@ def _last(
 
 
 def _is_whole(packet: Any) -> bool:
-    """Whether a packet is neither cut off nor made of zeros alone, as in files that await their download."""
+    """Whether a packet is neither cut off nor a picture of zeros alone, as in files that await their download."""
     if not packet.size or packet.is_corrupt:
         return False
     context = packet.stream.codec_context
-    return any(bytes(packet)) or (context is not None and context.name in RAW)
+    may_be_zeros = packet.stream.type != "video" or (context is not None and context.name in RAW)
+    return may_be_zeros or any(bytes(packet))
 
 
 def scan_duration(path: Path | str, clock: Clock) -> float:

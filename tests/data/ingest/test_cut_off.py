@@ -92,6 +92,23 @@ def test_whole_films_promise_no_more_than_they_hold(films: dict[str, Path], kind
     assert cut(films[kind])[1] == []
 
 
+@pytest.mark.parametrize("kind", ["mkv", "webm", "flv"])
+def test_clips_are_not_sought_beyond_the_pictures_where_the_sound_goes_on(
+    tmp_path: Path, kind: str
+) -> None:
+    path = write_film(
+        tmp_path / f"film.{kind}",
+        (texture(i) for i in range(12 * FPS)),
+        fps=FPS,
+        sound=beep_at(0.5),
+        sound_to=60.0,
+    )
+    facts = probe(path)
+    assert facts.duration == pytest.approx(12, abs=0.2) and facts.cut is None
+    clips, lost = cut(path, clip_seconds=4)
+    assert lost == [] and [clip.pictures.num_frames for clip in clips] == [40] * 5
+
+
 def test_a_long_films_end_is_found_without_reading_all_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,13 +143,16 @@ def test_a_long_films_end_is_found_without_reading_all_of_it(
         ("half", "cut off: its index (moov), which stands at its end, is missing"),
         ("none", "it is empty"),
         ("zeros", "it begins with zeros"),
+        ("page", "it is a web page, not a video"),
     ],
 )
 def test_what_has_nothing_to_read_says_why(tmp_path: Path, data: str, reason: str) -> None:
     path = write_film(tmp_path / "film.mp4", (texture(i) for i in range(20)), fps=FPS)
     whole = path.read_bytes()
     half = whole[: len(whole) // 2]
-    path.write_bytes({"half": half, "none": b"", "zeros": bytes(len(whole))}[data])
+    page = b"\n<!DOCTYPE html><html><body>This video is not available</body></html>"
+    contents = {"half": half, "none": b"", "zeros": bytes(len(whole)), "page": page}
+    path.write_bytes(contents[data])
     clips, lost = cut(path)
     assert not clips
     assert len(lost) == 1 and reason in lost[0].reason
