@@ -199,6 +199,15 @@ def test_the_table_of_terms_is_the_codes() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("page", "table"), [("method.md", "term_table"), ("performance.md", "decoder_table")]
+)
+def test_tables_on_the_pages_are_those_of_the_code(page: str, table: str) -> None:
+    """Pages are read in the repository too, where nothing fills a placeholder; hooks.py makes the tables."""
+    assert getattr(hooks(), table)() in (DOCS / page).read_text(encoding="utf-8")
+    assert not any("<!--" in each.read_text(encoding="utf-8") for each in PAGES)
+
+
 def test_files_on_the_pages_exist() -> None:
     """Paths in backticks; names in capitals stand for what a reader chooses."""
     missing = []

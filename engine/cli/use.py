@@ -83,20 +83,17 @@ def embed(
     runtime = choose_runtime(device, amp=amp)
     network, card = load_network(checkpoint, device=runtime.device, say=click.echo)
     with Display() as display:
-        try:
-            report = run(
-                network,
-                card,
-                videos=videos,
-                out=out,
-                settings=EmbedSettings(**settings),
-                runtime=runtime,
-                workers=workers,
-                report=display.prepare,
-                warn=display.say,
-            )
-        except KeyboardInterrupt:
-            raise RuntimeError("interrupted; the same command goes on from here") from None
+        report = run(
+            network,
+            card,
+            videos=videos,
+            out=out,
+            settings=EmbedSettings(**settings),
+            runtime=runtime,
+            workers=workers,
+            report=display.prepare,
+            warn=display.say,
+        )
         rejects = [Reject(**facts) for facts in report.rejects]
         common.say_rejects(display, rejects, file=f"{out}.rejects.jsonl")
         display.say(report.protocol)

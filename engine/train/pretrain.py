@@ -118,21 +118,24 @@ def _open(
 def _begin(run: RunFolder | None, options: PretrainOptions) -> LossWeights:
     """The loss that a run trains with, written to loss.toml as it begins; it never changes after that."""
     assert run is not None
-    run.begin()
     path, weights = run.path / "loss.toml", options.weights
-    if path.exists():
-        own = load_loss(path)
-        if weights not in (None, own):
-            raise RunError(
-                f"{run.path}: this run trains with another loss (loss.toml); resume without --loss, or "
-                "give another --run"
-            )
-        return own
-    if weights is None:
+    begun_before = (run.path / "recipe.toml").exists()
+    own = load_loss(path) if begun_before and path.exists() else None
+    if own is not None and weights not in (None, own):
+        raise RunError(
+            f"{run.path}: this run trains with another loss (loss.toml); resume without --loss, or "
+            "give another --run"
+        )
+    begun = own or weights
+    if begun is None:
         raise RunError(f"{run.path}: ended before it wrote its loss (loss.toml): give --loss again")
     about = "the loss that this run trains with"
-    save_loss(weights, path, name="loss", about=about, labels_used=options.labels_used)
-    return weights
+
+    def save() -> None:
+        save_loss(begun, path, name="loss", about=about, labels_used=options.labels_used)
+
+    run.begin(save if own is None else lambda: None)
+    return begun
 
 
 def _identity(recipe: Recipe, library: Library, member: Member) -> dict[str, Any]:

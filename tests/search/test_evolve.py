@@ -183,7 +183,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         interrupt_at(patched, owner, name, call=call, after=after)
-        line = one_line(begin(tiny_shards, run), code=1)
+        line = one_line(begin(tiny_shards, run), code=130)
     assert "interrupted" in line and "--resume" in line
     assert history(run) == history(reference)[:kept]
     assert not (run / "summary.json").exists()

@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_to_the_same_table(
     with monkeypatch.context() as patched:
         interrupt(patched, place, step=2)
         told = reproduce(tiny_shards, tmp_path / "run", "table1", *TWO)
-    assert "interrupted" in one_line(told, code=1)
+    assert "interrupted" in one_line(told, code=130)
     assert not (tmp_path / "run" / "table1.csv").exists()
     code, out, _ = reproduce(tiny_shards, tmp_path / "run", "table1", *TWO)
     assert code == 0
