@@ -12,7 +12,8 @@ from engine.core.display import Display
 from engine.data.ingest.cut import Settings, cut_source
 from engine.data.ingest.sources import Reject, Source, by_cause
 from engine.data.media.container import stamp_of
-from engine.data.media.decode import probe
+from engine.data.media.decode import MediaError, MediaFacts, probe
+from engine.data.media.part import Part
 from engine.data.shards.writer import NewClip
 from tests.data.films import beep_at, texture, write_film
 
@@ -156,6 +157,31 @@ def test_what_has_nothing_to_read_says_why(tmp_path: Path, data: str, reason: st
     clips, lost = cut(path)
     assert not clips
     assert len(lost) == 1 and reason in lost[0].reason
+
+
+def test_parts_of_a_larger_file_say_what_files_of_their_own_say(
+    films: dict[str, Path], tmp_path: Path
+) -> None:
+    mp4 = films["mp4"].read_bytes()
+    late = write_film(tmp_path / "late.mp4", (texture(i) for i in range(20)), fps=FPS).read_bytes()
+    contents = {f"half.{kind}": films[kind].read_bytes() for kind in ("mp4", "mkv", "avi")}
+    contents = {name: data[: len(data) // 2] for name, data in contents.items()}
+    contents |= {
+        "no-index.mp4": late[: len(late) // 2],
+        "page.mp4": b"<!DOCTYPE html><html></html>",
+    }
+    for name, data in contents.items():
+        own, larger = tmp_path / name, tmp_path / f"{name}.tar"
+        own.write_bytes(data)
+        larger.write_bytes(mp4[:5000] + data + mp4)  # whole films, and an index, on both sides
+        found: list[MediaFacts | str] = []
+        for media in (own, Part(str(larger), 5000, len(data))):
+            try:
+                found.append(probe(media))
+            except MediaError as error:
+                found.append(str(error))
+        assert found[0] == found[1]
+        assert isinstance(found[0], str) or found[0].cut is not None
 
 
 def test_stretches_beyond_the_data_say_where_these_end(
