@@ -35,6 +35,7 @@ SIZES = {
     "1000 x 512, 51 classes": (1000, 512, 51, 25, 1),
 }
 """Videos, features, classes, groups, folds."""
+PROTOCOLS = ("linear", "kmeans", "retrieval", "ridge", "neighbours")
 SETTINGS = Evaluation(views=1, kmeans_seeds=3)
 SEED = 0
 
@@ -160,15 +161,24 @@ def seconds(work: Callable[[], object]) -> float:
 @click.option(
     "--size", "sizes", type=click.Choice(list(SIZES)), multiple=True, help="[default: all]"
 )
+@click.option(
+    "--protocol", "protocols", type=click.Choice(PROTOCOLS), multiple=True, help="[default: all]"
+)
 @JSON
-def main(threads: int, rounds: int, sizes: tuple[str, ...], out: Path | None) -> None:
+def main(
+    threads: int,
+    rounds: int,
+    sizes: tuple[str, ...],
+    protocols: tuple[str, ...],
+    out: Path | None,
+) -> None:
     """Print seconds of each protocol, of scikit-learn with as many threads and with one, and ours over the first."""
     warnings.simplefilter("ignore")
     runtime = choose_runtime("cpu")
     for size in sizes or SIZES:
         data = problem(*SIZES[size])
         our, peer = ours(*data), peers(*data)
-        for name in our:
+        for name in protocols or PROTOCOLS:
             taken: dict[str, list[float]] = {}
             for _ in range(rounds):
                 for what, work, limit in (

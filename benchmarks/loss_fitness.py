@@ -19,7 +19,7 @@ from engine.data.library import default_shard_cache, open_library
 from engine.features.extract import LabelledClips
 from engine.objective.lossfile import load_loss
 from engine.search.cohort import evaluate_cohort, untrained_fitness
-from engine.search.records import FRESH_SEEDS
+from engine.search.records import fresh_seeds
 from engine.search.samplers import Proposal
 from engine.train.trainer import Trainer
 
@@ -53,7 +53,8 @@ def main(
     trainer = Trainer(recipe, index, runtime)
     clips = LabelledClips(judged_by, recipe, runtime=runtime)
     found: dict[str, list[float]] = {name: [] for name in ("untrained", *losses)}
-    for seed in range(recipe.seed + FRESH_SEEDS, recipe.seed + FRESH_SEEDS + num_seeds):
+    fresh = override(recipe, [f"search.confirm_seeds={num_seeds}"])
+    for seed in fresh_seeds(fresh):
         found["untrained"].append(untrained_fitness(trainer, clips, seed=seed).value)
         jobs = [Proposal(0, load_loss(name)) for name in losses]
         results = evaluate_cohort(trainer, clips, members=jobs, seeds=[seed])

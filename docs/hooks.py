@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the list of pages, tables from the code and the measurements, and Mermaid diagrams as tables.
+"""Hooks of mkdocs: the list of pages, and Mermaid diagrams as tables; and the tables that pages take from the code.
 
 mkdocs-material would fetch Mermaid from the network, and the site fetches nothing: there a diagram's arrows become the
 rows of a table. GitHub draws the same source as a diagram.
@@ -68,12 +68,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put tables where a page asks for them, and in place of diagrams."""
-    tables = {"terms": term_table, "decoders": decoder_table}
-    for name, table in tables.items():
-        mark = f"<!-- the table of {name} -->"
-        if mark in markdown:
-            markdown = markdown.replace(mark, table())
+    """Put tables in place of diagrams."""
     return DIAGRAM.sub(lambda match: arrow_table(match[1]), markdown)
 
 

@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import kernels
-from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
+from engine.core.recipe import Readout, Recipe, load_recipe, override, recipe_hash
 from engine.core.runtime import choose_runtime, make_deterministic
 from engine.data.library import Library, default_shard_cache, open_library
 from engine.features.embed import embed, embed_video
 from engine.features.export import export
+from engine.features.extract import with_statistics
 from engine.features.fitness import kmeans_fitness
 from engine.features.parquet import read_features
+from engine.features.readout import read_out_by
 from engine.features.segments import EmbedSettings
 from engine.model.network_file import Card, card_of, load_network, save_network
 from engine.model.resnet3d import ResNet3D
@@ -57,19 +59,24 @@ __all__ = [
 
 @torch.inference_mode()
 def embed_clips(
-    network: ResNet3D, card: Card, frames: Tensor | NDArray[np.uint8]
+    network: ResNet3D,
+    card: Card,
+    frames: Tensor | NDArray[np.uint8],
+    *,
+    readout: Readout = "raw",
 ) -> NDArray[np.float32]:
     """Features float32 (N, D) of clips that are in memory: uint8 (N, T, H, W, 3), RGB, cut and resized.
 
     Frames are normalised as the card says; T, H and W best be the card's ``input``. Runs where the network is.
-    Raises ValueError for frames of another shape or type.
+    ``readout`` scales the features by what the card says of them over training clips: ``unit``, as fitness does by
+    default, or ``zscore``. Raises ValueError for frames of another shape or type, and a card that does not say it.
     """
+    scaled = read_out_by(card, readout)
     device = next(network.parameters()).device
     clips = torch.as_tensor(frames).to(device)
     mean, std = (torch.tensor(values, device=device) for values in (card.mean, card.std))
     rgb, _ = kernels.clip_views(clips, mean, std)
-    features: NDArray[np.float32] = network.eval()(rgb).float().cpu().numpy()
-    return features
+    return scaled(network.eval()(rgb).float().cpu().numpy())
 
 
 def open_videos(
@@ -122,4 +129,5 @@ def train(
         seed=recipe.seed,
         num_clips=len(videos.index),
     )
+    card = with_statistics(card, member.loss.rgb.state_dict(), videos.index, runtime=runtime)
     return member.loss.rgb.eval(), card

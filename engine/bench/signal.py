@@ -224,7 +224,7 @@ class Signal:
         failed: dict[str, str] = {}
         for loss in losses:
             try:
-                members[loss] = self.trainer.member(load_loss(loss), seed=seed)
+                members[loss] = self.trainer.member(load_loss(loss), seed=seed, bank=self._bank)
             except ValueError as error:  # no sound, say
                 failed[loss] = str(error)
         looked: dict[str, list[Look]] = {loss: [] for loss in losses}
@@ -265,7 +265,7 @@ class Signal:
         self._warm = True
         if self.recipe.search.clip_bank:
             self._bank = self.trainer.open_bank(self.recipe.search.clip_bank)
-        member = self.trainer.member(load_loss("equal"), seed=0)
+        member = self.trainer.member(load_loss("equal"), seed=0, bank=self._bank)
         _, views = next(self.trainer.rounds([member], seed=0, bank=self._bank))
         self.trainer.step_all([member], views)
 

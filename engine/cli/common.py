@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 
 FAILURE, USAGE = 1, 2
+GO_ON = ("ingest", "embed", "reproduce")
+"""Commands that go on where they were without being asked to."""
+OPENED = "engine.run"
+"""Key of the click context under which the command's run folder is noted."""
 SHOWN = 20
 """Rejects that are shown; all are in a file."""
 
@@ -76,34 +80,67 @@ labelled_options = options(ROOT, SPLITS, FOLDS, GROUP_PATTERN, ALLOW_MISSING)
 
 
 def errors_explained(command: Command) -> Command:
-    """Turns what can go wrong into one line and an exit code: 2 for a user's mistake, 1 for a failure."""
+    """Turns what can go wrong into one line and an exit code.
+
+    2 for a user's mistake, 1 for a failure; 130 for Ctrl-C and 143 for SIGTERM, after either of which the line says
+    how to go on.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except click.ClickException:
-            raise
-        except KeyboardInterrupt:
-            _end("interrupted; what was finished is kept, and --resume goes on from there", FAILURE)
-        except ValueError as error:
-            _end(str(error), USAGE)
-        except (OSError, RuntimeError) as error:
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            hint = " (the disk is full: make room, then use --resume)" if full else ""
-            _end(f"{error}{hint}", FAILURE)
+        from engine.core.interrupt import interrupts
+
+        context = click.get_current_context()
+
+        def line() -> str:
+            return f"interrupted; {_how_to_go_on(context, kwargs)}"
+
+        with interrupts(lambda code: _say_end(line())) as received:
+            try:
+                command(*args, **kwargs)
+            except click.ClickException:
+                raise
+            except BaseException as error:
+                code = received.code(error)
+                if code is not None:
+                    _end(line(), code)
+                _explain(error)
 
     return wrapped
 
 
-def _end(message: str, code: int) -> None:
+def _explain(error: BaseException) -> None:
+    """Ends the process with an error's line, or raises it where it is none of those that users meet."""
+    if isinstance(error, ValueError):
+        _end(str(error), USAGE)
+    if isinstance(error, (OSError, RuntimeError)):
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        hint = " (the disk is full: make room, then use --resume)" if full else ""
+        _end(f"{error}{hint}", FAILURE)
+    raise error
+
+
+def _how_to_go_on(context: click.Context, options: dict[str, Any]) -> str:
+    run = context.meta.get(OPENED)
+    if run is not None and (run / "recipe.toml").exists():
+        return "what was finished is kept, and --resume goes on from there"
+    if "resume" in options or context.info_name in GO_ON:
+        return "what was finished is kept, and the same command goes on from there"
+    return "run the same command again"
+
+
+def _say_end(message: str) -> None:
     click.echo(f"engine: {' '.join(message.split())}", err=True)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    _say_end(message)
     sys.exit(code)
 
 
 def open_run(
     command: str,
-    default: str,
+    default: str | None,
     *,
     recipe_name: str | None,
     assignments: tuple[str, ...],
@@ -114,21 +151,25 @@ def open_run(
 ) -> tuple[RunFolder, Recipe]:
     """The run folder and recipe of a command: a new run's, or with ``resume`` the one that it goes on with.
 
+    ``default`` names the recipe of a new run where none is named; None: every setting's default.
     Raises ValueError for a recipe that can't be used, and where there is no run to resume.
     """
-    from engine.core.recipe import load_recipe, override
+    from engine.core.recipe import Recipe, load_recipe, override
     from engine.core.run import RunFolder, latest_run, new_run_path
 
     changed = [*assignments, *([] if seed is None else [f"seed={seed}"])]
+    path = run_path or (latest_run if resume else new_run_path)(command)
+    if (context := click.get_current_context(silent=True)) is not None:
+        context.meta[OPENED] = path
     if not resume:
-        recipe = override(load_recipe(recipe_name or default), changed)
-        return RunFolder.create(run_path or new_run_path(command), recipe), recipe
-    path = run_path or latest_run(command)
+        named = recipe_name or default
+        recipe = override(load_recipe(named) if named else Recipe(), changed)
+        return RunFolder.create(path, recipe), recipe
     if recipe_name is None and not changed:
         return RunFolder.reopen(path, None)
     own = path / "recipe.toml"
     base = recipe_name or (own if own.exists() else default)
-    return RunFolder.reopen(path, override(load_recipe(base), changed))
+    return RunFolder.reopen(path, override(load_recipe(base) if base else Recipe(), changed))
 
 
 def open_videos(display: Display, *folders: Iterable[Path]) -> list[Library]:
@@ -179,11 +220,15 @@ def say_library(display: Display, library: Library) -> None:
 
 
 def say_rejects(display: Display, rejects: Iterable[Reject], *, file: str = "") -> None:
-    """Shows the first sources that gave no clips, and why; ``file`` holds all of them."""
+    """Shows the first sources that gave no clips, or not all, a line for each cause; ``file`` holds all of them."""
+    from engine.data.ingest.sources import by_cause
+
     lines = []
-    for reject in rejects:
-        where = "".join(f" ({note})" for note in (reject.where, reject.listed) if note)
-        lines.append(f"rejected {reject.path}{where}: {reject.reason}")
+    for reject in by_cause(rejects):
+        notes = (reject.where, reject.listed, f"and {reject.more} more" if reject.more else None)
+        where = "".join(f" ({note})" for note in notes if note)
+        lost = "incomplete" if reject.partial and reject.where is None else "rejected"
+        lines.append(f"{lost} {reject.path}{where}: {reject.reason}")
     for line in lines[:SHOWN]:
         display.say(line)
     if len(lines) > SHOWN:

@@ -158,8 +158,6 @@ def _ingest(
             raise RuntimeError(
                 f"{error}; what was finished is kept for the same command"
             ) from error
-        except KeyboardInterrupt:
-            raise RuntimeError("interrupted; the same command goes on from here") from None
         _say(display, report, sources, out)
 
 
@@ -207,7 +205,9 @@ def _say(display: Display, report: IngestReport, sources: SourceList, out: Path)
         "gave clips": report.sources - report.rejected,
         "rejected": report.rejected,
         "of these listed, but not on the disk": missing,
-        "stretches rejected of sources that gave clips": len(rejects) - report.rejected,
+        "stretches rejected of sources that gave clips": sum(
+            1 + reject.more for reject in rejects if reject.partial and reject.where is not None
+        ),
         "sources of an earlier run, kept": report.reused,
         "files in no list, passed over": report.unlisted,
         "clips": report.clips,

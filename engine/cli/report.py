@@ -9,6 +9,8 @@ import click
 
 from engine.cli import common
 
+DEFAULT_RUNS = Path("runs")
+
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=common.PATH, metavar="RUN...")
@@ -42,7 +44,7 @@ def report(runs: tuple[Path, ...], compare: bool, out: Path | None) -> None:
 
 
 @click.command()
-@click.argument("folder", type=common.PATH, default=Path("runs"), metavar="[DIR]")
+@click.argument("folder", type=common.PATH, default=DEFAULT_RUNS, metavar="[DIR]")
 @common.flag("--json", "as_lines", help="One JSON object a line.")
 @common.errors_explained
 def runs(folder: Path, as_lines: bool) -> None:
@@ -53,11 +55,12 @@ def runs(folder: Path, as_lines: bool) -> None:
     from engine.cli.tables import print_runs
     from engine.report.runs import as_json, list_runs
 
-    rows = list_runs(folder)
+    rows = list_runs(folder) if folder.is_dir() or folder != DEFAULT_RUNS else []
     if as_lines:
         for row in rows:
             click.echo(json.dumps(as_json(row)))
     elif not rows:
-        click.echo(f"{folder}: no runs")
+        hint = "; engine evolve makes one" if folder == DEFAULT_RUNS else ""
+        click.echo(f"{folder}: no runs{hint}")
     else:
         print_runs(rows)

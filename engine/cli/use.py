@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from engine.cli import common
 
+if TYPE_CHECKING:
+    from engine.core.recipe import Readout
+
 CHECKPOINT = common.path(
     "--checkpoint", help="The network: RUN, RUN/rgb.safetensors, or published weights."
+)
+
+
+READOUT = click.option(
+    "--readout",
+    type=click.Choice(["raw", "unit", "zscore"]),
+    default="raw",
+    help="Scale vectors by their mean and deviation over training clips: unit length, or z-scores.",
 )
 
 
@@ -32,7 +43,7 @@ CHECKPOINT = common.path(
 )
 @click.option("--fps", type=click.FloatRange(min=1), default=25.0)
 @common.count("--batch-size", default=32)
-@common.options(common.WORKERS, common.DEVICE)
+@common.options(READOUT, common.WORKERS, common.DEVICE)
 @click.option(
     "--amp",
     type=click.Choice(["auto", "off", "bf16"]),
@@ -70,22 +81,19 @@ def embed(
     checkpoint, out = _required(checkpoint, out, "the file of features, such as features.parquet")
     check_kernels_package()
     runtime = choose_runtime(device, amp=amp)
-    network, card = load_network(checkpoint, device=runtime.device)
+    network, card = load_network(checkpoint, device=runtime.device, say=click.echo)
     with Display() as display:
-        try:
-            report = run(
-                network,
-                card,
-                videos=videos,
-                out=out,
-                settings=EmbedSettings(**settings),
-                runtime=runtime,
-                workers=workers,
-                report=display.prepare,
-                warn=display.say,
-            )
-        except KeyboardInterrupt:
-            raise RuntimeError("interrupted; the same command goes on from here") from None
+        report = run(
+            network,
+            card,
+            videos=videos,
+            out=out,
+            settings=EmbedSettings(**settings),
+            runtime=runtime,
+            workers=workers,
+            report=display.prepare,
+            warn=display.say,
+        )
         rejects = [Reject(**facts) for facts in report.rejects]
         common.say_rejects(display, rejects, file=f"{out}.rejects.jsonl")
         display.say(report.protocol)
@@ -106,12 +114,15 @@ def _required(checkpoint: Path | None, out: Path | None, what: str) -> tuple[Pat
 @click.option(
     "--format", "format_", metavar="torch|onnx", help="[default: by --out: .pt2 or .onnx]"
 )
+@READOUT
 @common.errors_explained
-def export(checkpoint: Path | None, out: Path | None, format_: str | None) -> None:
+def export(
+    checkpoint: Path | None, out: Path | None, format_: str | None, readout: Readout
+) -> None:
     """Write the RGB network, with its preprocessing, as a torch.export program or an ONNX file.
 
-    It takes uint8 (N, T, H, W, 3) and gives features float32 (N, D), equal to the engine's within 1e-4. The card
-    is in the file and beside it (OUT.json).
+    It takes uint8 (clips, frames, height, width, 3) and gives features float32 (clips, D), equal to the engine's
+    within 1e-4. The card is in the file and beside it (OUT.json).
     """
     from engine.features.export import export as run
     from engine.features.export import format_of
@@ -119,8 +130,8 @@ def export(checkpoint: Path | None, out: Path | None, format_: str | None) -> No
 
     checkpoint, out = _required(checkpoint, out, "the file, such as network.onnx or network.pt2")
     format_of(out, format_)
-    network, card = load_network(checkpoint)
-    report = run(network, card, out=out, format=format_)
+    network, card = load_network(checkpoint, say=click.echo)
+    report = run(network, card, out=out, format=format_, readout=readout)
     if report.difference is None:
         checked = "not run here, where onnxruntime is not installed"
     else:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine.core.interrupt import interrupt_for
 from engine.core.ranks import Ranks
 
 
@@ -63,9 +64,9 @@ def launch(work: Callable[..., None], *arguments: Any, processes: int, restarts:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ[OWN_STORE] = "1"
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # ``Ended`` reports it
+    for name in logging.root.manager.loggerDict:  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # ``Ended`` reports it
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
         notes = Path(folder)
         with (notes / "work").open("wb") as file:
@@ -83,8 +84,8 @@ def launch(work: Callable[..., None], *arguments: Any, processes: int, restarts:
         )
         try:
             elastic_launch(config, sys.executable)("-c", _START, str(notes / "work"))
-        except SignalException:
-            raise KeyboardInterrupt from None
+        except SignalException as error:
+            raise interrupt_for(error.sigval) from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             raise Ended(_reason(rank, failure.exitcode, notes, restarts)) from None

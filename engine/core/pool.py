@@ -285,8 +285,9 @@ def _how_it_ended(code: int | None) -> str:
 
 
 def _serve(pipe: Connection, factory: Factory, workers_here: int, parent: int) -> None:
-    """Runs in a worker process: does job after job until the pool is closed, and leaves Ctrl-C to its parent."""
+    """Runs in a worker process: does job after job until the pool is closed, and leaves signals to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which kills it when it ends
     die_with_parent()
     if os.getppid() != parent:  # the parent died before
         os._exit(1)

@@ -13,7 +13,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -22,10 +22,14 @@ from typing import Any
 
 import engine
 from engine.core import pool
+from engine.core.interrupt import handlers_kept
+from engine.core.orphans import Guard
 
 WORK = "work"
 """The thread of a worker's process in which it gets ready and does its jobs."""
 OBJECT_STORE_BYTES = 100 * 2**20
+LOCAL = (None, "local")
+"""Addresses that mean this machine alone."""
 START_TRIES = 3
 """Of Ray itself."""
 CONNECT_SECONDS = 10.0
@@ -121,9 +125,11 @@ class RayPool(pool.Pool):
         """``size`` None: as many as the cluster has GPUs, or, for workers without, CPUs, also when it grows."""
         self._ray = _import_ray()
         self._own, self.workers = not self._ray.is_initialized(), []
+        self._guard = Guard() if self._own and address in LOCAL else None
         if self._own:
             here = os.cpu_count() or 1 if size is None else size
-            start(self._ray, address, cpus=here * cpus, gpus=here * gpus)
+            with self._guard.marking() if self._guard else nullcontext():
+                start(self._ray, address, cpus=here * cpus, gpus=here * gpus)
         try:
             self.size = room(self._ray, size, cpus=cpus, gpus=gpus)
         except ValueError:
@@ -169,6 +175,8 @@ class RayPool(pool.Pool):
             self._kill(slot)
         if self._own:
             self._ray.shutdown()
+        if self._guard is not None:
+            self._guard.close()
 
     def _ask(self, slot: _Slot, stage: str, reference: Any) -> None:
         slot.stage, slot.reference, slot.since = stage, reference, time.monotonic()
@@ -309,7 +317,7 @@ def start(ray: Any, address: str | None, *, cpus: float, gpus: float) -> None:
     # The pool reports each worker that dies in a line; Ray would print a paragraph.
     if hasattr(ray._private.worker, "print_to_stdstream"):
         ray._private.worker.print_to_stdstream = lambda *data, **more: None
-    if address in (None, "local"):
+    if address in LOCAL:
         os.environ["PYTHONPATH"] = path  # what Ray starts inherits it
         own = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
         _start_here(ray, **quiet, **own, num_cpus=max(1, ceil(cpus)), num_gpus=ceil(gpus))
@@ -318,7 +326,8 @@ def start(ray: Any, address: str | None, *, cpus: float, gpus: float) -> None:
         _check_reachable(address)
     try:
         nodes = {"env_vars": {"PYTHONPATH": path}}  # they run this very code
-        ray.init(address=address, runtime_env=nodes, **quiet)
+        with handlers_kept():
+            ray.init(address=address, runtime_env=nodes, **quiet)
     except (ConnectionError, ValueError) as error:
         raise ValueError(f"there is no Ray cluster at {address}: {error}") from error
 
@@ -327,10 +336,16 @@ def _start_here(ray: Any, **options: Any) -> None:
     """Start Ray; it gives up after 30 s, which a machine that is busy may need twice. Raises RuntimeError."""
     for attempt in range(START_TRIES):
         try:
-            ray.init(address="local", **options)
+            with handlers_kept():
+                ray.init(address="local", **options)
             return
         except Exception as error:  # Ray's own, without a class
             ray.shutdown()
+            if "AF_UNIX path" in str(error):
+                raise ValueError(
+                    "Ray can't be started here: the path of its folder is too long for sockets; set RAY_TMPDIR to a"
+                    " shorter one, such as /tmp"
+                ) from error
             if attempt == START_TRIES - 1:
                 raise RuntimeError(
                     f"Ray can't be started on this machine: {error}; is it short of memory or very busy?"

@@ -352,8 +352,12 @@ def recipe_from(values: dict[str, Any], *, where: str) -> Recipe:
     except msgspec.ValidationError as error:
         reason, _, key = str(error).partition(" - at `$.")
         raise RecipeError(f"{where}: {_explained(reason, key.rstrip('`'))}") from None
-    if recipe.optim.warmup_steps >= recipe.optim.steps:
-        raise RecipeError(f"{where}: optim.warmup_steps must be less than optim.steps")
+    warmup, steps = recipe.optim.warmup_steps, recipe.optim.steps
+    if warmup >= steps:
+        raise RecipeError(
+            f"{where}: optim.warmup_steps must be less than optim.steps, and is {warmup} of {steps}: set it too, such"
+            f" as optim.warmup_steps={steps // 10}"
+        )
     if recipe.optim.batch_size % recipe.optim.accumulate:
         raise RecipeError(f"{where}: optim.batch_size must be a multiple of optim.accumulate")
     return recipe

@@ -63,7 +63,7 @@ def _one_thread_each(cores: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cores, "member", initializer=lambda: torch.set_num_threads(1))
 
 
-LARGE_PRODUCT = 2e8
+LARGE_PRODUCT = 1e9
 """Multiplications of one matrix product from which on a second thread helps more than waiting for it costs."""
 
 
@@ -106,6 +106,13 @@ def num_cores() -> int:
     """Cores that this process may use."""
     allowed = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
+
+
+def format_note(amp: str, runtime: Runtime) -> str | None:
+    """What to say where a runtime has not the number format that is asked for; None where it has."""
+    if amp != "bf16" or runtime.amp:
+        return None
+    return "float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong"
 
 
 def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:

@@ -228,8 +228,9 @@ def _pattern(pattern: str | None, name: str, folds: str) -> re.Pattern[str] | No
     if text is None:
         if folds == "group" and name == "folders":
             raise ValueError(
-                "--folds group needs --group-pattern, a regular expression that finds the group in a file's name,"
-                " such as '^[^_]+' in actor_action.avi; or give lists of train and test videos with --splits"
+                "class folders have no lists of train and test, so each group of videos (an actor, a film) is left out"
+                " once: say by --group-pattern, a regular expression, what in a file's name is its group, such as"
+                " '^[^_]+' in actor_action.avi; or give lists of train and test videos with --splits"
             )
         return None
     try:

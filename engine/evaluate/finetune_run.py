@@ -74,7 +74,8 @@ def run_finetuning(
     make_deterministic(runtime)
     check_recipe(recipe, dataset)
     if inputs["checkpoint"]:
-        network, card = load_network(Path(inputs["checkpoint"]), device=runtime.device)
+        path = Path(inputs["checkpoint"])
+        network, card = load_network(path, device=runtime.device, say=say)
     else:
         network, card = from_scratch(recipe, runtime)
 

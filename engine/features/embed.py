@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from engine.features.parquet import (
     write_part,
     write_rejects,
 )
+from engine.features.readout import NAMES, read_out_by
 from engine.features.segments import Chunk, Cutter, Cutting, EmbedSettings, Segments, shard_chunks
 from engine.model.network_file import Card
 from engine.model.resnet3d import ResNet3D
@@ -64,11 +65,14 @@ class EmbedReport:
 def protocol_of(card: Card, settings: EmbedSettings, *, amp: bool) -> str:
     """The protocol in words: network, frames, views, averages, number format."""
     clip, s, fps = card.input, Cutting.of(card.input, settings), settings.fps
+    how = settings.readout
+    scaled = "" if how == "raw" else f"; {NAMES[how]}, by mean and scale over training clips"
     return (
         f"{card.arch}{' with pool' if card.pool else ''} of width {card.width:g}, {clip.num_frames} frames"
         f" {clip.frame_stride} apart, central {clip.size}x{clip.size}; raw videos at {fps:g} frames/s in clips of"
         f" {s.length / fps:g} s every {s.every / fps:g} s, shards' clips whole; {settings.views} views a clip,"
         f" averaged; a row a {settings.per}; running batch norm; {'bfloat16' if amp else 'float32'}"
+        f"{scaled}"
     )
 
 
@@ -89,15 +93,17 @@ def embed(
     A file of the same features that is there already is left as it is; what an earlier run that was killed had
     left in a hidden folder beside ``out`` is used. Where something gave no row, ``out`` with ``.rejects.jsonl``
     after it lists what and why. ``workers`` counts the processes that cut raw videos (None: one a core).
-    Raises ValueError for videos that are not there or give no row, and an ``out`` that is something else;
-    OSError where it can't be written.
+    Raises ValueError for videos that are not there or give no row, an ``out`` that is something else, and a read-out
+    that the card has no numbers for; OSError where it can't be written.
     """
     settings, runtime = settings or EmbedSettings(), runtime or choose_runtime()
     protocol = protocol_of(card, settings, amp=runtime.amp)
+    scaled = read_out_by(card, settings.readout)
     count = workers or num_cores()
     with _working_beside(out) as work, closing(Cutter(card.input, settings, work, count)) as cutter:
         chunks, listed = _chunks(videos, cutter, report)
-        about = _about(network, card, protocol, [listed, *(chunk.key for chunk in chunks)])
+        content = [protocol, _weights_hash(network), [listed, *(chunk.key for chunk in chunks)]]
+        about = _about(card, settings, protocol, content)
         if out.exists():
             if identity_of(out) != about["identity"]:
                 raise ValueError(
@@ -107,7 +113,9 @@ def embed(
         embedder = Embedder(network, card, settings, runtime, cutter.stopping, warn)
         parts, reused = _write_parts(embedder, chunks, work, report)
         per_video = settings.per == "video"
-        rows, rejects = merge_parts(parts, out, videos=per_video, about=about, listed=listed)
+        rows, rejects = merge_parts(
+            parts, out, videos=per_video, about=about, listed=listed, scaled=scaled
+        )
         write_rejects(out, rejects)
     if not rows:
         raise ValueError(
@@ -147,6 +155,7 @@ def embed_video(
     Works in this process alone. Raises ValueError with the reason for a video that gives none.
     """
     settings, runtime = settings or EmbedSettings(), runtime or choose_runtime()
+    scaled = read_out_by(card, settings.readout)
     with (
         tempfile.TemporaryDirectory() as folder,
         closing(Cutter(card.input, settings, Path(folder), 1)) as cutter,
@@ -154,6 +163,7 @@ def embed_video(
         chunks, _ = _chunks([video], cutter)
         embedder = Embedder(network, card, settings, runtime, cutter.stopping, warnings.warn)
         rows = joined([rows for _, rows in embedder.features(chunks)])
+        rows = replace(rows, vector=scaled(rows.vector))
     if not len(rows):
         raise ValueError(f"{video}: {rows.rejects[0]['reason']}")
     return rows
@@ -285,10 +295,14 @@ def _working_beside(out: Path) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _about(network: ResNet3D, card: Card, protocol: str, content: list[Any]) -> dict[str, str]:
-    """The metadata of a file of features; ``content`` identifies the videos."""
+def _about(
+    card: Card, settings: EmbedSettings, protocol: str, content: list[Any]
+) -> dict[str, str]:
+    """The metadata of a file of features; ``content`` identifies protocol, weights and videos."""
     facts = msgspec.to_builtins(card)
-    whole = [{**facts, "source": ""}, protocol, _weights_hash(network), content]
+    uncounted = ["feature_mean", "feature_scale"] if settings.readout == "raw" else []
+    same = {**{name: fact for name, fact in facts.items() if name not in uncounted}, "source": ""}
+    whole = [same, *content]
     return {
         "card": json.dumps(facts),
         "protocol": protocol,

@@ -26,31 +26,41 @@ from torch import Tensor, nn
 
 import engine
 from engine.core.files import write_atomic
-from engine.model.network_file import Card
+from engine.core.recipe import Readout
+from engine.features.readout import NAMES, scaling, statistics_of
+from engine.model.network_file import Card, card_text
 from engine.model.resnet3d import ResNet3D
 
 FORMATS = {".pt2": "torch", ".onnx": "onnx"}
 """Suffix to format."""
+AXES = ("clips", "frames", "height", "width")
+"""The input's axes that are free; the last one is RGB."""
 TOLERANCE = 1e-4
 """Largest difference from the engine's features that an export may have, as a share of the largest one, or of 1."""
 
 
 class FramesToFeatures(nn.Module):
-    """An RGB network behind its own preprocessing, in operations that every runtime has."""
+    """An RGB network between its own preprocessing and a read-out, in operations that every runtime has."""
 
-    def __init__(self, network: ResNet3D, card: Card) -> None:
+    def __init__(self, network: ResNet3D, card: Card, readout: Readout = "raw") -> None:
         super().__init__()
         self.network = network
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(card.mean))
         self.register_buffer("std", torch.tensor(card.std))
+        self.readout = readout
+        self.feature_mean: Tensor
+        self.feature_scale: Tensor
+        mean, scale = statistics_of(card, readout)
+        self.register_buffer("feature_mean", mean)
+        self.register_buffer("feature_scale", scale)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Features (N, D) of uint8 (N, T, H, W, 3)."""
         rgb = (frames.float() / 255 - self.mean) / self.std
         features: Tensor = self.network(rgb.permute(0, 4, 1, 2, 3))
-        return features
+        return scaling(self.readout, self.feature_mean, self.feature_scale)(features)
 
 
 @dataclass(frozen=True)
@@ -63,15 +73,23 @@ class ExportReport:
     bytes: int
 
 
-def export(network: ResNet3D, card: Card, *, out: Path, format: str | None = None) -> ExportReport:
+def export(
+    network: ResNet3D,
+    card: Card,
+    *,
+    out: Path,
+    format: str | None = None,
+    readout: Readout = "raw",
+) -> ExportReport:
     """Write ``network`` as ``out``, with its card inside (``card.json``, or metadata ``card``) and as ``out``.json.
 
-    ``format`` is "torch" (a torch.export program) or "onnx"; None: as the suffix says, .pt2 or .onnx. Raises
-    ValueError for another one and for a missing package, OSError where it can't be written, and RuntimeError where
-    the exported network computes something else.
+    ``format`` is "torch" (a torch.export program) or "onnx"; None: as the suffix says, .pt2 or .onnx. ``readout``
+    scales the features by the card's mean and scale of them: "unit" or "zscore". Raises ValueError for another
+    format, a missing package and a card without these numbers, OSError where it can't be written, and RuntimeError
+    where the exported network computes something else.
     """
     chosen = format_of(out, format)
-    model = FramesToFeatures(copy.deepcopy(network), card).cpu().float().eval()
+    model = FramesToFeatures(copy.deepcopy(network), card, readout).cpu().float().eval()
     clip = card.input
     shape = (clip.num_frames, clip.size, clip.size, 3)
     metadata = {
@@ -79,8 +97,9 @@ def export(network: ResNet3D, card: Card, *, out: Path, format: str | None = Non
         "format": chosen,
         "engine_version": engine.__version__,
         "torch_version": torch.__version__,
-        "frames": "uint8 (N, T, H, W, 3), RGB, resized and cut to input; normalised inside",
-        "features": f"float32 (N, {network.feature_dim})",
+        "frames": f"uint8 ({', '.join(AXES)}, 3), RGB, resized and cut to input; normalised inside",
+        "features": f"float32 (clips, {network.feature_dim}), {NAMES[readout]}",
+        "readout": readout,
     }
     write = _write_torch if chosen == "torch" else _write_onnx
     with torch.no_grad(), _quiet():
@@ -91,7 +110,7 @@ def export(network: ResNet3D, card: Card, *, out: Path, format: str | None = Non
     except OSError as error:
         raise OSError(error.errno, f"can't write there: {error.strerror}", str(out)) from None
     write_atomic(out, data)
-    write_atomic(out.with_name(f"{out.name}.json"), json.dumps(metadata, indent=2).encode() + b"\n")
+    write_atomic(out.with_name(f"{out.name}.json"), card_text(metadata).encode())
     return ExportReport(chosen, difference, len(data))
 
 
@@ -122,13 +141,12 @@ def _write_torch(model: nn.Module, example: Tensor, card: str) -> tuple[bytes, R
 
 
 def _write_onnx(model: nn.Module, example: Tensor, card: str) -> tuple[bytes, Runner | None]:
-    free = dict.fromkeys(range(4), torch.export.Dim.DYNAMIC)
     program = torch.onnx.export(
         model,
         (example,),
         input_names=["frames"],
         output_names=["features"],
-        dynamic_shapes={"frames": free},
+        dynamic_shapes={"frames": dict(enumerate(AXES))},
         dynamo=True,
         verbose=False,
     )

@@ -6,7 +6,7 @@ Shape letters: N clips, V views (in time x crops), D outputs of a network.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, reduce
@@ -27,11 +27,14 @@ from engine.data.plan import ClipPlan, plan_views
 from engine.data.shards.index import ClipIndex
 from engine.features.fitness import FitnessResult, cohort_fitness
 from engine.model.network_file import Card, ClipInput, card_of
+from engine.model.resnet3d import video_network
 
 BANK_BYTES = 256 * 2**20
 """Decoded views up to this size stay in memory between networks."""
 CROPS = {1: (float("nan"),), 3: (float("nan"), 0.0, 1.0)}
 """Places of a view's squares along the frame's longer side; nan: in the middle."""
+STATISTICS_CLIPS = 256
+"""Most training clips that the mean and scale of a network's features are taken over, evenly spread."""
 UNLABELLED_CLIPS = 2000
 """Most clips that judge where none has a label and ``fitness.max_clips`` does not say so."""
 CHOICE_STREAM, ORDER_STREAM = 0xC405, 0xFEA7
@@ -198,6 +201,29 @@ class LabelledClips:
             seed=seed,
             device=self._runtime.device.type,
         )
+
+
+def with_statistics(
+    card: Card, state: Mapping[str, Tensor], index: ClipIndex, *, runtime: Runtime
+) -> Card:
+    """A network's card with the mean and scale of its features over clips of ``index``, its training clips.
+
+    ``state`` has the network's weights. The card is unchanged where features are not finite.
+    """
+    with torch.device("meta"):  # no weights are drawn
+        network = video_network(card)
+    network.load_state_dict(state, assign=True)
+    network.to(device=runtime.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    count = min(STATISTICS_CLIPS, len(index))
+    clips = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
+    extractor = Extractor(index, clips, cuts=Cuts(card.input, 1), runtime=runtime)
+    (views,) = extractor.outputs([network], [card])
+    features = views[:, 0].double()
+    mean, scale = features.mean(0), features.std(0, correction=0)
+    if not bool(features.isfinite().all()):
+        return card
+    facts = {"feature_mean": mean, "feature_scale": scale}
+    return msgspec.structs.replace(card, **{k: tuple(v.float().tolist()) for k, v in facts.items()})
 
 
 def decoded(

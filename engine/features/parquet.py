@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,12 +96,14 @@ def merge_parts(
     videos: bool,
     about: Mapping[str, str],
     listed: Sequence[dict[str, Any]] = (),
+    scaled: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda vectors: vectors,
 ) -> tuple[int, list[dict[str, Any]]]:
     """Write the rows of all parts, in their order, as ``out``; gives how many, and what was rejected.
 
     ``videos`` makes one row of a video's clips that follow one another and have one label: the mean of their
-    vectors. ``about`` goes into the metadata, with the number of rejects, of which ``listed`` are of no part. Only
-    one part is in memory at a time. ``out`` appears whole or not at all, and not without rows. Raises OSError.
+    vectors. ``scaled`` is applied to the vectors of the rows. ``about`` goes into the metadata, with the number of
+    rejects, of which ``listed`` are of no part. Only one part is in memory at a time. ``out`` appears whole or not
+    at all, and not without rows. Raises OSError.
     """
     schemas = [pq.read_schema(part) for part in parts]
     rejects = [*listed, *(reject for schema in schemas for reject in _rejects(schema))]
@@ -112,7 +114,8 @@ def merge_parts(
     count, sources = 0, (read_features(part) for part in parts)
     with replacing(out) as temporary, pq.ParquetWriter(temporary, schema, **STORED) as writer:
         for rows in _videos(sources) if videos else sources:
-            writer.write_table(_table(rows, schema))
+            scaled_rows = replace(rows, vector=scaled(rows.vector))
+            writer.write_table(_table(scaled_rows, schema))
             count += len(rows)
     return count, rejects
 

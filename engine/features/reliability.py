@@ -22,6 +22,8 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 TWO_SIDED, POWER = 0.05, 0.8
 """Error rates of telling two losses apart: of seeing a difference that is none, and of seeing one that is."""
+ROUNDING = 1e-9
+"""Spreads of fitness below this are float64's rounding."""
 MOST_MEMBERS = 10_000
 
 
@@ -96,9 +98,15 @@ def reliability(scores: ArrayLike, *more: ArrayLike) -> Reliability:
         seeds=count,
         spearman=spearman,
         interval=interval,
-        loss_spread=math.sqrt(max(between, 0.0)),
-        seed_spread=math.sqrt(noise),
+        loss_spread=_spread(between),
+        seed_spread=_spread(noise),
     )
+
+
+def _spread(variance: float) -> float:
+    """A standard deviation; 0 where its variance is no more than rounding, or estimated below 0."""
+    spread = math.sqrt(max(variance, 0.0))
+    return spread if spread > ROUNDING else 0.0
 
 
 def expected_largest(count: int) -> float:

@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core.pool import Pool
-from engine.core.recipe import Clip
+from engine.core.recipe import Clip, Readout
 from engine.data.ingest.run import IngestError, Progress, ingest, worker_pool
-from engine.data.ingest.sources import Source, SourceList
+from engine.data.ingest.sources import Reject, Source, SourceList, by_cause
 from engine.data.plan import ClipPlan, central_plan
 from engine.data.shards.index import PARTIAL, ClipIndex, read_dataset
 from engine.model.network_file import ClipInput
@@ -57,6 +57,8 @@ class EmbedSettings:
     fps: float = 25.0
     """Frames a second that raw videos are read at; ``engine ingest`` has the same default."""
     batch_size: int = 32
+    readout: Readout = "raw"
+    """How a row's vector is scaled: ``raw``, or by the mean and scale in the network's card, ``unit`` or ``zscore``."""
 
     def __post_init__(self) -> None:
         if self.per not in ("clip", "video"):
@@ -207,7 +209,10 @@ class Cutter:
         paths = {source.relative: str(source.path) for source in sources}
         segments.path = [paths[path] for path in segments.path]
         rejects = [{**reject, "path": paths[reject["path"]]} for reject in rejects]
-        segments.rejects = [*rejects, *_cut_short(index, paths, c)]
+        known = {(reject["path"], reject["reason"]) for reject in rejects}
+        short = _cut_short(index, paths, c)
+        rejects += [r for r in short if (r["path"], r["reason"]) not in known]
+        segments.rejects = [reject.as_dict() for reject in by_cause(Reject(**r) for r in rejects)]
         segments.temporary = shards
         return segments
 

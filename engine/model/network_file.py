@@ -6,12 +6,18 @@ have no card, are read too, and get the card of what they were trained on.
 
 from __future__ import annotations
 
+import argparse
+import codecs
+import json
 import pickle
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from msgspec import Struct
 from torch import Tensor
@@ -19,11 +25,22 @@ from torch import Tensor
 from engine.core.recipe import Model, Recipe
 from engine.core.tensors import CheckpointError, load_tensors, save_tensors
 from engine.data.views import RGB_MEAN, RGB_STD
-from engine.model.pretrained import architecture_of, is_image_network, load_pretrained
+from engine.model.peers import state_dict_in
+from engine.model.pretrained import LoadReport, architecture_of, is_image_network, load_pretrained
 from engine.model.resnet3d import ResNet3D, video_network
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    codecs.encode,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
+]
+"""What training scripts keep beside their weights, and loads without running code: options and NumPy's numbers."""
 
 
 class ClipInput(Struct, frozen=True):
@@ -53,6 +70,10 @@ class Card(Model, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """Unlabelled clips trained on."""
     git_sha: str | None = None
     versions: dict[str, str] = msgspec.field(default_factory=dict)
+    feature_mean: tuple[float, ...] = ()
+    """(D,) of the features over training clips; none for networks of other projects."""
+    feature_scale: tuple[float, ...] = ()
+    """(D,) their standard deviation."""
     source: str = ""
     """The file that it was read from."""
 
@@ -68,23 +89,50 @@ def save_network(path: Path, state: Mapping[str, Tensor], card: Card, **facts: A
     save_tensors(path, state, facts={**msgspec.to_builtins(card), **facts})
 
 
-def load_network(path: Path, *, device: torch.device | str = "cpu") -> tuple[ResNet3D, Card]:
+def card_text(facts: Mapping[str, Any]) -> str:
+    """A card's JSON for a file beside the network: a field a line."""
+    lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def load_network(
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], object] = warnings.warn,
+) -> tuple[ResNet3D, Card]:
     """The RGB network of a file, in evaluation mode and channels-last, and its card.
 
     ``path`` is a file of this engine's, a run's folder (its RGB network), or a state dict, in safetensors or by
     ``torch.save``, of a video or image ResNet under torchvision's names: these are taken to be of width 1, and image
-    networks are inflated. Raises CheckpointError for a file that is not there, damaged, or does not fit as a whole.
+    networks are inflated. Such a state dict may lie one level down in the file (``model``, ``state_dict``, ...) and
+    its names under a prefix (``module.``, ``backbone.``, ...): ``say`` tells which were taken. Raises CheckpointError
+    for a file that is not there, damaged, or does not fit as a whole.
     """
     path = _in_run(path)
-    tensors, facts = load_tensors(path) if path.suffix == ".safetensors" else (_pickled(path), {})
+    content, facts = load_tensors(path) if path.suffix == ".safetensors" else (_pickled(path), {})
+    key, tensors, beside = ("", content, ()) if "arch" in facts else state_dict_in(content)
     try:
         card = _card(tensors, facts, path)
         network = video_network(card)
-        load_pretrained(network, tensors, where=str(path))
+        report = load_pretrained(network, tensors, where=str(path))
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+    if key or report.prefix:
+        say(_taken(path, key, beside, report))
     network.to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return network.eval(), card
+
+
+def _taken(path: Path, key: str, beside: tuple[str, ...], report: LoadReport) -> str:
+    """What of a file was loaded, in a line."""
+    at = [f"key {key!r}"] * bool(key) + [f"prefix {report.prefix!r}"] * bool(report.prefix)
+    text = f"{path}: took the weights at {', '.join(at)}"
+    if beside:
+        text += f"; there are networks at {', '.join(map(repr, beside))} too"
+    if report.ignored:
+        text += f"; left out {len(report.ignored)} others, such as {report.ignored[0]}"
+    return text
 
 
 def _in_run(path: Path) -> Path:
@@ -98,16 +146,26 @@ def _in_run(path: Path) -> Path:
 
 def _pickled(path: Path) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path}: not a file of weights that can be read: {reason}") from None
+        raise CheckpointError(f"{path}: {_unreadable(error)}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a state dict")
-    inner = state.get("state_dict", state)
-    return inner if isinstance(inner, dict) else state
+    return state
+
+
+def _unreadable(error: Exception) -> str:
+    """Why a pickled file can't be read: what is in it beside weights, where that is why."""
+    if (other := re.search(r"Unsupported global: GLOBAL (\S+)", str(error))) is not None:
+        return (
+            f"holds objects ({other[1]}) beside the weights, which are not loaded because they may run code: where"
+            " you trust the file, save its state dict alone in a file of its own (torch.save)"
+        )
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"not a file of weights that can be read: {reason}"
 
 
 def _card(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], path: Path) -> Card:

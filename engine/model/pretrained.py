@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.model.peers import network_in
 from engine.model.resnet3d import DEPTHS, STEM_CHANNELS, ResNet3D, is_bottleneck
 
-WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that data-parallel and compiled modules put before every name."""
-RGB = "rgb."
 CLASSIFIERS = ("fc.", "classifier.", "head.")
 COUNTER = "num_batches_tracked"
 STEM = "stem.0.weight"
@@ -34,6 +32,8 @@ class LoadReport:
     """Whether 2-D kernels were repeated over time."""
     adapted: bool
     """Whether the stem's kernel was fitted to another number of input channels."""
+    prefix: str
+    """What stood before every name that was loaded."""
 
 
 def load_pretrained(network: ResNet3D, state: Mapping[str, Tensor], *, where: str) -> LoadReport:
@@ -45,8 +45,9 @@ def load_pretrained(network: ResNet3D, state: Mapping[str, Tensor], *, where: st
     Recognition?", Sec. 2.2: repeated over the kernel's frames and divided by their number, so that
     a still video gives the image's activations away from the clip's ends, which are padded with
     zeros. Kernels under those names that are 3D already load
-    as they are. The prefixes ``module.`` and ``rgb.`` are stripped; where some names have ``rgb.``,
-    the others are ignored, as is a classifier.
+    as they are. A prefix of all of a network's names (``module.``, ``backbone.``) is stripped, and
+    what is not under it is ignored, as is a classifier; of several networks ``rgb.`` is taken, else
+    the first. MMAction2's 2-D ResNets and sequences of a ResNet's children are known too.
 
     A stem of 3 channels fits a network of C others: its mean over RGB is repeated, times 3 / C, so
     that an input of equal channels gives the same (grey: the sum over RGB). Dtypes are converted to
@@ -56,7 +57,7 @@ def load_pretrained(network: ResNet3D, state: Mapping[str, Tensor], *, where: st
     what to do, where a key is missing or too many, a shape differs, or the weights are of another
     architecture.
     """
-    named, ignored = _unwrapped(state, where)
+    named, ignored, prefix = _unwrapped(state, where)
     two_d = "conv1.weight" in named
     found = _architecture(named, two_d)
     renamed = {_video_name(key): value for key, value in named.items()} if two_d else named
@@ -81,7 +82,7 @@ def load_pretrained(network: ResNet3D, state: Mapping[str, Tensor], *, where: st
     with torch.no_grad():
         for key, value in values.items():
             own[key].copy_(value)
-    return LoadReport(tuple(values), tuple(ignored), inflated, adapted)
+    return LoadReport(tuple(values), tuple(ignored), inflated, adapted, prefix)
 
 
 def architecture_of(state: Mapping[str, Tensor], *, where: str) -> str:
@@ -89,7 +90,7 @@ def architecture_of(state: Mapping[str, Tensor], *, where: str) -> str:
 
     Raises ValueError where its names are not those of a ResNet.
     """
-    named, _ = _unwrapped(state, where)
+    named, _, _ = _unwrapped(state, where)
     found = _architecture(named, "conv1.weight" in named)
     if found is None:
         raise ValueError(f"{where}: these are not the weights of a ResNet that can be loaded")
@@ -98,31 +99,23 @@ def architecture_of(state: Mapping[str, Tensor], *, where: str) -> str:
 
 def is_image_network(state: Mapping[str, Tensor], *, where: str) -> bool:
     """Whether a state dict's kernels are an image network's, which are inflated."""
-    named, _ = _unwrapped(state, where)
+    named, _, _ = _unwrapped(state, where)
     return "conv1.weight" in named and named["conv1.weight"].ndim == 4
 
 
-def _unwrapped(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by bare names, and the full names of what is ignored."""
-    named: dict[str, tuple[str, Tensor]] = {}
+def _unwrapped(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], list[str], str]:
+    """The tensors by torchvision's names, the full names of what is ignored, and what stood before the others'."""
     for full, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{where}: {full!r} holds a {type(value).__name__}, not a tensor; give the state"
                 " dict itself, not the checkpoint around it"
             )
-        key = full
-        while key.startswith(WRAPPERS):
-            key = key.split(".", 1)[1]
-        named[key] = (full, value)
-    if any(key.startswith(RGB) for key in named):
-        ignored = [full for key, (full, _) in named.items() if not key.startswith(RGB)]
-        named = {key[len(RGB) :]: item for key, item in named.items() if key.startswith(RGB)}
-    else:
-        ignored = []
-    ignored += [full for key, (full, _) in named.items() if key.startswith(CLASSIFIERS)]
-    kept = {k: value for k, (_, value) in named.items() if not k.startswith(CLASSIFIERS)}
-    return kept, ignored
+    network = network_in(state, where=where)
+    heads = [name for name in network.tensors if name.startswith(CLASSIFIERS)]
+    kept = {name: value for name, value in network.tensors.items() if name not in heads}
+    ignored = [*network.others, *(network.source[name] for name in heads)]
+    return kept, ignored, network.prefix
 
 
 def _inflated(value: Tensor, like: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from engine.search.samplers import finite
 State = Literal["running", "finished", "interrupted", "failed", "broken"]
 STUDIES = ("study.jsonl", "study.db", "storage.json")
 """Where a search keeps its members, or says where."""
+OUTCOMES = ("rgb.safetensors", "results.json")
+"""What a pretraining and a fine-tuning end with."""
 MARKS = ("recipe.toml", "provenance.json", "summary.json", *STUDIES)
 """A folder that holds one of these is a run's."""
 
@@ -112,7 +114,9 @@ def _state(path: Path, run: Run) -> tuple[State, str]:
         return "running", ""
     members = whole(run.summary.get("members"), len(run.trials))
     # a search may go on after its summary
-    if (run.summary and members >= len(run.trials)) or (path / "rgb.safetensors").exists():
+    if run.summary and members >= len(run.trials):
+        return "finished", ""
+    if any((path / name).exists() for name in OUTCOMES):
         return "finished", ""
     how, reason = how_ended(path) or ("", "")
     return ("failed", reason) if how == FAILED else ("interrupted", "")

@@ -301,7 +301,9 @@ class _CohortTraining:
             return
         one.begun = True
         try:
-            member = self.trainer.member(one.proposal.weights, seed=one.seed, first=one.first)
+            member = self.trainer.member(
+                one.proposal.weights, seed=one.seed, first=one.first, bank=self.bank
+            )
             if one.parked is not None:
                 load_member(one.parked, member, recipe_hash="")
             elif one.proposal.start is not None:

@@ -19,7 +19,7 @@ from engine.core.provenance import provenance, write_provenance
 from engine.core.ray_pool import RayPool
 from engine.core.recipe import Recipe, Search, recipe_hash
 from engine.core.run import Events, RunError, RunFolder
-from engine.core.runtime import Clock, Runtime
+from engine.core.runtime import Clock, Runtime, format_note
 from engine.data.library import Library
 from engine.data.shards.index import data_digest
 from engine.features.extract import LabelledClips
@@ -82,6 +82,8 @@ def evolve(
     Raises ValueError where the data does not fit (see ``LabelledClips``), and RunError where the run began with other
     videos, or rounds were lowered below the members that are done.
     """
+    if (note := format_note(recipe.optim.amp, runtime)) is not None:
+        display.say(note)  # each worker has it too, with its first cohort
     videos, judging = data.videos.index, data.labelled.index
     clock, identity = Clock(), data_digest((*data.videos.shards, *data.labelled.shards))
     factory = CohortFactory(
@@ -105,7 +107,7 @@ def evolve(
 
     study = _open_study(recipe, run, display, events, clock)
     _check_rounds(recipe, run, study)
-    records = Records(recipe, run, study, display, events, clock)
+    records = Records(recipe, run, study, display, events, clock, said=[note or ""])
     if not study.finished or records.seeds_to_confirm():  # starting workers takes seconds
         _Search(data, study, records, workers).run(here or factory)
     records.keep_best()  # an interruption may have come between the last member and the file

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -27,9 +27,19 @@ from engine.search.study import SearchStudy
 from engine.search.worker import Cohort, CohortResult, Progress, candidate
 
 FRESH_SEEDS = 10_000
-"""Distance from the search's seed to the first of the seeds that confirm its outcome."""
+"""The first of the seeds that confirm the outcome of the search with seed 0."""
+SEEDS_A_SEARCH = 1_000
+"""Distance from one search's fresh seeds to those of the next: searches of different seeds share none of them."""
+LARGEST_SEED = 2**31
+"""What fresh seeds stay below: k-means takes seeds of 32 bits."""
 
 CONFIRMATIONS = "confirmations.json"
+
+
+def fresh_seeds(recipe: Recipe) -> range:
+    """The seeds that confirm a search's outcome, which neither it nor a search of another seed uses."""
+    first = (FRESH_SEEDS + SEEDS_A_SEARCH * recipe.seed) % LARGEST_SEED
+    return range(first, first + recipe.search.confirm_seeds)
 
 
 @dataclass
@@ -42,6 +52,8 @@ class Records:
     display: Display
     events: Events
     clock: Clock
+    said: list[str] = field(default_factory=list)
+    """Warnings that were shown; they come from every worker, and are shown once."""
 
     def __post_init__(self) -> None:
         self._began = time.perf_counter()
@@ -105,7 +117,9 @@ class Records:
     def cohort(self, result: CohortResult, *, workers: int) -> None:
         """Write what follows from a cohort that is done: its seconds count as a worker's share."""
         for warning in result.warnings:
-            self.display.say(warning)
+            if warning not in self.said:
+                self.said.append(warning)
+                self.display.say(warning)
         for stage, seconds in result.stages.items():
             self._worked[stage] = self._worked.get(stage, 0.0) + seconds / workers
         self.keep_best()
@@ -141,7 +155,7 @@ class Records:
     def seeds_to_confirm(self) -> list[int]:
         """The fresh seeds that the best loss of now was not trained with yet."""
         known = self._confirmations()
-        return [seed for seed in self._fresh_seeds() if str(seed) not in known]
+        return [seed for seed in fresh_seeds(self.recipe) if str(seed) not in known]
 
     def confirmed(self, cohort: Cohort, result: CohortResult) -> None:
         """Note the outcome of the best loss and a random one under a fresh seed."""
@@ -164,7 +178,7 @@ class Records:
         """Write the run's outcome to summary.json, and return it."""
         members, best, known = self.study.members(), self.study.best(), self._confirmations()
         fresh = {
-            kind: _spread([known[str(seed)][kind]["fitness"] for seed in self._fresh_seeds()])
+            kind: _spread([known[str(seed)][kind]["fitness"] for seed in fresh_seeds(self.recipe)])
             for kind in ("untrained", "best", "random")
         }
         first = next(iter(known.values())) if known else {}
@@ -192,10 +206,6 @@ class Records:
         }
         self.run.write_json("summary.json", summary)
         return summary
-
-    def _fresh_seeds(self) -> range:
-        first = self.recipe.seed + FRESH_SEEDS
-        return range(first, first + self.recipe.search.confirm_seeds)
 
     def _confirmations(self) -> dict[str, Any]:
         """Those of the best loss of now, by seed."""

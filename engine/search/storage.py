@@ -107,10 +107,20 @@ class StudyStorage:
             ) from None
         except KeyError:
             raise ValueError(f"{self.where}: holds no study {name!r}") from None
+        except RuntimeError as error:
+            if "optuna storage upgrade" not in str(error):
+                raise
+            raise ValueError(
+                f"{self.where}: its tables are of another version of Optuna: copy the database, then run `optuna"
+                " storage upgrade --storage URL`, where a file's URL is sqlite:///PATH"
+            ) from None
 
     def load(self) -> list[Trial]:
         """All members that are done, by number; of several with one number, the first."""
-        stored = [trial_of(trial) for trial in self._patiently(self._stored)]
+        try:
+            stored = [trial_of(trial) for trial in self._patiently(self._stored)]
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from None
         trials = {trial.number: trial for trial in reversed(stored)}
         self._known = set(trials)
         return [trials[number] for number in sorted(trials)]
@@ -218,7 +228,11 @@ def number_of(stored: FrozenTrial) -> int:
 def trial_of(stored: FrozenTrial) -> Trial:
     """A finished member from Optuna's record; raises ValueError where that is no member of a search."""
     if missing := set(TERM_NAMES) - set(stored.params):
-        raise ValueError(f"trial {stored.number} has no weight for {', '.join(sorted(missing))}")
+        few = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"trial {stored.number} has no weight for {len(missing)} terms ({few}): it is no member of a search, and"
+            " has to be deleted, or the study kept elsewhere"
+        )
     attributes = dict(stored.user_attrs)
     lineage = {key: attributes.pop(key, None) for key in LINEAGE}
     lineage["number"], lineage["round"] = number_of(stored), lineage["round"] or 0
@@ -263,7 +277,21 @@ def _journal(path: Path) -> JournalStorage:
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalLock(path)))
     except (ValueError, KeyError) as error:
-        raise OSError(f"{path.name} is damaged: {error}") from error
+        raise OSError(_damage(path) or f"{path.name} is damaged: {error}") from error
+
+
+def _damage(path: Path) -> str | None:
+    """Which line of a journal is no line of JSON, as a network's file system may leave it, and what to do; or None."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                json.loads(line.decode())
+            except ValueError:
+                return (
+                    f"{path.name} is damaged in line {number}: with that line deleted (sed -i {number}d) the rest is"
+                    " read, and its member is trained again"
+                )
+    return None
 
 
 def _database(url: URL) -> RDBStorage:

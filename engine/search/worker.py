@@ -17,7 +17,7 @@ from engine.core.pool import Tell
 from engine.core.recipe import Recipe, recipe_hash
 from engine.core.runtime import Runtime, choose_runtime, make_deterministic
 from engine.data.shards.index import ClipIndex, data_digest
-from engine.features.extract import LabelledClips
+from engine.features.extract import LabelledClips, with_statistics
 from engine.features.kmeans import kmeans_backend
 from engine.model.network_file import card_of, save_network
 from engine.search.cohort import MemberResult, evaluate_cohort, trivial_fitness, untrained_fitness
@@ -148,6 +148,8 @@ class CohortEvaluator:
                 seed=recipe.seed,
                 num_clips=len(self.trainer.index),
             )
+            videos, runtime = self.trainer.index, self.trainer.runtime
+            card = with_statistics(card, network, videos, runtime=runtime)
             path = candidate(self._checkpoints, member.number)
             save_network(path, network, card, trial=member.number, fitness=fitness)
 

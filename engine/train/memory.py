@@ -100,7 +100,7 @@ def _measured(
 ) -> tuple[int, int]:
     """Bytes of a member on the GPU, and those that a step needs beside."""
     device = trainer.runtime.device
-    member = trainer.member(weights, seed=seed)
+    member = trainer.member(weights, seed=seed, bank=bank)
     _, views = next(trainer.rounds([member], seed=seed, bank=bank))
     # the first step makes what all members share: compiled code, checks, moments
     for _ in range(2):
@@ -110,7 +110,7 @@ def _measured(
         trainer.step(member, views)
     per_step = torch.cuda.max_memory_allocated(device) - held
     before = torch.cuda.memory_allocated(device)
-    second = trainer.member(weights, seed=seed)
+    second = trainer.member(weights, seed=seed, bank=bank)
     per_member = torch.cuda.memory_allocated(device) - before
     if second.state is None:  # its moments and gradients come with its first step
         per_member *= 4

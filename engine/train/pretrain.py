@@ -5,7 +5,6 @@ Its folder holds checkpoints, TensorBoard's curves, the best network and, at the
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import zlib
@@ -29,8 +28,8 @@ from engine.core.tensors import CheckpointError, load_tensors
 from engine.data.library import Library, default_shard_cache, open_library
 from engine.data.shards.index import data_digest
 from engine.data.views import Views
-from engine.features.extract import LabelledClips
-from engine.model.network_file import Card, card_of, save_network
+from engine.features.extract import LabelledClips, with_statistics
+from engine.model.network_file import Card, card_of, card_text, save_network
 from engine.objective.lossfile import load_loss, loss_used_labels, save_loss
 from engine.objective.terms import LossWeights
 from engine.train.checkpoint import load_last, save_last
@@ -119,21 +118,24 @@ def _open(
 def _begin(run: RunFolder | None, options: PretrainOptions) -> LossWeights:
     """The loss that a run trains with, written to loss.toml as it begins; it never changes after that."""
     assert run is not None
-    run.begin()
     path, weights = run.path / "loss.toml", options.weights
-    if path.exists():
-        own = load_loss(path)
-        if weights not in (None, own):
-            raise RunError(
-                f"{run.path}: this run trains with another loss (loss.toml); resume without --loss, or "
-                "give another --run"
-            )
-        return own
-    if weights is None:
+    begun_before = (run.path / "recipe.toml").exists()
+    own = load_loss(path) if begun_before and path.exists() else None
+    if own is not None and weights not in (None, own):
+        raise RunError(
+            f"{run.path}: this run trains with another loss (loss.toml); resume without --loss, or "
+            "give another --run"
+        )
+    begun = own or weights
+    if begun is None:
         raise RunError(f"{run.path}: ended before it wrote its loss (loss.toml): give --loss again")
     about = "the loss that this run trains with"
-    save_loss(weights, path, name="loss", about=about, labels_used=options.labels_used)
-    return weights
+
+    def save() -> None:
+        save_loss(begun, path, name="loss", about=about, labels_used=options.labels_used)
+
+    run.begin(save if own is None else lambda: None)
+    return begun
 
 
 def _identity(recipe: Recipe, library: Library, member: Member) -> dict[str, Any]:
@@ -288,12 +290,12 @@ class _Log:
         """Write the RGB network with its card, and how the run went; returns the network's file."""
         self._board.close()
         out = self.run.path / "rgb.safetensors"
-        card = self._card(labels_used=loss_used_labels(self.run.path / "loss.toml"))
+        card = self._described(labels_used=loss_used_labels(self.run.path / "loss.toml"))
         how = {"steps": self.member.step, "processes": self.trainer.ranks.world}
         save_network(out, self._network(), card, **how)
         self.run.write_json("terms.json", self.member.learnt())
-        text = json.dumps({**msgspec.to_builtins(card), **how}, indent=1)
-        write_text_atomic(out.with_suffix(".json"), text + "\n")
+        text = card_text({**msgspec.to_builtins(card), **how})
+        write_text_atomic(out.with_suffix(".json"), text)
         if self.member.step > self._first:
             self._keep_speed()
         return out
@@ -301,6 +303,11 @@ class _Log:
     def _network(self) -> dict[str, Tensor]:
         """The RGB network's weights, or their running average, where there is one."""
         return self.member.loss.rgb.state_dict() if self.average is None else self.average.tensors
+
+    def _described(self, *, labels_used: bool) -> Card:
+        """The network's card, with the mean and scale of its features over training clips."""
+        card, trainer = self._card(labels_used=labels_used), self.trainer
+        return with_statistics(card, self._network(), trainer.index, runtime=trainer.runtime)
 
     def _card(self, *, labels_used: bool) -> Card:
         keys = ("recipe_hash", "seed", "num_clips", "git_sha", "versions")
@@ -343,7 +350,7 @@ class _Log:
         if best:
             self._best = result.value
             path = self.run.checkpoints / "best.safetensors"
-            card = self._card(labels_used=True)
+            card = self._described(labels_used=True)
             save_network(path, state, card, step=step, fitness=result.value)
 
     def _keep_speed(self) -> None:

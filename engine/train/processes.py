@@ -21,6 +21,7 @@ from engine.core.launch import (
     ranks_of_environment,
     restarts_so_far,
 )
+from engine.core.pool import die_with_parent
 from engine.core.ranks import Ranks, joined
 from engine.core.run import RunFolder
 from engine.data.library import Library
@@ -67,6 +68,7 @@ def in_processes(options: PretrainOptions, *, processes: int, restarts: int) -> 
 
 def _work(options: PretrainOptions, notes: Path) -> None:
     """Train as one of the processes that ``in_processes`` starts."""
+    die_with_parent()
     if (notes / "final").exists():  # started again, after what a restart can't help
         return
     ranks = ranks_of_environment()

@@ -17,6 +17,7 @@ from engine.core.recipe import Recipe
 from engine.core.runtime import (
     Clock,
     Runtime,
+    format_note,
     is_device_error,
     is_out_of_memory,
     release_memory,
@@ -95,8 +96,8 @@ class Trainer:
             warn(
                 "CUDA graphs are for one process and one microbatch a step: compiling without them"
             )
-        if optim.amp == "bf16" and not runtime.amp:
-            warn("float32 instead of bf16: this CPU has no AMX, and without it bf16 goes wrong")
+        if (note := format_note(optim.amp, runtime)) is not None:
+            warn(note)
         self.sound = bool(index.has_audio.any())
         self.views = ViewMaker(recipe.clip, recipe.audio).to(runtime.device)
         self._side, self._said = SideStream(runtime.device), set[str]()
@@ -118,7 +119,7 @@ class Trainer:
         """Decode the clips that ``search.clip_bank`` asks for, drawn with the recipe's seed."""
         r = self.recipe
         with self.clock("input"):
-            return ClipBank(
+            bank = ClipBank(
                 self.index,
                 r.clip,
                 audio=r.audio,
@@ -128,6 +129,16 @@ class Trainer:
                 threads=self.runtime.threads,
                 sound=self.sound,
             )
+        if self.sound and not self.sounds(bank):
+            self.warn(
+                f"search.clip_bank: none of its {len(bank)} clips has sound, though the videos have: terms that need"
+                " sound are left out; a larger bank holds some"
+            )
+        return bank
+
+    def sounds(self, bank: ClipBank | None) -> bool:
+        """Whether some clip of the bank, or of all the videos where there is none, has sound."""
+        return self.sound if bank is None else bool(bank.has_audio.any())
 
     def _build(self) -> EvolvedLoss:
         r = self.recipe
@@ -149,20 +160,28 @@ class Trainer:
         return loss.to(self.runtime.device)
 
     def member(
-        self, weights: LossWeights, *, seed: int, first: int = 0, alone: bool = False
+        self,
+        weights: LossWeights,
+        *,
+        seed: int,
+        first: int = 0,
+        alone: bool = False,
+        bank: ClipBank | None = None,
     ) -> Member:
         """A new member, trained from step ``first`` on; raises ValueError where no term of its loss can be computed.
 
-        ``alone``: no other member will be trained, so compiled steps can work on this one's own networks.
+        ``bank``: the clips that it is trained on, all where it is None. ``alone``: no other member will be trained, so
+        compiled steps can work on this one's own networks.
         """
-        active = active_terms(weights, sound=self.sound)
+        sound = self.sounds(bank)
+        active = active_terms(weights, sound=sound)
         if not active:
             silent = " on a term that does without sound, and the videos have none"
-            raise ValueError(f"the loss has no weight above 0{'' if self.sound else silent}")
+            raise ValueError(f"the loss has no weight above 0{'' if sound else silent}")
         alive, computed, state = branches(active), evaluation_order(active), None
         loss, optimizer = self._networks(seed)
         if self.mode != "off":
-            computed = evaluation_order(alive.terms(sound=self.sound))
+            computed = evaluation_order(alive.terms(sound=sound))
             state = FlatState(loss, optimizer)
             if alone:
                 self.buffers = StepBuffers(loss, optimizer, state, mode=self.mode)

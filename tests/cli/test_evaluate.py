@@ -108,6 +108,28 @@ def test_class_folders_need_no_name(colours: Path, net: Path) -> None:
     )
 
 
+def test_both_commands_take_a_data_set_or_class_folders_alike(
+    colours: Path, net: Path, user: Path
+) -> None:
+    rows = user / "tuned.jsonl"
+    own = ("--checkpoint", net, "--device", "cpu", "--baselines", "--json", rows)
+    lists = ("ucf101", "--root", colours, *own)
+    code, out, err = call("evaluate", *lists, *FEW, "--protocol", "linear")
+    assert (code, err) == (0, "") and "ucf101: 3 official splits" in out
+    few = (*STEPS, "--set", "finetune.crops=1", "--set", "optim.batch_size=4")
+    folders = ("--root", colours / "UCF-101", "--group-pattern", r"_g0?(\d)")
+    code, out, err = call("finetune", *folders, *own, *few, "--run", user / "folders")
+    assert (code, err) == (
+        0,
+        "",
+    ) and "4x32x32 stride 2" in out  # clips as the network was trained on
+    assert "ridge on the mean 16x16 frame" in out
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["protocol"] for row in found] == ["linear", "finetune"]
+    assert all(len(row["baselines"]) == 3 for row in found)
+    assert "--checkpoint is missing" in refused("evaluate", "ucf101", "--root", colours)
+
+
 def test_finetune_and_resume(colours: Path, net: Path, user: Path) -> None:
     run = user / "tuned"
     args = (TINY, *on(colours, net, *STEPS, "--run", run))
@@ -116,8 +138,10 @@ def test_finetune_and_resume(colours: Path, net: Path, user: Path) -> None:
     found = json.loads((run / "results.json").read_text())
     assert found["metrics"]["video_top1"]["n"] == 3 and (run / "confusion.csv").exists()
     assert any((run / "tensorboard").rglob("events*")) and (run / "log.txt").exists()
+    assert json.loads(call("runs", run, "--json")[1])["state"] == "finished"
     (run / "folds" / "split3-seed0.json").unlink()
     (run / "results.json").unlink()
+    assert json.loads(call("runs", run, "--json")[1])["state"] == "interrupted"
     code, out, err = call("finetune", "--resume", "--run", run, "--device", "cpu")
     assert (code, err) == (0, "") and "split3-seed0: going on from step 3" in out
     assert json.loads((run / "results.json").read_text())["folds"] == found["folds"]
@@ -184,6 +208,10 @@ def test_what_is_wrong_with_a_recipe_is_one_line(colours: Path, net: Path, user:
         (("ucf101", *given), "is for 101 classes, and ucf101 has 5"),
         (("ucf101_linear", *given), "is for 101 classes, and ucf101 has 5"),
         (("hmdb51", *given, "--dataset", "ucf101"), "is for hmdb51, not for ucf101"),
+        (
+            ("ucf101_linear", "--root", colours / "UCF-101", *given[2:]),
+            "is for 101 classes, and ucf101 has 5",
+        ),
         (("ucf101_fine", *given), "did you mean 'ucf101_finetune'"),
         ((TINY, *given), "names no data set: give --dataset"),
         ((), "name a file or one of hmdb51_finetune, hmdb51_linear, ucf101_finetune"),

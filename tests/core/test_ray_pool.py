@@ -190,3 +190,21 @@ def test_a_ray_that_cant_be_started_is_told_in_a_line(monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="Ray can't be started on this machine: the raylet"):
         RayPool(sleeper, size=1)
     assert tries == ["local"] * 3
+
+
+def test_a_folder_whose_path_is_too_long_for_ray_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Ray's words; batch systems set such a TMPDIR."""
+    tries = []
+
+    def init(**options: Any) -> None:
+        tries.append(options["address"])
+        raise OSError(
+            "validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /scratch/..."
+        )
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ValueError, match=r"path of its folder is too long .* set RAY_TMPDIR"):
+        RayPool(sleeper, size=1)
+    assert tries == ["local"]

@@ -49,6 +49,10 @@ def test_small_products_get_one_thread_and_large_ones_all() -> None:
     with threadpool_limits(2):
         with one_thread():
             assert threads() == {1}
+        with one_thread(
+            960**2 * 512
+        ):  # a ridge's on 960 clips of 512 features: a second thread only waits
+            assert threads() == {1}
         with one_thread(LARGE_PRODUCT):
             assert threads() == {2}
         with pytest.raises(KeyError), one_thread():

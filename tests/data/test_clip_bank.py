@@ -233,3 +233,22 @@ def test_a_cohort_trains_on_the_bank(tiny_shards: Path, monkeypatch: pytest.Monk
     )
     evaluate_cohort(trainer, labelled, members=jobs[1:], seeds=[0], memory=memory, full=True)
     assert len(seen) > 5 and memory.bank is made
+
+
+def test_a_bank_without_sound_leaves_out_what_needs_it_and_says_so(tiny_shards: Path) -> None:
+    index = ClipIndex([tiny_shards / "unlabelled"])
+    assert 0 < index.has_audio.sum() < len(index)
+    silent = next(
+        s for s in range(100) if not index.has_audio[bank_of(index, size=1, seed=s).clips]
+    )
+    recipe = override(load_recipe(TINY), [f"seed={silent}"])
+    said: list[str] = []
+    trainer = Trainer(recipe, index, choose_runtime("cpu"), warn=said.append)
+    bank = trainer.open_bank(1)
+    assert len(said) == 1 and "none of its 1 clips has sound" in said[0]
+    weights = check_weights({"rgb/to_flow": 1.0, "rgb/align_audio": 0.3})
+    assert "rgb/align_audio" in trainer.member(weights, seed=0).active
+    member = trainer.member(weights, seed=0, bank=bank)
+    assert member.active == ("rgb/to_flow",) and "audio" not in member.alive.modalities
+    with pytest.raises(ValueError, match="does without sound"):
+        trainer.member(check_weights({"rgb/align_audio": 1.0}), seed=0, bank=bank)

@@ -201,7 +201,7 @@ def test_what_can_not_be_used_is_one_line(colours: Path, tmp_path: Path) -> None
     videos = colours / "UCF-101"
     wrong: dict[str, dict[str, object]] = {
         "unknown data set 'ucf'": {"name": "ucf"},
-        "needs --group-pattern": {"name": "folders"},
+        "is left out once: say by --group-pattern": {"name": "folders"},
         "no regular expression": {"name": "folders", "group_pattern": "("},
         "finds nothing in 60 of 60 names": {"name": "folders", "group_pattern": "actor"},
         "without it nothing is left": {"name": "folders", "group_pattern": "^v"},

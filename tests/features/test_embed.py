@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.preprocessing import normalize
 
 from engine.core.recipe import load_recipe, override
 from engine.core.runtime import choose_runtime
@@ -103,6 +105,41 @@ def test_a_raw_video_is_cut_end_to_end(tmp_path: Path, checkpoint: Path) -> None
     assert np.array_equal(alone.vector, rows.vector)
     assert not (out.parent / ".features.parquet.parts").exists()
     assert not Path(f"{out}.rejects.jsonl").exists()
+
+
+def test_vectors_are_scaled_by_the_card_after_averaging(tmp_path: Path, checkpoint: Path) -> None:
+    coloured(tmp_path / "films" / "a.mp4", frames=40)
+    coloured(tmp_path / "films" / "b.mp4", frames=24)
+    network, plain = load_network(checkpoint)
+    rng = np.random.default_rng(0)
+    mean, scale = (tuple(rng.uniform(0.1, 1, 64).astype(np.float32).tolist()) for _ in range(2))
+    card = msgspec.structs.replace(plain, feature_mean=mean, feature_scale=scale)
+    how = {"per": "video", "batch_size": 4}
+    for name, settings, made in (
+        ("raw", EmbedSettings(**how), plain),
+        ("same", EmbedSettings(**how), card),
+        ("unit", EmbedSettings(**how, readout="unit"), card),
+        ("zscore", EmbedSettings(**how, readout="zscore"), card),
+    ):
+        embed(
+            network,
+            made,
+            videos=[tmp_path / "films"],
+            out=tmp_path / name,
+            settings=settings,
+            runtime=CPU,
+            workers=1,
+        )
+    raw, same, unit, zscore = (
+        read_features(tmp_path / name).vector for name in ("raw", "same", "unit", "zscore")
+    )
+    assert np.array_equal(raw, same)
+    centred = raw - np.float64(mean)
+    np.testing.assert_allclose(unit, normalize(centred), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(zscore, centred / np.float64(scale), rtol=1e-6, atol=1e-7)
+    about = {name: pq.read_schema(tmp_path / name).metadata for name in ("raw", "same", "unit")}
+    assert about["raw"][b"identity"] == about["same"][b"identity"] != about["unit"][b"identity"]
+    assert b"centred features of unit length, by mean and scale" in about["unit"][b"protocol"]
 
 
 def test_settings_say_how_long_and_how_often(tmp_path: Path, checkpoint: Path) -> None:

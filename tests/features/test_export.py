@@ -13,8 +13,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from sklearn.preprocessing import normalize
 
 import kernels
+from engine.api import embed_clips
 from engine.features import export as export_module
 from engine.features.export import export
 from engine.model.network_file import IMAGENET_MEAN, IMAGENET_STD, Card, ClipInput
@@ -92,6 +94,37 @@ def test_a_torch_program_gives_the_engines_features(tmp_path: Path, arch: str, p
         np.testing.assert_allclose(found, wanted(network, card, clips), atol=1e-4, rtol=0)
     told = json.loads(extra["card.json"])
     assert told == json.loads(Path(f"{out}.json").read_text()) and told["mean"][0] == 0.485
+
+
+@pytest.mark.parametrize(("name", "how"), [("network.onnx", "unit"), ("network.pt2", "zscore")])
+def test_exports_read_out_as_the_engine_does_and_name_their_axes(
+    tmp_path: Path, name: str, how: Any
+) -> None:
+    rng = np.random.default_rng(0)
+    mean, scale = (tuple(rng.uniform(0.1, 1, 64).astype(np.float32).tolist()) for _ in range(2))
+    network, card = made("r3d_18", pool=False, feature_mean=mean, feature_scale=scale)
+    out, clips = tmp_path / name, frames(3, 8, 32, 32)
+    report = export(network, card, out=out, readout=how)
+    assert report.difference is not None and report.difference < 1e-4
+    if report.format == "onnx":
+        session = onnxruntime.InferenceSession(out)
+        (entry,), (result,) = session.get_inputs(), session.get_outputs()
+        assert entry.shape == ["clips", "frames", "height", "width", 3]
+        assert result.shape == ["clips", 64]
+        (found,) = session.run(["features"], {"frames": clips.numpy()})
+    else:
+        with torch.no_grad():
+            found = torch.export.load(out).module()(clips).numpy()
+    expected = embed_clips(network, card, clips, readout=how)
+    assert found.dtype == expected.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    raw = wanted(network, card, clips) - np.float64(mean)
+    by_hand = normalize(raw) if how == "unit" else raw / np.float64(scale)
+    np.testing.assert_allclose(expected, by_hand, rtol=1e-5, atol=1e-6)
+    facts = json.loads(Path(f"{out}.json").read_text())
+    assert facts["readout"] == how and "(clips, frames, height, width, 3)" in facts["frames"]
+    with pytest.raises(ValueError, match=f"use read-out raw instead of {how}"):
+        export(*made("r3d_18", pool=False), out=out, readout=how)
 
 
 def test_a_network_that_computes_something_else_is_not_written(

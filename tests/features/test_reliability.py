@@ -37,6 +37,13 @@ def test_spearman_is_that_of_the_halves_and_inside_its_interval() -> None:
     assert narrow[1] - narrow[0] < found.interval[1] - found.interval[0]
 
 
+def test_rounding_is_no_spread() -> None:
+    found = reliability([[0.4000, 0.5375], [0.4250, 0.5625]])  # each seed does the same to both
+    assert found.seed_spread == 0 and found.ratio == math.inf and found.repeats == 1
+    alike = reliability([[0.1 + 0.2, 0.4], [0.3, 0.4]])
+    assert alike.loss_spread == 0 and alike.ratio == 0
+
+
 def test_noise_alone_ranks_nothing() -> None:
     found = reliability(made(300, 2, spread=0.0, noise=0.02))
     assert found.spearman is not None and abs(found.spearman) < 0.15

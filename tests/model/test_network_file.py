@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -87,8 +89,85 @@ def test_an_image_network_is_inflated_and_takes_imagenets_statistics(tmp_path: P
             key = key.replace(ours + ".", theirs + ".")
         state[key.replace("CONV", "conv")] = flat
     torch.save({"state_dict": state}, tmp_path / "imagenet.pt")
-    _, card = load_network(tmp_path / "imagenet.pt")
+    _, card = load_network(tmp_path / "imagenet.pt", say=lambda line: None)
     assert card.arch == "r3d_18" and card.pool and card.mean == IMAGENET_MEAN
+
+
+def published(arch: str = "r3d_18") -> dict[str, torch.Tensor]:
+    """A state dict of full size that takes next to no room: every value of a tensor is the same one."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.device("meta"):
+        shapes = ResNet3D(arch, 3).state_dict()
+    return {
+        key: torch.rand((), generator=generator).expand(value.shape)
+        for key, value in shapes.items()
+        if not key.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix"),
+    [
+        ("model", "module."),
+        ("state_dict", "backbone."),
+        ("model_state", ""),
+        ("network", "module.encoder."),
+        ("student", "encoder."),
+    ],
+)
+def test_weights_one_level_down_and_under_a_prefix_load(
+    tmp_path: Path, key: str, prefix: str
+) -> None:
+    state, path = published(), tmp_path / "theirs.pyth"
+    inner = {prefix + name: value for name, value in state.items()}
+    inner[f"{prefix}fc.weight"] = torch.zeros(1).expand(400, 512)
+    content = {"epoch": 3, key: inner, "optimizer": {"state": {}}, "args": Namespace(lr=0.1)}
+    torch.save({**content, "best_acc": np.float64(0.7)}, path)
+    said: list[str] = []
+    loaded, card = load_network(path, say=said.append)
+    assert card.arch == "r3d_18" and card.source == str(path)
+    own = loaded.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in state.items())
+    assert len(said) == 1 and f"key {key!r}" in said[0]
+    assert (f"prefix {prefix!r}" in said[0]) == bool(prefix)
+
+
+def test_a_plain_state_dict_loads_without_a_word(tmp_path: Path) -> None:
+    torch.save(published(), tmp_path / "plain.pth")
+    said: list[str] = []
+    load_network(tmp_path / "plain.pth", say=said.append)
+    assert not said
+
+
+def test_of_two_networks_the_likelier_key_is_taken_and_both_are_named(tmp_path: Path) -> None:
+    average = {name: value * 0 for name, value in published().items()}
+    torch.save({"model_ema": average, "model": published()}, tmp_path / "two.pth")
+    said: list[str] = []
+    loaded, _ = load_network(tmp_path / "two.pth", say=said.append)
+    assert loaded.stem[0].weight.abs().sum() > 0
+    assert "took the weights at key 'model'; there are networks at 'model_ema' too" in said[0]
+
+
+def test_what_does_not_fit_one_level_down_keeps_its_reason(tmp_path: Path) -> None:
+    short = published()
+    del short["layer3.0.conv1.0.weight"]
+    torch.save({"model": {f"backbone.{k}": v for k, v in short.items()}}, tmp_path / "short.pth")
+    with pytest.raises(CheckpointError, match=r"missing: layer3.0.conv1.0.weight"):
+        load_network(tmp_path / "short.pth")
+    torch.save(
+        {"model_state": {"s1.pathway0_stem.conv.weight": torch.zeros(1)}}, tmp_path / "s.pyth"
+    )
+    with pytest.raises(CheckpointError, match=r"PySlowFast's.*can't be loaded"):
+        load_network(tmp_path / "s.pyth")
+
+
+def test_objects_beside_the_weights_are_named(tmp_path: Path) -> None:
+    torch.save({"model": published(), "history": Path("x")}, tmp_path / "objects.pth")
+    with pytest.raises(
+        CheckpointError, match=r"holds objects \(pathlib.*state dict alone"
+    ) as caught:
+        load_network(tmp_path / "objects.pth")
+    assert "\n" not in str(caught.value)
 
 
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:

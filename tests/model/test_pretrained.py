@@ -233,3 +233,104 @@ def test_a_state_that_is_no_resnet_is_refused() -> None:
         load_pretrained(
             ResNet3D("r3d_18", 3, width=WIDTH), {"cls_token": torch.zeros(1)}, where="vit.pt"
         )
+
+
+def conv_modules(state: State) -> State:
+    """An image ResNet's weights under MMAction2's names, whose convolutions bring their norms along."""
+    renamed = {}
+    for key, value in state.items():
+        head, _, part = key.rpartition(".")
+        parent, _, module = head.rpartition(".")
+        if module[:4] == "conv":
+            new = f"{head}.conv"
+        elif module[:2] == "bn":
+            new = f"{parent}.conv{module[2:]}.bn".removeprefix(".")
+        elif parent.endswith("downsample"):
+            new = f"{parent}.{('conv', 'bn')[int(module)]}"
+        else:
+            new = "cls_head.fc_cls"
+        renamed[new.removeprefix("backbone.") + "." + part] = value
+    return {(k if k.startswith("cls") else f"backbone.{k}"): v for k, v in renamed.items()}
+
+
+@pytest.mark.parametrize("arch", ["r3d_18", "r3d_50"])
+def test_mmaction2s_image_networks_are_inflated_as_torchvisions_are(arch: str) -> None:
+    bottleneck = arch == "r3d_50"
+    state = image_state(DEPTHS[arch], bottleneck=bottleneck)
+    theirs = conv_modules(state)
+    assert "backbone.layer2.0.downsample.conv.weight" in theirs
+    assert "backbone.layer1.0.conv1.bn.running_var" in theirs
+    ours, other = (ResNet3D(arch, 3, width=WIDTH, pool=True) for _ in range(2))
+    load_pretrained(ours, state, where="image.pt")
+    report = load_pretrained(other, theirs, where="tsn.pth")
+    assert report.prefix == "backbone." and report.inflated
+    assert set(report.ignored) == {"cls_head.fc_cls.weight", "cls_head.fc_cls.bias"}
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[key]), key
+
+
+def test_a_sequence_of_a_resnets_children_loads() -> None:
+    image = image_state(DEPTHS["r3d_18"], bottleneck=False)
+    places = {"conv1": "0", "bn1": "1", **{f"layer{i}": str(3 + i) for i in range(1, 5)}}
+    video = kinetics("r2plus1d_18")
+    for arch, state, names in (
+        ("r3d_18", image, places),
+        ("r2plus1d_18", video, {"stem": "0", **{f"layer{i}": str(i) for i in range(1, 5)}}),
+    ):
+        theirs = {}
+        for key, value in state.items():
+            first, rest = key.split(".", 1)
+            if first != "fc":
+                theirs[f"backbone.{names[first]}.{rest}"] = value
+        theirs["projection_head.layers.0.weight"] = torch.zeros(2, 2)
+        ours, other = (ResNet3D(arch, 3, width=WIDTH) for _ in range(2))
+        load_pretrained(ours, state, where="plain.pt")
+        report = load_pretrained(other, theirs, where="children.pt")
+        assert report.prefix == "backbone."
+        for key, value in other.state_dict().items():
+            assert torch.equal(value, ours.state_dict()[key]), key
+
+
+def slow_r50() -> State:
+    """Some of the weights of PySlowFast's slow-only network, with their shapes."""
+    shapes = {
+        "s1.pathway0_stem.conv.weight": (64, 3, 1, 7, 7),
+        "s2.pathway0_res0.branch1.weight": (256, 64, 1, 1, 1),
+        "s2.pathway0_res0.branch2.a.weight": (64, 64, 1, 1, 1),
+        "s4.pathway0_res0.branch2.a.weight": (256, 512, 3, 1, 1),
+        "s4.pathway0_res0.branch2.b.weight": (256, 256, 1, 3, 3),
+        "head.projection.weight": (400, 2048),
+    }
+    return {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}
+
+
+def mmaction2_video(factorized: bool) -> State:
+    """Some of the weights of MMAction2's R(2+1)D-34 and of its slow-only network."""
+    if factorized:
+        shapes = {
+            "backbone.conv1.conv.conv_s.weight": (83, 3, 1, 7, 7),
+            "backbone.layer1.0.conv1.conv.conv_s.weight": (144, 64, 1, 3, 3),
+        }
+    else:
+        shapes = {
+            "backbone.conv1.conv.weight": (64, 3, 1, 7, 7),
+            "backbone.layer1.0.conv1.conv.weight": (64, 64, 1, 1, 1),
+        }
+    return {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (slow_r50(), "PySlowFast's.*can't be loaded"),
+        (mmaction2_video(True), r"\(2\+1\)D ResNet of MMAction2.*can't be loaded"),
+        (mmaction2_video(False), "3D .*ResNet of MMAction2.*only 2-D ResNets"),
+        ({"blocks.1.res_blocks.0.branch1_conv.weight": torch.zeros(1)}, "PyTorchVideo's"),
+        ({"encoder.blocks.0.attn.qkv.weight": torch.zeros(1)}, "vision transformer's"),
+    ],
+)
+def test_networks_that_this_engine_does_not_have_are_refused_by_name(
+    state: State, words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"weights.pth.*{words}"):
+        load_pretrained(ResNet3D("r3d_50", 3, width=WIDTH), state, where="weights.pth")

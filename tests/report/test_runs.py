@@ -117,6 +117,12 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["runs", str(tmp_path), "--json"]).stdout == ""
 
 
+def test_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["runs"])
+    assert done.exit_code == 0 and done.stdout == "runs: no runs; engine evolve makes one\n"
+
+
 def test_a_run_that_others_look_at_can_still_be_taken(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", load_recipe(TINY))
     run.begin()

@@ -69,6 +69,19 @@ def test_a_run_leaves_its_whole_folder(reference: Path) -> None:
     assert load_recipe(reference / "recipe.toml") == RECIPE
 
 
+def test_another_number_format_is_said_at_the_start_and_once(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.core.runtime.cpu_has_bf16", lambda: False)
+    short = [f"search.{key}" for key in ("population=2", "rounds=1", "confirm_seeds=0")]
+    options = [arg for each in (*short, "optim.amp=bf16") for arg in ("--set", each)]
+    code, out, err = begin(tiny_shards, tmp_path / "run", *options)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    (place,) = [i for i, line in enumerate(lines) if line.startswith("float32 instead of bf16")]
+    assert place < lines.index(f"run folder {tmp_path / 'run'}")
+
+
 def test_the_study_has_all_that_is_known_of_a_member(reference: Path) -> None:
     done = members(reference)
     assert [m.number for m in done] == [0, 1, 2, 3, 4]
@@ -93,6 +106,7 @@ def test_the_best_loss_and_its_network_are_kept(reference: Path) -> None:
     assert summary["best_trial"] == best.number and summary["weights"] == best.weights
     assert summary["best_search_fitness"] == best.fitness
     tensors, facts = load_tensors(reference / "checkpoints" / "best.safetensors")
+    assert len(facts["feature_mean"]) == len(facts["feature_scale"]) > 0
     assert facts["trial"] == best.number and facts["fitness"] == best.fitness
     assert "stem.0.weight" in tensors
 
@@ -169,7 +183,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         interrupt_at(patched, owner, name, call=call, after=after)
-        line = one_line(begin(tiny_shards, run), code=1)
+        line = one_line(begin(tiny_shards, run), code=130)
     assert "interrupted" in line and "--resume" in line
     assert history(run) == history(reference)[:kept]
     assert not (run / "summary.json").exists()

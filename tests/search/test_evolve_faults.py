@@ -108,7 +108,7 @@ def test_a_study_elsewhere_is_found_again(
     run, place = tmp_path / "run", tmp_path / "studies.db"
     with monkeypatch.context() as patched:
         patched.setattr(evolve, "_confirmation", interrupted)
-        one_line(begin(tiny_shards, run, "--storage", f"sqlite:///{place}"), code=1)
+        one_line(begin(tiny_shards, run, "--storage", f"sqlite:///{place}"), code=130)
     noted = run / "storage.json"
     assert noted.stat().st_mode & 0o777 == 0o600
     name = read(noted)["study"]

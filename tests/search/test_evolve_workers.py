@@ -72,7 +72,7 @@ def test_a_search_goes_on_with_another_number_of_workers(
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(cohort_worker, "evaluate_cohort", interrupted)
-        assert "interrupted" in one_line(begin(tiny_shards, run), code=1)
+        assert "interrupted" in one_line(begin(tiny_shards, run), code=130)
     code, out, err = resume(run, "--workers", 2)
     assert (code, err) == (0, "")
     ended_as(run, reference)

@@ -325,6 +325,46 @@ def test_a_second_process_is_noticed_and_changes_nothing(place):
     assert [t.value for t in optunas(place, "two").trials] == [0.5]
 
 
+@pytest.mark.parametrize("damage", ["", "\0" * 40, '{"op_code": 4, "worker_id": "a{{"op_code"'])
+def test_a_line_that_a_file_system_lost_is_named_and_can_be_deleted(tmp_path, expected, damage):
+    place = tmp_path / "study.jsonl"
+    run(open_study(place))
+    lines = place.read_text().splitlines()
+    number = len(lines) - 2
+    lines[number - 1] = damage
+    place.write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(
+        OSError, match=rf"study.jsonl is damaged in line {number}: .*sed -i {number}d"
+    ):
+        open_study(place)
+    del lines[number - 1]
+    place.write_text("".join(f"{line}\n" for line in lines))
+    found = {member.number: member for member in run(open_study(place))}
+    assert as_text([found[number] for number in sorted(found)]) == expected
+
+
+def test_tables_of_another_version_say_how_to_upgrade_them(tmp_path):
+    place = tmp_path / "study.db"
+    open_study(place)
+    with sqlite3.connect(place) as database:
+        database.execute("update alembic_version set version_num = 'v2.6.0.a'")
+    with pytest.raises(ValueError, match=r"study.db: its tables are of another version.*upgrade"):
+        open_study(place)
+
+
+def test_a_trial_of_something_else_is_named(tmp_path):
+    place = tmp_path / "study.jsonl"
+    open_study(place)
+    storage = JournalStorage(JournalFileBackend(str(place), lock_obj=JournalLock(place)))
+    optuna.load_study(storage=storage, study_name="search").add_trial(
+        optuna.trial.create_trial(value=1.0)
+    )
+    with pytest.raises(
+        ValueError, match=r"study.jsonl: trial 0 has no weight for 39 terms \(audio"
+    ):
+        open_study(place)
+
+
 def test_a_reader_writes_nothing(tmp_path):
     path = tmp_path / "study.jsonl"
     run(open_study(path))

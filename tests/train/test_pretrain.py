@@ -13,14 +13,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
 from engine.cli.main import main
-from engine.core.recipe import load_recipe, override, recipe_hash
+from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
+from engine.core.run import RunFolder
+from engine.core.runtime import choose_runtime
 from engine.core.tensors import load_tensors
 from engine.data.views import Views
+from engine.features.embed import embed
+from engine.features.parquet import read_features
 from engine.model.network_file import load_network
 from engine.model.resnet3d import ResNet3D
 from engine.objective.lossfile import load_loss, random_weights, save_loss
@@ -79,7 +84,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     with monkeypatch.context() as patched:
         interrupt_at(patched, step=step)
         done = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3", *every)
-    assert "interrupted" in one_line(done, code=1)
+    assert "interrupted" in one_line(done, code=130)
     assert not (run / "rgb.safetensors").exists()
     assert (run / "checkpoints" / "last.safetensors").exists() == (step == 4)
     code, out, err = pretrain(tiny_shards, run, "--resume", *every)
@@ -146,6 +151,19 @@ def test_a_damaged_checkpoint_is_named(finished: Path, tiny_shards: Path) -> Non
     finally:
         last.write_bytes(whole)
     assert str(last) in line and "not a readable safetensors file" in line
+
+
+def test_the_card_knows_mean_and_scale_of_the_features_over_training_clips(
+    finished: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    network, card = load_network(finished)
+    cpu, out = choose_runtime("cpu"), tmp_path / "f.parquet"
+    embed(network, card, videos=[tiny_shards / "unlabelled"], out=out, runtime=cpu, workers=1)
+    vectors = read_features(out).vector.astype(np.float64)
+    assert len(vectors) == card.num_clips
+    np.testing.assert_allclose(card.feature_mean, vectors.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(card.feature_scale, vectors.std(0), rtol=1e-3, atol=1e-6)
+    assert len((finished / "rgb.json").read_text().splitlines()) < 40
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
@@ -323,6 +341,36 @@ def test_a_killed_process_is_started_again_and_the_run_ends(
     ):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_was_killed_as_it_began_knows_its_loss(
+    finished: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, save = tmp_path / "run", RunFolder.save_recipe
+
+    def killed(self: RunFolder, recipe: Recipe) -> None:
+        save(self, recipe)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "save_recipe", killed)
+        done = pretrain(tiny_shards, run, "--recipe", TINY, *STEPS, "--loss", "random:3")
+    assert "--resume goes on from there" in one_line(done, code=130)
+    code, _, err = pretrain(tiny_shards, run, "--resume")
+    assert (code, err) == (0, "")
+    for name, tensor in load_tensors(finished / "rgb.safetensors")[0].items():
+        assert torch.equal(load_tensors(run / "rgb.safetensors")[0][name], tensor)
+
+
+def test_before_there_is_a_run_the_same_command_goes_on(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.train.pretrain.open_library", interrupted)
+    done = pretrain(tiny_shards, tmp_path / "run", "--recipe", TINY, "--loss", "random:3")
+    assert "the same command goes on from there" in one_line(done, code=130)
 
 
 def test_a_loss_must_be_given(tiny_shards: Path, tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from engine.core.files import StorageError
-from engine.data.ingest.sources import Reject, Source
+from engine.data.ingest.sources import Reject, Source, by_cause
 from engine.data.media.codecs import JPEG, Pictures
 from engine.data.media.decode import MediaError, MediaFacts, Window, decode_window, probe
 from engine.data.media.encode import encode_flac, encode_jpeg
@@ -100,7 +100,17 @@ def cut_source(
     if lost and not os.path.isdir(source.folder):
         gone = f"{source.folder} can't be reached any more"
         raise OSError(f"{gone}: run the same command again later")
-    return lost if kept or not lost else [_reject(source, lost[0].reason)]
+    lost = by_cause(lost)
+    return lost if kept or not lost else [_reject(source, _whole_reason(lost))]
+
+
+def _whole_reason(lost: Sequence[Reject]) -> str:
+    """Why nothing of a source could be used: the first reason, with that it is cut off, where it is."""
+    first = lost[0].reason
+    if lost[0].where is not None or len(lost) == 1:
+        return first
+    second = lost[1].reason
+    return second if first in second else f"{first}; {second}"
 
 
 def _clips(
@@ -114,6 +124,8 @@ def _clips(
     """Cut a source's clips one after the other, and add to ``lost`` what can't be cut."""
     facts = probe(source.media)
     begin, duration, longest = stretch_of(source, facts, least=settings.min_seconds)
+    if facts.cut and begin + longest > facts.duration:
+        lost.append(replace(_reject(source, facts.cut), partial=True))
     inner = replace(settings, clip_seconds=min(settings.clip_seconds, longest))
     starts = plan_starts(duration, inner, source.relative, begin=begin)
     head = [begin] if starts[0] > begin else []  # of a broken film the likeliest intact part
@@ -144,8 +156,11 @@ def stretch_of(source: Source, facts: MediaFacts, *, least: float) -> tuple[floa
     shorter than ``least`` seconds.
     """
     begin, end = source.start or 0.0, source.end
-    if end is not None and source.may_be_trimmed and facts.duration <= end - begin + TRIM_SLACK:
+    whole = facts.promised or facts.duration
+    if end is not None and source.may_be_trimmed and whole <= end - begin + TRIM_SLACK:
         begin, end = 0.0, None
+    if facts.cut and begin and begin >= facts.duration:
+        raise MediaError(f"{facts.cut}, and the stretch starts at {begin:.2f} s")
     if begin and begin >= facts.duration:
         raise MediaError(
             f"it is {facts.duration:.2f} s long and the stretch starts at {begin:.2f} s"

@@ -109,10 +109,26 @@ class Reject:
     """The list and line that name it."""
     partial: bool = False
     """Whether the rest of the source gave clips."""
+    more: int = 0
+    """Stretches beside this one that were lost for the same cause."""
 
     def as_dict(self) -> dict[str, Any]:
         """Its line in ``rejects.jsonl``."""
         return {key: value for key, value in asdict(self).items() if value}
+
+
+def by_cause(rejects: Iterable[Reject]) -> list[Reject]:
+    """One reject for each file and cause, the first, with the number of the others.
+
+    Reasons that differ in their numbers alone, such as the second at which a clip begins, are one cause.
+    """
+    kept: dict[tuple[str, str, bool], Reject] = {}
+    for reject in rejects:
+        cause = (reject.path, re.sub(r"\d+(\.\d+)?", "#", reject.reason), reject.partial)
+        first = kept.get(cause)
+        more = 0 if first is None else first.more + 1 + reject.more
+        kept[cause] = reject if first is None else replace(first, more=more)
+    return list(kept.values())
 
 
 @dataclass

@@ -13,20 +13,22 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import count
+from itertools import count, takewhile
 from typing import IO, Any
 
 import av
 import av.filter
 
 from engine.data.media import webp
-from engine.data.media.part import MediaFile, Part, head_of, url_of
+from engine.data.media.part import MediaFile, Part, head_of, opened, url_of
 
 ATTACHED_PICTURE = 0x400
 TEXT_FORMATS = frozenset({"adf", "bin", "idf", "tty", "xbin"})
 """FFmpeg's readers of text-mode art, which take plain text files by their suffix."""
+BLOCK = 4096
+"""Bytes of an unreadable file that are looked at."""
 MAX_PIXELS = 8192 * 4320
 """Largest picture."""
 HELD = {"h264": 8, "hevc": 7, "libdav1d": 5, "av1": 6, "vp9": 5}
@@ -89,7 +91,7 @@ def open_media(path: MediaFile, *, limit: float = TIME_LIMIT) -> Any:
             timeout=limit,
         )
     except av.FFmpegError as error:
-        raise MediaError(f"can't be opened as a video: {reason_of(error)}") from error
+        raise MediaError(_why_unreadable(path, error)) from error
     if container.format.name in TEXT_FORMATS:
         container.close()
         raise MediaError("it is text, not video")
@@ -105,6 +107,36 @@ def _webp_film(path: MediaFile) -> IO[bytes] | None:
         return None
     except ValueError as error:
         raise MediaError(str(error)) from error
+
+
+def _why_unreadable(path: MediaFile, error: Exception) -> str:
+    """Why a file can't be opened, as far as its first bytes and its MP4 boxes tell."""
+    with suppress(OSError):
+        head, _ = head_of(path, BLOCK)
+        if not any(head):
+            return "it is empty" if not head else "it begins with zeros: was its download begun?"
+        if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+            return "it is a web page, not a video: its download failed"
+        if head[4:8] == b"ftyp" and not _has_index(path):
+            return "it is cut off: its index (moov), which stands at its end, is missing"
+    return f"can't be opened as a video: {reason_of(error)}"
+
+
+def _has_index(path: MediaFile) -> bool:
+    """Whether a moov box is among an MP4's outer boxes."""
+    at = 0
+    with opened(path) as (file, begin, size):
+        while at + 8 <= size:
+            file.seek(begin + at)
+            head = file.read(16)
+            if head[4:8] == b"moov":
+                return True
+            length = int.from_bytes(head[:4], "big")
+            length = int.from_bytes(head[8:16], "big") if length == 1 else length
+            if length < 8:  # up to the file's end, or no box
+                return False
+            at += length
+    return False
 
 
 def reason_of(error: Exception) -> str:
@@ -148,9 +180,10 @@ def held_bytes(context: Any) -> int:
     return int(picture * HELD.get(context.name, HELD_ELSE))
 
 
-def packets(container: Any, stream: Any, clock: Clock) -> Iterator[Any]:
-    """A stream's packets, the closing empty one included, for as long as the clock allows."""
-    source = container.demux(stream)
+def packets(container: Any, streams: Sequence[Any], clock: Clock) -> Iterator[Any]:
+    """The streams' packets, the closing empty ones included, for as long as the clock allows."""
+    source = container.demux(*streams)
+    numbers = {stream.index for stream in streams}
     while True:
         try:
             packet = next(source, None)
@@ -159,7 +192,7 @@ def packets(container: Any, stream: Any, clock: Clock) -> Iterator[Any]:
         clock.check()
         if packet is None:
             return
-        if packet.stream.index == stream.index:
+        if packet.stream.index in numbers:
             yield packet
 
 
@@ -178,34 +211,22 @@ def seek(container: Any, stream: Any, moment: float) -> bool:
     return True
 
 
-def scan_duration(path: MediaFile, clock: Clock) -> float:
-    """Seconds of video by the packets' time stamps, for files that declare nothing believable."""
-    first, last, total = None, 0.0, 0.0
-    with open_media(path) as container, suppress(av.FFmpegError):
-        for packet in packets(container, stream_of(container, "video"), clock):
-            length = float((packet.duration or 0) * packet.time_base) if packet.size else 0.0
-            begin, total = stamp_of(packet), total + length
-            if begin is not None:
-                first = begin if first is None else min(first, begin)
-                last = max(last, begin + length)
-    return total if first is None else max(0.0, last - first)
-
-
 def timed_frames(
     container: Any, stream: Any, problems: list[str], clock: Clock, *, skip: int = 0
 ) -> Iterator[tuple[float, Any]]:
     """Frames with rising time stamps in seconds, up to the end or the first damage after an intact frame.
 
-    Damage before any frame (a stream cut into midway) is skipped, and so are the first ``skip`` packets. AVI
-    stores no presentation times: with B-frames its packets' own are out of order, so there the decoding times
-    count, which are in order.
+    Where a file ends within a packet, frames before it that the decoder still holds count as intact. Damage before
+    any frame (a stream cut into midway) is skipped, and so are the first ``skip`` packets. AVI stores no presentation
+    times: with B-frames its packets' own are out of order, so there the decoding times count, which are in order.
     """
     use_dts = container.format.name == "avi"
     step = 1.0 / float(stream.average_rate or 25)
     last: float | None = None
     faults = stray = 0
-    source = packets(container, stream, clock)
-    while faults < MAX_FAULTS:
+    source = packets(container, [stream], clock)
+    ended = False
+    while faults < MAX_FAULTS and not ended:
         try:
             packet = next(source, None)
             if packet is None:
@@ -219,9 +240,11 @@ def timed_frames(
         except (av.FFmpegError, UnicodeDecodeError) as error:
             faults += 1
             problems.append(reason_of(error))
-            if last is not None or isinstance(error, av.ExitError):
+            if isinstance(error, av.ExitError):
                 return
-            continue
+            if last is None:
+                continue
+            frames, ended = _held_at_the_end(source, stream), True
         for frame in frames:
             moment = _time_of(frame, last, step, use_dts=use_dts)
             if last is not None and moment <= last:
@@ -234,6 +257,20 @@ def timed_frames(
                 problems.clear()
             last, stray = moment, 0
             yield moment, frame
+
+
+def _held_at_the_end(source: Iterator[Any], stream: Any) -> list[Any]:
+    """Intact frames that the decoder holds where no packet is left; none where damage lies part-way."""
+    with suppress(av.FFmpegError):
+        packet = next(source, None)
+        if packet is not None and packet.size:
+            return []
+    closing = av.Packet()
+    closing.stream, closing.time_base = stream, stream.time_base
+    frames: list[Any] = []
+    with suppress(av.FFmpegError):
+        frames = closing.decode()
+    return list(takewhile(lambda frame: not frame.is_corrupt, frames))
 
 
 def _time_of(frame: Any, last: float | None, step: float, *, use_dts: bool) -> float:
@@ -285,7 +322,7 @@ def _packets_before(path: MediaFile, moment: float, clock: Clock) -> int:
     """Count the packets before the last key frame at or before ``moment``."""
     last = 0
     with open_media(path) as container, suppress(av.FFmpegError):
-        for i, packet in enumerate(packets(container, stream_of(container, "video"), clock)):
+        for i, packet in enumerate(packets(container, [stream_of(container, "video")], clock)):
             stamp = stamp_of(packet)
             if stamp is not None and packet.is_keyframe and stamp <= moment:
                 last = i

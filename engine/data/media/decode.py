@@ -7,7 +7,7 @@ Shape letters: T frames, H height, W width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import av
@@ -21,20 +21,18 @@ from engine.data.media.container import (
     held_bytes,
     open_media,
     progressive,
-    scan_duration,
     stream_of,
     timed_frames,
 )
 from engine.data.media.container import MediaError as MediaError
+from engine.data.media.extent import SLACK, length_of
 from engine.data.media.frames import Frames, even, show, to_i420
-from engine.data.media.part import MediaFile, head_of
+from engine.data.media.part import MediaFile
 from engine.data.media.sound import SAMPLE_RATE as SAMPLE_RATE
 from engine.data.media.sound import read_sound
 
 MAX_ASPECT = 16.0
 """Pictures narrower than this are refused: resized by their short side they would be huge."""
-LONGEST = 6 * 3600.0
-"""Declared durations above this many seconds are checked against the packets."""
 MAX_BYTES = 340 * 2**20
 """What a window and its decoder may take: with what else a worker needs, 400 MiB."""
 
@@ -44,7 +42,7 @@ class MediaFacts:
     """Facts of a file, from its head and its first frame."""
 
     duration: float
-    """Seconds of video."""
+    """Seconds of video that are there."""
     start: float
     """The first frame's time stamp in seconds."""
     width: int
@@ -58,8 +56,15 @@ class MediaFacts:
     codec: str
     held: int = 0
     """Bytes that decoding takes, about."""
-    cut_off: bool = False
-    """The file ends before its head says so, and its duration counts what is there alone."""
+    promised: float = 0.0
+    """Seconds of video that the file's head promises, where its data end before; else 0."""
+
+    @property
+    def cut(self) -> str | None:
+        """Where the file ends and where it should, in words; None where all of it is there."""
+        if not self.promised:
+            return None
+        return f"the file ends at {self.duration:.1f} s of {self.promised:.1f} s: it is cut off"
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,6 @@ def probe(path: MediaFile, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
     """
     with Clock(time_limit) as clock, open_media(path) as container:
         video = stream_of(container, "video")
-        duration = float(video.duration * video.time_base) if video.duration else 0.0
-        declared = bool(duration)
-        if not declared and container.duration:
-            duration = container.duration / 1e6
         problems: list[str] = []
         frames = timed_frames(container, video, problems, clock)
         first = next(frames, None)
@@ -105,28 +106,20 @@ def probe(path: MediaFile, *, time_limit: float = TIME_LIMIT) -> MediaFacts:
             raise MediaError(f"its picture of {shape[0]}x{shape[1]} is too narrow")
         width, height = shape[::-1] if turns % 2 else shape
         audio = container.streams.best("audio", related=video)
-        facts = MediaFacts(
-            duration=duration,
-            start=start,
-            width=width,
-            height=height,
-            fps=float(video.average_rate or 0),
-            rotation=turns,
-            has_audio=audio is not None and audio.codec_context is not None,
-            codec=str(video.codec_context.name),
-            held=held_bytes(video.codec_context),
-            cut_off=container.format.name == "avi" and _is_cut_off(path),
-        )
-        # Where only the container tells a duration, some count it from zero and some from the start.
-        if not 0.0 < duration <= LONGEST or (not declared and abs(start) > 0.1):
-            facts = replace(facts, duration=scan_duration(path, clock))
-    return facts
-
-
-def _is_cut_off(path: MediaFile) -> bool:
-    """Whether an AVI is shorter than its first bytes say: FFmpeg takes what is there for the whole."""
-    head, size = head_of(path, 8)
-    return int.from_bytes(head[4:8], "little") + 8 > size
+        held = held_bytes(video.codec_context)
+        duration, promised = length_of(path, container, video, start, clock)
+    return MediaFacts(
+        duration=duration,
+        promised=promised,
+        start=start,
+        width=width,
+        height=height,
+        fps=float(video.average_rate or 0),
+        rotation=turns,
+        has_audio=audio is not None and audio.codec_context is not None,
+        codec=str(video.codec_context.name),
+        held=held,
+    )
 
 
 def decode_window(
@@ -158,8 +151,6 @@ def decode_window(
         frames = _pictures(path, facts, times, problems, clock, fps=fps, short_side=short_side)
         end = start + len(frames) / fps
         notes = notes_of(facts, problems, start=start, end=end, until=start + seconds)
-        if not notes and facts.cut_off and len(frames) < len(times):
-            notes = [f"the picture ends at {end:.2f} s: the file is cut off"]
         if facts.has_audio:
             sound = read_sound(path, float(times[0]), len(frames) / fps, clock, notes)
     return Window(frames, sound, "; ".join(notes) or None)
@@ -172,9 +163,11 @@ def notes_of(
     if end <= start:
         why = f": {problems[0]}" if problems else ""
         raise MediaError(f"no frame can be decoded at {start:.2f} s{why}")
-    if problems:
+    if problems and not (facts.promised and end > facts.duration - SLACK):
         return [f"decoding stops at {end:.2f} s: {problems[0]}"]
-    if min(until, facts.duration) - end > 0.5:
+    if facts.cut and until - end > 1e-6:
+        return [facts.cut]
+    if min(until, facts.duration) - end > SLACK:
         return [f"the picture ends at {end:.2f} s of {facts.duration:.2f} s"]
     return []
 

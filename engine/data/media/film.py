@@ -31,14 +31,16 @@ from engine.data.media.container import (
     timed_frames,
 )
 from engine.data.media.decode import MediaFacts, full_range, notes_of
-from engine.data.media.frames import Frames, show
+from engine.data.media.frames import Frames, show, unknown_colours
 from engine.data.media.part import MediaFile
 from engine.data.media.sound import read_sound
+from engine.data.media.tone import BT2020, DCI_P3, DISPLAY_P3
 
 MAX_FILM = 64 * 2**20
 """Largest copied stretch, in bytes."""
 HIGH_RANGE = {16: "PQ", 18: "HLG"}
 """FFmpeg's codes of transfer curves (AVCOL_TRC) of high dynamic range."""
+WIDE = {BT2020: "BT.2020", DCI_P3: "DCI-P3", DISPLAY_P3: "Display P3"}
 VP9_OPTIONS = {
     "deadline": "good",
     "cpu-used": "5",
@@ -164,6 +166,7 @@ def _check_kind(path: MediaFile, facts: MediaFacts, clock: Clock) -> None:
         stream = stream_of(container, "video")
         first = next(timed_frames(container, stream, [], clock), None)
         curve = int(stream.codec_context.color_trc or 0)
+        primaries = int(stream.codec_context.color_primaries or 0)
     if first is None:
         raise MediaError("no frame can be decoded")
     _, frame = first
@@ -174,6 +177,10 @@ def _check_kind(path: MediaFile, facts: MediaFacts, clock: Clock) -> None:
         kind = "interlaced"
     elif curve in HIGH_RANGE:
         kind = f"of high dynamic range ({HIGH_RANGE[curve]})"
+    elif primaries in WIDE:
+        kind = f"of wide gamut ({WIDE[primaries]})"
+    if (why := unknown_colours(frame)) is not None:
+        raise MediaError(why)
     if kind is not None:
         raise MediaError(f"its pictures are {kind}, {otherwise}")
 
@@ -210,7 +217,7 @@ def _from_key_frame(
     base = float(stream.time_base)
     kept: list[Any] = []
     size = 0
-    for packet in packets(container, stream, clock):
+    for packet in packets(container, [stream], clock):
         if not packet.size:
             continue
         dts, pts = _stamps(packet)

@@ -13,9 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data.media import tone
+from engine.data.media.container import MediaError
 
-MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
+MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 """FFmpeg's code for a YUV matrix (AVCOL_SPC) to swscale's (SWS_CS)."""
+NO_MATRICES = {
+    8: "YCgCo",
+    10: "BT.2020 with constant luminance",
+    11: "Y'D'zD'x",
+    13: "constant luminance",
+    14: "ICtCp",
+    15: "IPT-PQ-C2",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
+"""Codes of colours that no matrix turns into RGB, or none of swscale's."""
 
 Frames = NDArray[np.uint8]
 
@@ -55,12 +67,21 @@ def even(x: float) -> int:
     return max(2, 2 * round(x / 2))
 
 
+def unknown_colours(frame: Any) -> str | None:
+    """Why a decoded frame's colours can't be converted; None where they can."""
+    name = None if frame.format.is_rgb else NO_MATRICES.get(int(frame.colorspace))
+    return None if name is None else f"its colours are {name}, which is not converted"
+
+
 def to_i420(frame: Any, size: tuple[int, int], turns: int) -> Frames:
     """Scale a decoded frame to ``size`` (width, height as displayed) and turn it upright: (3H/2, W).
 
     The frame's own matrix and range count; where it names no matrix, BT.709 from 720 rows on and BT.601 below.
-    High dynamic range and BT.2020 colours become standard ones (``tone``).
+    High dynamic range and the colours of BT.2020 and P3 become standard ones (``tone``). Raises MediaError for colours
+    that can't be converted.
     """
+    if (why := unknown_colours(frame)) is not None:
+        raise MediaError(why)
     width, height = size[::-1] if turns % 2 else size
     full = frame.color_range == 2 or frame.format.name.startswith("yuvj") or frame.format.is_rgb
     transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
@@ -77,7 +98,7 @@ def to_i420(frame: Any, size: tuple[int, int], turns: int) -> Frames:
         threads=1,
     )
     if wide:
-        planes = tone.to_i420(tone.to_standard(small.to_ndarray(), transfer))
+        planes = tone.to_i420(tone.to_standard(small.to_ndarray(), transfer, primaries))
     else:
         planes = small.to_ndarray()
     if turns:

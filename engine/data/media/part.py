@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +31,18 @@ def url_of(media: MediaFile) -> str:
     return os.path.abspath(media)
 
 
-def head_of(media: MediaFile, count: int) -> tuple[bytes, int]:
-    """The first ``count`` bytes, and the size in bytes."""
+@contextmanager
+def opened(media: MediaFile) -> Iterator[tuple[IO[bytes], int, int]]:
+    """The file that holds it, where in that it begins, and its size, both in bytes."""
     with open(media.path if isinstance(media, Part) else media, "rb") as file:
         if isinstance(media, Part):
-            file.seek(media.offset)
-            return file.read(min(count, media.size)), media.size
-        return file.read(count), file.seek(0, os.SEEK_END)
+            yield file, media.offset, media.size
+        else:
+            yield file, 0, os.fstat(file.fileno()).st_size
+
+
+def head_of(media: MediaFile, count: int) -> tuple[bytes, int]:
+    """The first ``count`` bytes, and the size in bytes."""
+    with opened(media) as (file, begin, size):
+        file.seek(begin)
+        return file.read(min(count, size)), size

@@ -67,7 +67,15 @@ def _place(
     """Resample the sound stretch by stretch, each put where its time stamp says; returns the first stamp."""
     first, problem, stretch = None, None, None
     end = start + len(out) / SAMPLE_RATE
-    for packet in packets(container, stream, clock):
+    source = packets(container, [stream], clock)
+    while True:
+        try:
+            packet = next(source, None)
+        except av.FFmpegError as error:  # the file ends within it
+            problem = f"part of the sound can't be decoded: {reason_of(error)}"
+            break
+        if packet is None:
+            break
         stamp = None if packet.pts is None else float(packet.pts * packet.time_base)
         if stamp is not None and stamp < start - 2 * WARM_UP:  # seeking fell far short
             first = stamp if first is None else first

@@ -2,7 +2,7 @@
 
 PQ and HLG are turned to display light in cd/m2 (ITU-R BT.2100; HLG for a display of 1000 cd/m2), the brightest
 of R, G and B is brought below 203 cd/m2, the reference white of BT.2408, by the roll-off of BT.2390 Annex 5 from
-a peak of 1000 cd/m2, with the ratios of the three kept; then BT.2020 primaries become BT.709's (BT.2087), what lies
+a peak of 1000 cd/m2, with the ratios of the three kept; then BT.2020's or P3's primaries become BT.709's, what lies
 outside is clipped, and light becomes signal by BT.1886's gamma of 2.4. Shapes: H height, W width.
 """
 
@@ -15,15 +15,27 @@ from numpy.typing import NDArray
 
 PQ, HLG = 16, 18
 """FFmpeg's codes (AVCOL_TRC) of the two transfer functions of high dynamic range."""
-BT2020 = 9
-"""FFmpeg's code (AVCOL_PRI) of BT.2020's primaries."""
+BT709, UNKNOWN, BT2020, DCI_P3, DISPLAY_P3 = 1, 2, 9, 11, 12
+"""FFmpeg's codes (AVCOL_PRI) of primaries."""
 PEAK, WHITE = 1000.0, 203.0
 """cd/m2: the brightest light that is kept apart, and the white that it is brought to."""
 GAMMA = 2.4
-TO_BT709 = np.array(
-    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
-)
-"""BT.2087: linear light of BT.2020 primaries to BT.709 primaries."""
+TO_BT709 = {
+    # ITU-R BT.2087
+    BT2020: [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]],
+    # SMPTE RP 431-2, whose white is brought to D65 by Bradford's transform
+    DCI_P3: [[1.1575, -0.1550, -0.0025], [-0.0415, 1.0456, -0.0041], [-0.0181, -0.0786, 1.0966]],
+    # SMPTE EG 432-1
+    DISPLAY_P3: [[1.2249, -0.2249, 0.0], [-0.0421, 1.0421, 0.0], [-0.0196, -0.0786, 1.0983]],
+}
+"""Linear light of wide primaries to BT.709's."""
+LUMA = {
+    BT709: [0.2126, 0.7152, 0.0722],
+    BT2020: [0.2627, 0.6780, 0.0593],
+    DCI_P3: [0.2152, 0.7091, 0.0757],
+    DISPLAY_P3: [0.2290, 0.6917, 0.0793],
+}
+"""Shares of linear R, G and B in luminance."""
 
 M1, M2 = 2610 / 16384, 2523 / 32
 C1, C2, C3 = 3424 / 4096, 2413 / 128, 2392 / 128
@@ -34,20 +46,29 @@ Light = NDArray[np.floating]
 
 def needs_tone(transfer: int, primaries: int) -> bool:
     """Whether pictures of this transfer function and these primaries look wrong on a standard display."""
-    return transfer in (PQ, HLG) or primaries == BT2020
+    return transfer in (PQ, HLG) or primaries in TO_BT709
 
 
-def to_standard(rgb: NDArray[np.uint16], transfer: int) -> NDArray[np.float32]:
-    """R'G'B' uint16 (H, W, 3), full range, BT.2020 primaries -> R'G'B' float32 (H, W, 3) in [0, 1]."""
+def to_standard(
+    rgb: NDArray[np.uint16], transfer: int, primaries: int = BT2020
+) -> NDArray[np.float32]:
+    """R'G'B' uint16 (H, W, 3), full range -> R'G'B' float32 (H, W, 3) in [0, 1], BT.709 primaries.
+
+    High dynamic range that names no primaries has BT.2020's.
+    """
+    if primaries == UNKNOWN and transfer in (PQ, HLG):
+        primaries = BT2020
     light = _curve(transfer)[rgb]
     if transfer == HLG:  # from the scene's light to the display's
-        luma = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
+        luma = light @ np.array(LUMA.get(primaries, LUMA[BT709]), np.float32)
         light = PEAK * light * np.power(luma, 0.2)[..., None]
     if transfer in (PQ, HLG):
         brightest = light.max(axis=-1)
         nits, share = _roll_off()
         light = light * np.interp(brightest, nits, share).astype(np.float32)[..., None]
-    shown = np.clip(light @ TO_BT709.T, 0.0, 1.0)
+    if primaries in TO_BT709:
+        light = light @ np.array(TO_BT709[primaries], np.float32).T
+    shown = np.clip(light, 0.0, 1.0)
     signal: NDArray[np.float32] = np.power(shown, 1 / GAMMA)
     return signal
 

@@ -96,8 +96,10 @@ class Reproduction:
         if cells:
             total = sum(fmean(seconds) for _, seconds in work if seconds)
             unknown = not all(seconds for _, seconds in work)
-            more = ", and what no finished cell tells the time of" if unknown else ""
-            lines.append(f"to do: about {duration(total)}{more}")
+            more = " and those without an estimate" if unknown else ""
+            lines.append(
+                f"to do: about {duration(total)}{more}" if total else "to do: no estimate yet"
+            )
         return lines
 
     def _seconds_spent(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:

@@ -343,4 +343,5 @@ def test_a_broken_film_gives_its_intact_head(tmp_path: Path) -> None:
     index = ClipIndex([tmp_path / "set"])
     assert report.clips >= 1
     assert all(index.facts(i).get("note") for i in range(len(index)))
-    assert all(r.where is not None for r in report.rejects)
+    (reject,) = report.rejects
+    assert reject.reason.endswith("of 30.0 s: it is cut off") and reject.partial

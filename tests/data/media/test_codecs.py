@@ -259,6 +259,9 @@ def test_copied_mpeg4_is_known_as_such(tmp_path: Path) -> None:
         ("ten-bit.mp4", {"pix_fmt": "yuv420p10le"}, "yuv420p10le"),
         ("444.mp4", {"pix_fmt": "yuv444p"}, "yuv444p"),
         ("old.avi", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}, "mjpeg; only H.264, HEVC"),
+        ("p3.mp4", {"options": {"x264-params": "colorprim=smpte432"}}, "gamut .Display P3"),
+        ("wide.mp4", {"options": {"x264-params": "colorprim=bt2020"}}, "gamut .BT.2020"),
+        ("constant.mp4", {"options": {"x264-params": "colormatrix=bt2020c"}}, "not converted"),
     ],
 )
 def test_what_copying_would_show_wrongly_is_rejected(

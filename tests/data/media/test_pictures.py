@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from engine.data.media import tone
-from engine.data.media.decode import decode_window, probe
+from engine.data.media.decode import MediaError, decode_window, probe
 from engine.data.media.frames import to_i420
 from tests.data.films import write_film
 
@@ -217,6 +217,50 @@ def test_wide_gamut_becomes_bt709() -> None:
         signal = np.round(light ** (1 / 2.4) * 65535).astype(np.uint16)
         found = tone.to_standard(signal[None], 1)[0, 0]
         np.testing.assert_allclose(found**2.4, pure, atol=0.01)
+
+
+@pytest.mark.parametrize("primaries", [9, 11, 12], ids=["bt2020", "dci-p3", "display-p3"])
+@pytest.mark.parametrize("transfer", [1, 13, 14], ids=["bt709", "srgb", "bt2020-10"])
+def test_wide_colours_are_those_of_ffmpeg(primaries: int, transfer: int) -> None:
+    """Colours within BT.709, which both keep as they are; FFmpeg's own conversion of primaries."""
+    signals = np.array([[0.5, 0.45, 0.4], [0.4, 0.5, 0.45], [0.42, 0.4, 0.5], [0.6, 0.6, 0.6]])
+    patches = np.repeat(np.repeat(np.round(signals * 255), 16, 0)[None], 32, 0).astype(np.uint8)
+    frame: Any = av.VideoFrame.from_ndarray(patches, format="rgb24")
+    frame.color_trc, frame.color_primaries = transfer, primaries
+    shown = to_i420(frame, (64, 32), 0)
+    theirs = converted(
+        frame,
+        (64, 32),
+        out_primaries="bt709",
+        out_transfer=NAMES[transfer],
+        intent="relative_colorimetric",
+    )
+    plain: Any = av.VideoFrame.from_ndarray(patches, format="rgb24")
+    moved = np.abs(to_i420(plain, (64, 32), 0).astype(int) - theirs.astype(int)).max()
+    apart = np.abs(shown.astype(int) - theirs.astype(int)).max()
+    assert apart <= 3 < moved
+
+
+NAMES = {1: "bt709", 13: "iec61966-2-1", 14: "bt2020-10"}
+"""FFmpeg's names of transfer functions."""
+
+
+def test_high_range_with_other_primaries_keeps_these() -> None:
+    """PQ pictures of BT.709's or P3's primaries, whose code values a BT.2020 matrix would make too colourful."""
+    signal = np.array([[[0.4, 0.3, 0.3]]])
+    rgb = np.round(signal * 65535).astype(np.uint16)
+    shown = {p: tone.to_standard(rgb, 16, p)[0, 0] for p in (1, 2, 9, 12)}
+    span = {p: float(np.ptp(found)) for p, found in shown.items()}
+    assert span[1] < span[12] < span[9]
+    assert (shown[2] == shown[9]).all()
+
+
+@pytest.mark.parametrize("matrix", [8, 10, 14])
+def test_colours_that_no_matrix_converts_are_refused(matrix: int) -> None:
+    frame: Any = av.VideoFrame(64, 32, "yuv420p")
+    frame.colorspace = matrix
+    with pytest.raises(MediaError, match=r"its colours are .* which is not converted"):
+        to_i420(frame, (64, 32), 0)
 
 
 def test_light_is_rolled_off_once_and_smoothly() -> None:

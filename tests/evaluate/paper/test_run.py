@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_to_the_same_table(
     with monkeypatch.context() as patched:
         interrupt(patched, place, step=2)
         told = reproduce(tiny_shards, tmp_path / "run", "table1", *TWO)
-    assert "interrupted" in one_line(told, code=1)
+    assert "interrupted" in one_line(told, code=130)
     assert not (tmp_path / "run" / "table1.csv").exists()
     code, out, _ = reproduce(tiny_shards, tmp_path / "run", "table1", *TWO)
     assert code == 0
@@ -110,7 +110,7 @@ def test_training_goes_on_from_a_checkpoint(
     more = ("--rows", "rgb_to_flow", "--protocols", "kmeans", "--set", "checkpoint_every=2")
     with monkeypatch.context() as patched:
         interrupt(patched, "training", step=3)
-        assert reproduce(tiny_shards, tmp_path / "run", "table1", *more)[0] == 1
+        assert reproduce(tiny_shards, tmp_path / "run", "table1", *more)[0] == 130
     code, out, _ = reproduce(tiny_shards, tmp_path / "run", "table1", *more)
     assert code == 0 and "going on from step 2" in out
     name = "networks/rgb_to_flow/0.safetensors"
