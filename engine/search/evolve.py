@@ -108,7 +108,9 @@ def evolve(
     study = _open_study(recipe, run, display, events, clock)
     _check_rounds(recipe, run, study)
     records = Records(recipe, run, study, display, events, clock, said=[note or ""])
-    if not study.finished or records.seeds_to_confirm():  # starting workers takes seconds
+    if (
+        not study.finished or records.lacks_network() or records.seeds_to_confirm()
+    ):  # starting workers takes seconds
         _Search(data, study, records, workers).run(here or factory)
     records.keep_best()  # an interruption may have come between the last member and the file
     summary = records.summary()
@@ -139,6 +141,7 @@ class _Search:
                 on_lost=self.records.lost,
             )
             self._search(queue)
+            self._keep_outcome(queue)
             self._confirm(queue)
 
     def _open_pool(self, worker: CohortEvaluator | CohortFactory) -> Pool:
@@ -190,6 +193,23 @@ class _Search:
             raise RuntimeError(
                 f"{records.run.path}: all {len(members)} members {how}; the first: {members[0].reason}"
             )
+
+    def _keep_outcome(self, queue: JobQueue) -> None:
+        """Train the outcome once more, with its own seeds and so to the same bits, where another's network was kept."""
+        if not self.records.lacks_network():
+            return
+        best = self.study.best()
+        seeds = tuple(best.attributes["seeds"])
+        left = [Cohort((best.proposal,), seeds, keep_from=float("-inf"))]
+        stage = "training the best loss's network"
+        self.progress = ProgressLine(self.records.display, stage, 1, 0, queue.pool.size)
+
+        def cohorts(idle: int) -> list[Cohort]:
+            now, left[:] = left[:idle], left[idle:]
+            return now
+
+        for _ in self._outcomes(queue, cohorts):
+            self.progress.done = 1
 
     def _confirm(self, queue: JobQueue) -> None:
         """Train the best loss and a random one again with seeds that the search never saw."""

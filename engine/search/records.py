@@ -20,6 +20,7 @@ from engine.core.pool import Lost
 from engine.core.recipe import Recipe, recipe_hash
 from engine.core.run import Events, RunFolder
 from engine.core.runtime import Clock
+from engine.core.tensors import CheckpointError, load_tensors
 from engine.objective.lossfile import save_loss
 from engine.search.cohort import MemberResult
 from engine.search.samplers import Trial
@@ -140,6 +141,16 @@ class Records:
             for other in members:
                 candidate(self.run.checkpoints, other.number).unlink(missing_ok=True)
 
+    def lacks_network(self) -> bool:
+        """Whether a surrogate's search ended with another member than the one whose network was kept on the way."""
+        if self.recipe.search.method != "surrogate" or not self.study.finished:
+            return False
+        try:
+            _, facts = load_tensors(self.run.checkpoints / "best.safetensors")
+        except CheckpointError:
+            return True
+        return bool(facts.get("trial") != self.study.best().number)
+
     def keep_time(self) -> dict[str, float]:
         """Write seconds by stage to timing.json, those before an interruption included."""
         spent = {**self._worked, **self.clock.seconds}
@@ -184,7 +195,7 @@ class Records:
         first = next(iter(known.values())) if known else {}
         compared = {
             name: _spread(
-                [known[str(seed)]["compared"][name]["fitness"] for seed in self._fresh_seeds()]
+                [known[str(seed)]["compared"][name]["fitness"] for seed in fresh_seeds(self.recipe)]
             )
             for name in first.get("compared", ())
         }

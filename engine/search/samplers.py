@@ -22,9 +22,11 @@ import numpy.typing as npt
 from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES, LossWeights
-from engine.search.surrogate import Surrogate, best_weights, vectors
+from engine.search.surrogate import Surrogate, vectors
 
 State = Literal["complete", "failed", "pruned"]
+FEWEST = 8
+"""Members from which on a model of them is asked."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,11 @@ class RandomSampler:
         weights = draw_weights(self.stream(number), sparsity=self.settings.sparsity)
         return Proposal(number, weights, round=self.round_of(number))
 
+    def fittest(self, done: Sequence[Trial]) -> Trial:
+        """The search's outcome: the member of highest fitness, the earliest among equals; one at least is complete."""
+        complete = [member for member in done if member.fitness is not None]
+        return max(complete, key=lambda member: (_by_fitness(member)[0], -member.number))
+
 
 class EvolutionSampler(RandomSampler):
     """Tournament selection, then a mutation of one weight (the paper).
@@ -197,7 +204,7 @@ class EvolutionSampler(RandomSampler):
         return complete[: self.settings.population]
 
 
-class SurrogateSampler(EvolutionSampler):
+class SurrogateSampler(RandomSampler):
     """Thompson sampling (1933): each member is the best loss under coefficients drawn from ``Surrogate``'s posterior.
 
     The initial population is a balanced design: every term is in as many of its members, give or take one, with
@@ -206,17 +213,38 @@ class SurrogateSampler(EvolutionSampler):
     into; where it is known to harm, none has it. Generations are waited for as in evolution.
     """
 
+    def generation(self, number: int) -> range | None:
+        """``generation_of``; None in the asynchronous mode."""
+        return generation_of(number, settings=self.settings) if self.settings.synchronous else None
+
     def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
         """The design's member, or what one draw from the posterior promises most of."""
         complete = [member for member in done if member.fitness is not None]
-        if number < self.settings.population or len(complete) < 2:
+        if number < self.settings.population or len(complete) < FEWEST:
             return self._designed(number)
         fitness = np.array([member.fitness for member in complete], np.float64)
         model = Surrogate.fit(vectors([member.weights for member in complete]), fitness)
         most = max(round((1 - self.settings.sparsity) * len(TERM_NAMES)), 1)
-        values = best_weights(model.draw(self.stream(number)), most=most)
+        total = self.settings.population + self.settings.rounds
+        is_last = (
+            self.settings.rounds > 0
+            and number == generation_of(total - 1, settings=self.settings).start
+        )
+        # the last generation has the model's own best, which no draw has moved
+        effects = model.mean if is_last else model.draw(self.stream(number))
+        values = model.best_weights(effects, most=most)
         weights = dict(zip(TERM_NAMES, values.tolist(), strict=True))
         return Proposal(number, weights, round=self.round_of(number))
+
+    def fittest(self, done: Sequence[Trial]) -> Trial:
+        """The member that the model and its own fitness speak for most: one lucky training is not enough."""
+        complete = [member for member in done if member.fitness is not None]
+        if len(complete) < FEWEST:
+            return super().fittest(done)
+        fitness = np.array([member.fitness for member in complete], np.float64)
+        weights = vectors([member.weights for member in complete])
+        worth = Surrogate.fit(weights, fitness).smoothed(weights, fitness)
+        return complete[int(worth.argmax())]
 
     def _designed(self, number: int) -> Proposal:
         """Of each term a shuffled column, in which present and absent, and weights, are spread evenly."""

@@ -55,6 +55,7 @@ class SearchStudy:
         self._storage: StudyStorage | None = None
         self._where = "memory"
         self._done: dict[int, Trial] = {}
+        self._best: tuple[int, Trial] | None = None
         if storage is not None:
             self._storage = StudyStorage(storage, name=name, patience=patience, on_wait=on_wait)
             self._where = self._storage.where
@@ -134,11 +135,15 @@ class SearchStudy:
         return number in self._done
 
     def best(self) -> Trial:
-        """The fittest member, the earliest among equals; raises ValueError where none completed."""
-        complete = [trial for trial in self._done.values() if trial.fitness is not None]
-        if not complete:
+        """The outcome so far: the fittest member or, of a surrogate's search, the one that its model speaks for.
+
+        Raises ValueError where none completed.
+        """
+        if self.best_fitness() is None:
             raise ValueError(f"{self._where}: no member of this study completed")
-        return max(complete, key=lambda trial: (trial.fitness, -trial.number))
+        if self._best is None or self._best[0] != len(self._done):
+            self._best = len(self._done), self._sampler.fittest(self.members())
+        return self._best[1]
 
     def best_fitness(self) -> float | None:
         """The fittest member's; None where none completed."""

@@ -1,18 +1,23 @@
 """A model of fitness over losses, learnt from all members seen: what each term adds, and how sure that is.
 
-Additive Bayesian regression: f(w) = f0 + sum over terms j with w_j > 0 of a_j + b_j w_j + c_j (2 w_j - 1)^2, with
-independent normal noise. The coefficients are normal a priori, those of terms of one group (a task over modalities, a
-modality's distillation) correlated, with a scale for each term, so that a few may stand out; how large they, their
-groups and the noise are is chosen by the evidence (MacKay 1992, "Bayesian Interpolation"). One evaluation says little;
-40 of them, half of them with a term, give its effect with a variance near 4 s^2 / 40, s^2 the noise of one.
+Additive Bayesian regression with independent normal noise, over one of two bases:
 
-Shape letters: N members, J terms, B = 3 J coefficients.
+    levels  f(w) = f0 + sum over terms j with w_j > 0 of a_j + b_j w_j + c_j (2 w_j - 1)^2
+    shares  f(w) = f0 + sum over j of a_j sqrt(w_j / sum of the weights that train the same network)
+
+An optimizer that normalises its steps follows the terms in proportion to their shares, and each new term takes from
+the others; by levels, fitness is a function of the weights themselves. The coefficients are normal a priori, those of
+terms of one group (a task over modalities, a modality's distillation) correlated, with a scale for each term, so that a
+few may stand out. Which basis, and how large coefficients, groups and noise are, is chosen by the evidence (MacKay,
+"Bayesian Interpolation", 1992).
+
+Shape letters: N members, J terms, B coefficients: 3 J by levels, J by shares.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -23,6 +28,10 @@ from numpy.typing import NDArray
 from engine.objective.terms import TERM_NAMES, TERMS
 
 Array = NDArray[np.float64]
+OWN = 0.3
+"""Share of a member's difference from the model that is taken for its own; the rest is noise."""
+LEAST = 0.02
+"""Weights below are 0."""
 LEVELS = np.linspace(0.0, 1.0, 9)
 """Weights among which a term's best is looked for."""
 SIGNALS = (0.02, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -33,8 +42,11 @@ DEGREES = 2.0
 """Degrees of freedom of the t prior of effects: the fewer, the more a few terms may stand out."""
 ROUNDS = 8
 """Of expectation maximisation."""
-KINDS = ((0.05, 1.0, 0.05), (1.0, 0.05, 0.05), (0.3, 1.0, 1.0))
-"""Variances of presence, weight and curvature relative to one another, to choose from."""
+KINDS: dict[str, tuple[tuple[float, ...], ...]] = {
+    "levels": ((0.05, 1.0, 0.05), (1.0, 0.05, 0.05), (0.3, 1.0, 1.0)),
+    "shares": ((1.0,),),
+}
+"""By basis: variances of presence, weight and curvature relative to one another, to choose from."""
 
 
 def group_of(term: int) -> str:
@@ -48,10 +60,24 @@ _OWN = np.eye(len(TERMS))
 _SAME = np.array([[a == b for b in GROUPS] for a in GROUPS], np.float64)
 
 
-def basis(weights: Array) -> Array:
+def levels(weights: Array) -> Array:
     """(..., J) to (..., 3, J): presence, weight and curvature, each 0 for an absent term."""
     present = (weights > 0).astype(np.float64)
     return np.stack([present, weights, present * (2 * weights - 1) ** 2], axis=-2)
+
+
+_TRAINED = ["rgb" if "rgb" in term.networks else term.networks[0] for term in TERMS]
+_TOGETHER = np.array([[a == b for b in _TRAINED] for a in _TRAINED], np.float64)
+"""1 for two terms that train the same network."""
+
+
+def shares(weights: Array) -> Array:
+    """(..., J) to (..., 1, J): root of each weight's share among those that train the same network."""
+    total = weights @ _TOGETHER
+    return np.sqrt(weights / np.where(total > 0, total, 1.0))[..., None, :]
+
+
+BASES: dict[str, Callable[[Array], Array]] = {"levels": levels, "shares": shares}
 
 
 def vectors(losses: Sequence[Mapping[str, float]]) -> Array:
@@ -63,6 +89,8 @@ def vectors(losses: Sequence[Mapping[str, float]]) -> Array:
 class Surrogate:
     """What members have taught about fitness."""
 
+    basis: str
+    """Of BASES."""
     mean: Array
     """(B,) coefficients' posterior mean, in the order of ``basis``."""
     root: Array
@@ -76,39 +104,75 @@ class Surrogate:
     @classmethod
     def fit(cls, weights: Array, fitness: Array) -> Surrogate:
         """Learn from N >= 2 members' weights (N, J) and fitness (N,)."""
-        x = basis(weights).reshape(len(weights), -1)
-        centre, offset = x.mean(0), float(fitness.mean())
-        y: Array = fitness - offset
-        x = x - centre
-        scale = max(float((x**2).sum(1).mean()), 1e-9)
-        fits = [
-            _fit(
-                x,
-                y,
-                np.asarray(signal / scale * np.kron(np.diag(kinds), _related(shared)), np.float64),
-            )
-            for signal, shared, kinds in product(SIGNALS, SHARED, KINDS)
-        ]
-        best = max(fits, key=lambda fit: fit.evidence)
-        values, axes = np.linalg.eigh((best.covariance + best.covariance.T) / 2)
+        y: Array = fitness - fitness.mean()
+        best: tuple[_Fit, str, Array] | None = None
+        for name, of in BASES.items():
+            x = of(weights).reshape(len(weights), -1)
+            centre = x.mean(0)
+            x = x - centre
+            scale = max(float((x**2).sum(1).mean()), 1e-9)
+            for signal, shared, kinds in product(SIGNALS, SHARED, KINDS[name]):
+                prior = np.kron(np.diag(kinds), _related(shared)).astype(np.float64)
+                fit = _fit(x, y, signal / scale * prior)
+                if best is None or fit.evidence > best[0].evidence:
+                    best = fit, name, centre
+        assert best is not None
+        fit, name, centre = best
+        values, axes = np.linalg.eigh((fit.covariance + fit.covariance.T) / 2)
         root = axes * np.sqrt(np.maximum(values, 0))
-        return cls(best.mean, root, centre, offset, best.noise)
+        return cls(name, fit.mean, root, centre, float(fitness.mean()), fit.noise)
 
     def predict(self, weights: Array) -> Array:
         """(N,) expected fitness."""
-        x = basis(weights).reshape(len(weights), -1) - self.centre
+        x = BASES[self.basis](weights).reshape(len(weights), -1) - self.centre
         return np.asarray(self.offset + x @ self.mean, np.float64)
+
+    def smoothed(self, weights: Array, fitness: Array) -> Array:
+        """(N,) what members are worth: the model's word, and OWN of what an evaluation differs from it."""
+        expected = self.predict(weights)
+        return np.asarray(expected + OWN * (fitness - expected), np.float64)
 
     def draw(self, rng: np.random.Generator) -> Array:
         """(B,) coefficients from the posterior."""
         return np.asarray(self.mean + self.root @ rng.standard_normal(len(self.mean)), np.float64)
 
     def effect(self, term: int, weight: float = 1.0) -> tuple[float, float]:
-        """Mean and standard deviation of what ``term`` at ``weight`` adds to fitness, against its absence."""
+        """Mean and standard deviation of what ``term`` adds to fitness against its absence.
+
+        By levels at ``weight``; by shares with a network to itself.
+        """
         one = np.zeros(len(TERMS))
         one[term] = weight
-        x = basis(one).reshape(-1)
+        x = BASES[self.basis](one).reshape(-1)
         return float(x @ self.mean), float(np.linalg.norm(x @ self.root))
+
+    def best_weights(self, coefficients: Array, *, most: int) -> Array:
+        """(J,) the weights of highest f under given coefficients, with at most ``most`` terms above 0."""
+        if self.basis == "shares":
+            return _best_shares(coefficients, most)
+        return _best_levels(coefficients, most)
+
+
+def _best_levels(coefficients: Array, most: int) -> Array:
+    grid = np.broadcast_to(LEVELS[:, None], (len(LEVELS), len(TERMS)))
+    value = (levels(grid) * coefficients.reshape(3, -1)).sum(1)  # levels x terms
+    weights: Array = LEVELS[value.argmax(0)]
+    gains = value.max(0)
+    weights[np.argsort(-gains, kind="stable")[most:]] = 0.0
+    if not weights.any():  # a loss needs a term
+        weights[int(value[-1].argmax())] = 1.0
+    return weights
+
+
+def _best_shares(coefficients: Array, most: int) -> Array:
+    """Shares in proportion to the squares of what helps (Cauchy-Schwarz), the largest of each network at weight 1."""
+    helps = np.maximum(coefficients, 0.0)
+    helps[np.argsort(-helps, kind="stable")[most:]] = 0.0
+    if not helps.any():
+        helps[int(coefficients.argmax())] = 1.0
+    largest = (_TOGETHER * helps).max(1)
+    weights: Array = (helps / np.where(largest > 0, largest, 1.0)) ** 2
+    return np.where(weights < LEAST, 0.0, weights)
 
 
 def _related(shared: float) -> Array:
@@ -129,9 +193,9 @@ def _fit(x: Array, y: Array, prior: Array) -> _Fit:
     Each term's own scale then follows its effect (expectation maximisation of a t prior of DEGREES degrees of freedom):
     few terms may matter much, and most little.
     """
-    own = np.ones(len(TERMS))
+    own, count = np.ones(len(TERMS)), len(prior) // len(TERMS)
     for _ in range(ROUNDS):
-        stretch = np.tile(np.sqrt(own), 3)
+        stretch = np.tile(np.sqrt(own), count)
         scaled = prior * np.outer(stretch, stretch)
         cover = x @ scaled @ x.T + np.eye(len(y))
         half = np.linalg.cholesky(cover)
@@ -142,18 +206,5 @@ def _fit(x: Array, y: Array, prior: Array) -> _Fit:
         pull = np.linalg.solve(half, x @ scaled)
         mean, covariance = pull.T @ white, variance * (scaled - pull.T @ pull)
         size = (mean**2 + np.diag(covariance)) / (variance * np.maximum(np.diag(prior), 1e-12))
-        kind = size.reshape(3, -1)
-        own = (3 * kind.mean(0) + DEGREES) / (3 + DEGREES)
+        own = (size.reshape(count, -1).sum(0) + DEGREES) / (count + DEGREES)
     return _Fit(evidence, mean, covariance, math.sqrt(variance))
-
-
-def best_weights(coefficients: Array, *, most: int) -> Array:
-    """(J,) the weights of highest f under given coefficients, with at most ``most`` terms above 0."""
-    grid = np.broadcast_to(LEVELS[:, None], (len(LEVELS), len(TERMS)))
-    value = (basis(grid) * coefficients.reshape(3, -1)).sum(1)  # levels x terms
-    weights: Array = LEVELS[value.argmax(0)]
-    gains = value.max(0)
-    weights[np.argsort(-gains, kind="stable")[most:]] = 0.0
-    if not weights.any():  # a loss needs a term
-        weights[int(value[-1].argmax())] = 1.0
-    return weights
