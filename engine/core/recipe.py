@@ -101,7 +101,7 @@ class Objective(Section, frozen=True):
 
 
 class Optim(Section, frozen=True):
-    """Optimizer and schedule: linear warm-up, then a cosine to zero."""
+    """Optimizer and schedule: linear warm-up, then down to zero."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
@@ -110,6 +110,8 @@ class Optim(Section, frozen=True):
     """SGD's momentum."""
     steps: Positive = 150
     warmup_steps: Natural = 15
+    schedule: Literal["cosine", "trapezoid"] = "cosine"
+    """trapezoid: the rate stays up, and falls linearly over the last 40 % of the steps: more is learnt in few steps."""
     batch_size: Annotated[int, Meta(ge=2)] = 16
     """Clips of a step, whatever the number of processes and of micro-batches that share them."""
     grad_clip: PositiveFloat = 1.0

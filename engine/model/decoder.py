@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LINEAR_START = 0.1
+LINEAR_START = 0.03
 """Standard deviation of a linear decoder's first output, for features of unit size."""
 
 

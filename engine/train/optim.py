@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from engine.core.recipe import Optim
 
 Result = TypeVar("Result")
+COOLDOWN = 0.4
+"""Share of the steps, the last ones, over which a trapezoid falls to zero."""
 
 
 def make_optimizer(
@@ -58,11 +60,16 @@ def descend(
 
 
 def learning_rate(settings: Optim, step: int, *, first: int = 0) -> float:
-    """Linear warm-up over ``warmup_steps``, then a cosine to zero at ``steps``; joined at ``first``, warmed up to."""
+    """Linear warm-up over ``warmup_steps``, then the schedule to zero at ``steps``; joined at ``first``, warmed up to.
+
+    "cosine" falls from the start; "trapezoid" stays, and falls linearly over the last COOLDOWN of the steps.
+    """
     if first and step - first < settings.warmup_steps:
         return learning_rate(settings, step) * (step - first + 1) / settings.warmup_steps
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "trapezoid":
+        return settings.lr * min(1.0, (settings.steps - step) / (COOLDOWN * settings.steps))
     done = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
     return settings.lr * 0.5 * (1.0 + math.cos(math.pi * done))
 
