@@ -104,14 +104,13 @@ def evolve(
     events = Events(run.path)
     if resumed:
         events.add("resumed", f"{workers.count or 'no'} workers")
-
     study = _open_study(recipe, run, display, events, clock)
     _check_rounds(recipe, run, study)
     records = Records(recipe, run, study, display, events, clock, said=[note or ""])
-    if (
-        not study.finished or records.lacks_network() or records.seeds_to_confirm()
-    ):  # starting workers takes seconds
-        _Search(data, study, records, workers).run(here or factory)
+    if not study.finished or records.lacks_network() or records.seeds_to_confirm():
+        _Search(data, study, records, workers).run(
+            here or factory
+        )  # starting workers takes seconds
     records.keep_best()  # an interruption may have come between the last member and the file
     summary = records.summary()
     records.board.close()

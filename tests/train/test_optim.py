@@ -24,6 +24,13 @@ def small() -> nn.Sequential:
     return nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2))
 
 
+def test_a_trapezoid_stays_up_and_falls_over_the_last_two_fifths() -> None:
+    settings = Optim(lr=0.1, steps=10, warmup_steps=2, schedule="trapezoid")
+    expected = [0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05, 0.025]
+    assert [learning_rate(settings, k) for k in range(10)] == pytest.approx(expected)
+    assert learning_rate(settings, 10) == pytest.approx(0.0)
+
+
 def test_learning_rate_warms_up_and_falls_like_a_cosine() -> None:
     settings = Optim(lr=0.1, steps=6, warmup_steps=2)
     half = math.sqrt(0.5)
