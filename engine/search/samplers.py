@@ -27,6 +27,9 @@ from engine.search.surrogate import Surrogate, vectors
 State = Literal["complete", "failed", "pruned"]
 FEWEST = 8
 """Members from which on a model of them is asked."""
+MOST = 400
+"""Members that it learns from: its time grows with their cube."""
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,10 @@ class SurrogateSampler(RandomSampler):
     into; where it is known to harm, none has it. Generations are waited for as in evolution.
     """
 
+    def __init__(self, settings: Search, *, seed: int) -> None:
+        super().__init__(settings, seed=seed)
+        self._known: tuple[int, tuple[Surrogate, Array, Array]] | None = None
+
     def generation(self, number: int) -> range | None:
         """``generation_of``; None in the asynchronous mode."""
         return generation_of(number, settings=self.settings) if self.settings.synchronous else None
@@ -222,8 +229,7 @@ class SurrogateSampler(RandomSampler):
         complete = [member for member in done if member.fitness is not None]
         if number < self.settings.population or len(complete) < FEWEST:
             return self._designed(number)
-        fitness = np.array([member.fitness for member in complete], np.float64)
-        model = Surrogate.fit(vectors([member.weights for member in complete]), fitness)
+        model, _, _ = self._learnt(complete)
         most = max(round((1 - self.settings.sparsity) * len(TERM_NAMES)), 1)
         total = self.settings.population + self.settings.rounds
         is_last = (
@@ -241,10 +247,17 @@ class SurrogateSampler(RandomSampler):
         complete = [member for member in done if member.fitness is not None]
         if len(complete) < FEWEST:
             return super().fittest(done)
-        fitness = np.array([member.fitness for member in complete], np.float64)
-        weights = vectors([member.weights for member in complete])
-        worth = Surrogate.fit(weights, fitness).smoothed(weights, fitness)
-        return complete[int(worth.argmax())]
+        model, weights, fitness = self._learnt(complete)
+        return complete[-len(weights) :][int(model.smoothed(weights, fitness).argmax())]
+
+    def _learnt(self, complete: Sequence[Trial]) -> tuple[Surrogate, Array, Array]:
+        """What the latest MOST members taught, with their weights and fitness; kept for the whole generation."""
+        if self._known is None or self._known[0] != len(complete):
+            latest = complete[-MOST:]
+            fitness = np.array([member.fitness for member in latest], np.float64)
+            weights = vectors([member.weights for member in latest])
+            self._known = len(complete), (Surrogate.fit(weights, fitness), weights, fitness)
+        return self._known[1]
 
     def _designed(self, number: int) -> Proposal:
         """Of each term a shuffled column, in which present and absent, and weights, are spread evenly."""

@@ -15,13 +15,14 @@ from engine.objective.terms import TERM_NAMES
 from engine.search import surrogate
 from engine.search.study import SearchStudy
 from engine.search.surrogate import (
+    BASES,
     GROUPS,
     KINDS,
     SHARED,
     SIGNALS,
     Surrogate,
-    basis,
-    best_weights,
+    levels,
+    shares,
     vectors,
 )
 
@@ -53,33 +54,70 @@ def search(settings, *, noise, seed=0):
 
 def test_absent_terms_stand_for_nothing():
     w = losses(50)
-    b = basis(w)
+    b = levels(w)
     assert b.shape == (50, 3, J)
     assert not b.transpose(0, 2, 1)[w == 0].any()
     assert (b[:, 0][w > 0] == 1).all() and np.array_equal(b[:, 1], w)
 
 
-def test_prediction_is_a_gaussian_process_of_the_same_kernel(monkeypatch):
+@pytest.mark.parametrize("basis", ["levels", "shares"])
+def test_prediction_is_a_gaussian_process_of_the_same_kernel(monkeypatch, basis):
     """With the variances that were chosen, and before terms have scales of their own, the mean is scikit-learn's."""
     monkeypatch.setattr(surrogate, "ROUNDS", 1)
+    monkeypatch.setattr(surrogate, "BASES", {basis: BASES[basis]})
     w, new = losses(60), losses(9, seed=5)
     y = truth(w) + 0.02 * np.random.default_rng(1).normal(size=60)
     model = Surrogate.fit(w, y)
-    x, z = basis(w).reshape(60, -1), basis(new).reshape(9, -1)
+    x, z = BASES[basis](w).reshape(60, -1), BASES[basis](new).reshape(9, -1)
     centre, scale = x.mean(0), ((x - x.mean(0)) ** 2).sum(1).mean()
     away = []
-    for ratio, kinds, shared in product(SIGNALS, KINDS, SHARED):
+    for ratio, kinds, shared in product(SIGNALS, KINDS[basis], SHARED):
         same = [[a == b for b in GROUPS] for a in GROUPS]
         prior = np.kron(np.diag(kinds), (1 - shared) * np.eye(J) + shared * np.array(same))
-        root = np.linalg.cholesky(ratio / scale * prior + 1e-12 * np.eye(3 * J))
+        root = np.linalg.cholesky(ratio / scale * prior + 1e-12 * np.eye(len(prior)))
         kernel = DotProduct(0.0, "fixed") + WhiteKernel(1.0, "fixed")
-        peer = GaussianProcessRegressor(kernel, optimizer=None).fit(
-            (x - centre) @ root, y - y.mean()
-        )
+        peer = GaussianProcessRegressor(kernel, optimizer=None)
+        peer.fit((x - centre) @ root, y - y.mean())
         expected = peer.predict((z - centre) @ root) + y.mean()
         away.append(np.abs(expected - model.predict(new)).max())
     assert min(away) < 1e-7
     assert np.median(away) > 1e-5  # only one choice of variances gives it
+
+
+def test_shares_are_of_those_that_train_the_same_network():
+    w = np.zeros(J)
+    at = {name: TERM_NAMES.index(name) for name in TERM_NAMES}
+    w[at["rgb/to_flow"]], w[at["distill/flow@2"]], w[at["flow/shuffle"]] = 0.9, 0.1, 0.4
+    x = shares(w)[0]
+    assert x[at["rgb/to_flow"]] == pytest.approx(0.9**0.5)
+    assert x[at["distill/flow@2"]] == pytest.approx(0.1**0.5)
+    assert x[at["flow/shuffle"]] == 1.0
+    assert np.count_nonzero(x) == 3
+    np.testing.assert_allclose(shares(losses(20)), shares(0.3 * losses(20)))
+
+
+def test_the_evidence_tells_which_basis_fits():
+    w = losses(120, sparsity=0.8)
+    noise = 0.01 * np.random.default_rng(0).normal(size=120)
+    worth = np.random.default_rng(1).normal(size=J) * 0.1
+    assert Surrogate.fit(w, shares(w)[:, 0] @ worth + noise).basis == "shares"
+    assert Surrogate.fit(w, w @ worth + noise).basis == "levels"
+
+
+def test_by_shares_what_helps_most_has_the_largest_and_others_by_its_square():
+    most, less, other = (
+        TERM_NAMES.index(n) for n in ("rgb/to_flow", "distill/flow@2", "flow/shuffle")
+    )
+    coefficients = np.full(J, -0.1)
+    coefficients[[most, less, other]] = 0.2, 0.1, 0.05
+    model = Surrogate("shares", coefficients, np.eye(J), np.zeros(J), 0.0, 0.1)
+    best = model.best_weights(coefficients, most=6)
+    assert best[most] == 1.0 and best[less] == pytest.approx(0.25)
+    assert best[other] == 1.0  # of a network to itself
+    assert np.count_nonzero(best) == 3
+    near = [0.9 * best + 0.1 * losses(1, seed=k)[0] for k in range(50)]
+    assert shares(best)[0] @ coefficients > max(shares(w)[0] @ coefficients for w in near)
+    assert np.flatnonzero(model.best_weights(coefficients, most=1)).tolist() == [most]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -103,12 +141,13 @@ def test_the_best_weights_of_known_coefficients():
     coefficients[2, 7] = -0.1  # the best is a half
     coefficients[0, 7] = 0.05
     coefficients[0, 20] = -0.3
-    best = best_weights(coefficients.ravel(), most=J)
+    model = Surrogate("levels", np.zeros(3 * J), np.eye(3 * J), np.zeros(3 * J), 0.0, 0.1)
+    best = model.best_weights(coefficients.ravel(), most=J)
     assert best[4] == 1.0 and best[7] == 0.5 and best.sum() == 1.5
-    assert np.flatnonzero(best_weights(coefficients.ravel(), most=1)).tolist() == [4]
+    assert np.flatnonzero(model.best_weights(coefficients.ravel(), most=1)).tolist() == [4]
     harm = np.zeros((3, J))
     harm[0] = -1.0
-    assert (best_weights(harm.ravel(), most=5) > 0).sum() == 1
+    assert (model.best_weights(harm.ravel(), most=5) > 0).sum() == 1
 
 
 def test_the_design_has_every_term_equally_often():
