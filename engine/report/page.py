@@ -164,8 +164,9 @@ def values(run: Run) -> dict[str, Any]:
 
 def _frames(run: Run) -> dict[str, Any] | None:
     """What the slider shows: the best loss so far wherever it changed; None where it never did."""
-    if len(run.improvements) < 2:
+    if len(run.improvements) < 2 or run.best is None:
         return None
+    shown = [*(t for t in run.improvements if t.number < run.best.number), run.best]
     return {
         "terms": list(TERM_NAMES),
         "codes": [BY_NAME[n].code for n in TERM_NAMES],
@@ -177,7 +178,7 @@ def _frames(run: Run) -> dict[str, Any] | None:
                 "fitness": round(fitness_of(t), 7),
                 "weights": [round(t.weights[n], 7) for n in TERM_NAMES],
             }
-            for t in run.improvements
+            for t in shown
         ],
     }
 

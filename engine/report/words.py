@@ -164,11 +164,12 @@ def _by_code(weights: Mapping[str, float]) -> dict[str, float]:
 def fitness_finding(run: Run) -> str:
     """How many members there are, and the best of them."""
     best = run.improvements[-1]
+    word = "best" if best is run.best else "highest"
     others = {"failed": len(run.failed), "pruned": len(run.pruned)}
     without = ", ".join(f"{count:,} {state}" for state, count in others.items() if count)
     return (
         f"Fitness of {plural(len(run.complete), 'member')} over the search{f' ({without})' if without else ''}: "
-        f"the best is trial {best.number} with {fitness_of(best):.3f}."
+        f"the {word} is trial {best.number} with {fitness_of(best):.3f}."
     )
 
 
