@@ -1,0 +1,67 @@
+"""What a surrogate's search ends with: its outcome's own network, and what stands beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.core.tensors import load_tensors
+from engine.features.trivial import TRIVIAL
+from engine.objective.lossfile import load_loss
+from engine.search.samplers import SurrogateSampler
+from tests.runs import begin, members, read, resume
+
+SETTINGS = (
+    "search.method=surrogate search.population=8 search.rounds=0 search.generation=4 search.sparsity=0.8"
+    " optim.steps=2 objective.units=gradient search.compare=['rgb_to_flow']"
+)
+OPTIONS = [arg for each in SETTINGS.split() for arg in ("--set", each)]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_outcome_has_its_own_network_and_company(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a model that speaks for the least fit member, whose network no worker keeps."""
+    monkeypatch.setattr(
+        SurrogateSampler,
+        "fittest",
+        lambda self, done: min(done, key=lambda m: (m.fitness, m.number)),
+    )
+    run = tmp_path / "run"
+    code, out, err = begin(tiny_shards, run, *OPTIONS)
+    assert (code, err) == (0, "")
+    done = members(run)
+    best = min(done, key=lambda m: (m.fitness, m.number))
+    assert best.fitness < max(m.fitness for m in done)
+    _, facts = load_tensors(run / "checkpoints" / "best.safetensors")
+    # trained again with its own seed: to the last bit of its fitness
+    assert (facts["trial"], facts["fitness"]) == (best.number, best.fitness)
+    assert load_loss(run / "best.toml") == best.weights
+    assert not [p for p in (run / "checkpoints").iterdir() if p.name != "best.safetensors"]
+    summary = read(run / "summary.json")
+    assert summary["best_trial"] == best.number and len(done) == 8
+    assert list(summary["compared"]) == [*TRIVIAL, "rgb_to_flow"]
+    assert all(len(each["values"]) == 1 for each in summary["compared"].values())
+    for name in ("mean frame", "frame differences", "rgb_to_flow"):
+        assert name in out
+        assert name.replace("_", " ").capitalize() in (run / "report.html").read_text()
+
+    # killed before the network was trained again: that alone is done again, to the same bits
+    path = run / "checkpoints" / "best.safetensors"
+    whole, study = load_tensors(path), (run / "study.jsonl").read_bytes()
+    path.unlink()
+    assert resume(run)[0] == 0
+    again = load_tensors(path)
+    assert again[1] == whole[1]
+    assert all(torch.equal(again[0][name], tensor) for name, tensor in whole[0].items())
+    assert (run / "study.jsonl").read_bytes() == study
+    assert read(run / "summary.json")["best"] == summary["best"]
