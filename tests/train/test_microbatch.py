@@ -105,7 +105,7 @@ def test_pieces_equal_the_whole_batch(tiny_shards: Path) -> None:
 
 
 def test_all_terms_train_in_pieces(tiny_shards: Path) -> None:
-    changes = ["optim.accumulate=4", "optim.name=adamw", "optim.steps=16", "optim.lr=3e-3"]
+    changes = ["optim.accumulate=4", "optim.name=adamw", "optim.steps=10", "optim.lr=3e-3"]
     losses, member = run(tiny_shards, load_loss("equal"), changes)
     assert set(member.term_values()) == set(TERM_NAMES)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
