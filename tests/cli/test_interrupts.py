@@ -151,11 +151,8 @@ def at_work(name: str, run: Path) -> bool:
     [
         ("evolve", None, signal.SIGTERM),
         ("pretrain", 2, signal.SIGTERM),
-        pytest.param("evolve", 2, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("pretrain", None, signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("evolve", None, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("evolve", 2, signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param("pretrain", 2, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("evolve", 2, signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param("pretrain", 2, signal.SIGKILL, marks=pytest.mark.slow),
     ],
