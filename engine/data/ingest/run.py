@@ -8,6 +8,7 @@ seed and a file's relative path alone, and each shard on its own sources alone.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import shutil
 from collections import deque
@@ -120,7 +121,15 @@ def ingest(
     the data set that ``out`` held stays. Another process at work on it is waited for, unless the shards are complete.
     Raises IngestError where no source gives a clip, ValueError for bad settings and an ``out`` that holds other files,
     StorageError where writing fails, OSError where the videos' folder goes away: what was finished is kept then, too.
+    RuntimeError where a script's own workers import it anew, and would wait for it for ever.
     """
+    if getattr(
+        multiprocessing.current_process(), "_inheriting", False
+    ):  # as Python's own check has it
+        raise RuntimeError(
+            "worker processes import the script that starts them: put what it does under"
+            ' `if __name__ == "__main__":`, or ingest with workers=1'
+        )
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     chosen = Settings(**settings)

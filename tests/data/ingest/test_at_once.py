@@ -15,6 +15,7 @@ import pytest
 from engine.data.ingest.run import ingest
 from engine.data.media.encode import write_video
 from engine.data.shards.inspect import verify
+from tests.data.films import texture, write_film
 
 ROOT = Path(__file__).resolve().parents[3]
 PROCESSES = 8
@@ -101,3 +102,25 @@ def test_eight_processes_draw_the_demo_once(tmp_path: Path) -> None:
     assert sorted(each["work"] for each in fresh) == [0] * (PROCESSES - 1) + [clips + 1]
     assert {each["waited"] for each in fresh} <= {0, 1}
     assert all(each["work"] == each["waited"] == 0 for each in at_once("demo", tmp_path))
+
+
+def test_a_script_without_a_guard_is_told_of_one(tmp_path: Path) -> None:
+    """Its workers import it anew, and would wait for the lock that it holds."""
+    (tmp_path / "videos").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_film(tmp_path / "videos" / name, (texture(i) for i in range(30)))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from engine.data.ingest.run import ingest\n"
+        f"ingest([Path({str(tmp_path / 'videos')!r})], Path({str(tmp_path / 'out')!r}), workers=2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ValueError: worker processes can't start")
