@@ -81,11 +81,12 @@ def landscape(kind: str, seed: int) -> Callable[[LossWeights], float]:
 
 
 def search(settings: Search, kind: str, *, seed: int, noise: float) -> dict[str, Any]:
-    """One search: the true fitness of the best-looking member, wherever that one changes."""
+    """One search: true fitness of the best-looking member, wherever that one changes, and of the search's outcome."""
     truth = landscape(kind, seed)
     study = SearchStudy(settings, storage=None, name="landscape", seed=seed, recipe_hash="")
     steps: list[tuple[int, float]] = []
     centre: dict[int, float] = {}
+    outcome: dict[int, float] = {}
     best, count, last = -np.inf, 0, []
     while not study.finished:
         for proposal in study.ask():
@@ -100,7 +101,8 @@ def search(settings: Search, kind: str, *, seed: int, noise: float) -> dict[str,
             if count in MARKS:
                 mean = dict(zip(TERM_NAMES, np.mean(last, axis=0).tolist(), strict=True))
                 centre[count] = round(truth(mean), 5)
-    return {"steps": steps, "centre": centre, "seen": round(best, 5)}
+                outcome[count] = round(truth(study.best().weights), 5)
+    return {"steps": steps, "centre": centre, "outcome": outcome, "seen": round(best, 5)}
 
 
 def curve(row: dict[str, Any]) -> NDArray[np.float64]:
@@ -119,6 +121,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> Iterable[tuple[str, ...]]:
         cells = []
         for mark in MARKS:
             at = curves[:, mark - 1] if mark <= curves.shape[1] else None
+            if at is not None and all("outcome" in row for row in own):
+                at = np.array(
+                    [{str(k): v for k, v in r["outcome"].items()}[str(mark)] for r in own]
+                )
             cells.append("" if at is None else f"{at.mean():.4f} ({at.std(ddof=1):.4f})")
         end = str(max(int(k) for k in own[0]["centre"]))
         centre = np.mean([{str(k): v for k, v in row["centre"].items()}[end] for row in own])
