@@ -105,7 +105,7 @@ def evolve(
     if resumed:
         events.add("resumed", f"{workers.count or 'no'} workers")
     study = _open_study(recipe, run, display, events, clock)
-    _check_rounds(recipe, run, study)
+    _check_recipe(recipe, run, study)
     records = Records(recipe, run, study, display, events, clock, said=[note or ""])
     if not study.finished or records.lacks_network() or records.seeds_to_confirm():
         _Search(data, study, records, workers).run(
@@ -277,8 +277,10 @@ def _open_study(
         )
 
 
-def _check_rounds(recipe: Recipe, run: RunFolder, study: SearchStudy) -> None:
-    """Take over the rounds of a run that goes on with other ones."""
+def _check_recipe(recipe: Recipe, run: RunFolder, study: SearchStudy) -> None:
+    """Take over the rounds of a run that goes on with other ones; a loss to compare with that is none raises now."""
+    for name in recipe.search.compare:
+        load_loss(name)
     done = len(study.members())
     if done > study.total:
         least = done - recipe.search.population

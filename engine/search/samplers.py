@@ -232,10 +232,7 @@ class SurrogateSampler(RandomSampler):
         model, _, _ = self._learnt(complete)
         most = max(round((1 - self.settings.sparsity) * len(TERM_NAMES)), 1)
         total = self.settings.population + self.settings.rounds
-        is_last = (
-            self.settings.rounds > 0
-            and number == generation_of(total - 1, settings=self.settings).start
-        )
+        is_last = number == generation_of(total - 1, settings=self.settings).start
         # the last generation has the model's own best, which no draw has moved
         effects = model.mean if is_last else model.draw(self.stream(number))
         values = model.best_weights(effects, most=most)
@@ -324,12 +321,12 @@ class CmaSampler(RandomSampler):
         return Proposal(number, weights, round=self.round_of(number))
 
     def _learn(self, generation: Sequence[Trial]) -> None:
-        known = [(_vector(m), -m.fitness) for m in generation if m.fitness is not None]
+        known = [(vectors([m.weights])[0], -m.fitness) for m in generation if m.fitness is not None]
         if not known:
             return
         worst = max(loss for _, loss in known)
         # The library sorts them, and among equals keeps this order.
-        lost = [(_vector(m), worst) for m in generation if m.fitness is None]
+        lost = [(vectors([m.weights])[0], worst) for m in generation if m.fitness is None]
         self._library.tell(known + lost)
 
 
@@ -379,10 +376,6 @@ class GridSampler(RandomSampler):
 def _apart(one: int, other: int, around: int) -> int:
     """Steps between two places of a ring."""
     return min(other - one, around - other + one)
-
-
-def _vector(member: Proposal) -> npt.NDArray[np.float64]:
-    return np.array([member.weights[name] for name in TERM_NAMES])
 
 
 def _by_fitness(member: Trial) -> tuple[float, int]:

@@ -11,7 +11,7 @@ from engine.core.tensors import load_tensors
 from engine.features.trivial import TRIVIAL
 from engine.objective.lossfile import load_loss
 from engine.search.samplers import SurrogateSampler
-from tests.runs import begin, members, read, resume
+from tests.runs import begin, members, one_line, read, resume
 
 SETTINGS = (
     "search.method=surrogate search.population=8 search.rounds=0 search.generation=4 search.sparsity=0.8"
@@ -65,3 +65,12 @@ def test_the_outcome_has_its_own_network_and_company(
     assert all(torch.equal(again[0][name], tensor) for name, tensor in whole[0].items())
     assert (run / "study.jsonl").read_bytes() == study
     assert read(run / "summary.json")["best"] == summary["best"]
+
+
+def test_a_loss_to_compare_with_is_looked_for_before_anything_is_trained(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    wrong = ("--set", "search.compare=['rgb_to_flw']")
+    assert "rgb_to_flw" in one_line(begin(tiny_shards, run, *wrong), code=2)
+    assert not members(run)
