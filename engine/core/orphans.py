@@ -16,24 +16,32 @@ from contextlib import contextmanager
 NAME = "ENGINE_DRIVER"
 """Environment variable that marks processes, and all that they start."""
 _GUARD = """
-import os, signal, sys, time
+import os, re, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.stdin.buffer.read()
-mark, left = os.fsencode(sys.argv[1]), True
+mark, log, left = os.fsencode(sys.argv[1]), re.compile(f"/session_[^/]*_{sys.argv[2]}/logs/"), True
+def is_marked(process):
+    with open(f"{process}/environ", "rb") as file:
+        if mark in file.read().split(b"\\0"):
+            return True
+    files = [f"{process}/fd/{name}" for name in os.listdir(f"{process}/fd")]
+    return any(os.lstat(each).st_mode & 0o200 and log.search(os.readlink(each)) for each in files)
 while left:
     left = False
     for name in os.listdir("/proc"):
         try:
-            with open(f"/proc/{name}/environ", "rb") as file:
-                found = mark in file.read().split(b"\\0")
-            if found:
+            if name.isdecimal() and int(name) != os.getpid() and is_marked(f"/proc/{name}"):
                 os.kill(int(name), signal.SIGKILL)
                 left = True
-        except (OSError, ValueError):
+        except OSError:
             pass
     time.sleep(0.1)
 """
-"""A process that waits for its input's end, which comes with its parent's, and kills what is marked."""
+"""A process that waits for its input's end, which comes with its parent's, and kills what is marked.
+
+Ray's agents write their title over their environment. They are known by the logs that they write: Ray names a
+session's folder by the process that started it.
+"""
 
 
 class Guard:
@@ -44,7 +52,15 @@ class Guard:
         self._process: subprocess.Popen[bytes] | None = None
         if sys.platform == "linux":
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-E", "-c", _GUARD, f"{NAME}={self._value}"],
+                [
+                    sys.executable,
+                    "-S",
+                    "-E",
+                    "-c",
+                    _GUARD,
+                    f"{NAME}={self._value}",
+                    str(os.getpid()),
+                ],
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C is not for it
             )

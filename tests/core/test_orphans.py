@@ -15,7 +15,8 @@ import pytest
 from engine.core.orphans import NAME, Guard
 
 DRIVER = """
-import subprocess, sys, time
+import os, subprocess, sys, time
+from pathlib import Path
 from engine.core.orphans import Guard
 guard = Guard()
 def sleeper():
@@ -24,7 +25,11 @@ def sleeper():
     return int(process.stdout.readline())
 with guard.marking():
     marked = sleeper()
-print(marked, sleeper(), flush=True)
+logs = Path(sys.argv[2]) / f"session_2026-01-01_00-00-00_{os.getpid()}" / "logs"
+logs.mkdir(parents=True)
+with open(logs / "agent.log", "w") as log:  # as Ray's agents, whose environment is gone
+    agent = subprocess.Popen(["/bin/sleep", "300"], env={}, stderr=log, start_new_session=True).pid
+print(marked, agent, sleeper(), flush=True)
 sys.stdin.read() if sys.argv[1] == "wait" else guard.close()
 """
 
@@ -37,27 +42,69 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("how", ["wait", "close"])
-def test_marked_processes_end_with_their_driver(how: str) -> None:
+def test_marked_processes_end_with_their_driver(how: str, tmp_path: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", DRIVER, how],
+        [sys.executable, "-c", DRIVER, how, tmp_path],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     ) as driver:
         assert driver.stdout is not None
-        marked, other = map(int, driver.stdout.readline().split())
+        *marked, other = map(int, driver.stdout.readline().split())
         try:
             if how == "wait":
-                assert alive(marked)
+                assert all(map(alive, marked))
                 driver.kill()
             until = time.monotonic() + 10
-            while alive(marked):
+            while any(map(alive, marked)):
                 assert time.monotonic() < until
                 time.sleep(0.02)
             assert alive(other)
         finally:
             with suppress(ProcessLookupError):
                 os.kill(other, signal.SIGKILL)
+
+
+RAY_DRIVER = """
+import os, signal, time
+from engine.core import ray_pool
+pool = ray_pool.RayPool(object, size=1)
+def titles():
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as stat, open(f"/proc/{name}/comm") as comm:
+                yield int(name), int(stat.read().rsplit(")", 1)[1].split()[1]), comm.read().strip()
+        except OSError:
+            pass
+def below(pid):
+    for child, parent, title in list(titles()):
+        if parent == pid:
+            yield child, title
+            yield from below(child)
+found = {}
+while not {"ray::DashboardA", "ray::RuntimeEnv"} <= set(found.values()):  # their environment is overwritten by then
+    found = dict(below(os.getpid()))
+    time.sleep(0.1)
+print(*found, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_ray_ends_with_its_driver() -> None:
+    pytest.importorskip("ray")
+    with subprocess.Popen(
+        [sys.executable, "-c", RAY_DRIVER], stdout=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout is not None
+        left = set(map(int, driver.stdout.readline().split()))
+        assert len(left) > 4
+        driver.kill()
+        until = time.monotonic() + 10
+        while left := {pid for pid in left if alive(pid)}:
+            assert time.monotonic() < until, left
+            time.sleep(0.05)
 
 
 def test_the_mark_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
