@@ -18,7 +18,7 @@ from engine.objective.distill import DistillTask
 from engine.objective.order import OrderTask
 from engine.objective.predict import DecodeTask
 from engine.objective.task import Activations, Pair, Task, TermValue
-from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, VISUAL
+from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, VISUAL, reaching
 
 CHANNELS = {"rgb": 3, "grey": 1, "flow": 2}
 LEAST_CHANCE = 1e-4
@@ -42,7 +42,7 @@ class LossOutput:
 class EvolvedLoss(nn.Module):
     """All networks and heads of a member, and the loss L = sum of weight x term over them (Eq. 1).
 
-    ``active`` are the terms with a weight above 0: others are not computed, nor are the networks and copies
+    ``active`` are the terms of ``active_terms``: others are not computed, nor are the networks and copies
     that only they need. The weights themselves come as a tensor over TERM_NAMES, so that one graph serves
     every loss with the same active terms.
     """
@@ -220,10 +220,14 @@ def with_sound(has_audio: Tensor) -> Tensor:
 
 
 def active_terms(weights: Mapping[str, float], *, sound: bool) -> tuple[str, ...]:
-    """Terms with a weight above 0; without any sound in the data, those that need it are left out."""
-    return tuple(
+    """Terms with a weight above 0 that can change the RGB network or, where none can, all of them.
+
+    Without any sound in the data, those that need it are left out.
+    """
+    chosen = tuple(
         t.name for t in TERMS if weights[t.name] > 0.0 and (sound or "audio" not in t.networks)
     )
+    return reaching(chosen) or chosen
 
 
 def weights_in_order(weights: Tensor, names: Sequence[str]) -> Tensor:
@@ -253,6 +257,11 @@ class Branches:
     """Networks that also see shuffled and reversed copies: both, as soon as one term needs either."""
     misaligned: bool
     """Whether the audio network also hears the misaligned sound."""
+
+    @property
+    def size(self) -> int:
+        """Batches that networks see in a step: clips, and changed copies of them."""
+        return len(self.networks) + len(self.ordered) + self.misaligned
 
     def terms(self, *, sound: bool) -> tuple[str, ...]:
         """All terms that these parts suffice for; without any sound in the data, none that needs it."""

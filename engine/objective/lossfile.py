@@ -10,7 +10,7 @@ import tomli_w
 
 from engine.core.files import write_text_atomic
 from engine.core.recipe import RecipeError, read_toml
-from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
+from engine.objective.terms import TERM_NAMES, LossWeights, check_weights, present, reaching
 
 RANDOM_LOSS_STREAM = 0x10553
 """Keeps random losses' draws apart from every other use of the same seed."""
@@ -59,12 +59,17 @@ def save_loss(
 
 
 def draw_weights(rng: np.random.Generator, *, sparsity: float) -> LossWeights:
-    """Every weight 0 with probability ``sparsity``, else uniform in [0, 1); one at least is above 0."""
-    values = rng.random(len(TERM_NAMES))
-    if sparsity:
-        absent = rng.random(len(TERM_NAMES))
-        values[(absent < sparsity) & (absent < absent.max())] = 0.0
-    return dict(zip(TERM_NAMES, values.tolist(), strict=True))
+    """Every weight 0 with probability ``sparsity``, else uniform in [0, 1).
+
+    Drawn again where no term above 0 can change the RGB network.
+    """
+    while True:
+        values = rng.random(len(TERM_NAMES))
+        if sparsity:
+            values[rng.random(len(TERM_NAMES)) < sparsity] = 0.0
+        weights = dict(zip(TERM_NAMES, values.tolist(), strict=True))
+        if reaching(present(weights)):
+            return weights
 
 
 def random_weights(seed: int, *, sparsity: float = 0.0) -> LossWeights:

@@ -6,7 +6,7 @@ that the paper's Fig. 7 gives its task, and the kind of task that computes it. N
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -77,8 +77,24 @@ TERMS: tuple[Term, ...] = _table()
 TERM_NAMES: tuple[str, ...] = tuple(term.name for term in TERMS)
 BY_NAME: dict[str, Term] = {term.name: term for term in TERMS}
 
+
 LossWeights = dict[str, float]
 """Every term's name to its weight in [0, 1]: all that search and training share."""
+
+
+def present(weights: Mapping[str, float]) -> tuple[str, ...]:
+    """Terms with a weight above 0."""
+    return tuple(name for name, weight in weights.items() if weight > 0)
+
+
+def reaching(names: Collection[str]) -> tuple[str, ...]:
+    """Those of ``names`` that can change the RGB network: by training it, or a network that others tie to it."""
+    tied: set[str] = {"rgb"}
+    before: set[str] = set()
+    while tied != before:
+        before = set(tied)
+        tied.update(*(BY_NAME[n].networks for n in names if tied.intersection(BY_NAME[n].networks)))
+    return tuple(n for n in names if tied.intersection(BY_NAME[n].networks))
 
 
 def check_weights(weights: Mapping[str, float], *, where: str = "loss") -> LossWeights:

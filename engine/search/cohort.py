@@ -139,10 +139,12 @@ def evaluate_cohort(
     Raises DeviceFailed where the GPU itself does, and OSError where an end state can't be written.
     """
     search = trainer.recipe.search
-    if full:
-        search = replace(search, halving=False, collapse_rank=0.0, clip_bank=0)
     memory = memory or CohortMemory()
     bank = memory.clips(trainer, search.clip_bank)
+    if full:
+        search = replace(search, halving=False, collapse_rank=0.0)
+        if bank is not None and len(bank) < len(trainer.index):
+            bank = None
     losses = [member.weights for member in members]
     at_once = memory.members_that_fit(trainer, losses, seed=seeds[0], bank=bank)
     results: list[MemberResult] = []

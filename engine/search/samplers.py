@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
-from engine.objective.terms import TERM_NAMES, LossWeights
-from engine.search.surrogate import Surrogate, vectors
+from engine.objective.terms import TERM_NAMES, LossWeights, present, reaching
+from engine.search.surrogate import TRAINS_RGB, Surrogate, computed, vectors
 
 State = Literal["complete", "failed", "pruned"]
 FEWEST = 8
@@ -193,7 +193,7 @@ class EvolutionSampler(RandomSampler):
         weights = dict(parent.weights)
         mutated = TERM_NAMES[int(rng.random() * len(TERM_NAMES))]
         sparsity = self.settings.sparsity
-        while weights[mutated] == parent.weights[mutated] or not any(weights.values()):
+        while weights[mutated] == parent.weights[mutated] or not reaching(present(weights)):
             weights[mutated] = float(rng.random())
             if sparsity and rng.random() < sparsity:
                 weights[mutated] = 0.0
@@ -235,7 +235,10 @@ class SurrogateSampler(RandomSampler):
         is_last = number == generation_of(total - 1, settings=self.settings).start
         # the last generation has the model's own best, which no draw has moved
         effects = model.mean if is_last else model.draw(self.stream(number))
-        values = model.best_weights(effects, most=most)
+        values = computed(model.best_weights(effects, most=most))
+        if not values.any():
+            expected = [model.effect(j)[0] for j in range(len(values))]
+            values[int(np.where(TRAINS_RGB, expected, -np.inf).argmax())] = 1.0
         weights = dict(zip(TERM_NAMES, values.tolist(), strict=True))
         return Proposal(number, weights, round=self.round_of(number))
 
@@ -252,7 +255,7 @@ class SurrogateSampler(RandomSampler):
         if self._known is None or self._known[0] != len(complete):
             latest = complete[-MOST:]
             fitness = np.array([member.fitness for member in latest], np.float64)
-            weights = vectors([member.weights for member in latest])
+            weights = np.array([computed(row) for row in vectors([m.weights for m in latest])])
             self._known = len(complete), (Surrogate.fit(weights, fitness), weights, fitness)
         return self._known[1]
 
@@ -264,8 +267,8 @@ class SurrogateSampler(RandomSampler):
         present = (1 - self.settings.sparsity) * size
         place = np.argsort(rng.random((size, n)), axis=0)[number % size] + rng.random(n)
         values = np.where(place < present, place / present, 0.0)
-        if not values.any():
-            values[int(place.argmin())] = 1.0
+        if not computed(values).any():
+            values[int(np.where(TRAINS_RGB, place, np.inf).argmin())] = 1.0
         weights = dict(zip(TERM_NAMES, values.tolist(), strict=True))
         return Proposal(number, weights, round=self.round_of(number))
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.objective.terms import TERM_NAMES, TERMS
+from engine.objective.terms import TERM_NAMES, TERMS, present, reaching
 
 Array = NDArray[np.float64]
 OWN = 0.3
@@ -66,6 +66,7 @@ def levels(weights: Array) -> Array:
     return np.stack([present, weights, present * (2 * weights - 1) ** 2], axis=-2)
 
 
+TRAINS_RGB: NDArray[np.bool_] = np.array(["rgb" in term.networks for term in TERMS])
 _TRAINED = ["rgb" if "rgb" in term.networks else term.networks[0] for term in TERMS]
 _TOGETHER = np.array([[a == b for b in _TRAINED] for a in _TRAINED], np.float64)
 """1 for two terms that train the same network."""
@@ -83,6 +84,12 @@ BASES: dict[str, Callable[[Array], Array]] = {"levels": levels, "shares": shares
 def vectors(losses: Sequence[Mapping[str, float]]) -> Array:
     """(N, J) weights in TERM_NAMES' order."""
     return np.array([[loss[name] for name in TERM_NAMES] for loss in losses], np.float64)
+
+
+def computed(weights: Array) -> Array:
+    """(J,) weights, 0 for terms that can't change the RGB network beside the others, whichever these are."""
+    reach = reaching(present(dict(zip(TERM_NAMES, weights.tolist(), strict=True))))
+    return np.where([name in reach for name in TERM_NAMES], weights, 0.0)
 
 
 @dataclass(frozen=True)

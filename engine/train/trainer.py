@@ -306,7 +306,11 @@ class Trainer:
         with self.clock("train"):
             if self.buffers is not None:
                 return [self.attempt(member, views) for member in members]
-            return list(self.runtime.map(lambda member: self.attempt(member, views), members))
+            # the longest first: all wait for the last
+            order = sorted(range(len(members)), key=lambda i: -members[i].alive.size)
+            done = self.runtime.map(lambda i: self.attempt(members[i], views), order)
+            outcomes = dict(zip(order, done, strict=True))
+            return [outcomes[i] for i in range(len(members))]
 
     def attempt(self, member: Member, views: Views) -> float | MemberFailed:
         """Step a member; returns its loss, or the failure that ended it alone.

@@ -457,14 +457,52 @@ def test_shares_of_the_batch_make_smaller_stacks() -> None:
 def test_terms_of_zero_weight_are_left_out() -> None:
     weights = dict.fromkeys(TERM_NAMES, 0.0)
     assert active_terms(weights, sound=True) == ()
-    weights["flow/to_rgb"], weights["distill/audio@3"] = 1e-9, 1.0
-    assert set(active_terms(weights, sound=True)) == {"flow/to_rgb", "distill/audio@3"}
-    assert active_terms(weights, sound=False) == ("flow/to_rgb",)
+    weights["rgb/to_flow"], weights["distill/audio@3"] = 1e-9, 1.0
+    assert set(active_terms(weights, sound=True)) == {"rgb/to_flow", "distill/audio@3"}
+    assert active_terms(weights, sound=False) == ("rgb/to_flow",)
     every = dict.fromkeys(TERM_NAMES, 1.0)
     assert active_terms(every, sound=True) == TERM_NAMES
     silent = active_terms(every, sound=False)
     assert set(TERM_NAMES) - set(silent) == set(SOUND_TERMS) and len(SOUND_TERMS) == 11
     assert "audio" not in branches(silent).networks + branches(silent).modalities
+
+
+def trained_rgb(terms) -> list[Tensor]:
+    """The RGB network's weights after three steps on a loss of these terms."""
+    loss, views = make_loss(size=16, share=0.5), make_views(size=16)
+    weights = torch.tensor([float(name in terms) for name in TERM_NAMES])
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(branches(terms).views(views), weights, terms).total.backward()
+        optimizer.step()
+    return [p.detach().clone() for p in loss.rgb.parameters()]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("reach", "others"),
+    [
+        (("rgb/predict",), ("flow/shuffle", "grey/align_audio", "audio/predict")),
+        (("flow/predict", "distill/flow@2"), ("grey/to_flow",)),
+        (("grey/align_audio", "audio/predict", "rgb/align_audio"), ("flow/to_rgb",)),
+        (("grey/colorize", "grey/align_audio", "distill/audio@0"), ()),
+    ],
+)
+def test_terms_that_can_not_change_the_rgb_network_are_left_out(reach, others) -> None:
+    """Trained with and without each term: those that change nothing are not computed, and no other is left out."""
+    weights = {name: float(name in reach + others) for name in TERM_NAMES}
+    assert set(active_terms(weights, sound=True)) == set(reach)
+    expected = trained_rgb(reach)
+    assert same(trained_rgb(reach + others), expected)
+    for name in reach if len(reach) > 1 else ():
+        left = tuple(each for each in reach if each != name)
+        assert not same(trained_rgb(left), expected), name
+    only = {name: float(name in others) for name in TERM_NAMES}
+    assert set(active_terms(only, sound=True)) == set(others), "where none can, all are computed"
 
 
 def test_networks_and_modalities_that_terms_need() -> None:

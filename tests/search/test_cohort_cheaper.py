@@ -174,6 +174,20 @@ def test_halving_compares_means_over_repeats(tiny_shards: Path) -> None:
     assert both[best].results == one.results + other.results and both[best].steps == 16
 
 
+def test_confirmations_use_a_bank_of_all_clips_alone(
+    tiny_shards: Path, full: list[MemberResult]
+) -> None:
+    """A confirmation sees all clips: a bank of some of them is not used, and one of all saves decoding them again."""
+
+    def results(size: int | str, *, confirm: bool) -> MemberResult:
+        pair = cohort_of(tiny_shards, f"search.clip_bank={size}")
+        return evaluate_cohort(*pair, members=JOBS[:1], seeds=[SEED], full=confirm)[0]
+
+    assert same(results(4, confirm=True), full[0]) and not same(results(4, confirm=False), full[0])
+    of_all = results('"1GiB"', confirm=True)
+    assert same(of_all, results('"1GiB"', confirm=False)) and not same(of_all, full[0])
+
+
 def test_a_failed_member_is_not_counted(tiny_shards: Path, halved: list[MemberResult]) -> None:
     trainer, labelled = cohort_of(tiny_shards, "search.halving=true")
     nothing = Proposal(0, check_weights({}))

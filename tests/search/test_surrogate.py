@@ -11,7 +11,7 @@ from sklearn.gaussian_process.kernels import DotProduct, WhiteKernel
 
 from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
-from engine.objective.terms import TERM_NAMES
+from engine.objective.terms import TERM_NAMES, present, reaching
 from engine.search import surrogate
 from engine.search.study import SearchStudy
 from engine.search.surrogate import (
@@ -27,6 +27,8 @@ from engine.search.surrogate import (
 )
 
 J = len(TERM_NAMES)
+A, B = TERM_NAMES.index("rgb/predict"), TERM_NAMES.index("rgb/shuffle")
+HARM = [TERM_NAMES.index(f"distill/flow@{layer}") for layer in range(3)]
 SPARSE = Search(method="surrogate", population=16, rounds=24, sparsity=0.8)
 
 
@@ -38,7 +40,7 @@ def losses(count, *, sparsity=0.8, seed=0):
 def truth(w):
     """Two terms help, one of them in moderation; three harm."""
     return (
-        0.2 + 0.2 * w[..., 4] + 0.1 * w[..., 7] * (1 - w[..., 7]) * 4 - 0.05 * w[..., 20:23].sum(-1)
+        0.2 + 0.2 * w[..., A] + 0.1 * w[..., B] * (1 - w[..., B]) * 4 - 0.05 * w[..., HARM].sum(-1)
     )
 
 
@@ -127,11 +129,11 @@ def test_effects_are_found_of_either_sign(seed):
     y = truth(w) + 0.02 * np.random.default_rng(seed).normal(size=80)
     model = Surrogate.fit(w, y)
     effects = np.array([model.effect(j) for j in range(J)])
-    assert effects[:, 0].argmax() == 4
-    assert 0.07 < effects[4, 0] < 0.29  # in truth 0.2
-    assert 0.04 < model.effect(7, 0.5)[0] < 0.16  # 0.1
-    assert effects[20:23, 0].mean() < -0.02  # -0.05
-    none = np.setdiff1d(np.arange(J), [4, 7, 20, 21, 22])
+    assert effects[:, 0].argmax() == A
+    assert 0.07 < effects[A, 0] < 0.29  # in truth 0.2
+    assert 0.04 < model.effect(B, 0.5)[0] < 0.16  # 0.1
+    assert effects[HARM, 0].mean() < -0.02  # -0.05
+    none = np.setdiff1d(np.arange(J), [A, B, *HARM])
     assert np.mean(np.abs(effects[none, 0]) < 3 * effects[none, 1]) > 0.9
 
 
@@ -155,6 +157,17 @@ def test_the_design_has_every_term_equally_often():
     counts = (vectors([m.weights for m in members]) > 0).sum(0)
     assert counts.min() >= 3 and counts.max() <= 4
     assert len({tuple(m.weights.values()) for m in members}) == 16
+
+
+def test_every_member_can_change_the_representation():
+    """Random fitness with weights mostly 0: a term that has no way to the RGB network is not proposed alone."""
+    for method in ("surrogate", "random", "evolution"):
+        settings = Search(method=method, population=16, rounds=8, sparsity=0.95)
+        for member in search(settings, noise=1.0):
+            terms = present(member.weights)
+            assert reaching(terms)
+            if method == "surrogate" and member.number >= 16:
+                assert set(reaching(terms)) == set(terms)
 
 
 def test_finds_what_evolution_does_not():
