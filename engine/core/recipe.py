@@ -73,6 +73,8 @@ class Model(Section, frozen=True):
     """Divisors of the number of frames, of the stem and the four stages."""
     space_strides: Strides = (2, 1, 2, 2, 2)
     """Likewise of height and width, and of the sound's frames and mels."""
+    stem_size: Literal[3, 5, 7] = 7
+    """Height and width of the stem's kernel, in the networks that see videos."""
     motion_stem: Share = 0.0
     """Share of the stem's channels, in the networks that see pictures, whose kernels start with no mean over time."""
 

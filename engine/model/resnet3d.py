@@ -253,7 +253,8 @@ class ResNet3D(ResNet):
 
     The stem halves H and W; the stages 2 to 4 halve T, H and W each (rounded up), unless
     ``time_strides`` and ``space_strides`` say otherwise: five numbers each, of the stem and the four
-    stages. ``depths`` are the blocks of each stage, where they are not those of ``arch``. Weights are drawn
+    stages. ``depths`` are the blocks of each stage, where they are not those of ``arch``; ``stem_size`` is the
+    height and width of the stem's kernel. Weights are drawn
     by He et al. from torch's global generator, so that ``torch.manual_seed`` determines them. For
     speed call ``.to(memory_format=torch.channels_last_3d)``. Raises ValueError for an unknown
     ``arch`` or a bad number.
@@ -269,6 +270,7 @@ class ResNet3D(ResNet):
         depths: tuple[int, ...] = (),
         time_strides: Strides = TIME_STRIDES,
         space_strides: Strides = SPACE_STRIDES,
+        stem_size: int = 7,
         motion_stem: float = 0.0,
     ) -> None:
         stage_planes(arch, width)  # a bad arch or width ends here, before any layer is made
@@ -278,9 +280,9 @@ class ResNet3D(ResNet):
         stride = (time_strides[0], space_strides[0])
         super().__init__(
             arch,
-            _stem2plus1d(in_channels, width, stride)
+            _stem2plus1d(in_channels, width, stride, size=stem_size)
             if factorized
-            else _stem3d(in_channels, width, stride, frames=STEM_FRAMES[arch]),
+            else _stem3d(in_channels, width, stride, frames=STEM_FRAMES[arch], size=stem_size),
             in_channels=in_channels,
             width=width,
             layers=LAYERS_2PLUS1D if factorized else LAYERS_3D,
@@ -303,6 +305,7 @@ def video_network(settings: Model, in_channels: int = 3, *, pictures: bool = Tru
         depths=settings.depths,
         time_strides=settings.time_strides,
         space_strides=settings.space_strides,
+        stem_size=settings.stem_size,
         motion_stem=settings.motion_stem if pictures else 0.0,
     )
 
@@ -353,9 +356,9 @@ def audio_network(settings: Model) -> AudioResNet:
     )
 
 
-def _stem3d(inputs: int, width: float, stride: Stride, *, frames: int) -> nn.Sequential:
+def _stem3d(inputs: int, width: float, stride: Stride, *, frames: int, size: int) -> nn.Sequential:
     outputs, (time, space) = scaled(STEM_CHANNELS, width), stride
-    kernel, padding = (frames, 7, 7), (frames // 2, 3, 3)
+    kernel, padding = (frames, size, size), (frames // 2, size // 2, size // 2)
     return nn.Sequential(
         nn.Conv3d(
             inputs, outputs, kernel, stride=(time, space, space), padding=padding, bias=False
@@ -365,9 +368,9 @@ def _stem3d(inputs: int, width: float, stride: Stride, *, frames: int) -> nn.Seq
     )
 
 
-def _stem2plus1d(inputs: int, width: float, stride: Stride) -> nn.Sequential:
+def _stem2plus1d(inputs: int, width: float, stride: Stride, *, size: int) -> nn.Sequential:
     outputs, middle = scaled(STEM_CHANNELS, width), max(8, round(STEM_MIDDLE * width))
-    convolution = _conv2plus1d(inputs, outputs, middle, stride, size=7)
+    convolution = _conv2plus1d(inputs, outputs, middle, stride, size=size)
     return nn.Sequential(*convolution, nn.BatchNorm3d(outputs), nn.ReLU(inplace=True))
 
 

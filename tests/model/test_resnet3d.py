@@ -339,3 +339,14 @@ def test_audio_activations_are_not_altered_and_forward_is_their_average() -> Non
 def test_unknown_audio_architecture_is_named() -> None:
     with pytest.raises(ValueError, match=r"r3d_99.*r3d_18"):
         AudioResNet("r3d_99")
+
+
+@pytest.mark.parametrize("arch", ["r3d_18", "r2plus1d_18"])
+@pytest.mark.parametrize("size", [3, 5])
+def test_a_smaller_stem_keeps_every_size_behind_it(arch: str, size: int) -> None:
+    clips = torch.rand(2, 3, 4, 16, 16)
+    usual, small = ResNet3D(arch, 3, width=0.125), ResNet3D(arch, 3, width=0.125, stem_size=size)
+    kernels = [m.kernel_size for m in small.stem if isinstance(m, torch.nn.Conv3d)]
+    assert kernels[0] == (3 if arch == "r3d_18" else 1, size, size)
+    shapes = [x.shape for x in small.forward_features(clips)]
+    assert shapes == [x.shape for x in usual.forward_features(clips)]
