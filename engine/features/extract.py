@@ -265,7 +265,8 @@ def forward(
 
     On a CPU each network has a core of its own, unless ``all_cores``, which takes them in turn, on all of them.
     """
-    clips = {(card.mean, card.std): normalised(frames, card, runtime.device) for card in cards}
+    each = {(card.mean, card.std): card for card in cards}
+    clips = {key: normalised(frames, card, runtime.device) for key, card in each.items()}
 
     @torch.no_grad()
     def one(pair: tuple[nn.Module, Card]) -> Tensor:

@@ -18,6 +18,7 @@ from engine.objective.loss import active_terms
 from engine.objective.terms import TERM_NAMES
 from engine.search.evolve import Data, Workers
 from engine.search.packing import job_sizes
+from engine.search.records import confirmation_sizes
 from engine.search.study import SearchStudy
 from engine.train.memory import memory_needed, that_many_fit
 from engine.train.trainer import Trainer
@@ -70,9 +71,10 @@ def dry_run(
     ]
     seconds = _schedule(spans, count, waits=study.waits)
     confirm = [
-        cost.job(2 + len(recipe.search.compare), recipe.optim.steps, side_by_side=side_by_side)
+        cost.job(size, recipe.optim.steps, side_by_side=side_by_side)
+        for size in confirmation_sizes(recipe.search)
     ]
-    seconds += _schedule([confirm * recipe.search.confirm_seeds], count, waits=True)
+    seconds += _schedule([confirm[:1], confirm[1:]], count, waits=True)
     for line in (
         f"time: {duration(seconds)} expected; measured here: {1e3 * cost.batch:.0f} ms a batch,"
         f" {1e3 * cost.step:.0f} ms a member's step, {cost.fitness:.2f} s a member's fitness",
@@ -92,7 +94,7 @@ def _terms(trainer: Trainer) -> str:
 def _members(recipe: Recipe, study: SearchStudy, labelled: LabelledClips) -> str:
     search = recipe.search
     trainings = study.total * search.repeats
-    fresh = (2 + len(search.compare)) * search.confirm_seeds
+    fresh = sum(confirmation_sizes(search))
     clips = recipe.optim.steps * recipe.optim.batch_size
     return (
         f"members: {study.total} by {search.method} ({search.population} and {search.rounds} rounds), {trainings}"

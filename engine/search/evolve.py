@@ -6,7 +6,7 @@ each outcome in the study, and write down what follows from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ from engine.features.extract import LabelledClips
 from engine.objective.lossfile import load_loss, random_weights
 from engine.search.cohort import MemberResult
 from engine.search.packing import Planner, split
-from engine.search.records import ProgressLine, Records, outcome_line
+from engine.search.records import ProgressLine, Records, confirmation_sizes, outcome_line
 from engine.search.samplers import Proposal, Trial
 from engine.search.study import SearchStudy
 from engine.search.worker import Cohort, CohortEvaluator, CohortFactory, CohortResult, Progress
@@ -213,19 +213,22 @@ class _Search:
     def _confirm(self, queue: JobQueue) -> None:
         """Train the best loss and a random one again with seeds that the search never saw."""
         best, left = self.study.best(), self.records.seeds_to_confirm()
-        settings = self.study.settings
-        each = 2 + len(settings.compare)
-        total = each * settings.confirm_seeds
-        stage, done = "confirming with fresh seeds", total - each * len(left)
-        self.progress = ProgressLine(self.records.display, stage, total, done, queue.pool.size)
+        sizes = confirmation_sizes(self.study.settings)
+        stage, done = "confirming with fresh seeds", sum(sizes[: len(sizes) - len(left)])
+        self.progress = ProgressLine(self.records.display, stage, sum(sizes), done, queue.pool.size)
 
         def cohorts(idle: int) -> list[Cohort]:
-            now, left[:] = left[:idle], left[idle:]
-            return [_confirmation(best, seed, settings) for seed in now]
+            asked: list[Cohort] = []
+            while left and len(asked) < idle:
+                names = self.records.compared_under(left[0])
+                if names is None:
+                    break
+                asked.append(_confirmation(best, left.pop(0), names, self.study.settings))
+            return asked
 
         for cohort, result in self._outcomes(queue, cohorts):
             self.records.confirmed(cohort, result)
-            self.progress.done += each
+            self.progress.done += len(cohort.members)
 
     def _outcomes(
         self, queue: JobQueue, feed: Callable[[int], list[Cohort]]
@@ -243,9 +246,9 @@ class _Search:
             self.progress.ended(report.job.number)
 
 
-def _confirmation(best: Trial, seed: int, settings: Search) -> Cohort:
+def _confirmation(best: Trial, seed: int, names: Sequence[str], settings: Search) -> Cohort:
     losses = [random_weights(seed, sparsity=settings.sparsity)]
-    losses += [load_loss(name) for name in settings.compare]
+    losses += [load_loss(name) for name in names]
     members = (best.proposal, *(Proposal(-1 - i, loss) for i, loss in enumerate(losses)))
     return Cohort(members, (seed,), confirm=True)
 

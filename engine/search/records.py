@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine.core.display import Display, spread_cells
 from engine.core.pool import Lost
-from engine.core.recipe import Recipe, recipe_hash
+from engine.core.recipe import Recipe, Search, recipe_hash
 from engine.core.run import Events, RunFolder
 from engine.core.runtime import Clock
 from engine.core.tensors import CheckpointError, load_tensors
@@ -35,6 +35,8 @@ LARGEST_SEED = 2**31
 """What fresh seeds stay below: k-means takes seeds of 32 bits."""
 
 CONFIRMATIONS = "confirmations.json"
+LEADING = 2
+"""Losses to compare with that go on after the first fresh seed: the fittest under it."""
 
 
 def fresh_seeds(recipe: Recipe) -> range:
@@ -168,6 +170,21 @@ class Records:
         known = self._confirmations()
         return [seed for seed in fresh_seeds(self.recipe) if str(seed) not in known]
 
+    def compared_under(self, seed: int) -> tuple[str, ...] | None:
+        """The losses to compare with under a fresh seed: all under the first, then its LEADING ones.
+
+        None while the first seed, which decides, is not done.
+        """
+        names, first = self.recipe.search.compare, fresh_seeds(self.recipe)[0]
+        if seed == first or len(names) <= LEADING:
+            return names
+        known = self._confirmations().get(str(first))
+        if known is None:
+            return None
+        fitness = {name: known["compared"][name]["fitness"] or 0.0 for name in names}
+        leading = sorted(names, key=lambda name: -fitness[name])[:LEADING]
+        return tuple(name for name in names if name in leading)
+
     def confirmed(self, cohort: Cohort, result: CohortResult) -> None:
         """Note the outcome of the best loss and a random one under a fresh seed."""
         (seed,), (member, random_member, *_) = cohort.seeds, cohort.members
@@ -180,7 +197,7 @@ class Records:
             "untrained": {"fitness": result.untrained},
             "best": best,
             "random": {**random, "weights": random_member.weights},
-            "compared": trivial | dict(zip(self.recipe.search.compare, others, strict=True)),
+            "compared": trivial | dict(zip(self.compared_under(seed) or (), others, strict=True)),
         }
         with self.clock("logging"):
             self.run.write_json(CONFIRMATIONS, {**self._confirmations(), str(seed): record})
@@ -193,10 +210,9 @@ class Records:
             for kind in ("untrained", "best", "random")
         }
         first = next(iter(known.values())) if known else {}
+        tables = [known[str(seed)]["compared"] for seed in fresh_seeds(self.recipe)]
         compared = {
-            name: _spread(
-                [known[str(seed)]["compared"][name]["fitness"] for seed in fresh_seeds(self.recipe)]
-            )
+            name: _spread([table[name]["fitness"] for table in tables if name in table])
             for name in first.get("compared", ())
         }
         summary = {
@@ -224,6 +240,12 @@ class Records:
             return {}
         best, known = self.study.best(), self.run.read_json(CONFIRMATIONS) or {}
         return {seed: record for seed, record in known.items() if record["trial"] == best.number}
+
+
+def confirmation_sizes(search: Search) -> list[int]:
+    """Losses trained under each fresh seed: the best, a random one, and those to compare with."""
+    count = len(search.compare)
+    return [2 + (min(count, LEADING) if i else count) for i in range(search.confirm_seeds)]
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,33 @@ def test_the_outcome_has_its_own_network_and_company(
     assert all(torch.equal(again[0][name], tensor) for name, tensor in whole[0].items())
     assert (run / "study.jsonl").read_bytes() == study
     assert read(run / "summary.json")["best"] == summary["best"]
+
+
+def test_two_losses_to_compare_with_go_on_after_the_first_seed(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    names = ["rgb_to_flow", "frame_shuffle", "predict_frames", "equal"]
+    more = ("--set", f"search.compare={names}", "--set", "search.confirm_seeds=3")
+    run = tmp_path / "run"
+    code, _, _ = begin(tiny_shards, run, *OPTIONS, *more)
+    assert code == 0
+    records = list(read(run / "confirmations.json").values())
+    first = {name: records[0]["compared"][name]["fitness"] for name in names}
+    leading = sorted(names, key=lambda name: (-first[name], names.index(name)))[:2]
+    for record in records[1:]:
+        assert {*record["compared"]} == {*TRIVIAL, *leading}
+    compared = read(run / "summary.json")["compared"]
+    assert {name: compared[name]["n"] for name in names} == {
+        name: 3 if name in leading else 1 for name in names
+    }
+    # killed between the first seed and the others: the same go on
+    whole, path = read(run / "confirmations.json"), run / "confirmations.json"
+    path.write_text(json.dumps(dict(list(whole.items())[:1])))
+    assert resume(run)[0] == 0
+    again = read(path)
+    assert {s: {n: c["fitness"] for n, c in r["compared"].items()} for s, r in again.items()} == {
+        s: {n: c["fitness"] for n, c in r["compared"].items()} for s, r in whole.items()
+    }
 
 
 def test_a_loss_to_compare_with_is_looked_for_before_anything_is_trained(
