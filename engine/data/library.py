@@ -35,7 +35,7 @@ def demo_folders(report: Report) -> tuple[list[Path], list[Path]]:
         progress=lambda done, total: report("drawing the demo's clips", done, total),
         on_wait=lambda: report("waiting for another process that draws the demo's clips", 0, 0),
     )
-    return [demo.unlabelled, demo.labelled], [demo.labelled]
+    return [demo.unlabelled], [demo.labelled]
 
 
 def open_library(

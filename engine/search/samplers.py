@@ -22,13 +22,17 @@ import numpy.typing as npt
 from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES, LossWeights, present, reaching
-from engine.search.surrogate import TRAINS_RGB, Surrogate, computed, vectors
+from engine.search.surrogate import TRAINS_RGB, Surrogate, computed, shares, vectors
 
 State = Literal["complete", "failed", "pruned"]
 FEWEST = 8
 """Members from which on a model of them is asked."""
 MOST = 400
 """Members that it learns from: its time grows with their cube."""
+ALIKE = 0.05
+"""Losses whose roots of shares differ by less are one loss, which the same seed need not train again."""
+TRIES = 20
+"""Draws for a loss that is unlike all others, each wider than the one before; then comes a random one."""
 Array = npt.NDArray[np.float64]
 
 
@@ -213,12 +217,14 @@ class SurrogateSampler(RandomSampler):
     The initial population is a balanced design: every term is in as many of its members, give or take one, with
     weights spread evenly over [0, 1). After it a member's weights are those that one draw of all effects promises most
     of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so it is looked
-    into; where it is known to harm, none has it. Generations are waited for as in evolution.
+    into; where it is known to harm, none has it. No loss is proposed twice. Generations are waited for as in evolution.
     """
 
     def __init__(self, settings: Search, *, seed: int) -> None:
         super().__init__(settings, seed=seed)
         self._known: tuple[int, tuple[Surrogate, Array, Array]] | None = None
+        self._proposed: dict[tuple[int, int], Array] = {}
+        """What was proposed, by number and the number of complete members."""
 
     def generation(self, number: int) -> range | None:
         """``generation_of``; None in the asynchronous mode."""
@@ -229,18 +235,38 @@ class SurrogateSampler(RandomSampler):
         complete = [member for member in done if member.fitness is not None]
         if number < self.settings.population or len(complete) < FEWEST:
             return self._designed(number)
-        model, _, _ = self._learnt(complete)
+        weights = dict(zip(TERM_NAMES, self._best(number, complete).tolist(), strict=True))
+        return Proposal(number, weights, round=self.round_of(number))
+
+    def _best(self, number: int, complete: Sequence[Trial]) -> Array:
+        """(terms,) weights that one draw promises most of, unlike those of any member before ``number``."""
+        key = (number, len(complete))
+        if key in self._proposed:
+            return self._proposed[key]
+        model, known, _ = self._learnt(complete)
+        together = self.generation(number) or range(number, number)
+        first = max(together.start, self.settings.population)
+        known = np.array([*known, *(self._best(n, complete) for n in range(first, number))])
         most = max(round((1 - self.settings.sparsity) * len(TERM_NAMES)), 1)
         total = self.settings.population + self.settings.rounds
         is_last = number == generation_of(total - 1, settings=self.settings).start
-        # the last generation has the model's own best, which no draw has moved
-        effects = model.mean if is_last else model.draw(self.stream(number))
-        values = computed(model.best_weights(effects, most=most))
-        if not values.any():
-            expected = [model.effect(j)[0] for j in range(len(values))]
-            values[int(np.where(TRAINS_RGB, expected, -np.inf).argmax())] = 1.0
-        weights = dict(zip(TERM_NAMES, values.tolist(), strict=True))
-        return Proposal(number, weights, round=self.round_of(number))
+        rng = self.stream(number)
+        for tried in range(TRIES):
+            # the last generation has the model's own best, which no draw has moved
+            mean = is_last and not tried
+            effects = model.mean if mean else model.draw(rng, width=1 + tried)
+            values = computed(model.best_weights(effects, most=most))
+            if not values.any():
+                expected = [model.effect(j)[0] for j in range(len(values))]
+                values[int(np.where(TRAINS_RGB, expected, -np.inf).argmax())] = 1.0
+            apart = np.abs(shares(known) - shares(values)).max((-2, -1))
+            if (apart > ALIKE).all():
+                break
+        else:
+            drawn = draw_weights(rng, sparsity=self.settings.sparsity)
+            values = vectors([drawn])[0]
+        self._proposed[key] = values
+        return values
 
     def fittest(self, done: Sequence[Trial]) -> Trial:
         """The member that the model and its own fitness speak for most: one lucky training is not enough."""

@@ -139,9 +139,10 @@ class Surrogate:
         expected = self.predict(weights)
         return np.asarray(expected + OWN * (fitness - expected), np.float64)
 
-    def draw(self, rng: np.random.Generator) -> Array:
-        """(B,) coefficients from the posterior."""
-        return np.asarray(self.mean + self.root @ rng.standard_normal(len(self.mean)), np.float64)
+    def draw(self, rng: np.random.Generator, *, width: float = 1.0) -> Array:
+        """(B,) coefficients from the posterior, or from one that is ``width`` times as wide."""
+        away = self.root @ rng.standard_normal(len(self.mean))
+        return np.asarray(self.mean + width * away, np.float64)
 
     def effect(self, term: int, weight: float = 1.0) -> tuple[float, float]:
         """Mean and standard deviation of what ``term`` adds to fitness against its absence.

@@ -12,7 +12,7 @@ from sklearn.gaussian_process.kernels import DotProduct, WhiteKernel
 from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES, present, reaching
-from engine.search import surrogate
+from engine.search import samplers, surrogate
 from engine.search.study import SearchStudy
 from engine.search.surrogate import (
     BASES,
@@ -21,6 +21,7 @@ from engine.search.surrogate import (
     SHARED,
     SIGNALS,
     Surrogate,
+    computed,
     levels,
     shares,
     vectors,
@@ -168,6 +169,25 @@ def test_every_member_can_change_the_representation():
             assert reaching(terms)
             if method == "surrogate" and member.number >= 16:
                 assert set(reaching(terms)) == set(terms)
+
+
+def test_no_loss_is_proposed_twice():
+    """Where one term decides, the model is sure of it at once, and draws are all the same."""
+
+    def fitness(number, weights):
+        noise = 0.01 * np.random.default_rng(number).normal()
+        return float(weights["rgb/predict"] > 0) + noise
+
+    settings = Search(method="surrogate", population=16, rounds=16, sparsity=0.95)
+    study = SearchStudy(settings, storage=None, name="search", seed=0, recipe_hash="abc")
+    while not study.finished:
+        for proposal in study.ask():
+            value = fitness(proposal.number, proposal.weights)
+            study.tell(proposal.number, fitness=value, attributes={})
+    kept = [computed(row) for row in vectors([m.weights for m in study.members()])]
+    roots = shares(np.array(kept))[:, 0]
+    apart = np.abs(roots[:, None] - roots[None]).max(-1) + np.eye(len(roots))
+    assert apart[16:].min() > samplers.ALIKE
 
 
 def test_finds_what_evolution_does_not():
