@@ -202,6 +202,9 @@ class Search(Section, frozen=True):
     """grid: weights that a term may have, evenly spaced, up to 1."""
     repeats: Positive = 1
     """Trainings per member, with different seeds, whose fitnesses are averaged."""
+    seeds: Literal["same", "generation"] = "same"
+    """same: members start from equal networks and see equal batches, so that fitnesses differ by losses alone;
+    generation: each generation has its own, lest losses be found that are good for one start alone."""
     confirm_seeds: Annotated[int, Meta(ge=0)] = 3
     """Fresh seeds with which the best and random losses are trained again at the end."""
     compare: tuple[str, ...] = ()

@@ -11,6 +11,17 @@ from engine.search.samplers import Proposal
 from engine.search.study import SearchStudy
 from engine.search.worker import Cohort
 
+LARGE = 2**30
+"""Later generations' own seeds are between this and twice this, where other seeds are not."""
+
+
+def search_seeds(recipe: Recipe, start: int) -> tuple[int, ...]:
+    """The seeds of a generation's trainings, by the number of its first member."""
+    repeats, base = recipe.search.repeats, recipe.seed
+    if recipe.search.seeds == "generation" and start:
+        base = LARGE + (1_000_003 * recipe.seed + repeats * start) % LARGE
+    return tuple(base + i for i in range(repeats))
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -28,6 +39,13 @@ class Planner:
     checkpoints: Path
     clock: Clock
 
+    def __post_init__(self) -> None:
+        if self.warm and self.recipe.search.seeds != "same":
+            raise ValueError(
+                "search.warm_start trains children on from their parents' networks, whose seeds they have:"
+                " set search.seeds = same"
+            )
+
     @property
     def warm(self) -> bool:
         """Whether children start from their parents' networks."""
@@ -39,10 +57,13 @@ class Planner:
             whole = self.recipe.search.halving
             groups = self._generations(count) if whole else self._shares(count)
         best = self.study.best_fitness()
-        seeds = tuple(self.recipe.seed + i for i in range(self.recipe.search.repeats))
         keep_from = float("-inf") if best is None else best
+
+        def seeds_of(member: Proposal) -> tuple[int, ...]:
+            return search_seeds(self.recipe, self.study.generation(member.number).start)
+
         return [
-            Cohort(tuple(map(self._with_states, group)), seeds, keep_from=keep_from)
+            Cohort(tuple(map(self._with_states, group)), seeds_of(group[0]), keep_from=keep_from)
             for group in groups
         ]
 
@@ -50,9 +71,19 @@ class Planner:
         done = len(self.study.members())
         generation = self.study.generation(min(done, self.study.total - 1))
         share = self.members_at_once or -(-len(generation) // self.workers)
+        if self.recipe.search.seeds == "generation":
+            return [group for _ in range(count) if (group := self._of_one_generation(share))]
         members = self.study.ask(count * share)
         cohorts = min(count, len(members))
         return [members[i::cohorts] for i in range(cohorts)]
+
+    def _of_one_generation(self, most: int) -> list[Proposal]:
+        members: list[Proposal] = []
+        while len(members) < most and (first := self.study.ask(1)):
+            members += first
+            if first[0].number + 1 == self.study.generation(first[0].number).stop:
+                break
+        return members
 
     def _generations(self, count: int) -> list[list[Proposal]]:
         groups: list[list[Proposal]] = []

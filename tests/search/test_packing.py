@@ -61,6 +61,35 @@ def test_one_worker_gets_a_whole_generation_and_a_limit_holds(tmp_path: Path) ->
     assert [len(c.numbers) for c in planner.cohorts(1) + planner.cohorts(1)] == [3, 1]
 
 
+@pytest.mark.parametrize("method", ["evolution", "random"])
+def test_generations_have_seeds_of_their_own(tmp_path: Path, method: str) -> None:
+    """No cohort mixes two, whatever the workers, and no seed is another search's or a confirmation's."""
+    options = (f"search.method={method}", "search.seeds=generation", "search.repeats=2")
+    seeds: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for at_once in (1, 3, 8):
+        planner, study = plan(tmp_path, *options, workers=3, at_once=at_once)
+        done: set[int] = set()
+        while not study.finished:
+            cohorts = planner.cohorts(2)
+            assert len(cohorts) <= 2
+            for cohort in cohorts:
+                start = {study.generation(number).start for number in cohort.numbers}
+                assert seeds.setdefault(tuple(start), cohort.seeds) == cohort.seeds
+                tell(study, *cohort.numbers)
+                done.update(cohort.numbers)
+        assert done == set(range(12))
+    assert sorted(seeds) == [(0,), (4,), (8,)] and seeds[0,] == (0, 1)
+    every = [seed for each in seeds.values() for seed in each]
+    assert len(set(every)) == 6 and all(2**30 <= seed < 2**31 for seed in every[2:])
+    same, _ = plan(tmp_path, "search.method=random", workers=3)
+    assert {cohort.seeds for cohort in same.cohorts(3)} == {(0,)}
+
+
+def test_children_of_parents_with_other_seeds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"search\.seeds = same"):
+        plan(tmp_path, "search.warm_start=true", "search.seeds=generation", workers=1)
+
+
 def test_members_that_need_no_other_are_handed_out_ahead(tmp_path: Path) -> None:
     planner, _ = plan(tmp_path, "search.method=random", workers=3, at_once=2)
     assert [len(c.numbers) for c in planner.cohorts(3) + planner.cohorts(3)] == [2] * 6
