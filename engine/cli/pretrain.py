@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     metavar="FILE|PRESET|random:SEED",
     help="The loss, such as RUN/best.toml.",
 )
-@common.paths("--videos", required=True, help="Videos or shards; several times.")
+@common.paths("--videos", help="Videos or shards; several times.")
 @common.count("--gpus", help="One process a GPU, on so many GPUs of this machine.")
 @common.count("--workers", help="So many processes on this machine's CPU.")
 @common.natural(
@@ -51,8 +51,8 @@ def pretrain(gpus: int | None, workers: int | None, restarts: int, **options: An
         raise ValueError(
             "--loss is missing: a loss file such as RUN/best.toml, a preset, or random:SEED"
         )
-    if options["judge_every"] is not None and not options["labelled"]:
-        raise ValueError("--judge-every needs --labelled")
+    if not options["videos"] and not options["resume"]:
+        raise ValueError("--videos is missing: folders of videos, or shards, to train on")
     check_kernels_package()
     ranks = ranks_of_environment()
     if ranks is not None and ranks.world > 1:
@@ -139,11 +139,17 @@ def _new_run(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
     loss = options["loss_name"]
     weights = load_loss(loss) if loss else None
     run, recipe = common.open_run("pretrain", "cpu/pretrain", **options)
+    videos, labelled = options["videos"], options["labelled"]
+    if options["resume"]:
+        videos, labelled = common.noted_videos(run, videos, labelled)
+    if options["judge_every"] is not None and not labelled:
+        raise ValueError("--judge-every needs --labelled")
     training = PretrainOptions(
         recipe,
         run.path,
-        videos=options["videos"],
-        labelled=options["labelled"],
+        videos=videos,
+        labelled=labelled,
+        noted={"videos": common.names_of(videos), "labelled": common.names_of(labelled)},
         weights=weights,
         labels_used=loss_used_labels(loss) if loss else False,
         device=options["device"],

@@ -142,6 +142,44 @@ def test_a_run_keeps_its_loss(finished: Path, tiny_shards: Path) -> None:
     assert pretrain(tiny_shards, finished, "--resume", "--loss", "random:3")[0] == 0
 
 
+def test_a_run_goes_on_with_the_videos_that_it_noted(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any working folder, judged by the same labelled clips; if these have moved, they are named."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        result = CliRunner().invoke(main, ["pretrain", *map(str, arguments), "--device", "cpu"])
+        done = result.exit_code, result.stdout, result.stderr
+        del result
+        gc.collect()
+        return done
+
+    run, there, moved = tmp_path / "run", tmp_path / "there", tmp_path / "moved"
+    shutil.copytree(tiny_shards, there)
+    monkeypatch.chdir(there)
+    begun = ("--recipe", TINY, *STEPS, "--loss", "random:3", "--videos", "unlabelled")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, step=4)
+        done = call(*begun, "--labelled", "labelled", "--run", run, "--checkpoint-every", 2)
+    assert done[0] == 130, done
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("--resume", "--run", run)
+    assert (code, err) == (0, "") and "going on from step 4" in out and "k-means fitness" in out
+    there.rename(moved)
+    for folder, more in (("unlabelled", ()), ("labelled", ("--videos", moved / "unlabelled"))):
+        line = one_line(call("--resume", "--run", run, *more), code=2)
+        option = "--videos" if folder == "unlabelled" else "--labelled"
+        assert f"{there / folder}, which is not there" in line and line.endswith(option)
+    named = ("--videos", moved / "unlabelled", "--labelled", moved / "labelled")
+    assert call("--resume", "--run", run, *named)[0] == 0
+    assert call("--resume", "--run", run)[0] == 0
+
+
+def test_a_new_run_needs_videos(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["pretrain", "--loss", "equal", "--run", str(tmp_path / "r")])
+    assert result.exit_code == 2 and "--videos is missing" in result.stderr
+
+
 def test_a_damaged_checkpoint_is_named(finished: Path, tiny_shards: Path) -> None:
     last = finished / "checkpoints" / "last.safetensors"
     whole = last.read_bytes()
