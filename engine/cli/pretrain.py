@@ -109,6 +109,7 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
 
     A run that is there already is gone on with: after a restart, or by a scheduler, the command is the same.
     """
+    from engine.core.pool import die_with_parent
     from engine.core.ranks import RanksDiffer
     from engine.train.processes import as_rank
     from engine.train.trainer import MemberFailed
@@ -116,6 +117,7 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
     path = options["run_path"]
     if path is None:
         raise ValueError("torchrun: name the run's folder with --run, for all processes")
+    die_with_parent()  # a launcher that is killed leaves its processes, which would train on beside new ones
 
     def make() -> PretrainOptions:
         resume = options["resume"] or (path / "recipe.toml").exists()

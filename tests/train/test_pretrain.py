@@ -310,6 +310,29 @@ def test_torchrun_needs_a_named_run(tiny_shards: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+def test_processes_of_a_killed_torchrun_end(tiny_shards: Path, tmp_path: Path) -> None:
+    """They would train on, unseen, beside those that are started next."""
+    run = tmp_path / "run"
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m -- engine".split()
+    options = ["--recipe", TINY, "--set", "optim.steps=2000", "--loss", "equal", "--device", "cpu"]
+    command = ["pretrain", "--videos", tiny_shards / "unlabelled", "--run", run, *options]
+    with subprocess.Popen([sys.executable, *torchrun, *map(str, command)]) as launcher:
+        until = time.monotonic() + 200
+        while not (run / "recipe.toml").exists():
+            assert time.monotonic() < until and launcher.poll() is None
+            time.sleep(0.05)
+        workers = workers_of(launcher.pid)
+        launcher.kill()
+    until, left = time.monotonic() + 20, set(workers.values())
+    while left and time.monotonic() < until:
+        time.sleep(0.05)
+        left = {pid for pid in left if Path(f"/proc/{pid}/fd/0").exists()}
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert sorted(workers) == ["0", "1"] and not left
+
+
+@pytest.mark.slow
 def test_torchrun_goes_on_with_a_run_that_is_there(
     finished: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
