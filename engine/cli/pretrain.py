@@ -47,12 +47,6 @@ def pretrain(gpus: int | None, workers: int | None, restarts: int, **options: An
     from engine.core.launch import ranks_of_environment
     from engine.core.runtime import check_kernels_package
 
-    if options["loss_name"] is None and not options["resume"]:
-        raise ValueError(
-            "--loss is missing: a loss file such as RUN/best.toml, a preset, or random:SEED"
-        )
-    if not options["videos"] and not options["resume"]:
-        raise ValueError("--videos is missing: folders of videos, or shards, to train on")
     check_kernels_package()
     ranks = ranks_of_environment()
     if ranks is not None and ranks.world > 1:
@@ -138,6 +132,12 @@ def _new_run(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
     from engine.objective.lossfile import load_loss, loss_used_labels
     from engine.train.pretrain import PretrainOptions
 
+    if options["loss_name"] is None and not options["resume"]:
+        raise ValueError(
+            "--loss is missing: a loss file such as RUN/best.toml, a preset, or random:SEED"
+        )
+    if not options["videos"] and not options["resume"]:
+        raise ValueError("--videos is missing: folders of videos, or shards, to train on")
     loss = options["loss_name"]
     weights = load_loss(loss) if loss else None
     run, recipe = common.open_run("pretrain", "cpu/pretrain", **options)

@@ -310,6 +310,17 @@ def test_torchrun_needs_a_named_run(tiny_shards: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+def test_what_ends_all_processes_of_torchrun_is_said_once(tiny_demo: Path, tmp_path: Path) -> None:
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m -- engine".split()
+    common = ["pretrain", "--run", tmp_path / "run", "--device", "cpu"]
+    raw = ["--videos", tiny_demo / "unlabelled", "--loss", "equal"]
+    for more, said in (([], "--loss is missing"), (raw, "not shards, which several machines need")):
+        command = [sys.executable, *torchrun, *map(str, [*common, *more])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode != 0 and done.stderr.count(said) == 1, done.stderr
+
+
+@pytest.mark.slow
 def test_processes_of_a_killed_torchrun_end(tiny_shards: Path, tmp_path: Path) -> None:
     """They would train on, unseen, beside those that are started next."""
     run = tmp_path / "run"
