@@ -154,7 +154,7 @@ class Solo:
             os.sched_setaffinity(0, {self.core})
         if self.runtime.device.type == "cpu":
             torch.set_num_threads(1)
-        elif self.runtime.device.index is not None:
+        else:
             torch.cuda.set_device(self.runtime.device)
         make_deterministic(self.runtime)
         trainer = trainer_for(self.recipe, self.index, self.runtime, steps=self.steps)

@@ -84,7 +84,7 @@ def run_bench(
     if runtime.device.type == "cpu":
         torch.set_num_threads(1)  # as in a search: members take the cores
         keep_heap()
-    elif runtime.device.index is not None:
+    else:
         torch.cuda.set_device(runtime.device)
     notes: list[str] = []
     bench = Bench(recipe, runtime, index, notes.append, quick)

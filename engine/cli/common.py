@@ -27,6 +27,8 @@ GO_ON = ("ingest", "embed", "reproduce")
 """Commands that go on where they were without being asked to."""
 OPENED = "engine.run"
 """Key of the click context under which the command's run folder is noted."""
+DEMO = ["demo"]
+"""A run's note for the built-in videos."""
 SHOWN = 20
 """Rejects that are shown; all are in a file."""
 
@@ -170,6 +172,36 @@ def open_run(
     own = path / "recipe.toml"
     base = recipe_name or (own if own.exists() else default)
     return RunFolder.reopen(path, override(load_recipe(base) if base else Recipe(), changed))
+
+
+def noted_videos(
+    run: RunFolder, videos: tuple[Path, ...], labelled: tuple[Path, ...]
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Videos and labelled folders of a run that goes on: those that are named now, or else those that it noted.
+
+    Empty ones for the built-in videos. Raises ValueError where none were noted, or one of them is gone.
+    """
+    facts = run.read_json("provenance.json") or {}
+    noted = {key: facts.get(key, []) for key in ("videos", "labelled")}
+    if noted == {"videos": DEMO, "labelled": DEMO}:
+        return videos, labelled
+    named = {"videos": videos, "labelled": labelled}
+    if not videos and not noted["videos"]:
+        raise ValueError(f"{run.path}: the run did not note its videos: give --videos again")
+    for key, folders in noted.items():
+        gone = [name for name in folders if not Path(name).exists()]
+        if gone and not named[key]:
+            raise ValueError(
+                f"{run.path}: the run began with {gone[0]}, which is not there any more: bring it back, or name the"
+                f" folder with --{key}"
+            )
+        named[key] = named[key] or tuple(map(Path, folders))
+    return named["videos"], named["labelled"]
+
+
+def names_of(folders: Iterable[Path]) -> list[str]:
+    """Folders as a run notes them: it may be resumed from another working folder."""
+    return [str(path.expanduser().resolve()) for path in folders]
 
 
 def open_videos(display: Display, *folders: Iterable[Path]) -> list[Library]:

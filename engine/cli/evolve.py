@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from engine.core.runtime import Runtime
     from engine.search.evolve import Data, Workers
 
-DEMO = ["demo"]
-"""A run's note for the built-in videos."""
-
 
 def members(text: str) -> int | None:
     """A number of members, or auto, which becomes None; raises click's usage error for anything else."""
@@ -97,7 +94,7 @@ def evolve(
     from engine.core.runtime import check_kernels_package, choose_runtime
     from engine.search.estimate import dry_run as estimate
 
-    if labelled and not videos:
+    if labelled and not videos and not options["resume"]:
         raise ValueError("--videos is missing: videos to train on, beside those that judge")
     check_kernels_package()
     settings = {key: options.pop(key) for key in ("method", "rounds", "clip_bank")}
@@ -106,13 +103,15 @@ def evolve(
     trainers = _workers(gpus, workers, options.pop("address"), device, **limits)
     default = "cpu/evolve" if videos else "demo"
     run, recipe = common.open_run("evolve", default, assignments=assignments, **options)
+    if not recipe.fitness.uses_labels:
+        labelled = labelled or videos
+    if options["resume"]:
+        videos, labelled = common.noted_videos(run, videos, labelled)
     if videos and not labelled:
-        if recipe.fitness.uses_labels:
-            raise ValueError(
-                "--labelled is missing: class folders to judge losses by; or judge without labels, by --set"
-                " fitness.metric=zipf and --set fitness.num_clusters=N"
-            )
-        labelled = videos
+        raise ValueError(
+            "--labelled is missing: class folders to judge losses by; or judge without labels, by --set"
+            " fitness.metric=zipf and --set fitness.num_clusters=N"
+        )
     if trainers.count != 0:
         device = "auto" if trainers.gpus else "cpu"
     how: dict[str, Any] = {
@@ -121,7 +120,7 @@ def evolve(
     }
     run.use_storage(storage)
     with Display(log=None if dry_run or signal else run.path) as display:
-        data = _data(run, videos, labelled, resume=options["resume"], display=display)
+        data = _data(videos, labelled, display=display)
         if dry_run or signal:
             estimate(recipe, data, display=display, **how)
         else:
@@ -161,31 +160,16 @@ def _workers(
     return Workers(count, gpus=on_gpus, address=address, **limits)
 
 
-def _data(
-    run: RunFolder,
-    videos: tuple[Path, ...],
-    labelled: tuple[Path, ...],
-    *,
-    resume: bool,
-    display: Display,
-) -> Data:
-    """Opens the videos that are named; for a resumed run, else those that it began with (they may have moved)."""
+def _data(videos: tuple[Path, ...], labelled: tuple[Path, ...], *, display: Display) -> Data:
+    """Opens the videos, or where none are named the built-in ones."""
     from engine.data.library import demo_folders
     from engine.search.evolve import Data
 
-    names = ([str(p) for p in videos] or DEMO, [str(p) for p in labelled] or DEMO)
-    if resume and not videos:
-        facts = run.read_json("provenance.json")
-        if facts is None:
-            raise ValueError(
-                "the run ended before it noted its videos: give --videos and --labelled again"
-            )
-        names = (facts["videos"], facts["labelled"])
-    folders = [[Path(name) for name in each] for each in names]
-    if names == (DEMO, DEMO):
-        folders = list(demo_folders(display.prepare))
-    unlabelled, judged_by = common.open_videos(display, *folders)
-    return Data(unlabelled, judged_by, names)
+    if videos:
+        unlabelled, judging = common.open_videos(display, videos, labelled)
+        return Data(unlabelled, judging, (common.names_of(videos), common.names_of(labelled)))
+    unlabelled, judging = common.open_videos(display, *demo_folders(display.prepare))
+    return Data(unlabelled, judging, (common.DEMO, common.DEMO))
 
 
 def _evolve(recipe: Any, data: Data, *, run: RunFolder, display: Display, **how: Any) -> None:

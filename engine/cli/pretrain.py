@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     metavar="FILE|PRESET|random:SEED",
     help="The loss, such as RUN/best.toml.",
 )
-@common.paths("--videos", required=True, help="Videos or shards; several times.")
+@common.paths("--videos", help="Videos or shards; several times.")
 @common.count("--gpus", help="One process a GPU, on so many GPUs of this machine.")
 @common.count("--workers", help="So many processes on this machine's CPU.")
 @common.natural(
@@ -47,12 +47,6 @@ def pretrain(gpus: int | None, workers: int | None, restarts: int, **options: An
     from engine.core.launch import ranks_of_environment
     from engine.core.runtime import check_kernels_package
 
-    if options["loss_name"] is None and not options["resume"]:
-        raise ValueError(
-            "--loss is missing: a loss file such as RUN/best.toml, a preset, or random:SEED"
-        )
-    if options["judge_every"] is not None and not options["labelled"]:
-        raise ValueError("--judge-every needs --labelled")
     check_kernels_package()
     ranks = ranks_of_environment()
     if ranks is not None and ranks.world > 1:
@@ -109,6 +103,7 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
 
     A run that is there already is gone on with: after a restart, or by a scheduler, the command is the same.
     """
+    from engine.core.pool import die_with_parent
     from engine.core.ranks import RanksDiffer
     from engine.train.processes import as_rank
     from engine.train.trainer import MemberFailed
@@ -116,6 +111,7 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
     path = options["run_path"]
     if path is None:
         raise ValueError("torchrun: name the run's folder with --run, for all processes")
+    die_with_parent()  # a launcher that is killed leaves its processes, which would train on beside new ones
 
     def make() -> PretrainOptions:
         resume = options["resume"] or (path / "recipe.toml").exists()
@@ -136,14 +132,26 @@ def _new_run(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
     from engine.objective.lossfile import load_loss, loss_used_labels
     from engine.train.pretrain import PretrainOptions
 
+    if options["loss_name"] is None and not options["resume"]:
+        raise ValueError(
+            "--loss is missing: a loss file such as RUN/best.toml, a preset, or random:SEED"
+        )
+    if not options["videos"] and not options["resume"]:
+        raise ValueError("--videos is missing: folders of videos, or shards, to train on")
     loss = options["loss_name"]
     weights = load_loss(loss) if loss else None
     run, recipe = common.open_run("pretrain", "cpu/pretrain", **options)
+    videos, labelled = options["videos"], options["labelled"]
+    if options["resume"]:
+        videos, labelled = common.noted_videos(run, videos, labelled)
+    if options["judge_every"] is not None and not labelled:
+        raise ValueError("--judge-every needs --labelled")
     training = PretrainOptions(
         recipe,
         run.path,
-        videos=options["videos"],
-        labelled=options["labelled"],
+        videos=videos,
+        labelled=labelled,
+        noted={"videos": common.names_of(videos), "labelled": common.names_of(labelled)},
         weights=weights,
         labels_used=loss_used_labels(loss) if loss else False,
         device=options["device"],

@@ -19,6 +19,12 @@ class StorageError(OSError):
         return str(self.strerror)
 
 
+def user_cache() -> Path:
+    """The engine's folder in the user's cache: ($XDG_CACHE_HOME or ~/.cache)/evolved-losses."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "evolved-losses"
+
+
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into a StorageError about ``path``."""

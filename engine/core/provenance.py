@@ -90,11 +90,14 @@ def check_same_videos(run: Path, *, before: str, now: str) -> None:
 def write_provenance(run: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
     """Write ``provenance.json``; of a run that is continued, what it began with and when it was resumed.
 
-    ``facts`` are those of ``provenance``, and ``data``, the videos' digest. Raises RunError for other videos.
+    ``facts`` are those of ``provenance``, and ``data``, the videos' digest; ``videos`` and ``labelled`` are where they
+    are now. Raises RunError for other videos.
     """
     old = run.read_json("provenance.json")
     if old is not None:
         check_same_videos(run.path, before=old["data"], now=facts["data"])
-        facts = {**old, "resumed": [*old.get("resumed", []), facts["started"]]}
+        places = ("videos", "labelled")
+        moved: dict[str, Any] = {key: facts[key] for key in places if key in facts}
+        facts = {**old, **moved, "resumed": [*old.get("resumed", []), facts["started"]]}
     run.write_json("provenance.json", facts)
     return facts

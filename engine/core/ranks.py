@@ -27,6 +27,10 @@ class RanksDiffer(ValueError):
     """Ranks that do not train the same thing, or one of which can't: the message names it."""
 
 
+class PeerLost(RuntimeError):
+    """Another rank ended, or can't be reached any more."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process's place among all that train together; by default it is alone."""
@@ -112,7 +116,10 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Join the group of processes, on this rank's own share of the machine's cores."""
+    """Join the group of processes, on this rank's own share of the machine's cores.
+
+    Raises PeerLost where an exchange within the block fails because another rank is gone.
+    """
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         each = len(cores) // ranks.local_world
@@ -125,6 +132,12 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise PeerLost(
+            f"rank {ranks.rank} on {socket.gethostname()}: the connection to another process of this training was lost"
+        ) from error
     finally:
         dist.destroy_process_group()
 

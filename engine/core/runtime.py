@@ -119,7 +119,8 @@ def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
     """Pick the device: ``auto`` takes a GPU where there is one.
 
     ``amp``: ``auto`` autocasts to bf16 on a GPU and stays in float32 on a CPU; ``off`` forces float32; ``bf16`` is
-    taken on a GPU, and on a CPU where ``cpu_has_bf16``. Raises ValueError for a GPU that is asked for and absent.
+    taken on a GPU, and on a CPU where ``cpu_has_bf16``. A GPU's device has its number, since "cuda" alone means another
+    one to each thread: new ones begin with the first. Raises ValueError for a GPU that is asked for and absent.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,7 +131,9 @@ def choose_runtime(device: str = "auto", *, amp: str = "auto") -> Runtime:
     chosen = torch.device(device)
     if chosen.type == "cpu":
         return Runtime(chosen, amp == "bf16" and cpu_has_bf16())
-    if chosen.index is not None:  # what says "cuda" alone, and CuPy, then mean this one too
+    if chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    else:  # what says "cuda" alone in this thread, and CuPy, then mean this one too
         torch.cuda.set_device(chosen)
     return Runtime(chosen, amp in ("bf16", "auto"))
 

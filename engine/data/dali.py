@@ -13,11 +13,7 @@ from torch import Tensor
 def _built(graph: Callable[[], Any], *, batch_size: int, device: torch.device, threads: int) -> Any:
     """Build a graph for one device; it runs ahead of its reader only where it is scheduled."""
     settings = {"batch_size": batch_size, "num_threads": threads, "prefetch_queue_depth": 1}
-    index = None
-    if (
-        device.type == "cuda"
-    ):  # the same as torch's: a process may have chosen another than the first
-        index = torch.cuda.current_device() if device.index is None else device.index
+    index = device.index if device.type == "cuda" else None
     return pipeline_def(graph, device_id=index, **settings)()
 
 

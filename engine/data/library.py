@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.core.files import user_cache
 from engine.data.demo.demo import default_cache, make_demo
 from engine.data.ingest.run import Progress, ingest
 from engine.data.ingest.sources import Reject
@@ -77,5 +78,5 @@ def reported(name: str, report: Report) -> Callable[[Progress], None]:
 
 
 def default_shard_cache() -> Path:
-    """The folder that keeps shards of raw folders between commands: beside the demo's set in the user's cache."""
-    return default_cache().parent / "shards"
+    """The folder that keeps shards of raw folders between commands."""
+    return user_cache() / "shards"

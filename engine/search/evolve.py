@@ -39,7 +39,7 @@ class Data:
     videos: Library
     labelled: Library
     named: tuple[list[str], list[str]]
-    """The videos and labelled folders as the user named them."""
+    """The videos and labelled folders as the run notes them."""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class PretrainOptions:
     videos: tuple[Path, ...]
     labelled: tuple[Path, ...] = ()
     """Clips whose k-means fitness chooses ``best.safetensors``, and nothing else."""
+    noted: dict[str, list[str]] = field(default_factory=dict)
+    """``videos`` and ``labelled`` as the user named them, for provenance: those here may be shards made of them."""
     weights: LossWeights | None = None
     """None: those that the run began with."""
     labels_used: bool = False
@@ -89,15 +91,14 @@ def pretrain(
         judging = _open(options.labelled, display, opened).index
         labelled = LabelledClips(judging, recipe, runtime=runtime)
     trainer = Trainer(recipe, library.index, runtime, warn=display.say, ranks=ranks)
-    weights = ranks.shared(lambda: _begin(run, options))
+    weights = ranks.shared(lambda: _begin(run, options, library, runtime))
     member = trainer.member(weights, seed=recipe.seed, alone=True)
     average = RunningAverage(member.loss.rgb, recipe.optim.ema) if recipe.optim.ema else None
     ranks.agree(_identity(recipe, library, member))
-    facts = {} if run is None else _provenance(recipe, library, run=run, runtime=runtime)
     _resume(run, member, average, digest=recipe_hash(recipe), ranks=ranks, display=display)
     log = None
     if run is not None:
-        log = _Log(trainer, member, average, run, display, options, weights, facts, labelled)
+        log = _Log(trainer, member, average, run, display, options, weights, labelled)
     for step, views in trainer.rounds([member], seed=recipe.seed):
         loss = trainer.step(member, views)
         if average is not None:
@@ -115,8 +116,13 @@ def _open(
     return library
 
 
-def _begin(run: RunFolder | None, options: PretrainOptions) -> LossWeights:
-    """The loss that a run trains with, written to loss.toml as it begins; it never changes after that."""
+def _begin(
+    run: RunFolder | None, options: PretrainOptions, library: Library, runtime: Runtime
+) -> LossWeights:
+    """The loss that a run trains with, written to loss.toml as it begins; it never changes after that.
+
+    Writes provenance.json beside it. Raises RunError where a run is continued with another loss or on other videos.
+    """
     assert run is not None
     path, weights = run.path / "loss.toml", options.weights
     begun_before = (run.path / "recipe.toml").exists()
@@ -131,10 +137,21 @@ def _begin(run: RunFolder | None, options: PretrainOptions) -> LossWeights:
         raise RunError(f"{run.path}: ended before it wrote its loss (loss.toml): give --loss again")
     about = "the loss that this run trains with"
 
-    def save() -> None:
-        save_loss(begun, path, name="loss", about=about, labels_used=options.labels_used)
+    def note() -> None:
+        if own is None:
+            save_loss(begun, path, name="loss", about=about, labels_used=options.labels_used)
+        facts = {
+            **provenance(runtime),
+            "seed": options.recipe.seed,
+            "recipe_hash": recipe_hash(options.recipe),
+            **options.noted,
+            "labels_used": loss_used_labels(path),
+            "num_clips": len(library.index),
+            "data": data_digest(library.shards),
+        }
+        write_provenance(run, facts)
 
-    run.begin(save if own is None else lambda: None)
+    run.begin(note)
     return begun
 
 
@@ -180,21 +197,6 @@ def _resume(
     member.start = empty if member.start is None else member.start
     own = [*tensors_of(member.loss, member.optimizer), member.values, member.start]
     ranks.broadcast_([*own, *extra.values()])
-
-
-def _provenance(
-    recipe: Recipe, library: Library, *, run: RunFolder, runtime: Runtime
-) -> dict[str, Any]:
-    """Write provenance.json; raises RunError where a run is continued on other videos than it began with."""
-    facts = {
-        **provenance(runtime),
-        "seed": recipe.seed,
-        "recipe_hash": recipe_hash(recipe),
-        "labels_used": loss_used_labels(run.path / "loss.toml"),
-        "num_clips": len(library.index),
-        "data": data_digest(library.shards),
-    }
-    return write_provenance(run, facts)
 
 
 class Speed:
@@ -251,8 +253,6 @@ class _Log:
     display: Display
     options: PretrainOptions
     weights: LossWeights
-    facts: dict[str, Any]
-    """Contents of provenance.json."""
     labelled: LabelledClips | None
     """Clips that choose the best network."""
     loss: float = field(default=math.nan, init=False)
@@ -260,7 +260,8 @@ class _Log:
 
     def __post_init__(self) -> None:
         self.recipe, self._first = self.trainer.recipe, self.member.step
-        self.facts = {**self.facts, "processes": self.trainer.ranks.world}
+        begun = self.run.read_json("provenance.json") or {}
+        self.facts = {**begun, "processes": self.trainer.ranks.world}
         self._board = SummaryWriter(str(self.run.tensorboard), purge_step=self._first)
         self._best = self._best_so_far()
         self._speed, self._started = Speed(self.trainer), time.perf_counter()

@@ -100,19 +100,24 @@ def as_rank(
     own = torch.device(device_of(device, ranks))
     log = run if ranks.leads else None
     with joined(ranks, own), Display(log=log, quiet=not ranks.leads) as display:
-        options = ranks.shared(make)
-        for path in options.videos:
-            if not is_shards(path):
-                raise ValueError(
-                    f"{path}: not shards, which several machines need: engine ingest {path} --out SHARDS, then "
-                    "--videos SHARDS"
-                )
+        options = _of_shards(ranks.shared(lambda: _of_shards(make())))  # here as on rank 0
         if may_miss_each_other():
             display.say(f"restarts can fail: start torchrun with {OWN_STORE}=1 in its environment")
         if restarts_so_far():
             display.say(f"a process ended: all of them start again ({restarts_so_far()})")
         folder = _folder(options) if ranks.leads else None
         return pretrain(options, display, run=folder, device=str(own), ranks=ranks)
+
+
+def _of_shards(options: PretrainOptions) -> PretrainOptions:
+    """The options; raises ValueError where this machine does not find shards under their paths."""
+    for path in options.videos:
+        if not is_shards(path):
+            raise ValueError(
+                f"{path}: not shards, which several machines need: engine ingest {path} --out SHARDS, then "
+                "--videos SHARDS"
+            )
+    return options
 
 
 def _folder(options: PretrainOptions) -> RunFolder:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from engine.core.launch import OWN_STORE, Ended, launch, may_miss_each_other, ranks_of_environment
 from engine.core.ranks import (
     ALONE,
+    PeerLost,
     Ranks,
     RanksDiffer,
     SyncedBatchNorm,
@@ -231,3 +233,27 @@ def test_processes_that_end_are_explained() -> None:
         launch(end, "killed", processes=1, restarts=0)
     with pytest.raises(ValueError, match="no restart helps here"):
         launch(end, "final", processes=1, restarts=1)
+
+
+def lose_the_other(out: Path, notes: Path) -> None:
+    """Rank 1 is killed amid an exchange; rank 0 writes what it is told."""
+    ranks = ranks_of_environment()
+    assert ranks is not None
+    try:
+        with joined(ranks, torch.device("cpu")):
+            ranks.agree({"fact": 1})
+            if ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            ranks.sum_([torch.ones(3)])
+    except PeerLost as error:
+        out.write_text(str(error))
+        raise
+
+
+def test_a_rank_whose_peer_is_gone_says_so(tmp_path: Path) -> None:
+    with pytest.raises(Ended, match="killed by SIGKILL"):
+        launch(lose_the_other, tmp_path / "said", processes=2, restarts=0)
+    assert re.fullmatch(
+        r"rank 0 on \S+: the connection to another process of this training was lost",
+        (tmp_path / "said").read_text(),
+    )

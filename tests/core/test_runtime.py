@@ -64,8 +64,10 @@ def test_a_gpu_that_is_named_is_the_one_that_cuda_means(monkeypatch) -> None:
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert choose_runtime("cuda:3").device == torch.device("cuda:3")
-    choose_runtime("cuda")
+    for which in ("cuda", "auto"):  # a thread that a stage starts would take the first
+        assert choose_runtime(which).device == torch.device("cuda:2")
     choose_runtime("cpu")
     assert chosen == [torch.device("cuda:3")]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +254,20 @@ def test_a_run_is_not_resumed_on_other_videos(reference: Path, tiny_shards: Path
     other = tiny_shards / "labelled"
     line = one_line(resume(reference, "--videos", other, "--labelled", other), code=2)
     assert "not those that this run began with" in line
+
+
+def test_a_run_notes_where_its_videos_are(
+    reference: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    facts = read(reference / "provenance.json")
+    assert facts["videos"] == [str(tiny_shards / "unlabelled")]
+    run, gone = tmp_path / "run", str(tmp_path / "gone")
+    shutil.copytree(reference, run)
+    (run / "provenance.json").write_text(json.dumps({**facts, "videos": [gone]}))
+    line = one_line(resume(run), code=2)
+    assert f"the run began with {gone}, which is not there" in line and line.endswith("--videos")
+    assert resume(run, "--videos", tiny_shards / "unlabelled")[0] == 0
+    assert read(run / "provenance.json")["videos"] == facts["videos"]
 
 
 def test_two_processes_do_not_share_a_run(reference: Path, tiny_shards: Path) -> None:

@@ -142,6 +142,44 @@ def test_a_run_keeps_its_loss(finished: Path, tiny_shards: Path) -> None:
     assert pretrain(tiny_shards, finished, "--resume", "--loss", "random:3")[0] == 0
 
 
+def test_a_run_goes_on_with_the_videos_that_it_noted(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any working folder, judged by the same labelled clips; if these have moved, they are named."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        result = CliRunner().invoke(main, ["pretrain", *map(str, arguments), "--device", "cpu"])
+        done = result.exit_code, result.stdout, result.stderr
+        del result
+        gc.collect()
+        return done
+
+    run, there, moved = tmp_path / "run", tmp_path / "there", tmp_path / "moved"
+    shutil.copytree(tiny_shards, there)
+    monkeypatch.chdir(there)
+    begun = ("--recipe", TINY, *STEPS, "--loss", "random:3", "--videos", "unlabelled")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, step=4)
+        done = call(*begun, "--labelled", "labelled", "--run", run, "--checkpoint-every", 2)
+    assert done[0] == 130, done
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("--resume", "--run", run)
+    assert (code, err) == (0, "") and "going on from step 4" in out and "k-means fitness" in out
+    there.rename(moved)
+    for folder, more in (("unlabelled", ()), ("labelled", ("--videos", moved / "unlabelled"))):
+        line = one_line(call("--resume", "--run", run, *more), code=2)
+        option = "--videos" if folder == "unlabelled" else "--labelled"
+        assert f"{there / folder}, which is not there" in line and line.endswith(option)
+    named = ("--videos", moved / "unlabelled", "--labelled", moved / "labelled")
+    assert call("--resume", "--run", run, *named)[0] == 0
+    assert call("--resume", "--run", run)[0] == 0
+
+
+def test_a_new_run_needs_videos(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["pretrain", "--loss", "equal", "--run", str(tmp_path / "r")])
+    assert result.exit_code == 2 and "--videos is missing" in result.stderr
+
+
 def test_a_damaged_checkpoint_is_named(finished: Path, tiny_shards: Path) -> None:
     last = finished / "checkpoints" / "last.safetensors"
     whole = last.read_bytes()
@@ -269,6 +307,40 @@ def test_torchrun_needs_a_named_run(tiny_shards: Path, monkeypatch: pytest.Monke
     assert result.exit_code == 2 and "name the run's folder with --run" in result.stderr
     result = CliRunner().invoke(main, [*command, "--gpus", "2"])
     assert result.exit_code == 2 and "leave out --gpus" in result.stderr
+
+
+@pytest.mark.slow
+def test_what_ends_all_processes_of_torchrun_is_said_once(tiny_demo: Path, tmp_path: Path) -> None:
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m -- engine".split()
+    common = ["pretrain", "--run", tmp_path / "run", "--device", "cpu"]
+    raw = ["--videos", tiny_demo / "unlabelled", "--loss", "equal"]
+    for more, said in (([], "--loss is missing"), (raw, "not shards, which several machines need")):
+        command = [sys.executable, *torchrun, *map(str, [*common, *more])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode != 0 and done.stderr.count(said) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_processes_of_a_killed_torchrun_end(tiny_shards: Path, tmp_path: Path) -> None:
+    """They would train on, unseen, beside those that are started next."""
+    run = tmp_path / "run"
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m -- engine".split()
+    options = ["--recipe", TINY, "--set", "optim.steps=2000", "--loss", "equal", "--device", "cpu"]
+    command = ["pretrain", "--videos", tiny_shards / "unlabelled", "--run", run, *options]
+    with subprocess.Popen([sys.executable, *torchrun, *map(str, command)]) as launcher:
+        until = time.monotonic() + 200
+        while not (run / "recipe.toml").exists():
+            assert time.monotonic() < until and launcher.poll() is None
+            time.sleep(0.05)
+        workers = workers_of(launcher.pid)
+        launcher.kill()
+    until, left = time.monotonic() + 20, set(workers.values())
+    while left and time.monotonic() < until:
+        time.sleep(0.05)
+        left = {pid for pid in left if Path(f"/proc/{pid}/fd/0").exists()}
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert sorted(workers) == ["0", "1"] and not left
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.core.files import take_lock
+from engine.core.files import take_lock, user_cache
 from engine.data.demo.scenes import CLASSES, FPS, SAMPLE_RATE, UNLABELLED, draw_scene
 from engine.data.media.encode import write_video
 
@@ -30,10 +30,8 @@ class Demo:
 
 
 def default_cache() -> Path:
-    """The set's folder in the user's cache: ($XDG_CACHE_HOME or ~/.cache)/evolved-losses/demo-vN."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    root = base if base.is_absolute() else Path.home() / ".cache"
-    return root / "evolved-losses" / f"demo-v{VERSION}"
+    """The set's folder in the user's cache."""
+    return user_cache() / f"demo-v{VERSION}"
 
 
 def make_demo(

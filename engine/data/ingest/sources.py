@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,6 +25,8 @@ OTHER_SUFFIXES = frozenset(
     ".tif .tiff .toml .torrent .tsv .txt .url .vtt .wav .webp .wma .xls .xlsx .xml .xz .yaml .yml .zip .zst".split()
 )
 """Files that are no videos by their names, and are passed over, but for moving pictures; all others are tried."""
+RULES = f"1 {zlib.crc32(' '.join(sorted(OTHER_SUFFIXES)).encode()):08x}"
+"""Names ``_may_be_video`` for lists that are kept; its number goes up with each change of it or of ``tars``."""
 SUFFIXES_LEFT_OUT = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 """Of videos that lists name without."""
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -31,6 +34,7 @@ PARTS |= dict.fromkeys(("val", "valid", "validate", "validation"), "validation")
 """A split's parts, as lists call them."""
 NO_FILE = "there is no such file"
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar", ".7z")
+IS_PACKED = "it is packed: unpack it, or repack it as a .tar that isn't compressed"
 Stretch = tuple[str, float | None, float | None]
 """A file, and from where to where, in seconds."""
 
@@ -157,17 +161,17 @@ class SourceList:
 def find_sources(paths: Sequence[Path], root: Path | None = None) -> SourceList:
     """Files, those below folders and in tars, and those that lists (``lists.SUFFIXES``) name, in the paths' order.
 
-    The lists' paths count from ``root`` first, if given. A file that is in a folder and in a list is the list's.
+    The lists' paths count from ``root`` first, if given. A file or tar that is in a folder and in a list is the list's.
     Raises ValueError for a path that doesn't exist, and for a list that can't be read as one.
     """
     lists = [p for p in map(Path, paths) if p.suffix.lower() in SUFFIXES and p.is_file()]
     files = _files([p for p in paths if p not in lists])
-    videos = [source for source in files if not _is_tar(source.relative)]
-    tars = [_in_tar(source) for source in files if _is_tar(source.relative)]
     seen: dict[Stretch, Source] = {}
     listed = [read_list(path, root, seen=seen) for path in lists]
     if seen:
-        videos = [source for source in videos if source.key not in seen]
+        files = [source for source in files if source.key not in seen]
+    videos = [source for source in files if not _is_tar(source.relative)]
+    tars = [_in_tar(source) for source in files if _is_tar(source.relative)]
     return SourceList.of([SourceList(videos), *tars, *listed])
 
 
@@ -209,9 +213,7 @@ def _files(paths: Sequence[Path]) -> list[Source]:
                 files.setdefault(os.path.join(folder, relative), source)
         elif path.exists():
             if path.name.lower().endswith(PACKED):
-                raise ValueError(
-                    f"{path} is packed: unpack it, or repack it as a .tar that isn't compressed"
-                )
+                raise ValueError(f"{path}: {IS_PACKED}")
             files.setdefault(str(path), Source(str(path.parent), path.name, None))
         else:
             raise ValueError(f"{path} does not exist: give files or folders of videos")
@@ -223,13 +225,19 @@ def _is_tar(name: str) -> bool:
 
 
 def _in_tar(tar: Source) -> SourceList:
-    """The videos in a tar, named by its path and theirs in it."""
-    members, why = read_tar(tar.path, _may_be_video)
+    """The videos in a tar, named by its path and theirs in it; a list's label is that of all."""
+    members, why = read_tar(tar.path, _may_be_video, rules=RULES)
+    label = tar.label if tar.listed else None  # else it is the folder's name, and means the tar
     videos = [
-        Source(tar.folder, f"{tar.relative}/{member.name}", member.label, member=member)
+        replace(
+            tar,
+            relative=f"{tar.relative}/{member.name}",
+            label=label or member.label,
+            member=member,
+        )
         for member in members
     ]
-    return SourceList(videos, [Reject(tar.relative, why)] if why else [])
+    return SourceList(videos, [Reject(tar.relative, why, listed=tar.listed)] if why else [])
 
 
 def _may_be_video(name: str, head: Callable[[], bytes]) -> bool:
@@ -285,8 +293,8 @@ def read_list(
 
     Paths count from ``root`` if that is given and they are there, or else from the list's folder, or the current one;
     a name without a suffix stands for the video file of that name. Several lines of one file with other times are
-    several sources. A line that can't be used, or names what is in ``seen``, becomes a reject with its number. Raises
-    ValueError for a list that can't be read, and one with columns but no path.
+    several sources; a tar is all videos in it. A line that can't be used, or names what is in ``seen``, becomes a
+    reject with its number. Raises ValueError for a list that can't be read, and one with columns but no path.
     """
     bases = list(dict.fromkeys([*([root] if root else []), path.parent, Path.cwd()]))
     find = partial(_found, bases)
@@ -305,10 +313,16 @@ def read_list(
                 raise ValueError(NO_FILE + _left_over(name, find))
             if not source.path.is_file():
                 raise ValueError("it is a folder, and only video files are read")
+            if name.lower().endswith(PACKED):
+                raise ValueError(IS_PACKED)
+            if _is_tar(name) and source.stretch:
+                raise ValueError("it is a tar: times are those of one video")
         except ValueError as error:
             videos.rejects.append(Reject(name, str(error), listed=where))
         else:
-            videos.sources.append(source)
+            tar = _in_tar(source) if _is_tar(name) else SourceList([source])
+            videos.sources += tar.sources
+            videos.rejects += tar.rejects
     videos.notes.append(_as_understood(path, form, rows, videos))
     return videos
 

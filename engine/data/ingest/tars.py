@@ -1,20 +1,34 @@
-"""Videos in tars, as WebDataset keeps them: whole files, read where they lie, with their labels beside them."""
+"""Videos in tars, as WebDataset keeps them: whole files, read where they lie, with their labels beside them.
+
+A tar has no table of contents: to list it is to read the head of every file in it. The user's cache keeps long lists.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
+from engine.core.files import take_lock, user_cache, write_atomic
 from engine.data.ingest.lists import COLUMNS
 
 LARGEST_NOTE = 1 << 20
 """Bytes that are read of a file with a label."""
+KEPT_FROM = 0.5
+"""Seconds from which on reading a list costs more than keeping it."""
+SETTLED = 2.0
+"""Seconds after which a tar's time tells of any later change, on every file system."""
+IsVideo = Callable[[str, Callable[[], bytes]], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +44,54 @@ class Member:
     """Bytes."""
 
 
-def read_tar(
-    path: Path, is_video: Callable[[str, Callable[[], bytes]], bool]
-) -> tuple[list[Member], str]:
+class _Listing(msgspec.Struct, array_like=True):
+    """A tar's videos as the cache keeps them, and of what state of the tar they are."""
+
+    path: str
+    size: int
+    changed: int
+    """When the tar was changed, in ns."""
+    rules: str
+    """By which files were taken for videos."""
+    members: list[Member]
+    why: str
+
+
+def read_tar(path: Path, is_video: IsVideo, *, rules: str = "") -> tuple[list[Member], str]:
     """The videos in a tar, and why there are no more of them, if something is wrong.
 
     ``is_video`` tells by a file's name, and by its content, which it may ask for. A video's label is the text of the
     .cls file of its name, or a label in its .json file (one of ``COLUMNS``), or else the folder in the tar that holds
-    it.
+    it. A list that took as long as KEPT_FROM is kept until the tar's size or time changes, or ``rules``, which name
+    what ``is_video`` does.
     """
+    full = os.path.abspath(path)
+    name = f"{path.name[:100]}-{hashlib.sha256(os.fsencode(full)).hexdigest()[:10]}.json"
+    kept, state, began = user_cache() / "tars" / name, _state(path), time.perf_counter()
+    with suppress(OSError, msgspec.DecodeError):
+        old = msgspec.json.decode(kept.read_bytes(), type=_Listing)
+        if (old.path, (old.size, old.changed), old.rules) == (full, state, rules):
+            return old.members, old.why
+    members, why = _scan(path, is_video)
+    took = time.perf_counter() - began
+    is_settled = time.time() - state[1] / 1e9 > SETTLED  # a writer may add to it within one tick
+    if took >= KEPT_FROM and is_settled and state == _state(path):
+        new = _Listing(full, *state, rules, members, why)
+        # where it can't be kept, or another process is keeping it, it is read again
+        with suppress(OSError, UnicodeEncodeError), take_lock(kept.parent / ".lock"):
+            write_atomic(kept, msgspec.json.encode(new))
+    return members, why
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:  # reading it will tell
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _scan(path: Path, is_video: IsVideo) -> tuple[list[Member], str]:
     videos: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}  # by what precedes a file's suffix, and by its key with a dot
     why, size = "", 0

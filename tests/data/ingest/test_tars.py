@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import cv2
 import numpy as np
 import pytest
 
+from engine.core.files import take_lock
+from engine.data.ingest import tars
 from engine.data.ingest.run import IngestReport, ingest
 from engine.data.ingest.sources import find_sources
 from engine.data.media.decode import probe
@@ -227,3 +230,102 @@ def test_a_play_list_in_a_tar_reads_nothing_else(films: Path, tmp_path: Path) ->
     tar = pack(tmp_path / "a.tar", [("list.mp4", text.encode())])
     with pytest.raises(ValueError, match=r"list\.mp4"):
         run(tar, tmp_path / "set")
+
+
+def test_rows_of_a_list_may_name_tars(films: Path, tmp_path: Path) -> None:
+    film = contents(films)[0][1]
+    pack(tmp_path / "own.tar", [("0.mp4", film), ("0.cls", b"walk"), ("run/1.mp4", film)])
+    pack(tmp_path / "run.tar", [("2.mp4", film), ("2.cls", b"walk")])
+    (tmp_path / "none.tar").write_bytes(b"no tar" * 1000)
+    (tmp_path / "a.tgz").write_bytes(b"")
+    (tmp_path / "c.mp4").write_bytes(film)
+    rows = "own.tar,,,\nrun.tar,run,,\nc.mp4,jump,,\nnone.tar,run,,\na.tgz,run,,\nrun.tar,run,,\nown.tar,x,0,1\n"
+    (tmp_path / "list.csv").write_text(f"path,label,start,end\n{rows}")
+    found = find_sources([tmp_path / "list.csv", tmp_path / "own.tar"])
+    assert [(source.relative, source.label, source.listed) for source in found.sources] == [
+        ("c.mp4", "jump", "list.csv:4"),
+        ("own.tar/0.mp4", "walk", "list.csv:2"),
+        ("own.tar/run/1.mp4", "run", "list.csv:2"),
+        ("run.tar/2.mp4", "run", "list.csv:3"),
+    ]
+    reasons = {reject.listed: reject.reason for reject in found.rejects}
+    assert "can't be read as a tar" in reasons["list.csv:5"]
+    assert reasons["list.csv:6"].startswith("it is packed: unpack it")
+    assert reasons["list.csv:7"] == "line 3 names the same file"
+    assert "times are those of one video" in reasons["list.csv:8"]
+    assert len(reasons) == len(found.rejects) == 4
+    report = run(tmp_path / "list.csv", tmp_path / "set")
+    index = ClipIndex([tmp_path / "set"])
+    labels = {index.facts(i)["source"]: index.facts(i)["class"] for i in range(len(index))}
+    assert report.clips == 4 and labels["run.tar/2.mp4"] == "run"
+
+
+@pytest.fixture
+def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tars that are read from their beginning to their end; all lists are worth keeping."""
+    read: list[str] = []
+    open_tar = tarfile.open
+
+    def opened(path: Path, mode: str) -> tarfile.TarFile:
+        read.append(Path(path).name)
+        return open_tar(path, mode)
+
+    monkeypatch.setattr(tars.tarfile, "open", opened)
+    monkeypatch.setattr(tars, "KEPT_FROM", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return read
+
+
+def aged(path: Path, *, seconds: float = 60.0) -> Path:
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
+    return path
+
+
+def test_a_tar_is_listed_once_until_it_changes(scans: list[str], tmp_path: Path) -> None:
+    bad = "b\udcff.mp4"  # a name that is no UTF-8
+    tar = aged(pack(tmp_path / "a.tar", [("0.mp4", b"0" * 700), ("0.cls", "é".encode())]))
+    scans.clear()
+    first = find_sources([tar])
+    assert [s.label for s in first.sources] == ["é"] and scans == ["a.tar"]
+    assert find_sources([tar]).sources == first.sources and scans == ["a.tar"]
+    (kept,) = (tmp_path / "cache" / "evolved-losses" / "tars").glob("*.json")
+    whole = kept.read_bytes()
+    for damaged in (whole[:-9], b"", b"[]", whole.replace(b"a.tar", b"b.tar")):
+        kept.write_bytes(damaged)
+        assert find_sources([tar]).sources == first.sources
+        assert scans.pop() == "a.tar" and kept.read_bytes() == whole
+    aged(pack(tar, [("1.mp4", b"1" * 700), ("1.cls", b"x")]), seconds=30)  # as large as before
+    assert [s.relative for s in find_sources([tar]).sources] == ["a.tar/1.mp4"]
+    pack(tar, [("2.mp4", b"2" * 700), ("2.cls", b"y")])  # perhaps it is being written
+    for name in ("a.tar/2.mp4", "a.tar/2.mp4"):
+        scans.clear()
+        assert [s.relative for s in find_sources([tar]).sources] == [name] and scans == ["a.tar"]
+    aged(pack(tar, [(bad, b"1" * 700)]))
+    for _ in range(2):
+        assert [s.relative for s in find_sources([tar]).sources] == [f"a.tar/{bad}"]
+
+
+def test_short_lists_and_a_cache_that_can_not_be_written(
+    scans: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = aged(pack(tmp_path / "a.tar", [("0.mp4", b"0")]))
+    monkeypatch.setattr(tars, "KEPT_FROM", 60.0)
+    find_sources([tar])
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(tars, "KEPT_FROM", 0.0)
+    (tmp_path / "cache").write_text("no folder")
+    assert len(find_sources([tar]).sources) == 1
+
+
+def test_processes_that_list_a_tar_at_once(scans: list[str], tmp_path: Path) -> None:
+    """Each has the whole list, and so has what they keep; one that another process keeps is not waited for."""
+    tar = aged(pack(tmp_path / "a.tar", [(f"{i}.mp4", b"0") for i in range(300)]))
+    there = tmp_path / "cache" / "evolved-losses" / "tars"
+    with take_lock(there / ".lock"):
+        assert len(find_sources([tar]).sources) == 300
+    assert not list(there.glob("*.json"))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: len(find_sources([tar]).sources), range(40)))
+    assert found == [300] * 40
+    assert [p.suffix for p in there.iterdir() if p.name != ".lock"] == [".json"]
