@@ -24,6 +24,9 @@ def is_marked(process):
     with open(f"{process}/environ", "rb") as file:
         if mark in file.read().split(b"\\0"):
             return True
+    with open(f"{process}/comm") as file:
+        if not file.read().startswith("ray::"):
+            return False
     files = [f"{process}/fd/{name}" for name in os.listdir(f"{process}/fd")]
     return any(os.lstat(each).st_mode & 0o200 and log.search(os.readlink(each)) for each in files)
 while left:
@@ -39,8 +42,8 @@ while left:
 """
 """A process that waits for its input's end, which comes with its parent's, and kills what is marked.
 
-Ray's agents write their title over their environment. They are known by the logs that they write: Ray names a
-session's folder by the process that started it.
+Ray's agents write their title over their environment. They are known by this title and by the logs that they write:
+Ray names a session's folder by the process that started it.
 """
 
 

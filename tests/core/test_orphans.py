@@ -15,7 +15,7 @@ import pytest
 from engine.core.orphans import NAME, Guard
 
 DRIVER = """
-import os, subprocess, sys, time
+import os, shutil, subprocess, sys, time
 from pathlib import Path
 from engine.core.orphans import Guard
 guard = Guard()
@@ -27,10 +27,15 @@ with guard.marking():
     marked = sleeper()
 logs = Path(sys.argv[2]) / f"session_2026-01-01_00-00-00_{os.getpid()}" / "logs"
 logs.mkdir(parents=True)
-with open(logs / "agent.log", "w") as log:  # as Ray's agents, whose environment is gone
-    agent = subprocess.Popen(["/bin/sleep", "300"], env={}, stderr=log, start_new_session=True).pid
-print(marked, agent, sleeper(), flush=True)
-sys.stdin.read() if sys.argv[1] == "wait" else guard.close()
+log = open(logs / "driver.log", "w")  # as Ray's library does
+reader = subprocess.Popen(["/bin/sleep", "300"], env={}, stderr=log, start_new_session=True).pid
+name = shutil.copy("/bin/sleep", Path(sys.argv[2]) / "ray::agent")
+agent = subprocess.Popen([name, "300"], env={}, stderr=log, start_new_session=True).pid  # whose environment is gone
+print(marked, agent, sleeper(), reader, flush=True)
+if sys.argv[1] == "close":
+    guard.close()
+    print("closed", flush=True)
+sys.stdin.read()
 """
 
 
@@ -50,7 +55,7 @@ def test_marked_processes_end_with_their_driver(how: str, tmp_path: Path) -> Non
         text=True,
     ) as driver:
         assert driver.stdout is not None
-        *marked, other = map(int, driver.stdout.readline().split())
+        *marked, other, reader = map(int, driver.stdout.readline().split())
         try:
             if how == "wait":
                 assert all(map(alive, marked))
@@ -59,14 +64,18 @@ def test_marked_processes_end_with_their_driver(how: str, tmp_path: Path) -> Non
             while any(map(alive, marked)):
                 assert time.monotonic() < until
                 time.sleep(0.02)
-            assert alive(other)
+            assert alive(other) and alive(reader)
+            if how == "close":
+                assert driver.stdout.readline() == "closed\n" and driver.poll() is None
         finally:
-            with suppress(ProcessLookupError):
-                os.kill(other, signal.SIGKILL)
+            driver.kill()
+            for pid in (other, reader):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 RAY_DRIVER = """
-import os, signal, time
+import os, signal, sys, time
 from engine.core import ray_pool
 pool = ray_pool.RayPool(object, size=1)
 def titles():
@@ -86,21 +95,28 @@ while not {"ray::DashboardA", "ray::RuntimeEnv"} <= set(found.values()):  # thei
     found = dict(below(os.getpid()))
     time.sleep(0.1)
 print(*found, flush=True)
-time.sleep(300)
+if sys.argv[1] == "wait":
+    time.sleep(300)
+pool.close()
+print("closed", flush=True)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_ray_ends_with_its_driver() -> None:
+@pytest.mark.parametrize("how", ["wait", "close"])
+def test_ray_ends_with_its_driver(how: str) -> None:
     pytest.importorskip("ray")
     with subprocess.Popen(
-        [sys.executable, "-c", RAY_DRIVER], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", RAY_DRIVER, how], stdout=subprocess.PIPE, text=True
     ) as driver:
         assert driver.stdout is not None
         left = set(map(int, driver.stdout.readline().split()))
         assert len(left) > 4
-        driver.kill()
+        if how == "wait":
+            driver.kill()
+        else:
+            assert driver.stdout.readline() == "closed\n", "its own end is its own"
+            assert driver.wait(timeout=20) == 0
         until = time.monotonic() + 10
         while left := {pid for pid in left if alive(pid)}:
             assert time.monotonic() < until, left
