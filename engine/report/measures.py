@@ -103,9 +103,10 @@ def ranking(run: Run) -> Reliability | None:
     most = max(map(len, first), default=0)
     compared = table_of(run.summary, "compared")
     fresh = [stat_in(compared, name) for name in compared if name not in TRIVIAL]
-    values = [s.values for s in (stat(run, "best"), *fresh) if s is not None]
+    # each loss once: the best may be one of those that it is compared with
+    values = {s.values for s in (stat(run, "best"), *fresh) if s is not None}
     longest = max(map(len, values), default=0)
-    again = [each for each in values if len(each) == longest]
+    again = sorted(each for each in values if len(each) == longest)
     try:
         return reliability([r for r in first if len(r) == most], *([again] if longest else []))
     except ValueError:

@@ -272,14 +272,13 @@ def effects_finding(found: Effects) -> str:
     if not sure:
         return f"No term's effect is told apart from 0 ({said})."
     sides = []
-    for sign, verb in ((1, "helps"), (-1, "harms")):
+    for sign, verb in ((1, "help"), (-1, "harm")):
         names = [f"{n} {found.terms[n].mean:+.3f}" for n in sure if found.terms[n].sign == sign]
         if rest := names[NAMED:]:
             names[NAMED:] = [plural(len(rest), "other")]
         if names:
-            sides.append(f"more of {spoken(names)} {verb}")
-    text = "; ".join(sides)
-    return f"{text[0].upper()}{text[1:]} ({said})."
+            sides.append(f"{spoken(names)} {verb}{'s' if len(names) == 1 else ''}")
+    return f"{'; '.join(sides)} ({said})."
 
 
 def zipf_finding(result: Agreement) -> str:

@@ -7,12 +7,14 @@ are Bayesian, and don't ask why a loss was tried.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.objective.terms import TERM_NAMES, TERMS
 from engine.search.samplers import FEWEST, Trial
@@ -44,8 +46,8 @@ class Effects:
     """(J,)"""
     covariance: Array
     """(J, J)"""
-    tried: Array
-    """(J,) bool: whether the term's weight varies among the members."""
+    tried: NDArray[np.bool_]
+    """(J,) whether the term's weight varies among the members."""
     members: int
 
     @cached_property
@@ -73,9 +75,10 @@ class Effects:
             if names and not among.any():
                 return None
             mixture += sign * among / max(among.sum(), 1)
-        mean, variance = mixture @ self.mean, mixture @ self.covariance @ mixture
-        half = t.ppf((1 + INTERVAL) / 2, self.members - 1) * np.sqrt(max(variance, 0.0))
-        return Effect(float(mean), float(mean - half), float(mean + half))
+        mean = float(mixture @ self.mean)
+        sd = math.sqrt(max(float(mixture @ self.covariance @ mixture), 0.0))
+        half = sd * float(t.ppf((1 + INTERVAL) / 2, self.members - 1))
+        return Effect(mean, mean - half, mean + half)
 
 
 def effects_of(members: Sequence[Trial]) -> Effects | None:

@@ -212,13 +212,10 @@ def _fits(weights: Array, fitness: Array) -> Iterator[tuple[str, Array, _Fit]]:
         x, y, count = x - centre, fitness - fitness.mean(), len(weights)
         scale = max(float((x**2).sum(1).mean()), 1e-9)
         rest = 0.0
-        if (
-            count > x.shape[1]
-        ):  # all that many members say, in as many rows as there are coefficients
+        if count > x.shape[1]:  # as many rows as coefficients say all that more members do
             turn, x = np.linalg.qr(x)
-            rest = float(y @ y)
-            y = turn.T @ y
-            rest = max(rest - float(y @ y), 0.0)
+            seen, y = y, turn.T @ y
+            rest = float(((seen - turn @ y) ** 2).sum())
         for signal, shared, kinds in product(SIGNALS, SHARED, KINDS[name]):
             prior = np.kron(np.diag(kinds), _related(shared)).astype(np.float64)
             yield name, centre, _fit(x, y, signal / scale * prior, rest=rest, count=count)

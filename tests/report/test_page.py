@@ -118,7 +118,7 @@ def test_effects_and_the_papers_claims_are_the_same_as_in_the_summary(
     told = as_json(effects_of([trial_of(row) for row in run["members"]]))
     rows = [[cell.strip() for cell in row] for row in page.rows["claims"][1:]]
     assert rows == [
-        [c["claim"], f"{c['mean']:+.3f}", f"{c['low']:+.3f} to {c['high']:+.3f}", c["verdict"]]
+        [c["claim"], f"{c['mean']:+.3f} {c['low']:+.3f} to {c['high']:+.3f}", c["verdict"]]
         for c in told["claims"]
     ]
     svg = (folder / "figures" / "effects.svg").read_text()
