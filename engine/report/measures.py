@@ -99,7 +99,8 @@ def ranking(run: Run) -> Reliability | None:
     from engine.features.reliability import reliability
     from engine.features.trivial import TRIVIAL
 
-    first = [_repeats(t) for t in run.initial if t.fitness is not None]
+    initial = [t for t in run.initial if t.fitness is not None]
+    first = [_repeats(t) for t in initial]
     most = max(map(len, first), default=0)
     compared = table_of(run.summary, "compared")
     fresh = [stat_in(compared, name) for name in compared if name not in TRIVIAL]
@@ -107,8 +108,11 @@ def ranking(run: Run) -> Reliability | None:
     values = {s.values for s in (stat(run, "best"), *fresh) if s is not None}
     longest = max(map(len, values), default=0)
     again = sorted(each for each in values if len(each) == longest)
+    tables = [again] if again else []
+    if len({str(t.attributes.get("seeds")) for t in initial}) > 1:
+        tables = [[row] for row in again]  # what a seed does to all losses tells members apart, too
     try:
-        return reliability([r for r in first if len(r) == most], *([again] if longest else []))
+        return reliability([r for r in first if len(r) == most], *tables)
     except ValueError:
         return None
 

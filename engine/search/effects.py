@@ -1,8 +1,8 @@
 """What matters: each term's effect on fitness with its interval, and the paper's Sec. 4 beside it.
 
 An effect is what fitness gains where a loss has more of a term, all else as in the members that were trained
-(``surrogate.effects``). Effects of several terms are the mean of theirs. Any search's members will do: the intervals
-are Bayesian, and don't ask why a loss was tried.
+(``surrogate.main_effects``). Effects of several terms are the mean of theirs. Any search's members will do: the
+intervals are Bayesian, and don't ask why a loss was tried.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engine.objective.terms import TERM_NAMES, TERMS
 from engine.search.samplers import FEWEST, Trial
-from engine.search.surrogate import GROUPS, Array, effects, vectors
+from engine.search.surrogate import GROUPS, Array, computed, main_effects, vectors
 
 INTERVAL = 0.9
 """Posterior probability of an interval."""
@@ -87,9 +87,9 @@ def effects_of(members: Sequence[Trial]) -> Effects | None:
     fitness = np.array([member.fitness for member in complete], np.float64)
     if len(complete) < FEWEST or np.ptp(fitness) == 0:
         return None
-    weights = vectors([member.weights for member in complete])
+    weights = np.array([computed(row) for row in vectors([m.weights for m in complete])])
     tried = np.ptp(weights, axis=0) > 0
-    return Effects(*effects(weights, fitness), tried, len(complete)) if tried.any() else None
+    return Effects(*main_effects(weights, fitness), tried, len(complete)) if tried.any() else None
 
 
 class Claim(NamedTuple):

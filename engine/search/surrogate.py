@@ -131,6 +131,16 @@ class Surrogate:
         away = self.root @ rng.standard_normal(len(self.mean))
         return np.asarray(self.mean + width * away, np.float64)
 
+    def effect(self, term: int, weight: float = 1.0) -> tuple[float, float]:
+        """Mean and standard deviation of what ``term`` adds to fitness against its absence.
+
+        By levels at ``weight``; by shares with a network to itself.
+        """
+        one = np.zeros(len(TERMS))
+        one[term] = weight
+        x = BASES[self.basis](one).reshape(-1)
+        return float(x @ self.mean), float(np.linalg.norm(x @ self.root))
+
     def best_weights(self, coefficients: Array, *, most: int) -> Array:
         """(J,) the weights of highest f under given coefficients, with at most ``most`` terms above 0."""
         if self.basis == "shares":
@@ -165,7 +175,7 @@ def _related(shared: float) -> Array:
     return np.asarray((1 - shared) * _OWN + shared * _SAME, np.float64)
 
 
-def effects(weights: Array, fitness: Array) -> tuple[Array, Array]:
+def main_effects(weights: Array, fitness: Array) -> tuple[Array, Array]:
     """What more of each term adds to fitness: posterior mean (J,) and covariance (J, J), in the units of fitness.
 
     From N >= 2 members' weights (N, J) and fitness (N,). Every basis and prior counts by its evidence, since few

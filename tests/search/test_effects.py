@@ -9,7 +9,7 @@ from engine.objective.lossfile import draw_weights
 from engine.objective.terms import BY_NAME, TERM_NAMES, TERMS
 from engine.search.effects import CLAIMS, as_json, compared, effects_of
 from engine.search.samplers import FEWEST, Trial
-from engine.search.surrogate import GROUPS
+from engine.search.surrogate import GROUPS, computed, vectors
 
 J = len(TERM_NAMES)
 NOISE = 0.03
@@ -36,8 +36,9 @@ def members(worth, *, count, sparsity, law=by_weight, seed=0, noise=NOISE):
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(count):
-        weights = draw_weights(rng, sparsity=sparsity)
-        fitness = 0.25 + law(np.array(list(weights.values())), worth) + noise * rng.normal()
+        row = computed(vectors([draw_weights(rng, sparsity=sparsity)])[0])
+        fitness = 0.25 + law(row, worth) + noise * rng.normal()
+        weights = dict(zip(TERM_NAMES, row.tolist(), strict=True))
         rows.append(Trial(number, weights, fitness=fitness))
     return rows
 
