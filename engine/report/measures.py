@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.objective.terms import TERM_NAMES
 from engine.report.run import Array, Run, fitness_of, table_of, whole
-from engine.search.samplers import finite
+from engine.search.samplers import Trial, finite, finite_values
+
+if TYPE_CHECKING:
+    from engine.features.reliability import Reliability
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,40 @@ def pooled_sds(one: Stat, other: Stat) -> float | None:
     freedom = sum(n for n, _ in spread)
     pooled = math.sqrt(sum(n * sd * sd for n, sd in spread) / freedom) if freedom else 0.0
     return (one.mean - other.mean) / pooled if pooled > 0 else None
+
+
+def ranking(run: Run) -> Reliability | None:
+    """How well one training ranks losses; None where there are not two losses, or no loss has two seeds.
+
+    Losses differ as the initial population does; seeds as its repeats do, and the losses that fresh seeds confirmed.
+    """
+    # Only here: they take seconds, and a list of runs has no ranks.
+    from engine.features.reliability import reliability
+    from engine.features.trivial import TRIVIAL
+
+    initial = [t for t in run.initial if t.fitness is not None]
+    first = [_repeats(t) for t in initial]
+    most = max(map(len, first), default=0)
+    compared = table_of(run.summary, "compared")
+    fresh = [stat_in(compared, name) for name in compared if name not in TRIVIAL]
+    # each loss once: the best may be one of those that it is compared with
+    values = {s.values for s in (stat(run, "best"), *fresh) if s is not None}
+    longest = max(map(len, values), default=0)
+    again = sorted(each for each in values if len(each) == longest)
+    tables = [again] if again else []
+    if len({str(t.attributes.get("seeds")) for t in initial}) > 1:
+        tables = [[row] for row in again]  # what a seed does to all losses tells members apart, too
+    try:
+        return reliability([r for r in first if len(r) == most], *tables)
+    except ValueError:
+        return None
+
+
+def _repeats(trial: Trial) -> list[float]:
+    """A member's fitness, one for each of its trainings."""
+    rows = trial.attributes.get("repeats")
+    values = [finite_values(row).get("fitness") for row in (rows if isinstance(rows, list) else ())]
+    return [v for v in values if v is not None] or [fitness_of(trial)]
 
 
 def lineage(run: Run) -> tuple[Step, ...]:

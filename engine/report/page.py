@@ -29,11 +29,11 @@ from engine.report.figures.theme import (
     svg,
     write_png,
 )
-from engine.report.importance import FEWEST, importance
 from engine.report.learnt import NEAR_CHANCE, collapsed, what_each_learnt
 from engine.report.measures import Agreement, Stat, stat
 from engine.report.run import Run, fitness_of, read_run, table_of
-from engine.search.samplers import finite, finite_values
+from engine.search.effects import compared
+from engine.search.samplers import FEWEST, finite, finite_values
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ def _zipf(run: Run) -> Agreement | None:
 FIGURES: tuple[Kind[Any], ...] = (
     Kind("fitness", _complete, search.fitness, words.fitness_finding),
     Kind("loss", _complete, losses.loss, words.loss_finding),
-    Kind("importance", importance, losses.importance, words.importance_finding),
+    Kind("effects", lambda run: run.effects, losses.effects, words.effects_finding),
     Kind("rounds", _complete, losses.rounds, words.rounds_finding),
     Kind("search", _complete, losses.weights, words.search_finding),
     Kind("tasks", _complete, losses.tasks, words.task_finding),
@@ -141,7 +141,7 @@ SHOWN = 25
 
 def values(run: Run) -> dict[str, Any]:
     """Everything but the figures that ``report.html.j2`` names."""
-    results = _results(run)
+    results, signal = _results(run), measures.ranking(run)
     return {
         "run": run,
         "names": BY_NAME,
@@ -150,11 +150,14 @@ def values(run: Run) -> dict[str, Any]:
         "tiles": _tiles(run, results),
         "ranked": _ranked(run),
         "learnt": _learnt(run),
+        "claims": compared(run.effects) if run.effects else [],
         "frames": _frames(run),
         "steps": measures.lineage(run),
         "pruned": _pruned(run),
         "shown": SHOWN,
         "fewest": FEWEST,
+        "verdict": words.verdict(run, signal),
+        "trust": words.trust(run, signal),
         "facts": [(k.replace("_", " "), v) for k, v in _pairs(run.provenance) if k != "versions"],
         "versions": _pairs(table_of(run.provenance, "versions")),
         "recipe": _recipe(run),

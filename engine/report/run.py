@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -22,6 +22,9 @@ from engine.core.run import study_file
 from engine.objective.terms import TERM_NAMES
 from engine.search.samplers import Trial, finite, finite_values
 from engine.search.study import read_trials
+
+if TYPE_CHECKING:
+    from engine.search.effects import Effects
 
 Array = npt.NDArray[np.float64]
 
@@ -106,6 +109,13 @@ class Run:
     def method(self) -> str:
         """How weights were proposed: ``search.method`` of the recipe."""
         return str(table_of(self.recipe, "search").get("method", "evolution"))
+
+    @cached_property
+    def effects(self) -> Effects | None:
+        """Each term's effect on fitness; None where there are too few members."""
+        from engine.search.effects import effects_of  # only here: a list of runs does without
+
+        return effects_of(self.trials)
 
     @cached_property
     def evolved(self) -> bool:

@@ -6,15 +6,20 @@ its text alternative, too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine.objective.terms import BY_NAME, NUM_LAYERS, TERM_NAMES, TERMS
-from engine.report.importance import Importance
 from engine.report.measures import Agreement, ancestor, fittest_means, lineage, pooled_sds, stat
 from engine.report.run import Run, fitness_of, table_of
+from engine.search.effects import INTERVAL, Effects
 from engine.search.samplers import finite
+
+if TYPE_CHECKING:
+    from engine.features.reliability import Reliability
 
 TASK_LABELS = {
     "shuffle": "Frame shuffle",
@@ -53,6 +58,8 @@ EVENT_LABELS = {
     "resumed": "the run was resumed",
 }
 DISTILLED = ("grey", "flow", "audio")
+NAMED = 8
+"""Terms that a sentence names before it counts the others."""
 
 
 def duration(seconds: float) -> str:
@@ -96,8 +103,8 @@ def time_parts(run: Run) -> dict[str, float]:
     return parts
 
 
-def verdict(run: Run) -> str:
-    """Whether the best loss beats random ones with fresh seeds, and by how many pooled sd."""
+def verdict(run: Run, signal: Reliability | None) -> str:
+    """Whether the best loss beats random ones with fresh seeds, by how many pooled sd, and whether fitness can tell."""
     best, random = stat(run, "best"), stat(run, "random")
     if not run.complete and (best is None or random is None):
         return "No member is complete yet, so there is nothing to compare."
@@ -107,13 +114,37 @@ def verdict(run: Run) -> str:
     sds = "" if apart is None else f", {abs(apart):.1f} pooled standard deviations"
     side = "higher" if gain > 0 else "lower"
     by = f"{pm(best.mean, best.sd)} against {pm(random.mean, random.sd)} ({abs(gain):.3f} {side}{sds})"
+    if signal is not None and math.isfinite(signal.ratio):
+        by += f"; random losses differ {signal.ratio:.1f} times as much as seeds"
     if gain <= 0:
         return f"The evolved loss does not beat random losses: {by}."
     if apart is None:
-        return f"The evolved loss scores higher than random losses, {by}, but there is no spread to judge by."
+        return f"The evolved loss scores higher than random losses, but there is no spread to judge by: {by}."
     if apart < 2:
         return f"The evolved loss scores higher than random losses, but not clearly: {by}."
     return f"The evolved loss beats random losses: {by}."
+
+
+def trust(run: Run, signal: Reliability | None) -> list[tuple[str, str]]:
+    """What the verdict is to be judged by, each figure with its name; empty where no loss has two seeds."""
+    if signal is None:
+        return []
+    never = "over 10,000" if signal.ratio else "no number: losses don't differ"
+    told = "trainings of each: " + _number(signal.repeats, never)
+    gained = "random members: " + _number(signal.members(), never)
+    best, random = stat(run, "best"), stat(run, "random")
+    apart = pooled_sds(best, random) if best and random else None
+    return [
+        ("spread of losses, of seeds", f"{signal.loss_spread:.3f}, {signal.seed_spread:.3f} (sd)"),
+        ("reliability of one training", f"{signal.one():.2f}"),
+        ("best ahead of random losses", "?" if apart is None else f"{apart:+.1f} pooled sd"),
+        ("to tell two losses apart", told),
+        ("to gain one spread", gained),
+    ]
+
+
+def _number(count: float, never: str) -> str:
+    return f"{count:,.0f}" if math.isfinite(count) else never
 
 
 def caution(run: Run) -> str:
@@ -230,21 +261,24 @@ def lineage_finding(run: Run) -> str:
     )
 
 
-def importance_finding(result: Importance) -> str:
-    """Which weights fitness depends on, and whether more than by chance."""
-    order = sorted(TERM_NAMES, key=lambda n: -result.share[n])
-    above = [f"{n} {100 * result.share[n]:.1f} %" for n in order if result.share[n] > result.chance]
-    lead = "No weight matters more than chance gives"
-    if above:
-        lead = f"Fitness depends most on {spoken(above[:3])}"
-    text = (
-        f"{lead}: {len(above)} of 39 terms above the {100 * result.chance:.1f} % that the highest reaches when fitness "
-        f"is dealt out at random ({plural(result.shuffles, 'time')}), by {result.trees} trees over "
-        f"{result.members:,} members."
+def effects_finding(found: Effects) -> str:
+    """Which terms fitness depends on for sure."""
+    sure = sorted(
+        (n for n, e in found.terms.items() if e.sign), key=lambda n: -abs(found.terms[n].mean)
     )
-    if result.agreement is None:
-        return text
-    return text + f" Rank correlation with the final weights: {result.agreement:+.2f}."
+    said = f"{100 * INTERVAL:.0f} % intervals from {plural(found.members, 'member')}"
+    if found.members < len(TERM_NAMES):
+        said += ", fewer than there are terms, so most are wide"
+    if not sure:
+        return f"No term's effect is told apart from 0 ({said})."
+    sides = []
+    for sign, verb in ((1, "help"), (-1, "harm")):
+        names = [f"{n} {found.terms[n].mean:+.3f}" for n in sure if found.terms[n].sign == sign]
+        if rest := names[NAMED:]:
+            names[NAMED:] = [plural(len(rest), "other")]
+        if names:
+            sides.append(f"{spoken(names)} {verb}{'s' if len(names) == 1 else ''}")
+    return f"{'; '.join(sides)} ({said})."
 
 
 def zipf_finding(result: Agreement) -> str:

@@ -23,6 +23,7 @@ from engine.core.runtime import Clock
 from engine.core.tensors import CheckpointError, load_tensors
 from engine.objective.lossfile import save_loss
 from engine.search.cohort import MemberResult
+from engine.search.effects import as_json, effects_of
 from engine.search.samplers import Trial
 from engine.search.study import SearchStudy
 from engine.search.worker import Cohort, CohortResult, Progress, candidate
@@ -224,6 +225,7 @@ class Records:
             "best": fresh["best"],
             "random": fresh["random"],
             "weights": best.weights,
+            **as_json(effects_of(members)),
             "seconds": self.keep_time(),
             "failures": sum(m.state == "failed" for m in members),
             "pruned": sum(m.state == "pruned" for m in members),

@@ -17,7 +17,7 @@ Shape letters: N members, J terms, B coefficients: 3 J by levels, J by shares.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -111,20 +111,7 @@ class Surrogate:
     @classmethod
     def fit(cls, weights: Array, fitness: Array) -> Surrogate:
         """Learn from N >= 2 members' weights (N, J) and fitness (N,)."""
-        y: Array = fitness - fitness.mean()
-        best: tuple[_Fit, str, Array] | None = None
-        for name, of in BASES.items():
-            x = of(weights).reshape(len(weights), -1)
-            centre = x.mean(0)
-            x = x - centre
-            scale = max(float((x**2).sum(1).mean()), 1e-9)
-            for signal, shared, kinds in product(SIGNALS, SHARED, KINDS[name]):
-                prior = np.kron(np.diag(kinds), _related(shared)).astype(np.float64)
-                fit = _fit(x, y, signal / scale * prior)
-                if best is None or fit.evidence > best[0].evidence:
-                    best = fit, name, centre
-        assert best is not None
-        fit, name, centre = best
+        name, centre, fit = max(_fits(weights, fitness), key=lambda each: each[-1].evidence)
         values, axes = np.linalg.eigh((fit.covariance + fit.covariance.T) / 2)
         root = axes * np.sqrt(np.maximum(values, 0))
         return cls(name, fit.mean, root, centre, float(fitness.mean()), fit.noise)
@@ -188,6 +175,62 @@ def _related(shared: float) -> Array:
     return np.asarray((1 - shared) * _OWN + shared * _SAME, np.float64)
 
 
+def main_effects(weights: Array, fitness: Array) -> tuple[Array, Array]:
+    """What more of each term adds to fitness: posterior mean (J,) and covariance (J, J), in the units of fitness.
+
+    From N >= 2 members' weights (N, J) and fitness (N,). Every basis and prior counts by its evidence, since few
+    members can't tell them apart. The noise is estimated: intervals are Student's t with N - 1 degrees of freedom. Both
+    are 0 for a term whose weight never varies.
+    """
+    by_basis = {name: _more(weights, of) for name, of in BASES.items()}
+    evidence, means, covariances = [], [], []
+    for name, _, fit in _fits(weights, fitness):
+        more = by_basis[name]
+        evidence.append(fit.evidence - math.log(len(KINDS[name])))  # bases are equally likely
+        means.append(more @ fit.mean)
+        covariances.append(more @ fit.covariance @ more.T)
+    odds = np.exp(np.array(evidence) - max(evidence))
+    odds /= odds.sum()
+    each = np.array(means)
+    mean = odds @ each
+    apart = each - mean
+    within = np.tensordot(odds, np.array(covariances), 1) * len(weights) / (len(weights) - 1)
+    return mean, within + (odds * apart.T) @ apart
+
+
+def _more(weights: Array, basis: Callable[[Array], Array]) -> Array:
+    """(J, B) what more of each term changes in the basis, the mean over the members as they are otherwise.
+
+    More is the median weight of the members with more of it than the average, less that of the rest: for sparse losses
+    presence against absence.
+    """
+    rows = []
+    for term, own in enumerate(weights.T):
+        above = own > own.mean()
+        high, low = weights.copy(), weights.copy()
+        if above.any():
+            high[:, term], low[:, term] = np.median(own[above]), np.median(own[~above])
+        rows.append((basis(high) - basis(low)).reshape(len(weights), -1).mean(0))
+    return np.array(rows)
+
+
+def _fits(weights: Array, fitness: Array) -> Iterator[tuple[str, Array, _Fit]]:
+    """Basis, its mean over the members, and the fit, of every choice."""
+    for name, of in BASES.items():
+        x = of(weights).reshape(len(weights), -1)
+        centre = x.mean(0)
+        x, y, count = x - centre, fitness - fitness.mean(), len(weights)
+        scale = max(float((x**2).sum(1).mean()), 1e-9)
+        rest = 0.0
+        if count > x.shape[1]:  # as many rows as coefficients say all that more members do
+            turn, x = np.linalg.qr(x)
+            seen, y = y, turn.T @ y
+            rest = float(((seen - turn @ y) ** 2).sum())
+        for signal, shared, kinds in product(SIGNALS, SHARED, KINDS[name]):
+            prior = np.kron(np.diag(kinds), _related(shared)).astype(np.float64)
+            yield name, centre, _fit(x, y, signal / scale * prior, rest=rest, count=count)
+
+
 class _Fit(NamedTuple):
     evidence: float
     mean: Array
@@ -195,24 +238,26 @@ class _Fit(NamedTuple):
     noise: float
 
 
-def _fit(x: Array, y: Array, prior: Array) -> _Fit:
+def _fit(x: Array, y: Array, prior: Array, *, rest: float, count: int) -> _Fit:
     """Posterior under a prior covariance (B, B) in units of the noise's variance, which is the likeliest one.
+
+    ``rest`` is the sum of squares of ``count`` fitnesses that rows of ``x`` can't explain and ``y`` leaves out.
 
     Each term's own scale then follows its effect (expectation maximisation of a t prior of DEGREES degrees of freedom):
     few terms may matter much, and most little.
     """
-    own, count = np.ones(len(TERMS)), len(prior) // len(TERMS)
+    own, each = np.ones(len(TERMS)), len(prior) // len(TERMS)
     for _ in range(ROUNDS):
-        stretch = np.tile(np.sqrt(own), count)
+        stretch = np.tile(np.sqrt(own), each)
         scaled = prior * np.outer(stretch, stretch)
         cover = x @ scaled @ x.T + np.eye(len(y))
         half = np.linalg.cholesky(cover)
         white = np.linalg.solve(half, y)
-        variance = max(float(white @ white) / len(y), 1e-12)
-        evidence = -0.5 * len(y) * math.log(variance) - float(np.log(np.diag(half)).sum())
+        variance = max((float(white @ white) + rest) / count, 1e-12)
+        evidence = -0.5 * count * math.log(variance) - float(np.log(np.diag(half)).sum())
         evidence -= float((0.5 * DEGREES * (np.log(own) + 1 / own - 1)).sum())
         pull = np.linalg.solve(half, x @ scaled)
         mean, covariance = pull.T @ white, variance * (scaled - pull.T @ pull)
         size = (mean**2 + np.diag(covariance)) / (variance * np.maximum(np.diag(prior), 1e-12))
-        own = (size.reshape(count, -1).sum(0) + DEGREES) / (count + DEGREES)
+        own = (size.reshape(each, -1).sum(0) + DEGREES) / (each + DEGREES)
     return _Fit(evidence, mean, covariance, math.sqrt(variance))

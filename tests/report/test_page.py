@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import time
@@ -18,13 +19,14 @@ from engine.report import measures, write_report
 from engine.report import run as facts
 from engine.report.figures.theme import PALETTE, RAMP
 from engine.report.words import duration
+from engine.search.effects import as_json, effects_of
 from engine.search.samplers import Trial
-from tests.made_run import Page, make_run, store
+from tests.made_run import Page, make_run, store, trial_of
 
 FIGURES = (
     "fitness",
     "loss",
-    "importance",
+    "effects",
     "rounds",
     "search",
     "tasks",
@@ -93,6 +95,35 @@ def test_verdict_states_the_gain_in_pooled_standard_deviations(
     assert f"{gain:.3f} higher, {gain / pooled:.1f} pooled" in page.text["verdict"]
     assert f"{run['summary']['best_search_fitness']:.3f}" in page.text["caution"]
     assert "flatters" in page.text["caution"]
+
+
+def test_trust_is_computed_from_the_population_and_the_confirmations(
+    finished: tuple[Path, dict[str, Any], str, Page],
+) -> None:
+    _, run, _, page = finished
+    noise = statistics.variance(run["summary"]["best"]["values"])
+    first = [r["fitness"] for r in run["members"] if r["round"] == 0 and r["state"] == "complete"]
+    losses, seeds = (statistics.variance(first) - noise) ** 0.5, noise**0.5
+    assert f"{losses:.3f}, {seeds:.3f} (sd)" in page.text["trust"]
+    assert f"differ {losses / seeds:.1f} times as much as seeds" in page.text["verdict"]
+    assert f"{losses**2 / (losses**2 + noise):.2f}" in page.text["trust"]
+    told = math.ceil(2 * (2.8016 * seeds / losses) ** 2)  # z(.975) + z(.8)
+    assert f"trainings of each: {told}" in page.text["trust"]
+
+
+def test_effects_and_the_papers_claims_are_the_same_as_in_the_summary(
+    finished: tuple[Path, dict[str, Any], str, Page],
+) -> None:
+    folder, run, _, page = finished
+    told = as_json(effects_of([trial_of(row) for row in run["members"]]))
+    rows = [[cell.strip() for cell in row] for row in page.rows["claims"][1:]]
+    assert rows == [
+        [c["claim"], f"{c['mean']:+.3f} {c['low']:+.3f} to {c['high']:+.3f}", c["verdict"]]
+        for c in told["claims"]
+    ]
+    svg = (folder / "figures" / "effects.svg").read_text()
+    for name, effect in told["effects"]["terms"].items():
+        assert f"{name}: {effect['mean']:+.3f}, {effect['low']:+.3f} to" in svg
 
 
 def test_what_each_task_learnt_is_the_best_members(

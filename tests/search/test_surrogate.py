@@ -83,6 +83,10 @@ def test_prediction_is_a_gaussian_process_of_the_same_kernel(monkeypatch, basis)
         peer.fit((x - centre) @ root, y - y.mean())
         expected = peer.predict((z - centre) @ root) + y.mean()
         away.append(np.abs(expected - model.predict(new)).max())
+        if away[-1] < 1e-7:
+            cover = (x - centre) @ root @ root.T @ (x - centre).T + np.eye(60)
+            left = y - y.mean()
+            assert model.noise**2 == pytest.approx(left @ np.linalg.solve(cover, left) / 60)
     assert min(away) < 1e-7
     assert np.median(away) > 1e-5  # only one choice of variances gives it
 

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from engine.objective.terms import (
-    BY_NAME,
     MODALITIES,
     MODALITY_LETTERS,
     NUM_LAYERS,
@@ -28,16 +27,18 @@ from engine.report.figures.theme import (
     is_wide,
     note,
     place,
+    rows_axis,
     shade,
     sheet,
     tag,
     themed,
 )
-from engine.report.importance import Importance
 from engine.report.measures import fittest_means, lineage
 from engine.report.run import Array, Run, fitness_of
 from engine.report.words import DISTILLED, MODALITY_LABELS, TASK_LABELS
+from engine.search.effects import Effect, Effects
 from engine.search.samplers import Trial
+from engine.search.surrogate import GROUPS
 
 TASK_SHORT = ("Shuffle", "Backw.", "Align", "Predict", "Recon.", "Color", "Cross", "Embed")
 LETTERS = {t.task: t.letter for t in TERMS}
@@ -47,8 +48,8 @@ MOMENTS = 6
 """Heat maps of Fig. 3."""
 ROW, GAP = 15, 7
 """Fig. 3 by term: height of a row, and space between groups of rows."""
-BAR = 17
-"""Height of a term's row where importance is drawn."""
+BAR, LABELS = 16, 122
+"""Effects: height of a row, and width of its name."""
 Group = tuple[str, tuple[Term, ...]]
 """Terms that stand together, under a name."""
 TASK_GROUPS: tuple[Group, ...] = tuple(
@@ -361,45 +362,51 @@ def layers(run: Run, width: float) -> Figure:
 
 
 @themed
-def importance(result: Importance, width: float) -> Figure:
-    """Every term's share of the variance of fitness beside its weight in the best loss."""
+def effects(found: Effects, width: float) -> Figure:
+    """Every term's effect with its interval, below its task's (Fig. 8) or its modality's distillation (Fig. 6)."""
     wide = is_wide(width)
-    order = sorted(TERM_NAMES, key=lambda n: (-result.share[n], TERM_NAMES.index(n)))
-    left, middle, right = (160, 70, 44) if wide else (104, 44, 30)
-    each, tall = (width - left - middle - right) / 2, BAR * len(order)
-    figure = sheet(width, 40 + tall)
-    top = max(*result.share.values(), result.chance, 1e-9)
-    settings: dict[str, Any] = {"ylim": (len(order) - 0.5, -0.5), "xticks": [], "yticks": []}
-    shares = place(figure, left, 34, each, tall, xlim=(0, top), **settings)
-    weights = place(figure, left + each + middle, 34, each, tall, xlim=(0, 1), **settings)
-    heads = ("share of variance", "weight in the best loss") if wide else ("share", "weight")
-    for x, head in zip((left, left + each + middle), heads, strict=True):
-        note(figure, x, 9, head, "ink", weight="bold", size=12)
-    for row, name in enumerate(order):
-        share, weight = result.share[name], result.weight[name]
-        y = 34 + (row + 0.5) * BAR
-        if wide:
-            note(figure, 0, y, BY_NAME[name].code, "ink", weight="bold", size=12)
-        note(figure, 36 if wide else 0, y, name, size=11 if wide else 10)
-        sign = "+" if result.direction[name] >= 0 else "\N{MINUS SIGN}"
-        color = "accent" if share > result.chance else "muted"
-        text = f"{100 * share:.1f} % {sign}" if wide else f"{100 * share:.0f} {sign}"
-        alpha = 1 if color == "accent" else 0.55
-        title = f"{name}: share {share:.3f}, weight {weight:.2f}"
-        for axes, value, ink, label in (
-            (shares, share, {"color": COLOR[color], "alpha": alpha}, text),
-            (weights, weight, {"color": COLOR["task4"]}, f"{weight:.2f}"),
-        ):
-            tag(axes.barh(row, value, 0.6, **ink)[0], title)
-            beside(
-                axes,
-                label,
-                (value, row),
-                (5, 0),
-                color=color if axes is shares else "muted",
-                size=10,
-            )
-    shares.axvline(result.chance, color=COLOR["random"], lw=1.4, ls="--")
-    style: dict[str, Any] = {"units": ("data", "axes fraction"), "ha": "center", "size": 10}
-    beside(shares, "chance", (result.chance, 1), (0, 9), color="random", **style)
+    panel = (width - 36) / 2 if wide else width
+    shown = [e for each in (found.terms, found.groups) for e in each.values()]
+    limits = min(0.0, *(e.low for e in shown)), max(0.0, *(e.high for e in shown))
+    heights = [
+        sum(1 + len(t) for _, t in g) * BAR + GAP * len(g) for g in (TASK_GROUPS, DISTILL_GROUPS)
+    ]
+    figure = sheet(width, 52 + (max(heights) if wide else sum(heights) + 64))
+    for i, (groups, tall) in enumerate(zip((TASK_GROUPS, DISTILL_GROUPS), heights, strict=True)):
+        left, top = (i * (panel + 36), 30) if wide else (0, 30 + i * (heights[0] + 64))
+        heads = ("Tasks", "Distillation into RGB, by layer")
+        note(figure, left, top - 21, heads[i], "ink", weight="bold", size=12)
+        axes = place(figure, left + LABELS, top, panel - LABELS - 6, tall, xlim=limits)
+        rows_axis(axes, tall, count=4)
+        axes.set_ylim(tall, 0)
+        axes.axvline(0, color=COLOR["muted"], lw=1)
+        y: float = GAP / 2
+        for label, terms in groups:
+            group = GROUPS[TERMS.index(terms[0])]
+            note(figure, left, top + y + BAR / 2, label, "ink", weight="bold")
+            _interval(axes, y + BAR / 2, found.groups.get(group), label, bold=True)
+            for term in terms:
+                y += BAR
+                note(figure, left, top + y + BAR / 2, term.name, size=10)
+                _interval(axes, y + BAR / 2, found.terms.get(term.name), term.name)
+            y += BAR + GAP
     return figure
+
+
+def _interval(
+    axes: Axes, y: float, effect: Effect | None, name: str, *, bold: bool = False
+) -> None:
+    """A dot at the mean and a line over the interval, in colour where that excludes 0."""
+    if effect is None:
+        beside(axes, "not tried", (0, y), (4, 0), size=10)
+        return
+    color = COLOR[{1: "best", -1: "random", 0: "muted"}[effect.sign]]
+    axes.plot(
+        [effect.low, effect.high],
+        [y, y],
+        lw=4 if bold else 1.8,
+        color=color,
+        alpha=0.5 + 0.2 * abs(effect.sign),
+    )
+    dot = axes.plot(effect.mean, y, "o", ms=6.5 if bold else 5, mew=0, color=color)[0]
+    tag(dot, f"{name}: {effect.mean:+.3f}, {effect.low:+.3f} to {effect.high:+.3f}")
