@@ -181,6 +181,8 @@ def noted_videos(
 
     Empty ones for the built-in videos. Raises ValueError where none were noted, or one of them is gone.
     """
+    from engine.core.run import check_still_there
+
     facts = run.read_json("provenance.json") or {}
     noted = {key: facts.get(key, []) for key in ("videos", "labelled")}
     if noted == {"videos": DEMO, "labelled": DEMO}:
@@ -189,13 +191,9 @@ def noted_videos(
     if not videos and not noted["videos"]:
         raise ValueError(f"{run.path}: the run did not note its videos: give --videos again")
     for key, folders in noted.items():
-        gone = [name for name in folders if not Path(name).exists()]
-        if gone and not named[key]:
-            raise ValueError(
-                f"{run.path}: the run began with {gone[0]}, which is not there any more: bring it back, or name the"
-                f" folder with --{key}"
-            )
-        named[key] = named[key] or tuple(map(Path, folders))
+        if not named[key]:
+            check_still_there(run.path, folders, option=f"--{key}")
+            named[key] = tuple(map(Path, folders))
     return named["videos"], named["labelled"]
 
 

@@ -65,12 +65,16 @@ def print_outcome(summary: Mapping[str, Any]) -> None:
 
     console = Console(highlight=False)
     ranked = sorted(summary["weights"].items(), key=lambda item: -item[1])
-    rows = [
-        [BY_NAME[high].code, high, f"{a:.2f}", BY_NAME[low].code, low, f"{b:.2f}"]
-        for (high, a), (low, b) in zip(ranked[:10], ranked[::-1][:10], strict=True)
-    ]
-    columns = ["", "ten highest", "weight", "", "ten lowest", "weight"]
-    console.print(table(f"Best loss (trial {summary['best_trial']})", columns, rows))
+    cells = [[BY_NAME[name].code, name, f"{weight:.2f}"] for name, weight in ranked if weight > 0]
+    title, columns = f"Best loss (trial {summary['best_trial']})", ["", "term", "weight"]
+    if few := len(cells) < 20:
+        rows = cells
+    else:
+        rows = [high + low for high, low in zip(cells[:10], cells[::-1][:10], strict=True)]
+        columns = ["", "ten highest", "weight", "", "ten lowest", "weight"]
+    console.print(table(title, columns, rows))
+    if few:
+        console.print(f"the other {len(ranked) - len(cells)} terms have weight 0")
     kinds = {
         "untrained": "untrained network",
         "initial_population": "initial random population",

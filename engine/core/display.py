@@ -84,7 +84,7 @@ class Display:
             self._last = now
             here = done - self._before
             parts = [f"{what}: {done:.1f}/{total}".replace(".0/", "/"), note]
-            if here > 0:
+            if here > min(1.0, total / 50):  # the first of many took what starting took
                 parts.append(f"{duration((now - self._began) / here * (total - done))} left")
             (self.say if self._plain else self.note)("  ".join(p for p in parts if p))
 

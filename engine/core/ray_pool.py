@@ -30,6 +30,11 @@ WORK = "work"
 OBJECT_STORE_BYTES = 100 * 2**20
 LOCAL = (None, "local")
 """Addresses that mean this machine alone."""
+TOKENS = (
+    "; a cluster's nodes and its programs must agree on Ray's tokens: where `ray start` said that token authentication "
+    "is enabled, export RAY_AUTH_MODE=token here and on every node, else RAY_AUTH_MODE=disabled"
+)
+"""What keeps programs out since Ray 2.60: each makes its own guess, by whether its machine has a token."""
 START_TRIES = 3
 """Of Ray itself."""
 CONNECT_SECONDS = 10.0
@@ -125,7 +130,8 @@ class RayPool(pool.Pool):
         """``size`` None: as many as the cluster has GPUs, or, for workers without, CPUs, also when it grows."""
         self._ray = _import_ray()
         self._own, self.workers = not self._ray.is_initialized(), []
-        self._guard = Guard() if self._own and address in LOCAL else None
+        self._joined = self._own and address not in LOCAL
+        self._guard = Guard() if self._own and not self._joined else None
         if self._own:
             here = os.cpu_count() or 1 if size is None else size
             with self._guard.marking() if self._guard else nullcontext():
@@ -292,7 +298,8 @@ class RayPool(pool.Pool):
         if any(slot.stage in ("idle", "busy", "preparing", "placed") for slot in self.workers):
             self._seen = now
         if all(slot.stage == "given up" for slot in self.workers):
-            raise RuntimeError(f"no worker is left, and none can be started: {self._reason}")
+            hint = TOKENS if self._joined and not self._together else ""
+            raise RuntimeError(f"no worker is left, and none can be started: {self._reason}{hint}")
         if now - self._seen > MISSING_SECONDS:
             raise RuntimeError(
                 f"no worker for {MISSING_SECONDS:.0f} s: the cluster has no room for one; what was finished is kept"
@@ -329,7 +336,7 @@ def start(ray: Any, address: str | None, *, cpus: float, gpus: float) -> None:
         with handlers_kept():
             ray.init(address=address, runtime_env=nodes, **quiet)
     except (ConnectionError, ValueError) as error:
-        raise ValueError(f"there is no Ray cluster at {address}: {error}") from error
+        raise ValueError(f"can't join a Ray cluster at {address}: {error}{TOKENS}") from error
 
 
 def _start_here(ray: Any, **options: Any) -> None:

@@ -12,7 +12,7 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +32,16 @@ def study_file(run: Path) -> Path:
 
 class RunError(ValueError):
     """A run folder that can't be used as asked: the message names it and says what to do."""
+
+
+def check_still_there(run: Path, noted: Iterable[str], *, option: str) -> None:
+    """Raise RunError where a folder or file that a run noted is gone; ``option`` names one in its place, if any can."""
+    for name in noted:
+        if not Path(name).exists():
+            instead = f", or name it with {option}" if option else ""
+            raise RunError(
+                f"{run}: the run began with {name}, which is not there any more: bring it back{instead}"
+            )
 
 
 class RunFolder:

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.core.provenance import provenance, write_provenance
 from engine.core.recipe import Recipe
-from engine.core.run import RunError, RunFolder
+from engine.core.run import RunError, RunFolder, check_still_there
 from engine.core.runtime import Runtime, make_deterministic
 from engine.data.library import Report
 from engine.data.shards.index import data_digest
@@ -32,7 +32,8 @@ def inputs_of(
 ) -> dict[str, Any]:
     """A run's network, data set and seeds: as asked for now, or as a continued run began with them.
 
-    Raises ValueError for what is missing, RunError where a continued run is asked for with another network.
+    Raises ValueError for what is missing, RunError where a continued run is asked for with another network, or what it
+    began with is gone.
     """
     before = run.read_json(INPUTS)
     if before is not None:
@@ -41,6 +42,9 @@ def inputs_of(
                 f"{run.path}: began with {before['checkpoint'] or 'no checkpoint'}, not {checkpoint}; resume without"
                 " --checkpoint, or start a new run"
             )
+        check_still_there(run.path, filter(None, [before["checkpoint"]]), option="")
+        if not data["root"]:
+            check_still_there(run.path, before["data"]["root"], option="--root")
         moved = {"root": [str(Path(p).resolve()) for p in data["root"]]} if data["root"] else {}
         return {**before, "data": {**before["data"], **moved}}
     name = name or recipe.finetune.dataset

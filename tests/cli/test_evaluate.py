@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -149,6 +150,15 @@ def test_finetune_and_resume(colours: Path, net: Path, user: Path) -> None:
     other = save(user / "again.safetensors", seed=2)
     line = refused("finetune", "--resume", "--run", run, "--checkpoint", other)
     assert "began with" in line and "again.safetensors" in line
+    noted = json.loads((run / "finetune.json").read_text())
+    for key, changed in (
+        ("checkpoint", "/gone.safetensors"),
+        ("data", {**noted["data"], "root": ["/gone"]}),
+    ):
+        (run / "finetune.json").write_text(json.dumps({**noted, key: changed}))
+        gc.collect()  # the last one's traceback holds the run, and the run its lock
+        line = refused("finetune", "--resume", "--run", run)
+        assert "the run began with /gone" in line and ("--root" in line) == (key == "data")
 
 
 def test_finetune_with_the_layer_alone_and_from_scratch(

@@ -50,6 +50,21 @@ def test_log_and_output_say_the_same(
     assert lines_of(run) == [*out, "only in the log", "ended: finished"]
 
 
+def test_the_first_of_many_does_not_tell_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Workers started before it, which takes as long as hundreds of videos."""
+    clock = [100.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    with Display(every=1.0) as shown:
+        for done in (0, 1, 2):
+            clock[0] += 10.0
+            shown.prepare("reading videos", done, 400)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["reading videos: 0/400", "reading videos: 1/400"]
+    assert lines[2].startswith("reading videos: 2/400") and lines[2].endswith(" left")
+
+
 def test_a_terminal_gets_bars_and_the_log_lines(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,6 +191,22 @@ def test_a_ray_that_cant_be_started_is_told_in_a_line(monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="Ray can't be started on this machine: the raylet"):
         RayPool(sleeper, size=1)
     assert tries == ["local"] * 3
+
+
+def test_a_cluster_that_lets_nobody_in_is_told_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one does whose nodes ask for tokens, where this machine shows none, or the other way round."""
+
+    def refused(**options: Any) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    with socket.create_server(("127.0.0.1", 0)) as there, monkeypatch.context() as patched:
+        address = f"127.0.0.1:{there.getsockname()[1]}"
+        patched.setattr(ray, "is_initialized", lambda: False)
+        patched.setattr(ray, "init", refused)
+        with pytest.raises(ValueError, match=r"can't join a Ray .* export RAY_AUTH_MODE=token"):
+            RayPool(sleeper, size=1, address=address)
 
 
 def test_a_folder_whose_path_is_too_long_for_ray_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
