@@ -6,7 +6,7 @@ each outcome in the study, and write down what follows from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +39,13 @@ class Data:
     videos: Library
     labelled: Library
     named: tuple[list[str], list[str]]
+<<<<<<< HEAD
     """The videos and labelled folders as the run notes them."""
+=======
+    """The videos and labelled folders as the user named them."""
+    levels: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Known levels of fitness on the labelled videos, by name."""
+>>>>>>> 284dd2d (wip: flow directions and training with labels beside a search's outcome)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,9 @@ def evolve(
         events.add("resumed", f"{workers.count or 'no'} workers")
     study = _open_study(recipe, run, display, events, clock)
     _check_recipe(recipe, run, study)
-    records = Records(recipe, run, study, display, events, clock, said=[note or ""])
+    records = Records(
+        recipe, run, study, display, events, clock, said=[note or ""], levels=data.levels
+    )
     if not study.finished or records.lacks_network() or records.seeds_to_confirm():
         _Search(data, study, records, workers).run(
             here or factory
