@@ -24,7 +24,7 @@ from rows import CHANGES, DEVICE, JSON, PATH, append
 from engine.core.recipe import Recipe, load_recipe, override, recipe_hash
 from engine.core.runtime import Runtime, choose_runtime, make_deterministic
 from engine.data.demo.demo import default_cache, make_demo
-from engine.data.demo.levels import STEPS
+from engine.data.demo.levels import STEPS, setting
 from engine.data.library import default_shard_cache, demo_folders, open_library
 from engine.data.shards.index import ClipIndex
 from engine.evaluate.datasets import Dataset, Fold
@@ -32,6 +32,7 @@ from engine.evaluate.finetune import Finetuning, from_scratch
 from engine.features.extract import LabelledClips
 
 OTHER_SEED = 1
+SCRATCH = ("finetune.init=scratch", "finetune.head_lr=1", "finetune.dropout=0")
 
 
 def dataset_of(train: Sequence[Path], labelled: Sequence[Path], *, cache: Path) -> Dataset:
@@ -102,7 +103,7 @@ def main(
     out: Path | None,
 ) -> None:
     """Train with labels, once a seed, and print each fitness, then their mean and sd."""
-    changes = ["finetune.init=scratch", f"optim.steps={steps}", *assignments]
+    changes = [*SCRATCH, f"optim.steps={steps}", *assignments]
     recipe = override(load_recipe(recipe_name), changes)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     make_deterministic(runtime)
@@ -126,7 +127,8 @@ def main(
         row |= {"fitness": fitness, "accuracy": accuracy, "core_seconds": took}
         append(out, [row], runtime, seed=seed, recipe_hash=recipe_hash(recipe))
         found.append(fitness)
-    click.echo(f"{fmean(found):.3f} sd {stdev(found) if seeds > 1 else 0.0:.3f} n {seeds}")
+    spread = f"{fmean(found):.3f} sd {stdev(found) if seeds > 1 else 0.0:.3f} n {seeds}"
+    click.echo(f"{spread}, setting {setting(recipe)}")
 
 
 if __name__ == "__main__":
