@@ -39,13 +39,9 @@ class Data:
     videos: Library
     labelled: Library
     named: tuple[list[str], list[str]]
-<<<<<<< HEAD
     """The videos and labelled folders as the run notes them."""
-=======
-    """The videos and labelled folders as the user named them."""
     levels: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Known levels of fitness on the labelled videos, by name."""
->>>>>>> 284dd2d (wip: flow directions and training with labels beside a search's outcome)
 
 
 @dataclass(frozen=True)

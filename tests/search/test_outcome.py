@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.core.recipe import load_recipe, override
 from engine.core.tensors import load_tensors
-from engine.data.demo.levels import WITH_LABELS, levels
+from engine.data.demo.levels import WITH_LABELS
 from engine.features.trivial import TRIVIAL
 from engine.objective.lossfile import load_loss
 from engine.search.samplers import SurrogateSampler
@@ -109,13 +108,3 @@ def test_a_loss_to_compare_with_is_looked_for_before_anything_is_trained(
     wrong = ("--set", "search.compare=['rgb_to_flw']")
     assert "rgb_to_flw" in one_line(begin(tiny_shards, run, *wrong), code=2)
     assert not members(run)
-
-
-def test_levels_of_the_built_in_videos_are_for_the_network_and_the_judge_they_were_measured_with() -> (
-    None
-):
-    recipe = load_recipe("demo")
-    assert list(levels(recipe)) == [WITH_LABELS] and len(levels(recipe)[WITH_LABELS]) == 3
-    assert levels(override(recipe, ["optim.steps=10", "search.rounds=3", "seed=7"]))
-    for change in ("clip.size=32", "model.width=0.25", "fitness.readout=raw", "fitness.metric=nmi"):
-        assert not levels(override(recipe, [change]))

@@ -15,9 +15,9 @@ from engine.data.demo.demo import VERSION
 
 WITH_LABELS = "training with labels (held-out clips)"
 STEPS = 320
-FITNESS = (0.0, 0.0, 0.0)
+FITNESS = (0.690, 0.536, 0.501)
 """K-means accuracy with three seeds, as ``python benchmarks/with_labels.py`` printed it."""
-MEASURED_WITH = ""
+MEASURED_WITH = "555f44d23e39"
 """``setting`` of the recipe ``demo`` then."""
 
 
