@@ -120,7 +120,7 @@ def evolve(
     }
     run.use_storage(storage)
     with Display(log=None if dry_run or signal else run.path) as display:
-        data = _data(videos, labelled, display=display)
+        data = _data(recipe, videos, labelled, display=display)
         if dry_run or signal:
             estimate(recipe, data, display=display, **how)
         else:
@@ -160,8 +160,11 @@ def _workers(
     return Workers(count, gpus=on_gpus, address=address, **limits)
 
 
-def _data(videos: tuple[Path, ...], labelled: tuple[Path, ...], *, display: Display) -> Data:
+def _data(
+    recipe: Recipe, videos: tuple[Path, ...], labelled: tuple[Path, ...], *, display: Display
+) -> Data:
     """Opens the videos, or where none are named the built-in ones."""
+    from engine.data.demo.levels import levels
     from engine.data.library import demo_folders
     from engine.search.evolve import Data
 
@@ -169,7 +172,7 @@ def _data(videos: tuple[Path, ...], labelled: tuple[Path, ...], *, display: Disp
         unlabelled, judging = common.open_videos(display, videos, labelled)
         return Data(unlabelled, judging, (common.names_of(videos), common.names_of(labelled)))
     unlabelled, judging = common.open_videos(display, *demo_folders(display.prepare))
-    return Data(unlabelled, judging, (common.DEMO, common.DEMO))
+    return Data(unlabelled, judging, (common.DEMO, common.DEMO), levels(recipe))
 
 
 def _evolve(recipe: Any, data: Data, *, run: RunFolder, display: Display, **how: Any) -> None:

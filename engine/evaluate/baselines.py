@@ -1,21 +1,25 @@
 """Trivial baselines: how far the simplest features of the same videos go, on the same folds.
 
-Ridge regression on the mean 16x16 frame, and on the mean absolute difference of neighbouring frames; the five nearest
-neighbours by facts of the files alone (frames, width, height, sound). A representation is interesting above these.
+Ridge regression on the mean 16x16 frame, on the mean absolute difference of neighbouring frames, and on a histogram of
+flow's directions over time; the five nearest neighbours by facts of the files alone (frames, width, height, sound). A
+representation is interesting above these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from sklearn.neighbors import KNeighborsClassifier  # type: ignore[import-untyped]
 from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
+from torch import Tensor
 
 from engine.core.recipe import Clip
 from engine.core.runtime import Runtime, one_thread
+from engine.data.flow import dis_flow
 from engine.data.library import Report
 from engine.data.plan import ClipPlan, central_plan
 from engine.data.shards.index import ClipIndex
@@ -24,8 +28,11 @@ from engine.evaluate.linear import Floats, Ints, choose_strength, ridge_predict
 from engine.evaluate.protocols import used_clips, videos_of
 from engine.evaluate.scores import Spread
 from engine.features.extract import decoded
+from engine.features.trivial import direction_histograms
 
 SIZE = 16
+FLOW_SIZE = 48
+"""Side in pixels of the frames that flow is computed of."""
 PAIRS = 16
 """Pairs of neighbouring frames, evenly spread over a clip."""
 ALPHAS = (100.0, 10.0, 1.0, 1e-1, 1e-2, 1e-3)
@@ -41,11 +48,13 @@ def baselines(
     """Accuracy of each baseline over the folds, in [0, 1]."""
     clips = used_clips(dataset)
     mean, change = _pictures(dataset, clips, runtime)
+    ways = _directions(dataset, clips, runtime)
     index = dataset.index
     facts = np.stack([index.num_frames, index.width, index.height, index.has_audio], axis=1)[clips]
     trivial: dict[str, tuple[Floats, Callable[..., Ints]]] = {
         "ridge on the mean 16x16 frame": (mean, ridge),
         "ridge on mean absolute frame differences": (change, ridge),
+        "ridge on flow's directions over time": (ways, ridge),
         "5 nearest neighbours by file facts": (facts.astype(np.float64), neighbours),
     }
     spreads, done, total = {}, 0, len(trivial) * len(dataset.folds)
@@ -66,21 +75,38 @@ def baselines(
 
 def _pictures(dataset: Dataset, clips: Ints, runtime: Runtime) -> tuple[Floats, Floats]:
     """Mean frame and mean absolute difference of each clip's pairs: (clips, 3 SIZE^2) each, of values in [0, 1]."""
+    means, changes = [], []
+    for pairs in _pairs(dataset, clips, SIZE, runtime):
+        frames = pairs.double().div_(255)
+        means.append(frames.mean((1, 2)).flatten(1).cpu().numpy())
+        changes.append((frames[:, :, 1] - frames[:, :, 0]).abs().mean(1).flatten(1).cpu().numpy())
+    return np.concatenate(means), np.concatenate(changes)
+
+
+def _directions(dataset: Dataset, clips: Ints, runtime: Runtime) -> Floats:
+    """Histograms of the directions of the flow of each clip's pairs: (clips, bins), ``direction_histograms``'."""
+    found = []
+    with ThreadPoolExecutor(runtime.threads, "flow") as pool:
+        for pairs in _pairs(dataset, clips, FLOW_SIZE, runtime):
+            flow = dis_flow(pairs.flatten(0, 1).cpu().numpy(), pool=pool)
+            maps = torch.from_numpy(flow[:, 0]).unflatten(0, pairs.shape[:2])
+            found.append(direction_histograms(maps).numpy())
+    return np.concatenate(found)
+
+
+def _pairs(dataset: Dataset, clips: Ints, size: int, runtime: Runtime) -> Iterator[Tensor]:
+    """Each clip's pairs of frames, in batches of clips: uint8 (n, PAIRS, 2, size, size, 3)."""
     parts = np.split(clips, range(BATCH, len(clips), BATCH))
     batches = decoded(
         dataset.index,
         (_plan(dataset.index, part) for part in parts),
-        clip=Clip(size=SIZE),
+        clip=Clip(size=size),
         batch_size=min(BATCH, len(clips)),
         runtime=runtime,
         num_frames=2 * PAIRS,
     )
-    means, changes = [], []
     for batch in batches:
-        frames = batch.rgb.double().div_(255).unflatten(1, (PAIRS, 2))
-        means.append(frames.mean((1, 2)).flatten(1).cpu().numpy())
-        changes.append((frames[:, :, 1] - frames[:, :, 0]).abs().mean(1).flatten(1).cpu().numpy())
-    return np.concatenate(means), np.concatenate(changes)
+        yield batch.rgb.unflatten(1, (PAIRS, 2))
 
 
 def _plan(index: ClipIndex, clips: Ints) -> ClipPlan:

@@ -121,6 +121,12 @@ class Finetuning:
             provenance={**provenance(self.runtime), **facts},
         )
 
+    def trained(self, fold: Fold, *, seed: int) -> Classifier:
+        """Train on all of a fold's train part, from the start; nothing is tested."""
+        model = self._model(seed)
+        self._train(model, fold.train, f"{fold.name}-seed{seed}", seed)
+        return model
+
     def _fold(self, fold: Fold, seed: int) -> tuple[dict[str, Any], Ints, Ints]:
         """A fold's row, and the classes that its test videos were taken for and are of."""
         name = f"{fold.name}-seed{seed}"

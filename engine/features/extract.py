@@ -193,8 +193,12 @@ class LabelledClips:
 
     def fitness(self, networks: Sequence[nn.Module], *, seed: int) -> list[FitnessResult | str]:
         """Each network's fitness, or why it has none, as ``cohort_fitness``."""
+        return self.judged(self.features(networks), seed=seed)
+
+    def judged(self, features: Sequence[Tensor], *, seed: int) -> list[FitnessResult | str]:
+        """The fitness of features (clips, D) in the order of ``clips``, or why there is none."""
         return cohort_fitness(
-            self.features(networks),
+            features,
             self.labels,
             settings=self._fitness,
             num_classes=self.num_classes,

@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from engine.core.files import write_text_atomic
+from engine.data.demo.levels import STEPS, WITH_LABELS
 from engine.features.trivial import TRIVIAL
 from engine.objective.terms import BY_NAME, TERM_NAMES
 from engine.report import measures, words
@@ -135,6 +136,8 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**common, **values)
 
 
+NOTES = {**dict.fromkeys(TRIVIAL, "no training"), WITH_LABELS: f"{STEPS} steps, measured before"}
+"""How what stands beside the losses was made; losses to compare with have no entry."""
 SHOWN = 25
 """Rows of a long list that are shown before the rest is folded."""
 
@@ -208,11 +211,9 @@ def _results(run: Run) -> list[dict[str, Any]]:
         ("best", "Best loss", "fresh seeds", stat(run, "best")),
     ]
     compared = table_of(run.summary, "compared")
-    rows[1:1] = [
-        ("untrained", name.replace("_", " ").capitalize(), note, measures.stat_in(compared, name))
-        for name in compared
-        for note in ("no training" if name in TRIVIAL else "fresh seeds",)
-    ]
+    for place, name in enumerate(compared, start=1):
+        title, note = name.replace("_", " ").capitalize(), NOTES.get(name, "fresh seeds")
+        rows.insert(place, ("untrained", title, note, measures.stat_in(compared, name)))
     return [{"key": k, "name": n, "note": o, "stat": s} for k, n, o, s in rows if s is not None]
 
 

@@ -14,7 +14,7 @@ are compared as one cohort. With files or without, in any company, a member's nu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +31,7 @@ from engine.data.clip_bank import ClipBank
 from engine.data.views import Views
 from engine.features.extract import LabelledClips
 from engine.features.fitness import FitnessResult
-from engine.features.trivial import TRIVIAL
+from engine.features.trivial import trivial_networks
 from engine.search.samplers import Proposal, State
 from engine.train.checkpoint import copy_of, load_end, load_member, save_ends, save_member
 from engine.train.member import Member
@@ -177,11 +177,22 @@ def untrained_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -
     return result
 
 
-def trivial_fitness(trainer: Trainer, labelled: LabelledClips, *, seed: int) -> dict[str, float]:
-    """Measure the fitness of features that take no learning, by name; without those that have none."""
+def trivial_features(trainer: Trainer, labelled: LabelledClips) -> dict[str, Tensor]:
+    """Take the features of the labelled clips that take no learning, by name: (clips, D) each."""
+    preset, threads = trainer.recipe.clip.flow, trainer.runtime.threads
+    networks = trivial_networks(preset, threads=threads)
     with trainer.clock("fitness"):
-        results = labelled.fitness([make() for make in TRIVIAL.values()], seed=seed)
-    known = zip(TRIVIAL, results, strict=True)
+        features = labelled.features(list(networks.values()))
+    return dict(zip(networks, features, strict=True))
+
+
+def trivial_fitness(
+    trainer: Trainer, labelled: LabelledClips, features: Mapping[str, Tensor], *, seed: int
+) -> dict[str, float]:
+    """Measure the fitness of such features, by name; without those that have none."""
+    with trainer.clock("fitness"):
+        results = labelled.judged(list(features.values()), seed=seed)
+    known = zip(features, results, strict=True)
     return {name: r.value for name, r in known if not isinstance(r, str)}
 
 

@@ -6,7 +6,7 @@ each outcome in the study, and write down what follows from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,8 @@ class Data:
     labelled: Library
     named: tuple[list[str], list[str]]
     """The videos and labelled folders as the run notes them."""
+    levels: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Known levels of fitness on the labelled videos, by name."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def evolve(
         events.add("resumed", f"{workers.count or 'no'} workers")
     study = _open_study(recipe, run, display, events, clock)
     _check_recipe(recipe, run, study)
-    records = Records(recipe, run, study, display, events, clock, said=[note or ""])
+    records = Records(
+        recipe, run, study, display, events, clock, said=[note or ""], levels=data.levels
+    )
     if not study.finished or records.lacks_network() or records.seeds_to_confirm():
         _Search(data, study, records, workers).run(
             here or factory

@@ -58,6 +58,8 @@ class Records:
     clock: Clock
     said: list[str] = field(default_factory=list)
     """Warnings that were shown; they come from every worker, and are shown once."""
+    levels: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Known levels of fitness on the labelled clips, by name."""
 
     def __post_init__(self) -> None:
         self._began = time.perf_counter()
@@ -216,6 +218,7 @@ class Records:
             name: _spread([table[name]["fitness"] for table in tables if name in table])
             for name in first.get("compared", ())
         }
+        compared |= {name: _spread(values) for name, values in self.levels.items()}
         summary = {
             "untrained": fresh["untrained"],
             "compared": compared,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.core.pool import Tell
 from engine.core.recipe import Recipe, recipe_hash
@@ -20,7 +21,13 @@ from engine.data.shards.index import ClipIndex, data_digest
 from engine.features.extract import LabelledClips, with_statistics
 from engine.features.kmeans import kmeans_backend
 from engine.model.network_file import card_of, save_network
-from engine.search.cohort import MemberResult, evaluate_cohort, trivial_fitness, untrained_fitness
+from engine.search.cohort import (
+    MemberResult,
+    evaluate_cohort,
+    trivial_features,
+    trivial_fitness,
+    untrained_fitness,
+)
 from engine.search.samplers import Proposal
 from engine.train.memory import CohortMemory
 from engine.train.trainer import Trainer
@@ -86,6 +93,7 @@ class CohortEvaluator:
         self.labelled = LabelledClips(labelled, recipe, runtime=runtime)
         self._indices = (videos, labelled)
         self._checkpoints = factory.checkpoints
+        self._trivial: dict[str, Tensor] | None = None
 
     def __call__(self, cohort: Cohort, tell: Tell) -> CohortResult:
         """Train and judge a cohort, and leave the fittest network. Raises DeviceFailed and OSError."""
@@ -115,7 +123,9 @@ class CohortEvaluator:
         untrained, trivial = None, dict[str, float]()
         if cohort.confirm:
             untrained = untrained_fitness(trainer, self.labelled, seed=cohort.seeds[0]).value
-            trivial = trivial_fitness(trainer, self.labelled, seed=cohort.seeds[0])
+            if self._trivial is None:  # no seed has a part in them
+                self._trivial = trivial_features(trainer, self.labelled)
+            trivial = trivial_fitness(trainer, self.labelled, self._trivial, seed=cohort.seeds[0])
         warnings, self._warnings[:] = tuple(self._warnings), []
         videos, labelled = (Counter(index.substituted) for index in self._indices)
         for index in self._indices:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from engine.core.tensors import load_tensors
+from engine.data.demo.levels import WITH_LABELS
 from engine.features.trivial import TRIVIAL
 from engine.objective.lossfile import load_loss
 from engine.search.samplers import SurrogateSampler
-from tests.runs import begin, members, one_line, read, resume
+from tests.runs import TINY, begin, command, members, one_line, read, resume
 
 SETTINGS = (
     "search.method=surrogate search.population=8 search.rounds=0 search.generation=4 search.sparsity=0.8"
@@ -37,8 +38,11 @@ def test_the_outcome_has_its_own_network_and_company(
         "fittest",
         lambda self, done: min(done, key=lambda m: (m.fitness, m.number)),
     )
+    folders = tuple([tiny_shards / name] for name in ("unlabelled", "labelled"))
+    monkeypatch.setattr("engine.data.library.demo_folders", lambda report: folders)
+    monkeypatch.setattr("engine.data.demo.levels.levels", lambda recipe: {WITH_LABELS: (0.7, 0.8)})
     run = tmp_path / "run"
-    code, out, err = begin(tiny_shards, run, *OPTIONS)
+    code, out, err = command("evolve", "--recipe", TINY, "--run", run, "--device", "cpu", *OPTIONS)
     assert (code, err) == (0, "")
     done = members(run)
     best = min(done, key=lambda m: (m.fitness, m.number))
@@ -50,9 +54,11 @@ def test_the_outcome_has_its_own_network_and_company(
     assert not [p for p in (run / "checkpoints").iterdir() if p.name != "best.safetensors"]
     summary = read(run / "summary.json")
     assert summary["best_trial"] == best.number and len(done) == 8
-    assert list(summary["compared"]) == [*TRIVIAL, "rgb_to_flow"]
+    assert list(summary["compared"]) == [*TRIVIAL, "rgb_to_flow", WITH_LABELS]
+    known = summary["compared"].pop(WITH_LABELS)
+    assert (known["mean"], known["values"]) == (0.75, [0.7, 0.8])
     assert all(len(each["values"]) == 1 for each in summary["compared"].values())
-    for name in ("mean frame", "frame differences", "rgb_to_flow"):
+    for name in ("mean frame", "frame differences", "flow directions", "rgb_to_flow", WITH_LABELS):
         assert name in out
         assert name.replace("_", " ").capitalize() in (run / "report.html").read_text()
 
