@@ -108,13 +108,11 @@ def evolve(
         events.add("resumed", f"{workers.count or 'no'} workers")
     study = _open_study(recipe, run, display, events, clock)
     _check_recipe(recipe, run, study)
-    records = Records(
-        recipe, run, study, display, events, clock, said=[note or ""], levels=data.levels
-    )
+    said, levels = [note or ""], data.levels
+    records = Records(recipe, run, study, display, events, clock, said=said, levels=levels)
     if not study.finished or records.lacks_network() or records.seeds_to_confirm():
-        _Search(data, study, records, workers).run(
-            here or factory
-        )  # starting workers takes seconds
+        # starting workers takes seconds
+        _Search(data, study, records, workers).run(here or factory)
     records.keep_best()  # an interruption may have come between the last member and the file
     summary = records.summary()
     records.board.close()
