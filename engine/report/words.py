@@ -268,7 +268,7 @@ def effects_finding(found: Effects) -> str:
     )
     said = f"{100 * INTERVAL:.0f} % intervals from {plural(found.members, 'member')}"
     if found.members < len(TERM_NAMES):
-        said += ", fewer than there are terms, so most are wide"
+        said += ", fewer than there are terms: they lean on the model, and some are too narrow"
     if not sure:
         return f"No term's effect is told apart from 0 ({said})."
     sides = []
