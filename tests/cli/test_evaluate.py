@@ -78,7 +78,7 @@ def test_evaluate_from_the_folder_as_it_unpacks(colours: Path, net: Path, user: 
         assert name in out
     rows = [json.loads(line) for line in out_path.read_text().splitlines()]
     assert [row["protocol"] for row in rows] == ["kmeans", "linear", "retrieval"]
-    assert all(len(row["baselines"]) == 3 for row in rows)
+    assert all(len(row["baselines"]) == 4 for row in rows)
     (path,) = user.glob("rows-*-confusion.csv")
     table = list(csv.reader(path.open()))
     assert table[0] == ["class", *rows[1]["classes"]] and sum(map(int, table[1][1:])) == 24
@@ -127,7 +127,7 @@ def test_both_commands_take_a_data_set_or_class_folders_alike(
     assert "ridge on the mean 16x16 frame" in out
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["protocol"] for row in found] == ["linear", "finetune"]
-    assert all(len(row["baselines"]) == 3 for row in found)
+    assert all(len(row["baselines"]) == 4 for row in found)
     assert "--checkpoint is missing" in refused("evaluate", "ucf101", "--root", colours)
 
 
