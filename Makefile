@@ -46,7 +46,7 @@ evolve: $(STAMP)  ## run the main job: engine evolve $(ARGS)
 	@$(VENV)/bin/engine evolve $(ARGS)
 
 test: $(STAMP)  ## run the tests: pytest $(ARGS)
-	@$(VENV)/bin/python -m pytest $(if $(ARGS),$(ARGS),--numprocesses $(JOBS) --dist loadfile)
+	@$(VENV)/bin/python -m pytest $(if $(ARGS),$(ARGS),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 lint: $(STAMP)  ## ruff's rules and format, then strict types
 	@$(VENV)/bin/ruff check .

@@ -30,6 +30,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with slow tests first: one begun last would leave the other workers idle.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -74,6 +77,16 @@ def tiny_shards(tiny_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for name in ("labelled", "unlabelled"):
         ingest([tiny_demo / name], root / name, short_side=48, workers=1)
     return root
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Reports with empty figures: drawing takes as long as the smallest search, and ``tests/report`` looks at it."""
+    from tests.made_run import draw_only
+
+    with pytest.MonkeyPatch.context() as patched:
+        draw_only(patched)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tomli_w
+from matplotlib.figure import Figure
 
 from engine.objective.terms import BY_NAME, TERM_NAMES
+from engine.report import page
 from engine.search.samplers import Trial
 from engine.search.storage import StudyStorage
 
 GOOD = {"align_audio": 0.12, "predict": 0.1, "cross": 0.1, "distill": 0.05, "shuffle": -0.1}
+
+
+def draw_only(patched: pytest.MonkeyPatch, *keys: str) -> None:
+    """Leave the figures of other keys empty: their data and text alternatives are as always, and no time is spent."""
+
+    def empty(data: object, width: float) -> Figure:
+        return Figure(figsize=(1.0, 1.0))
+
+    figures = tuple(k if k.key in keys else replace(k, draw=empty) for k in page.FIGURES)
+    patched.setattr(page, "FIGURES", figures)
 
 
 def worth(weights: dict[str, float]) -> float:

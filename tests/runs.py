@@ -19,6 +19,8 @@ from engine.search.study import read_trials
 
 TINY = Path(__file__).with_name("tiny.toml")
 RECIPE = load_recipe(TINY)
+FIT = ("--members-per-gpu", 8)
+"""Spares a search measuring how many members fit."""
 
 
 def command(*arguments: object) -> tuple[int, str, str]:
@@ -33,11 +35,11 @@ def command(*arguments: object) -> tuple[int, str, str]:
 
 def begin(shards: Path, run: Path, *more: object) -> tuple[int, str, str]:
     data = ("--videos", shards / "unlabelled", "--labelled", shards / "labelled")
-    return command("evolve", *data, "--recipe", TINY, "--run", run, "--device", "cpu", *more)
+    return command("evolve", *data, "--recipe", TINY, "--run", run, "--device", "cpu", *FIT, *more)
 
 
 def resume(run: Path, *more: object) -> tuple[int, str, str]:
-    return command("evolve", "--resume", "--run", run, "--device", "cpu", *more)
+    return command("evolve", "--resume", "--run", run, "--device", "cpu", *FIT, *more)
 
 
 def one_line(told: tuple[int, str, str], *, code: int) -> str:

@@ -24,6 +24,9 @@ from tests.runs import RECIPE, begin, ended_as, one_line, resume
 ray = pytest.importorskip("ray")
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """One Ray for all tests here."""
@@ -37,7 +40,7 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory, undrawn: None) -> Path:
     """A run without Ray that nothing interrupted."""
     run = tmp_path_factory.mktemp("runs") / "reference"
     assert begin(tiny_shards, run)[0] == 0
