@@ -19,8 +19,11 @@ from engine.search.study import read_trials
 
 TINY = Path(__file__).with_name("tiny.toml")
 RECIPE = load_recipe(TINY)
-FIT = ("--members-per-gpu", 8)
-"""Spares a search measuring how many members fit."""
+
+
+def fitting(*more: object) -> tuple[object, ...]:
+    """Options with one that spares a search in one process measuring how many members fit."""
+    return more if {"--workers", "--gpus"} & set(more) else ("--members-per-gpu", 8, *more)
 
 
 def command(*arguments: object) -> tuple[int, str, str]:
@@ -35,11 +38,12 @@ def command(*arguments: object) -> tuple[int, str, str]:
 
 def begin(shards: Path, run: Path, *more: object) -> tuple[int, str, str]:
     data = ("--videos", shards / "unlabelled", "--labelled", shards / "labelled")
-    return command("evolve", *data, "--recipe", TINY, "--run", run, "--device", "cpu", *FIT, *more)
+    where = ("--run", run, "--device", "cpu")
+    return command("evolve", *data, "--recipe", TINY, *where, *fitting(*more))
 
 
 def resume(run: Path, *more: object) -> tuple[int, str, str]:
-    return command("evolve", "--resume", "--run", run, "--device", "cpu", *FIT, *more)
+    return command("evolve", "--resume", "--run", run, "--device", "cpu", *fitting(*more))
 
 
 def one_line(told: tuple[int, str, str], *, code: int) -> str:

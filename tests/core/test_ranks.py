@@ -37,14 +37,14 @@ from engine.train.trainer import Trainer
 TINY = Path(__file__).parents[1] / "tiny.toml"
 FROZEN = ["optim.batch_norm=frozen"]
 CASES: dict[str, tuple[str, int, list[str]]] = {
-    "all terms, sgd": ("equal", 20, [*FROZEN, "optim.name=sgd", "optim.lr=1e-3"]),
-    "all terms, adamw": ("equal", 8, [*FROZEN, "optim.lr=1e-4"]),
+    "all terms, sgd": ("equal", 6, [*FROZEN, "optim.name=sgd", "optim.lr=1e-3"]),
+    "all terms, adamw": ("equal", 4, [*FROZEN, "optim.lr=1e-4"]),
     "without sound, synced batch norm": (
         "sec4",
         2,
         ["optim.batch_norm=sync", "optim.name=sgd", "optim.lr=1e-3"],
     ),
-    "all terms, local batch norm": ("equal", 3, ["objective.units=raw"]),
+    "all terms, local batch norm": ("equal", 2, ["objective.units=raw"]),
 }
 """Loss, steps and changes to the tiny recipe."""
 

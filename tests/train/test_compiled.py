@@ -35,7 +35,7 @@ needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU's bf16 can'
 
 
 def make_trainer(shards: Path, *changes: str) -> Trainer:
-    recipe = override(load_recipe(TINY), list(changes))
+    recipe = override(load_recipe(TINY), ["model.depths=[1, 1, 1, 1]", *changes])
     runtime = choose_runtime("cpu", amp=recipe.optim.amp)
     make_deterministic(runtime)
     warnings: list[str] = []

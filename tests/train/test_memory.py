@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from engine.core import runtime
-from engine.core.recipe import load_recipe
+from engine.core.recipe import load_recipe, override
 from engine.core.runtime import choose_runtime, is_out_of_memory, make_deterministic
 from engine.data.shards.index import ClipIndex
 from engine.data.views import Views
 from engine.features.extract import LabelledClips
 from engine.objective.lossfile import random_weights
 from engine.objective.terms import check_weights
-from engine.search.cohort import evaluate_cohort
+from engine.search.cohort import MemberResult, evaluate_cohort
 from engine.search.samplers import Proposal
 from engine.search.worker import Cohort, CohortEvaluator, CohortFactory
 from engine.train import memory as train_memory
@@ -25,6 +25,7 @@ from engine.train.memory import CohortMemory
 from engine.train.trainer import DeviceFailed, NonFiniteLoss, Trainer
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
+RECIPE = override(load_recipe(TINY), ["optim.steps=2"])
 LOSSES = [check_weights({"rgb/reconstruct": 1.0, "rgb/predict": i / 10}) for i in range(5)]
 JOBS = [Proposal(0, loss) for loss in LOSSES]
 
@@ -34,18 +35,27 @@ def warnings() -> list[str]:
     return []
 
 
-@pytest.fixture
-def trainer(tiny_shards: Path, warnings: list[str]) -> Trainer:
+def new_trainer(shards: Path, warnings: list[str]) -> Trainer:
     chosen = choose_runtime("cpu")
     make_deterministic(chosen)
-    index = ClipIndex([tiny_shards / "unlabelled"])
-    return Trainer(load_recipe(TINY), index, chosen, warn=warnings.append)
+    return Trainer(RECIPE, ClipIndex([shards / "unlabelled"]), chosen, warn=warnings.append)
 
 
 @pytest.fixture
-def labelled(trainer: Trainer, tiny_shards: Path) -> LabelledClips:
+def trainer(tiny_shards: Path, warnings: list[str]) -> Trainer:
+    return new_trainer(tiny_shards, warnings)
+
+
+@pytest.fixture(scope="module")
+def labelled(tiny_shards: Path) -> LabelledClips:
     index = ClipIndex([tiny_shards / "labelled"])
-    return LabelledClips(index, trainer.recipe, runtime=trainer.runtime)
+    return LabelledClips(index, RECIPE, runtime=choose_runtime("cpu"))
+
+
+@pytest.fixture(scope="module")
+def all_at_once(tiny_shards: Path, labelled: LabelledClips) -> list[MemberResult]:
+    """What memory for all members comes to."""
+    return evaluate_cohort(new_trainer(tiny_shards, []), labelled, members=JOBS, seeds=[0])
 
 
 def limit_members(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> list[int]:
@@ -76,10 +86,10 @@ def test_a_cohort_out_of_memory_halves_itself(
     error: Exception,
     trainer: Trainer,
     labelled: LabelledClips,
+    all_at_once: list[MemberResult],
     warnings: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    want = evaluate_cohort(trainer, labelled, members=JOBS, seeds=[0])
     sizes, memory = limit_members(monkeypatch, 2, error), CohortMemory()
     got = evaluate_cohort(trainer, labelled, members=JOBS, seeds=[0], memory=memory)
     steps = trainer.recipe.optim.steps
@@ -88,7 +98,7 @@ def test_a_cohort_out_of_memory_halves_itself(
         "out of memory with 5 members at once: going on with 3",
         "out of memory with 3 members at once: going on with 2",
     ]
-    for one, other in zip(want, got, strict=True):
+    for one, other in zip(all_at_once, got, strict=True):
         assert (
             one.fitness == other.fitness
             and one.learnt["terms"] == other.learnt["terms"]
@@ -117,7 +127,7 @@ def test_a_worker_out_of_memory_shrinks_its_own_cohorts_alone(
     """Two workers, one of which holds two members at once: the other trains all, and the numbers are the same."""
     shards = [(tiny_shards / "unlabelled",), (tiny_shards / "labelled",)]
     factory = CohortFactory(
-        load_recipe(TINY),
+        RECIPE,
         *shards,
         data="",
         checkpoints=tmp_path,
