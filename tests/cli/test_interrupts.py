@@ -149,11 +149,8 @@ def at_work(name: str, run: Path) -> bool:
 @pytest.mark.parametrize(
     ("name", "workers", "number"),
     [
-        ("evolve", None, signal.SIGTERM),
-        ("pretrain", 2, signal.SIGTERM),
-        pytest.param("pretrain", None, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("evolve", 2, signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param("evolve", 2, signal.SIGKILL, marks=pytest.mark.slow),
+        ("pretrain", 2, signal.SIGTERM),
         pytest.param("pretrain", 2, signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )

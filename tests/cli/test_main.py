@@ -30,6 +30,9 @@ TINY = Path(__file__).parents[1] / "tiny.toml"
 SHORT = ("--set", "optim.steps=2", "--set", "search.rounds=0", "--set", "search.confirm_seeds=0")
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 @pytest.fixture(autouse=True)
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder and a cache of the test's own."""
