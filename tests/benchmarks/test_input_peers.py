@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "input_peers.py"
@@ -93,17 +95,18 @@ def test_only_the_faster_way_of_using_threads_stays(peers, films, monkeypatch) -
     assert set(kept) == {"A | VP9", "ours | vp9 shards"}
 
 
-def test_a_run_prints_a_table_and_writes_a_row_a_decoder(tiny_demo: Path, tmp_path: Path) -> None:
+def test_a_run_prints_a_table_and_writes_a_row_a_decoder(
+    peers, tiny_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one peer and two batches."""
+    found, threads = peers.find_peers(), torch.get_num_threads()
+    monkeypatch.setattr(peers, "find_peers", lambda: {"PyAV": found["PyAV"]})
+    monkeypatch.setattr(peers, "BATCHES", 2)
     out = tmp_path / "rows.jsonl"
     arguments = ["--videos", tiny_demo / "labelled", "--clips", 2, "--batch", 2, "--rounds", 1]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments), "--json", str(out)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(peers.main, [*map(str, arguments), "--json", str(out)])
+    torch.set_num_threads(threads)
+    assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     kinds = {(row["decoder"].split(",")[0], row["files"]) for row in rows}
     assert {("ours", "jpeg shards"), ("ours", "vp9 shards"), ("PyAV", "H.264")} <= kinds
@@ -111,7 +114,7 @@ def test_a_run_prints_a_table_and_writes_a_row_a_decoder(tiny_demo: Path, tmp_pa
         assert 0 < row["clips_per_second"] <= row["best_clips_per_second"]
         assert row["threads"] == 2 and row["git_sha"] and row["peers"]["av"]
         assert str(tiny_demo) not in json.dumps(row)
-    assert "jpeg shards:" in done.stdout and "times the best peer" in done.stdout
+    assert "jpeg shards:" in done.output and "times the best peer" in done.stdout
 
 
 def test_videos_that_are_too_short_are_one_line(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from engine.features.export import export
 from engine.model.network_file import IMAGENET_MEAN, IMAGENET_STD, Card, ClipInput
 from engine.model.resnet3d import ResNet3D
 
-NETWORKS = [("r3d_18", False), ("r2plus1d_18", False), ("r3d_18", True)]
+NETWORKS = [("r2plus1d_18", True)]
+"""r3d_18 without its pool is exported with its features read out."""
 
 
 def made(arch: str, *, pool: bool, **card: Any) -> tuple[ResNet3D, Card]:

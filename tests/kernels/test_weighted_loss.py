@@ -13,7 +13,7 @@ from kernels import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
-FUNCTIONS = [kernels.weighted_loss, reference.weighted_loss]
+FUNCTIONS = [kernels.weighted_loss, reference.weighted_loss][: 1 if INTERPRETED else 2]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # bfloat16 differences are rounded when saved, and the interpreter rounds towards zero
 TOLERANCE = {F32: 2e-6, F16: 2e-3, BF16: 2e-2}
@@ -115,7 +115,7 @@ def check(function, inputs, *, teacher_grad=False, upstream=3.0):
     torch.testing.assert_close(scalars.grad, want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"][: len(FUNCTIONS)])
 @pytest.mark.parametrize("teacher_grad", [False, True])
 @pytest.mark.parametrize(
     "dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, F16), (BF16, F16)]
@@ -126,7 +126,7 @@ def test_odd_shapes_and_dtypes(function, dtypes, teacher_grad, device, poison):
         assert poison, "nothing was allocated through the poisoned functions"
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"][: len(FUNCTIONS)])
 @pytest.mark.parametrize("pairs, scalars", [(0, 3), (2, 0), (0, 0)])
 def test_no_pairs_or_no_scalars(function, pairs, scalars, device):
     inputs = make(SHAPES[-pairs:] if pairs else [], scalars=scalars, device=device)
@@ -171,7 +171,7 @@ def layouts(shape, device):
     }
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"][: len(FUNCTIONS)])
 @pytest.mark.parametrize("shape", [(3, 4, 3, 2, 5), (1, 3, 1, 2, 2)])
 def test_any_strides(function, shape, device, poison):
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def test_gradient_keeps_channels_last(device):
     assert grad.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"][: len(FUNCTIONS)])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_dropped_clip_may_hold_anything(function, dtype, device, poison):
     inputs = make(SHAPES, (dtype, dtype), device=device)
@@ -209,7 +209,7 @@ def test_a_dropped_clip_may_hold_anything(function, dtype, device, poison):
     assert function(*inputs)[1][3] == 0.0
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"][: len(FUNCTIONS)])
 def test_weight_zero_is_valued_but_teaches_nothing(function, device, poison):
     inputs = make(SHAPES, device=device)
     students, _, _, weights, _, scalars = inputs
@@ -353,7 +353,7 @@ def test_a_large_clip_is_summed_accurately(device):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="float64 has no kernel")
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["op", "reference"][: len(FUNCTIONS)])
 def test_gradcheck(function):
     students, teachers, *constants, scalars = make([(3, 3), (3, 2, 1, 2, 1)])
     leaves = [x.detach().double().requires_grad_() for x in (*students, *teachers, scalars)]

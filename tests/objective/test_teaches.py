@@ -40,12 +40,10 @@ STEPS = {
     "rgb/to_flow": 80,
     "flow/to_rgb": 60,
     "rgb/predict": 180,
-    "flow/predict": 80,
     "audio/predict": 140,
     "rgb/shuffle": 50,
     "rgb/align_audio": 60,
     "rgb+flow/embed": 40,
-    "distill/grey@2": 60,
     "distill/audio@4": 60,
 }
 """Steps after which a term, alone, is below TAUGHT: one term of each kind and, of decoders, each kind of target."""

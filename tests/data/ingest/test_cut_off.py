@@ -19,7 +19,7 @@ from tests.data.films import beep_at, texture, write_film
 
 SECONDS, FPS = 44, 10
 KINDS = ("mp4", "mkv", "webm", "avi", "mov", "flv", "fragments.mp4", "bframes.mp4")
-PARTS = (0.062, 0.3, 0.7, 0.93)
+PARTS = (0.062, 0.5, 0.93)
 
 
 def film(path: Path, *, seconds: int = SECONDS, fps: int = FPS) -> Path:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[3]
 KINDS = ("mp4", "mkv", "webm", "avi", "mov", "ts", "ogv", "flv")
 DECLARED = ("mp4", "mkv", "webm", "avi")
 """Containers whose head says how long the whole is."""
-CUTS = int(os.environ.get("FUZZ_CUTS", "20"))
-FLIPS = int(os.environ.get("FUZZ_FLIPS", "200"))
+CUTS = int(os.environ.get("FUZZ_CUTS", "10"))
+FLIPS = int(os.environ.get("FUZZ_FLIPS", "60"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SECONDS_A_FILE = 10.0
 MEMORY = 400.0
