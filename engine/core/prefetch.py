@@ -63,4 +63,5 @@ def prefetch(items: Iterator[Item], *, depth: int, name: str) -> Generator[Item,
             raise item.error
     finally:
         stop.set()
-        thread.join()
+        if thread is not threading.current_thread():  # in which the garbage collector may run
+            thread.join()
