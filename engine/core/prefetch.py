@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -14,6 +15,18 @@ POLL_SECONDS = 0.1
 """Between two looks at whether the reader is gone."""
 
 
+_collecting: int | None = None
+"""The thread in which the garbage collector runs."""
+
+
+def _note_collecting(phase: str, _: dict[str, int]) -> None:
+    global _collecting
+    _collecting = threading.get_ident() if phase == "start" else None
+
+
+gc.callbacks.append(_note_collecting)
+
+
 @dataclass(frozen=True)
 class _End:
     """Comes after the last item, with the error that there was."""
@@ -24,7 +37,8 @@ class _End:
 def prefetch(items: Iterator[Item], *, depth: int, name: str) -> Generator[Item, None, None]:
     """Yields the same items, of which a thread called ``name`` makes up to ``depth`` + 1 before they are asked for.
 
-    An error reaches the reader in its turn. A reader that stops early ends the thread, which closes ``items``.
+    An error reaches the reader in its turn. A reader that stops early ends the thread, which closes ``items``, and
+    waits for it. One that the garbage collector closes does not wait: what it interrupts may have to go on first.
 
     An executor would not do: readers are also closed by the garbage collector, at any moment of any thread, and
     executors take a lock that all of them share.
@@ -63,5 +77,5 @@ def prefetch(items: Iterator[Item], *, depth: int, name: str) -> Generator[Item,
             raise item.error
     finally:
         stop.set()
-        if thread is not threading.current_thread():  # in which the garbage collector may run
+        if _collecting != threading.get_ident():
             thread.join()

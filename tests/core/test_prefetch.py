@@ -97,6 +97,35 @@ def test_readers_in_a_cycle_of_garbage_are_closed() -> None:
         del holder, inner
     until = time.monotonic() + 60
     while len(closed) < 50 and time.monotonic() < until:
-        gc.collect()  # does nothing while a thread collects, which waits for readers to end
+        gc.collect()  # does nothing while another thread collects
         time.sleep(0.01)
     assert sorted(closed) == list(range(50))
+
+
+def test_the_collector_waits_for_no_reader() -> None:
+    """What it interrupts may hold what the reader's thread needs, as here a lock."""
+    lock = threading.Lock()
+    closed = threading.Event()
+
+    class Holder:
+        reader: Iterator[int]
+
+    def items() -> Iterator[int]:
+        try:
+            yield 0
+            with lock:
+                yield 1
+        finally:
+            closed.set()
+
+    with lock:
+        holder = Holder()
+        holder.reader = prefetch(items(), depth=1, name="numbers")
+        holder.itself = holder  # type: ignore[attr-defined]
+        next(holder.reader)
+        del holder
+        collector = threading.Thread(target=gc.collect)
+        collector.start()
+        collector.join(20)
+        assert not collector.is_alive() and not closed.is_set()
+    assert closed.wait(20)
