@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -62,7 +63,7 @@ def shuffled(dataset: Dataset, *, seed: int) -> Dataset:
     """The same data set, in which the clips to train on have each other's labels."""
     label, train = dataset.label.copy(), dataset.folds[0].train
     label[train] = np.random.default_rng(seed).permutation(label[train])
-    return Dataset(**{**vars(dataset), "label": label})
+    return replace(dataset, label=label)
 
 
 def measure(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engine.objective.terms import TERM_NAMES, TERMS
 from engine.search.samplers import FEWEST, Trial
-from engine.search.surrogate import GROUPS, Array, computed, main_effects, vectors
+from engine.search.surrogate import GROUPS, Array, computed_vectors, main_effects
 
 INTERVAL = 0.9
 """Posterior probability of an interval."""
@@ -87,7 +87,7 @@ def effects_of(members: Sequence[Trial]) -> Effects | None:
     fitness = np.array([member.fitness for member in complete], np.float64)
     if len(complete) < FEWEST or np.ptp(fitness) == 0:
         return None
-    weights = np.array([computed(row) for row in vectors([m.weights for m in complete])])
+    weights = computed_vectors([member.weights for member in complete])
     tried = np.ptp(weights, axis=0) > 0
     return Effects(*main_effects(weights, fitness), tried, len(complete)) if tried.any() else None
 

@@ -22,7 +22,14 @@ import numpy.typing as npt
 from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES, LossWeights, present, reaching
-from engine.search.surrogate import TRAINS_RGB, Surrogate, computed, shares, vectors
+from engine.search.surrogate import (
+    TRAINS_RGB,
+    Surrogate,
+    computed,
+    computed_vectors,
+    shares,
+    vectors,
+)
 
 State = Literal["complete", "failed", "pruned"]
 FEWEST = 8
@@ -281,7 +288,7 @@ class SurrogateSampler(RandomSampler):
         if self._known is None or self._known[0] != len(complete):
             latest = complete[-MOST:]
             fitness = np.array([member.fitness for member in latest], np.float64)
-            weights = np.array([computed(row) for row in vectors([m.weights for m in latest])])
+            weights = computed_vectors([member.weights for member in latest])
             self._known = len(complete), (Surrogate.fit(weights, fitness), weights, fitness)
         return self._known[1]
 

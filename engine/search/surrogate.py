@@ -92,6 +92,11 @@ def computed(weights: Array) -> Array:
     return np.where([name in reach for name in TERM_NAMES], weights, 0.0)
 
 
+def computed_vectors(losses: Sequence[Mapping[str, float]]) -> Array:
+    """(N, J) ``computed`` weights of each loss, in TERM_NAMES' order: what a model of fitness learns from."""
+    return np.array([computed(row) for row in vectors(losses)], np.float64)
+
+
 @dataclass(frozen=True)
 class Surrogate:
     """What members have taught about fitness."""
