@@ -105,11 +105,12 @@ class Objective(Section, frozen=True):
 class Optim(Section, frozen=True):
     """Optimizer and schedule: linear warm-up, then down to zero."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """muon: convolutions' steps orthogonalised, AdamW for the rest; more is learnt in few steps (engine.train.muon)."""
     lr: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Meta(ge=0.0)] = 0.05
     momentum: Share = 0.9
-    """SGD's momentum."""
+    """SGD's and Muon's momentum."""
     steps: Positive = 150
     warmup_steps: Natural = 15
     schedule: Literal["cosine", "trapezoid"] = "cosine"

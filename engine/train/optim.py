@@ -1,15 +1,16 @@
-"""AdamW or SGD, the schedule of the rate, the step of every training, and the running average of its weights."""
+"""AdamW, Muon or SGD, the schedule of the rate, the step of every training, and the running average of its weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from engine.core.recipe import Optim
+from engine.train.muon import Muon, convolutions
 
 Result = TypeVar("Result")
 COOLDOWN = 0.4
@@ -19,21 +20,24 @@ COOLDOWN = 0.4
 def make_optimizer(
     parts: Sequence[tuple[nn.Module, float]], settings: Optim, *, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD for modules, each with a factor of the rate; norms and biases are not decayed."""
-    groups = [
-        {
-            "params": [p for p in module.parameters() if (p.dim() > 1) == decayed],
-            "weight_decay": settings.weight_decay if decayed else 0.0,
-            "factor": factor,
-        }
-        for module, factor in parts
-        for decayed in (True, False)
-    ]
+    """AdamW, Muon or SGD for modules, each with a factor of the rate; norms and biases are not decayed."""
+    groups: list[dict[str, Any]] = []
+    for module, factor in parts:
+        by_muon = convolutions(module) if settings.name == "muon" else []
+        known = {id(p) for p in by_muon}
+        others = [p for p in module.parameters() if id(p) not in known]
+        decayed = {"weight_decay": settings.weight_decay, "factor": factor}
+        if by_muon:
+            groups.append({"params": by_muon, "momentum": settings.momentum, **decayed})
+        groups.append({"params": [p for p in others if p.dim() > 1], **decayed})
+        plain = [p for p in others if p.dim() <= 1]
+        groups.append({"params": plain, "weight_decay": 0.0, "factor": factor})
     # not False, which would forbid torch its loop over all tensors at once too
     at_once = True if fused else None
-    if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, fused=at_once)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=at_once)
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=at_once)
+    kind = Muon if settings.name == "muon" else torch.optim.AdamW
+    return kind(groups, lr=settings.lr, fused=at_once)
 
 
 def descend(
@@ -75,8 +79,8 @@ def learning_rate(settings: Optim, step: int, *, first: int = 0) -> float:
 
 
 def new_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """A parameter's moments as AdamW's or SGD's first step would find or make them, in its memory format."""
-    if not isinstance(optimizer, torch.optim.AdamW):
+    """A parameter's moments as the optimizer's first step would find or make them, in its memory format."""
+    if not isinstance(optimizer, torch.optim.AdamW) or _by_muon(optimizer, parameter):
         # momentum * 0 + gradient is what the first step takes
         return {"momentum_buffer": torch.zeros_like(parameter)}
     # a fused step counts where the parameter is; other steps count on the CPU, where no GPU is waited for
@@ -86,6 +90,11 @@ def new_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
         "exp_avg": torch.zeros_like(parameter),
         "exp_avg_sq": torch.zeros_like(parameter),
     }
+
+
+def _by_muon(optimizer: torch.optim.AdamW, parameter: Tensor) -> bool:
+    matrices = (group["params"] for group in optimizer.param_groups if "momentum" in group)
+    return any(parameter is other for params in matrices for other in params)
 
 
 def start_moments(optimizer: torch.optim.Optimizer) -> None:

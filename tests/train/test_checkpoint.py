@@ -76,7 +76,7 @@ def saved(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_six_steps_equal_three_and_three(tiny_shards: Path, tmp_path: Path, optimizer: str) -> None:
     trainer = make_trainer(tiny_shards, optimizer)
     whole = train(trainer, member_of(trainer))

@@ -165,7 +165,7 @@ def test_a_cohort_is_judged_by_its_own_networks(tiny_shards: Path, traced: None)
     assert not all(torch.equal(both[0].rgb[name], one.rgb[name]) for name in one.rgb)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_a_state_in_one_piece_trains_like_one_in_many(name: str, tiny_shards: Path) -> None:
     changes = (f"optim.name={name}", "optim.lr=0.01")
     apart = train(make_trainer(tiny_shards, *changes), [SMALL])[0]

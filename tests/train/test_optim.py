@@ -48,7 +48,7 @@ def test_the_rate_of_a_child_is_warmed_up_to_the_schedules() -> None:
     assert rates[0] == pytest.approx(cold[50] / 10) and rates[:9] == sorted(rates[:9])
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_norms_and_biases_are_not_decayed(name: str) -> None:
     net = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.BatchNorm3d(2))
     groups = make_optimizer([(net, 1.0)], Optim(name=name, weight_decay=0.3)).param_groups
@@ -57,7 +57,7 @@ def test_norms_and_biases_are_not_decayed(name: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
 def test_moments_are_those_that_torch_makes(name: str, fused: bool) -> None:
     """From them a first step gives the bits that it gives without, and other steps follow."""
     results = []
