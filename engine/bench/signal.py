@@ -55,6 +55,8 @@ class Score(Struct, frozen=True):
     """By the recipe's ``fitness.metric``."""
     hungarian: float
     nmi: float
+    zipf: float = float("nan")
+    """What clusters say without labels: how near they are to Zipf's law."""
 
 
 class Look(Struct, frozen=True):
@@ -328,7 +330,8 @@ def judged(
         if isinstance(result, str):
             return {}, 0.0
         assert result.metrics is not None
-        scores[name] = Score(result.value, result.metrics.hungarian, result.metrics.nmi)
+        agreed = result.metrics
+        scores[name] = Score(result.value, agreed.hungarian, agreed.nmi, result.zipf)
         rank = result.effective_rank
     return scores, rank
 
@@ -347,6 +350,8 @@ class Ranking:
     """A member's, judging included."""
     figures: Reliability | None
     """Of the random losses; None for fewer than two."""
+    without_labels: float
+    """Spearman of the losses' fitness, means over seeds, and of what Zipf's law says of them; nan where unknown."""
 
 
 def measure(
@@ -380,6 +385,7 @@ def summary(trainings: Sequence[Training], plan: Plan) -> list[Ranking]:
         cost += float(np.mean([row.judging for each in whole for row in each]))
         for name in names:
             scores = np.array([[_value(look, name) for look in each] for each in looks])
+            blind = np.array([[_zipf(look, name) for look in each] for each in looks])
             plain = [
                 _value(row.looks[0], name)
                 for seed in plan.seeds
@@ -394,6 +400,7 @@ def summary(trainings: Sequence[Training], plan: Plan) -> list[Ranking]:
                     untrained=float(np.mean(plain)) if plain else float("nan"),
                     core_seconds=cost,
                     figures=reliability(scores) if len(scores) > 1 else None,
+                    without_labels=_agreement(scores, blind),
                 )
             )
     return rankings
@@ -403,13 +410,14 @@ def summary_table(rankings: Sequence[Ranking], title: str) -> Table:
     """A row a step and read-out."""
     columns = ["steps", "read-out", "best", "mean", "untrained", "Spearman (95 %)"]
     columns += ["losses' spread", "seeds'", "ratio", "repeats"]
-    columns += ["members (1, 2, 4 repeats)", "core-s a member"]
+    columns += ["members (1, 2, 4 repeats)", "without labels", "core-s a member"]
     cells = [
         [
             str(row.step),
             row.readout,
             *(f"{value:.3f}" for value in (row.best, row.mean, row.untrained)),
             *_cells(row.figures),
+            "-" if np.isnan(row.without_labels) else f"{row.without_labels:.2f}",
             number(row.core_seconds),
         ]
         for row in rankings
@@ -450,3 +458,17 @@ def _at(row: Training, step: int) -> Look:
 
 def _value(look: Look, name: str) -> float:
     return look.scores[name].value if name in look.scores else float("nan")
+
+
+def _zipf(look: Look, name: str) -> float:
+    return look.scores[name].zipf if name in look.scores else float("nan")
+
+
+def _agreement(labelled: NDArray[np.float64], blind: NDArray[np.float64]) -> float:
+    """Spearman over losses of two tables (losses, seeds), by their means over seeds."""
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]  # only here: it takes a second
+
+    one, other = labelled.mean(1), blind.mean(1)
+    if len(one) < 3 or not np.isfinite(other).all() or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return float("nan")
+    return float(spearmanr(one, other).statistic)

@@ -23,6 +23,8 @@ from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES, LossWeights, present, reaching
 from engine.search.surrogate import (
+    TASKS,
+    TIES,
     TRAINS_RGB,
     Surrogate,
     computed,
@@ -222,7 +224,8 @@ class SurrogateSampler(RandomSampler):
     """Thompson sampling (1933): each member is the best loss under coefficients drawn from ``Surrogate``'s posterior.
 
     The initial population is a balanced design: every term is in as many of its members, give or take one, with
-    weights spread evenly over [0, 1). After it a member's weights are those that one draw of all effects promises most
+    weights spread evenly over [0, 1). Where a member has a task of a teacher and nothing that ties the RGB network to it,
+    it gets a tie as well: the task would do nothing. After it a member's weights are those that one draw of all effects promises most
     of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so it is looked
     into; where it is known to harm, none has it. No loss is proposed twice. Generations are waited for as in evolution.
     """
@@ -300,6 +303,9 @@ class SurrogateSampler(RandomSampler):
         present = (1 - self.settings.sparsity) * size
         place = np.argsort(rng.random((size, n)), axis=0)[number % size] + rng.random(n)
         values = np.where(place < present, place / present, 0.0)
+        for ties, tasks in zip(TIES, TASKS, strict=True):
+            if values[tasks].any() and not values[ties].any():
+                values[rng.choice(np.flatnonzero(ties))] = values[tasks].max()
         if not computed(values).any():
             values[int(np.where(TRAINS_RGB, place, np.inf).argmin())] = 1.0
         weights = dict(zip(TERM_NAMES, values.tolist(), strict=True))

@@ -6,7 +6,9 @@ Additive Bayesian regression with independent normal noise, over one of two base
     shares  f(w) = f0 + sum over j of a_j sqrt(w_j / sum of the weights that train the same network)
 
 An optimizer that normalises its steps follows the terms in proportion to their shares, and each new term takes from
-the others; by levels, fitness is a function of the weights themselves. The coefficients are normal a priori, those of
+the others; by levels, fitness is a function of the weights themselves. What a teacher's task (of the grey, flow or sound
+network alone) is worth depends on how much of the RGB network's training is tied to that network, by distillation, a joint
+embedding or alignment: by shares, its summand is multiplied by the root of that share. The coefficients are normal a priori, those of
 terms of one group (a task over modalities, a modality's distillation) correlated, with a scale for each term, so that a
 few may stand out. Which basis, and how large coefficients, groups and noise are, is chosen by the evidence (MacKay,
 "Bayesian Interpolation", 1992).
@@ -70,12 +72,23 @@ TRAINS_RGB: NDArray[np.bool_] = np.array(["rgb" in term.networks for term in TER
 _TRAINED = ["rgb" if "rgb" in term.networks else term.networks[0] for term in TERMS]
 _TOGETHER = np.array([[a == b for b in _TRAINED] for a in _TRAINED], np.float64)
 """1 for two terms that train the same network."""
+TEACHERS = ("grey", "flow", "audio")
+TIES = np.array([TRAINS_RGB & [m in term.networks for term in TERMS] for m in TEACHERS])
+"""(3, J) the terms that tie the RGB network to each teacher."""
+TASKS = np.array([[own == m for own in _TRAINED] for m in TEACHERS])
+"""(3, J) those that train a teacher alone."""
+_OF_RGB: NDArray[np.bool_] = TRAINS_RGB & ~TIES.any(0)
 
 
 def shares(weights: Array) -> Array:
-    """(..., J) to (..., 1, J): root of each weight's share among those that train the same network."""
+    """(..., J) to (..., 1, J): root of each weight's share among those that train the same network.
+
+    A teacher's are multiplied by the root of the share of the RGB network's training that is tied to it.
+    """
     total = weights @ _TOGETHER
-    return np.sqrt(weights / np.where(total > 0, total, 1.0))[..., None, :]
+    share = weights / np.where(total > 0, total, 1.0)
+    tied = (share @ TIES.T.astype(np.float64)) @ TASKS
+    return np.sqrt(np.where(TRAINS_RGB, share, share * tied))[..., None, :]
 
 
 BASES: dict[str, Callable[[Array], Array]] = {"levels": levels, "shares": shares}
@@ -139,7 +152,7 @@ class Surrogate:
     def effect(self, term: int, weight: float = 1.0) -> tuple[float, float]:
         """Mean and standard deviation of what ``term`` adds to fitness against its absence.
 
-        By levels at ``weight``; by shares with a network to itself.
+        By levels at ``weight``; by shares alone, which is nothing for a teacher's task.
         """
         one = np.zeros(len(TERMS))
         one[term] = weight
@@ -165,14 +178,65 @@ def _best_levels(coefficients: Array, most: int) -> Array:
 
 
 def _best_shares(coefficients: Array, most: int) -> Array:
-    """Shares in proportion to the squares of what helps (Cauchy-Schwarz), the largest of each network at weight 1."""
-    helps = np.maximum(coefficients, 0.0)
-    helps[np.argsort(-helps, kind="stable")[most:]] = 0.0
-    if not helps.any():
-        helps[int(coefficients.argmax())] = 1.0
-    largest = (_TOGETHER * helps).max(1)
-    weights: Array = (helps / np.where(largest > 0, largest, 1.0)) ** 2
-    return np.where(weights < LEAST, 0.0, weights)
+    """The loss that ``_shared_out`` makes of the best terms, at most ``most``.
+
+    Terms are added one by one, or a teacher's task and a tie to it at once, as long as that helps; whichever helps most.
+    """
+    everything = np.ones(len(TERMS), np.bool_)
+    _, best = _shared_out(coefficients, everything)
+    if np.count_nonzero(best) <= most:
+        return best
+    singles = list(_OWN.astype(np.bool_))
+    pairs = [
+        _OWN[[tie, task]].any(0)
+        for ties, tasks in zip(TIES, TASKS, strict=True)
+        for tie in np.flatnonzero(ties)
+        for task in np.flatnonzero(tasks)
+    ]
+    chosen, value = ~everything, -np.inf
+    while True:
+        left = most - np.count_nonzero(chosen)
+        more = [chosen | each for each in (*singles, *pairs[: len(pairs) * (left > 1)])]
+        tried = [(_shared_out(coefficients, each), each) for each in more if left]
+        (found, _), each = max(tried, key=lambda one: one[0][0], default=((-np.inf, 0), chosen))
+        if found <= value:
+            return _shared_out(coefficients, chosen)[1]
+        chosen, value = each, found
+
+
+def _shared_out(coefficients: Array, among: NDArray[np.bool_]) -> tuple[float, Array]:
+    """How high f - f0 can be with some terms, by shares, and the weights (J,) that reach it.
+
+    A network's shares are in proportion to the squares of what helps (Cauchy-Schwarz), the largest at weight 1; terms
+    that tie RGB to a teacher help together with what the teacher's own tasks then do.
+    """
+    helps = np.where(among, np.maximum(coefficients, 0.0), 0.0)
+    of_rgb, weights = np.where(_OF_RGB, helps, 0.0), np.zeros(len(TERMS))
+    for ties, tasks in zip(TIES & among, TASKS, strict=True):
+        if not ties.any():
+            continue
+        taught = float(np.linalg.norm(helps[tasks]))
+        weights[tasks] = helps[tasks] ** 2
+        way = np.where(ties, helps, 0.0)
+        length = float(np.linalg.norm(way))
+        if not length:  # no tie helps by itself: the least harmful
+            way[int(np.where(ties, coefficients, -np.inf).argmax())] = 1.0
+            length, taught = 1.0, taught + float(coefficients[way > 0][0])
+        else:
+            taught += length
+        of_rgb += max(taught, 0.0) / length * way
+    value = float(np.linalg.norm(of_rgb))
+    if not value:  # nothing helps
+        least = int(np.where(TRAINS_RGB & among, coefficients, -np.inf).argmax())
+        value, of_rgb = float(coefficients[least]), _OWN[least]
+        if not (TRAINS_RGB & among).any():
+            return -np.inf, weights
+    weights = np.where(TRAINS_RGB, of_rgb**2, weights)
+    largest = (_TOGETHER * weights).max(1)
+    weights /= np.where(largest > 0, largest, 1.0)
+    weights = np.where(weights < LEAST, 0.0, weights)
+    tied = (TIES & (weights > 0)).any(1) @ TASKS
+    return value, np.where(TRAINS_RGB | tied, weights, 0.0)
 
 
 def _related(shared: float) -> Array:
