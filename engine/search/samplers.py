@@ -224,10 +224,11 @@ class SurrogateSampler(RandomSampler):
     """Thompson sampling (1933): each member is the best loss under coefficients drawn from ``Surrogate``'s posterior.
 
     The initial population is a balanced design: every term is in as many of its members, give or take one, with
-    weights spread evenly over [0, 1). Where a member has a task of a teacher and nothing that ties the RGB network to it,
-    it gets a tie as well: the task would do nothing. After it a member's weights are those that one draw of all effects promises most
-    of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so it is looked
-    into; where it is known to harm, none has it. No loss is proposed twice. Generations are waited for as in evolution.
+    weights spread evenly over [0, 1). Where a member has a task of a teacher and nothing that ties the RGB network to
+    that teacher, it gets a tie as well, since the task would do nothing. After it a member's weights are those that one
+    draw of all effects promises most of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure,
+    draws differ, and so it is looked into; where it is known to harm, none has it. No loss is proposed twice.
+    Generations are waited for as in evolution.
     """
 
     def __init__(self, settings: Search, *, seed: int) -> None:

@@ -6,12 +6,12 @@ Additive Bayesian regression with independent normal noise, over one of two base
     shares  f(w) = f0 + sum over j of a_j sqrt(w_j / sum of the weights that train the same network)
 
 An optimizer that normalises its steps follows the terms in proportion to their shares, and each new term takes from
-the others; by levels, fitness is a function of the weights themselves. What a teacher's task (of the grey, flow or sound
-network alone) is worth depends on how much of the RGB network's training is tied to that network, by distillation, a joint
-embedding or alignment: by shares, its summand is multiplied by the root of that share. The coefficients are normal a priori, those of
-terms of one group (a task over modalities, a modality's distillation) correlated, with a scale for each term, so that a
-few may stand out. Which basis, and how large coefficients, groups and noise are, is chosen by the evidence (MacKay,
-"Bayesian Interpolation", 1992).
+the others; by levels, fitness is a function of the weights themselves. What a teacher's task (of the grey, flow or
+sound network alone) is worth depends on how much of the RGB network's training is tied to that network, by
+distillation, a joint embedding or alignment: by shares, its summand is multiplied by the root of that share. The
+coefficients are normal a priori, those of terms of one group (a task over modalities, a modality's distillation)
+correlated, with a scale for each term, so that a few may stand out. Which basis, and how large coefficients, groups and
+noise are, is chosen by the evidence (MacKay, "Bayesian Interpolation", 1992).
 
 Shape letters: N members, J terms, B coefficients: 3 J by levels, J by shares.
 """
@@ -180,7 +180,7 @@ def _best_levels(coefficients: Array, most: int) -> Array:
 def _best_shares(coefficients: Array, most: int) -> Array:
     """The loss that ``_shared_out`` makes of the best terms, at most ``most``.
 
-    Terms are added one by one, or a teacher's task and a tie to it at once, as long as that helps; whichever helps most.
+    Terms are added one by one, or a teacher's task and a tie to it at once, whichever helps most, as long as one does.
     """
     everything = np.ones(len(TERMS), np.bool_)
     _, best = _shared_out(coefficients, everything)

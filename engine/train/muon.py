@@ -1,7 +1,7 @@
-"""Muon: every convolution's step is orthogonalised, all else is AdamW's (Jordan et al. 2024; Liu et al., arXiv 2502.16982).
+"""Muon: each convolution's step is orthogonalised, all else is AdamW's (Jordan 2024; Liu et al., arXiv 2502.16982).
 
-A gradient of a convolution has a few strong directions, and steps that follow its size learn these first. Muon gives all
-directions the same size. In a member's few steps that is most of what there is to learn.
+A convolution's gradient has a few strong directions, and steps that follow its size learn these first. Muon gives all
+directions the same size: in the few steps of a search's member, most of what there is to learn.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic a x + b x^3 + c x^5 that Jordan et al. chose: its fifth iterate brings [0.003, 1] to about [0.7, 1.2]."""
+"""Of Jordan's quintic a x + b x^3 + c x^5, whose fifth iterate brings [0.003, 1] to about [0.7, 1.2]."""
 ITERATIONS = 5
 TINY = 1e-7
 """Least Frobenius norm that a matrix is divided by."""
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for groups with ``momentum``, whose weights (O, ...) are taken as matrices (O, the product of the rest).
+    """AdamW, but for groups with ``momentum``: their weights (O, ...) are matrices (O, product of the rest).
 
     With gradient G, momentum M and decay d:
 
@@ -31,7 +31,7 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step with the gradients that there are; ``closure`` as in torch's optimizers."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if "momentum" not in group]
@@ -77,9 +77,10 @@ def orthogonal(matrix: Tensor) -> Tensor:
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c).add_(one, alpha=a)
         whole = factor @ whole
         gram = factor @ gram @ factor
-    return whole @ wide
+    result: Tensor = whole @ wide
+    return result
 
 
-def convolutions(module: nn.Module) -> list[nn.Parameter]:
+def convolutions(module: nn.Module) -> list[Tensor]:
     """The weights that Muon takes as matrices: those of convolutions, but not of the transposed ones that decode."""
     return [m.weight for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]

@@ -100,7 +100,9 @@ def test_shares_are_of_those_that_train_the_same_network():
     x = shares(w)[0]
     assert x[at["rgb/to_flow"]] == pytest.approx(0.9**0.5)
     assert x[at["distill/flow@2"]] == pytest.approx(0.1**0.5)
-    assert x[at["flow/shuffle"]] == pytest.approx(0.1**0.5)  # a tenth of RGB's training is tied to flow
+    assert x[at["flow/shuffle"]] == pytest.approx(
+        0.1**0.5
+    )  # a tenth of RGB's training is tied to flow
     assert np.count_nonzero(x) == 3
     w[at["distill/flow@2"]] = 0.0
     assert shares(w)[0, at["flow/shuffle"]] == 0.0

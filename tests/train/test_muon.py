@@ -79,7 +79,9 @@ def test_a_convolution_moves_by_the_rate_and_groups_stay() -> None:
     before, strides = net.weight.detach().clone(), net.weight.stride()
     net.weight.grad = 1e-6 * torch.randn_like(net.weight)
     optimizer.step()
-    assert float((net.weight.detach() - before).square().mean().sqrt()) == pytest.approx(0.01, rel=0.15)
+    assert float((net.weight.detach() - before).square().mean().sqrt()) == pytest.approx(
+        0.01, rel=0.15
+    )
     assert net.weight.stride() == strides and net.weight.grad is not None
     assert [sorted(g.keys() & {"momentum", "factor"}) for g in optimizer.param_groups] == [
         ["factor", "momentum"],
