@@ -33,7 +33,15 @@ from engine.evaluate.finetune import Finetuning, from_scratch
 from engine.features.extract import LabelledClips
 
 OTHER_SEED = 1
-SCRATCH = ("finetune.init=scratch", "finetune.head_lr=1", "finetune.dropout=0")
+SCRATCH = (
+    "finetune.init=scratch",
+    "finetune.head_lr=1",
+    "finetune.dropout=0",
+    "optim.name=adamw",
+    "optim.lr=3e-3",
+    "optim.warmup_steps=8",
+)
+"""From random weights, by AdamW: a level should not move with the optimizer that members have."""
 
 
 def dataset_of(train: Sequence[Path], labelled: Sequence[Path], *, cache: Path) -> Dataset:

@@ -28,6 +28,7 @@ CHANGES = (
     "model.space_strides=[2, 1, 2, 1, 2]",
     "objective.decoder_width=16",
     "objective.order_share=1.0",
+    "optim.name=adamw",
     "optim.lr=1e-3",
     "optim.batch_size=16",
     "optim.warmup_steps=8",
