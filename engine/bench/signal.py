@@ -385,7 +385,7 @@ def summary(trainings: Sequence[Training], plan: Plan) -> list[Ranking]:
         cost += float(np.mean([row.judging for each in whole for row in each]))
         for name in names:
             scores = np.array([[_value(look, name) for look in each] for each in looks])
-            blind = np.array([[_zipf(look, name) for look in each] for each in looks])
+            blind = np.array([[_value(look, name, "zipf") for look in each] for each in looks])
             plain = [
                 _value(row.looks[0], name)
                 for seed in plan.seeds
@@ -456,12 +456,8 @@ def _at(row: Training, step: int) -> Look:
     return next(look for look in row.looks if look.step == step)
 
 
-def _value(look: Look, name: str) -> float:
-    return look.scores[name].value if name in look.scores else float("nan")
-
-
-def _zipf(look: Look, name: str) -> float:
-    return look.scores[name].zipf if name in look.scores else float("nan")
+def _value(look: Look, name: str, measure: str = "value") -> float:
+    return getattr(look.scores[name], measure) if name in look.scores else float("nan")
 
 
 def _agreement(labelled: NDArray[np.float64], blind: NDArray[np.float64]) -> float:

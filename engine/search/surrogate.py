@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.objective.terms import TERM_NAMES, TERMS, present, reaching
+from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, present, reaching
 
 Array = NDArray[np.float64]
 OWN = 0.3
@@ -72,7 +72,7 @@ TRAINS_RGB: NDArray[np.bool_] = np.array(["rgb" in term.networks for term in TER
 _TRAINED = ["rgb" if "rgb" in term.networks else term.networks[0] for term in TERMS]
 _TOGETHER = np.array([[a == b for b in _TRAINED] for a in _TRAINED], np.float64)
 """1 for two terms that train the same network."""
-TEACHERS = ("grey", "flow", "audio")
+TEACHERS = MODALITIES[1:]
 TIES = np.array([TRAINS_RGB & [m in term.networks for term in TERMS] for m in TEACHERS])
 """(3, J) the terms that tie the RGB network to each teacher."""
 TASKS = np.array([[own == m for own in _TRAINED] for m in TEACHERS])
@@ -210,6 +210,8 @@ def _shared_out(coefficients: Array, among: NDArray[np.bool_]) -> tuple[float, A
     A network's shares are in proportion to the squares of what helps (Cauchy-Schwarz), the largest at weight 1; terms
     that tie RGB to a teacher help together with what the teacher's own tasks then do.
     """
+    if not (TRAINS_RGB & among).any():
+        return -np.inf, np.zeros(len(TERMS))
     helps = np.where(among, np.maximum(coefficients, 0.0), 0.0)
     of_rgb, weights = np.where(_OF_RGB, helps, 0.0), np.zeros(len(TERMS))
     for ties, tasks in zip(TIES & among, TASKS, strict=True):
@@ -229,8 +231,6 @@ def _shared_out(coefficients: Array, among: NDArray[np.bool_]) -> tuple[float, A
     if not value:  # nothing helps
         least = int(np.where(TRAINS_RGB & among, coefficients, -np.inf).argmax())
         value, of_rgb = float(coefficients[least]), _OWN[least]
-        if not (TRAINS_RGB & among).any():
-            return -np.inf, weights
     weights = np.where(TRAINS_RGB, of_rgb**2, weights)
     largest = (_TOGETHER * weights).max(1)
     weights /= np.where(largest > 0, largest, 1.0)
