@@ -48,6 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """Every setting at its default."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "surrogate, race": {"method": "surrogate", "seeds": "generation"},
     "evolution, worst leaves": {"method": "evolution", "replace": "worst"},
     "evolution, generation 1": {"method": "evolution", "generation": 1},
     "evolution, generation 16": {"method": "evolution", "generation": 16},

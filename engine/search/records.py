@@ -36,7 +36,7 @@ LARGEST_SEED = 2**31
 """What fresh seeds stay below: k-means takes seeds of 32 bits."""
 
 CONFIRMATIONS = "confirmations.json"
-LEADING = 2
+LEADING = 1
 """Losses to compare with that go on after the first fresh seed: the fittest under it."""
 
 
@@ -174,7 +174,7 @@ class Records:
         return [seed for seed in fresh_seeds(self.recipe) if str(seed) not in known]
 
     def compared_under(self, seed: int) -> tuple[str, ...] | None:
-        """The losses to compare with under a fresh seed: all under the first, then its LEADING ones.
+        """The losses to compare with under a fresh seed: all under the first, then the LEADING fittest.
 
         None while the first seed, which decides, is not done.
         """

@@ -23,6 +23,8 @@ from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES, LossWeights, present, reaching
 from engine.search.surrogate import (
+    OF_RGB,
+    ROLES,
     TASKS,
     TIES,
     TRAINS_RGB,
@@ -40,6 +42,12 @@ MOST = 400
 """Members that it learns from: its time grows with their cube."""
 ALIKE = 0.05
 """Losses whose roots of shares differ by less are one loss, which the same seed need not train again."""
+PARENTS = 2
+"""Fittest members whose neighbours are proposed."""
+RACE = 4
+"""Last members, which train the fittest losses again with other seeds, where thrice as many follow the design."""
+TIES_EACH = 2
+"""Least ties to each network that teaches, in a design's members."""
 TRIES = 20
 """Draws for a loss that is unlike all others, each wider than the one before; then comes a random one."""
 Array = npt.NDArray[np.float64]
@@ -223,12 +231,13 @@ class EvolutionSampler(RandomSampler):
 class SurrogateSampler(RandomSampler):
     """Thompson sampling (1933): each member is the best loss under coefficients drawn from ``Surrogate``'s posterior.
 
-    The initial population is a balanced design: every term is in as many of its members, give or take one, with
-    weights spread evenly over [0, 1). Where a member has a task of a teacher and nothing that ties the RGB network to
-    that teacher, it gets a tie as well, since the task would do nothing. After it a member's weights are those that one
-    draw of all effects promises most of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure,
-    draws differ, and so it is looked into; where it is known to harm, none has it. No loss is proposed twice.
-    Generations are waited for as in evolution.
+    The initial population is a design (``_design``): every task is in as many of its members, give or take one, and a
+    network that teaches is always tied to the RGB network. After it come the weights that one draw of all effects
+    promises most of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so
+    it is looked into; where it is known to harm, none has it. Every other sparse loss is a neighbour of one of the
+    fittest members instead, since few terms are more than the sum of their effects. No loss is proposed twice, but by
+    the last RACE members where ``search.seeds`` is "generation": these train the fittest losses again, with other
+    seeds. Generations are waited for as in evolution.
     """
 
     def __init__(self, settings: Search, *, seed: int) -> None:
@@ -242,50 +251,98 @@ class SurrogateSampler(RandomSampler):
         return generation_of(number, settings=self.settings) if self.settings.synchronous else None
 
     def propose(self, number: int, *, done: Sequence[Trial]) -> Proposal:
-        """The design's member, or what one draw from the posterior promises most of."""
+        """The design's member, the best under a draw, a neighbour of one of the fittest, or a loss of the race."""
         complete = [member for member in done if member.fitness is not None]
         if number < self.settings.population or len(complete) < FEWEST:
             return self._designed(number)
-        weights = dict(zip(TERM_NAMES, self._best(number, complete).tolist(), strict=True))
+        weights = dict(zip(TERM_NAMES, self._next(number, complete).tolist(), strict=True))
         return Proposal(number, weights, round=self.round_of(number))
 
-    def _best(self, number: int, complete: Sequence[Trial]) -> Array:
-        """(terms,) weights that one draw promises most of, unlike those of any member before ``number``."""
+    def _next(self, number: int, complete: Sequence[Trial]) -> Array:
+        """(terms,) weights of a member that is not in the design."""
         key = (number, len(complete))
-        if key in self._proposed:
-            return self._proposed[key]
-        model, known, _ = self._learnt(complete)
-        together = self.generation(number) or range(number, number)
-        first = max(together.start, self.settings.population)
-        known = np.array([*known, *(self._best(n, complete) for n in range(first, number))])
-        most = max(round((1 - self.settings.sparsity) * len(TERM_NAMES)), 1)
-        total = self.settings.population + self.settings.rounds
-        is_last = number == generation_of(total - 1, settings=self.settings).start
-        rng = self.stream(number)
+        if key not in self._proposed:
+            settings, race = self.settings, self._race
+            together = self.generation(number) or range(number, number)
+            first = max(together.start, settings.population)
+            beside = np.array([self._next(n, complete) for n in range(first, number)])
+            beside = beside.reshape(number - first, len(TERM_NAMES))
+            if number >= race:
+                self._proposed[key] = self._raced(number, complete, beside)
+            else:
+                last = generation_of(race - 1, settings=settings).start
+                self._proposed[key] = self._unlike(number, complete, beside, surest=number == last)
+        return self._proposed[key]
+
+    def _unlike(
+        self, number: int, complete: Sequence[Trial], beside: Array, *, surest: bool
+    ) -> Array:
+        """(terms,) weights unlike those of any member: the best under a draw, or a neighbour of one of the fittest.
+
+        ``surest``: the best under the model's own mean.
+        """
+        model, known, fitness = self._learnt(complete)
+        others, rng = np.concatenate([known, beside]), self.stream(number)
+        sparse, turn = self.settings.sparsity > 0, number - self.settings.population
+        near = sparse and turn % 2 == 1 and not surest
         for tried in range(TRIES):
-            # the last generation has the model's own best, which no draw has moved
-            mean = is_last and not tried
-            effects = model.mean if mean else model.draw(rng, width=1 + tried)
-            values = computed(model.best_weights(effects, most=most))
-            if not values.any():
+            if near:
+                parent = known[rng.choice(np.argsort(-fitness, kind="stable")[:PARENTS])]
+                values = computed(neighbour(parent, most=self._most, rng=rng))
+            else:
+                mean = surest and not tried
+                effects = model.mean if mean else model.draw(rng, width=1 + tried)
+                values = computed(model.best_weights(effects, most=self._most))
+            if not (values > 0)[TRAINS_RGB].any():
                 expected = [model.effect(j)[0] for j in range(len(values))]
                 values[int(np.where(TRAINS_RGB, expected, -np.inf).argmax())] = 1.0
-            apart = np.abs(shares(known) - shares(values)).max((-2, -1))
-            if (apart > ALIKE).all():
-                break
-        else:
-            drawn = draw_weights(rng, sparsity=self.settings.sparsity)
-            values = vectors([drawn])[0]
-        self._proposed[key] = values
-        return values
+            if not _alike(others, values).any():
+                return values
+        drawn = draw_weights(rng, sparsity=self.settings.sparsity)
+        return np.asarray(vectors([drawn])[0])
+
+    @property
+    def _most(self) -> int:
+        """Terms of a proposal at most."""
+        return max(round((1 - self.settings.sparsity) * len(TERM_NAMES)), 1)
+
+    @property
+    def _race(self) -> int:
+        """The number of the first member of the race; that after the last where there is none."""
+        settings = self.settings
+        again = settings.seeds == "generation" and settings.rounds >= 3 * RACE
+        return settings.population + settings.rounds - RACE * again
+
+    def _raced(self, number: int, complete: Sequence[Trial], beside: Array) -> Array:
+        """(terms,) weights of a loss not trained beside this member: the fittest, and the model's best, in turn."""
+        model, known, fitness = self._learnt(complete)
+        if (number - self.settings.population) % 2:
+            values = computed(model.best_weights(model.mean, most=self._most))
+            if (values > 0)[TRAINS_RGB].any() and not _alike(beside, values).any():
+                return values
+        same = _same(known)
+        best = np.argsort(-(same @ fitness / same.sum(1)), kind="stable")
+        return next((known[i] for i in best if not _alike(beside, known[i]).any()), known[best[0]])
 
     def fittest(self, done: Sequence[Trial]) -> Trial:
-        """The member that the model and its own fitness speak for most: one lucky training is not enough."""
+        """The member that the model and its loss' own trainings speak for most: one that was lucky is not enough.
+
+        After a race, one of those that were in it, by what they were worth there: the trainings for which they were
+        chosen flatter.
+        """
         complete = [member for member in done if member.fitness is not None]
         if len(complete) < FEWEST:
             return super().fittest(done)
         model, weights, fitness = self._learnt(complete)
-        return complete[-len(weights) :][int(model.smoothed(weights, fitness).argmax())]
+        counted = np.array([member.number >= self._race for member in complete[-len(weights) :]])
+        counted |= not counted.any()
+        same = _same(weights)
+        trainings = same @ counted
+        means = same @ (counted * fitness) / np.maximum(trainings, 1)
+        worth = model.smoothed(weights, means, trainings=trainings)
+        # of trainings of one loss that count, the fittest
+        order = np.lexsort((fitness, counted, worth, trainings > 0))
+        return complete[-len(weights) :][int(order[-1])]
 
     def _learnt(self, complete: Sequence[Trial]) -> tuple[Surrogate, Array, Array]:
         """What the latest MOST members taught, with their weights and fitness; kept for the whole generation."""
@@ -297,20 +354,84 @@ class SurrogateSampler(RandomSampler):
         return self._known[1]
 
     def _designed(self, number: int) -> Proposal:
-        """Of each term a shuffled column, in which present and absent, and weights, are spread evenly."""
-        size, n = self.settings.population, len(TERM_NAMES)
+        size = self.settings.population
         key = np.random.SeedSequence(self.seed, spawn_key=(0xDE516, number // size))
         rng = np.random.Generator(np.random.Philox(key))
-        present = (1 - self.settings.sparsity) * size
-        place = np.argsort(rng.random((size, n)), axis=0)[number % size] + rng.random(n)
-        values = np.where(place < present, place / present, 0.0)
-        for ties, tasks in zip(TIES, TASKS, strict=True):
-            if values[tasks].any() and not values[ties].any():
-                values[rng.choice(np.flatnonzero(ties))] = values[tasks].max()
-        if not computed(values).any():
-            values[int(np.where(TRAINS_RGB, place, np.inf).argmin())] = 1.0
-        weights = dict(zip(TERM_NAMES, values.tolist(), strict=True))
+        design = _design(size, 1 - self.settings.sparsity, rng)
+        weights = dict(zip(TERM_NAMES, design[number % size].tolist(), strict=True))
         return Proposal(number, weights, round=self.round_of(number))
+
+
+def _alike(weights: Array, loss: Array, *, than: float = ALIKE) -> npt.NDArray[np.bool_]:
+    """(N,) which of weights (N, terms) are the same loss but for roots of shares ``than`` apart."""
+    apart: Array = np.abs(shares(weights) - shares(loss)).max((-2, -1), initial=0.0)
+    return apart <= than
+
+
+def _same(weights: Array) -> Array:
+    """(N, N) 1 where two of weights (N, terms) are one loss, else 0."""
+    return np.array([_alike(weights, row, than=1e-6) for row in weights], np.float64)
+
+
+def neighbour(weights: Array, *, most: int, rng: np.random.Generator) -> Array:
+    """(terms,) weights with one term left out, weighed anew, exchanged for one of the same role, or added.
+
+    A role is to tie the RGB network to one teacher, to train that teacher, or to train the RGB network alone. At most
+    ``most`` terms, or as many as there are. A loss may become one that a member has already.
+    """
+    near, held = weights.copy(), np.flatnonzero(weights)
+    left, term = np.flatnonzero(weights == 0), int(rng.choice(held))
+    alike = left[ROLES[left] == ROLES[term]]
+    moves = [
+        np.array([term]),
+        left[:0] if len(held) == 1 else held,
+        alike,
+        left[: len(left) * (len(held) < most)],
+    ]
+    move = rng.choice([kind for kind, terms in enumerate(moves) if len(terms)])
+    other = int(rng.choice(moves[move]))
+    if move == 2:
+        near[other], near[term] = near[term], 0.0
+    else:
+        near[other] = 0.0 if move == 1 else 1 - rng.random()
+    return near
+
+
+def _design(size: int, density: float, rng: np.random.Generator) -> Array:
+    """(size, terms) weights of a design in which every task can show what it is worth.
+
+    Tasks are dealt out, each as often as the others, in hands of one teacher's, between which the RGB network's own
+    stand: two teachers in one loss get into each other's way. A member then has TIES_EACH ties or more to its teacher,
+    from early layers to late ones, since not every tie carries what a teacher learns. Weights are spread evenly, those
+    of sparse losses over the upper half, so that none drowns the others.
+    """
+    members, span = np.zeros((size, len(TERM_NAMES))), max(density, 0.5)
+
+    def weights(count: int) -> Array:
+        places: Array = (rng.permutation(count) + rng.random(count)) / count
+        return 1 - span * places
+
+    copies = max(round(density * size), 1)
+    own = rng.permutation(np.flatnonzero(OF_RGB))
+    deck: list[int] = []
+    for _ in range(copies):
+        for tasks, between in zip(
+            rng.permutation(TASKS), np.array_split(own, len(TASKS)), strict=True
+        ):
+            deck += [*rng.permutation(np.flatnonzero(tasks)), *between]
+    seats = rng.permutation(size)
+    for seat, hand in zip(seats, np.array_split(deck, size), strict=True):
+        members[seat, hand] = 1.0
+    for task in np.flatnonzero(members.any(0)):
+        holders = np.flatnonzero(members[:, task])
+        members[holders, task] = weights(len(holders))
+    for ties, tasks in zip(TIES, TASKS, strict=True):
+        deep, taught = np.flatnonzero(ties), np.flatnonzero(members[:, tasks].any(1))
+        each = max(round(density * len(deep)), TIES_EACH)
+        apart = np.arange(each) * len(deep) // each
+        for turn, member in enumerate(taught, start=int(rng.integers(len(deep)))):
+            members[member, deep[(turn + apart) % len(deep)]] = weights(each)
+    return members
 
 
 class CmaSampler(RandomSampler):

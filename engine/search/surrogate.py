@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, present, reaching
 
 Array = NDArray[np.float64]
-OWN = 0.3
-"""Share of a member's difference from the model that is taken for its own; the rest is noise."""
+OWN = 0.5
+"""Share of the difference of one training from the model that is taken for the loss' own; the rest is noise."""
 LEAST = 0.02
 """Weights below are 0."""
 LEVELS = np.linspace(0.0, 1.0, 9)
@@ -77,7 +77,10 @@ TIES = np.array([TRAINS_RGB & [m in term.networks for term in TERMS] for m in TE
 """(3, J) the terms that tie the RGB network to each teacher."""
 TASKS = np.array([[own == m for own in _TRAINED] for m in TEACHERS])
 """(3, J) those that train a teacher alone."""
-_OF_RGB: NDArray[np.bool_] = TRAINS_RGB & ~TIES.any(0)
+ROLES = np.select([*TIES, *TASKS], [*range(2 * len(TEACHERS))], 2 * len(TEACHERS))
+"""(J,) what terms do, as a number: tie RGB to one teacher, train that teacher, or train the RGB network alone."""
+OF_RGB: NDArray[np.bool_] = TRAINS_RGB & ~TIES.any(0)
+"""(J,) those that train the RGB network alone."""
 
 
 def shares(weights: Array) -> Array:
@@ -139,10 +142,14 @@ class Surrogate:
         x = BASES[self.basis](weights).reshape(len(weights), -1) - self.centre
         return np.asarray(self.offset + x @ self.mean, np.float64)
 
-    def smoothed(self, weights: Array, fitness: Array) -> Array:
-        """(N,) what members are worth: the model's word, and OWN of what an evaluation differs from it."""
+    def smoothed(self, weights: Array, fitness: Array, *, trainings: Array | float = 1.0) -> Array:
+        """(N,) what losses are worth: the model's word, and of what evaluations differ from it their own.
+
+        ``fitness`` (N,) is the mean of so many ``trainings`` each, of which one counts OWN.
+        """
+        own = OWN * trainings / (1 + OWN * (trainings - 1))
         expected = self.predict(weights)
-        return np.asarray(expected + OWN * (fitness - expected), np.float64)
+        return np.asarray(expected + own * (fitness - expected), np.float64)
 
     def draw(self, rng: np.random.Generator, *, width: float = 1.0) -> Array:
         """(B,) coefficients from the posterior, or from one that is ``width`` times as wide."""
@@ -213,7 +220,7 @@ def _shared_out(coefficients: Array, among: NDArray[np.bool_]) -> tuple[float, A
     if not (TRAINS_RGB & among).any():
         return -np.inf, np.zeros(len(TERMS))
     helps = np.where(among, np.maximum(coefficients, 0.0), 0.0)
-    of_rgb, weights = np.where(_OF_RGB, helps, 0.0), np.zeros(len(TERMS))
+    of_rgb, weights = np.where(OF_RGB, helps, 0.0), np.zeros(len(TERMS))
     for ties, tasks in zip(TIES & among, TASKS, strict=True):
         if not ties.any():
             continue

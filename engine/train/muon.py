@@ -6,7 +6,7 @@ directions the same size: in the few steps of a search's member, most of what th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,40 +45,56 @@ class Muon(torch.optim.AdamW):
         return result
 
     def _orthogonal_steps(self, group: dict[str, Any]) -> None:
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        if not weights:
+            return
         momentum: float = group["momentum"]
-        for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            state = self.state[weight]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            average = state["momentum_buffer"].lerp_(weight.grad, 1.0 - momentum)
-            ahead = weight.grad.lerp(average, momentum).flatten(1)
-            step = orthogonal(ahead).mul_(max(ahead.shape) ** 0.5)
-            weight.mul_(1.0 - group["lr"] * group["weight_decay"])
-            weight.add_(step.view(weight.shape), alpha=-group["lr"])
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        grads = [weight.grad for weight in weights]
+        averages = [self.state[weight]["momentum_buffer"] for weight in weights]
+        torch._foreach_lerp_(averages, grads, 1.0 - momentum)
+        ahead = [step.flatten(1) for step in torch._foreach_lerp(grads, averages, momentum)]
+        sizes = [max(step.shape) ** 0.5 for step in ahead]
+        flat = orthogonal(ahead)
+        torch._foreach_mul_(flat, sizes)
+        steps = [step.view(weight.shape) for step, weight in zip(flat, weights, strict=True)]
+        torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, steps, alpha=-group["lr"])
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """U V^T of a matrix U S V^T (rows, columns), with singular values of 0.7 to 1.2 instead of 1; float32 at least.
+def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """U V^T of each matrix U S V^T (rows, columns), with singular values of 0.7 to 1.2 instead of 1; float32 at least.
 
     Five Newton-Schulz iterations. They are polynomials in the smaller Gram matrix, and run on it: two products with
-    the matrix itself instead of ten.
+    the matrix itself instead of ten. Gram matrices of one size go together.
     """
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    if len(wide) > wide.shape[1]:
-        return orthogonal(wide.T).T
-    wide = wide / wide.norm().clamp(min=TINY)
+    wide = [m.to(torch.promote_types(m.dtype, torch.float32)) for m in matrices]
+    wide = [m if len(m) <= m.shape[1] else m.T for m in wide]
+    alike: dict[tuple[int, torch.dtype], list[int]] = {}
+    for place, each in enumerate(wide):
+        alike.setdefault((len(each), each.dtype), []).append(place)
+    for places in alike.values():
+        factors = _towards_orthogonal(torch.stack([wide[i] @ wide[i].T for i in places]))
+        for place, factor in zip(places, factors, strict=True):
+            wide[place] = factor @ wide[place]
+    pairs = zip(wide, matrices, strict=True)
+    return [w if w.shape == matrix.shape else w.T for w, matrix in pairs]
+
+
+def _towards_orthogonal(gram: Tensor) -> Tensor:
+    """(B, n, n) what matrices of these Gram matrices (B, n, n) are multiplied by."""
     a, b, c = COEFFICIENTS
-    gram = wide @ wide.T
-    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    whole = one
+    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt().clamp(min=TINY)[:, None, None]
+    gram = gram / norm.square()
+    one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    whole = one / norm
     for _ in range(ITERATIONS):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c).add_(one, alpha=a)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c).add_(one, alpha=a)
         whole = factor @ whole
         gram = factor @ gram @ factor
-    result: Tensor = whole @ wide
-    return result
+    return whole
 
 
 def convolutions(module: nn.Module) -> list[Tensor]:

@@ -7,11 +7,12 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from engine.core.prefetch import prefetch
 from engine.core.ranks import ALONE, Ranks, sync_batch_norm, without_others
 from engine.core.recipe import Recipe
 from engine.core.runtime import (
@@ -281,13 +282,25 @@ class Trainer:
     def rounds(
         self, members: Sequence[Member], *, seed: int, bank: ClipBank | None = None
     ) -> Iterator[tuple[int, Views]]:
-        """Steps and their views, computed once for all ``members``, from where these stand to the end."""
+        """Steps and their views, computed once for all ``members``, from where these stand to the end.
+
+        On a CPU another thread makes them in advance: a core is idle as soon as members' steps differ.
+        """
         modalities = tuple({m: None for member in members for m in member.alive.modalities})
         first = min(member.step for member in members)
         batches = self.batches(seed=seed, first=first, modalities=modalities, bank=bank)
+        steps = range(first, self.recipe.optim.steps)
+        if self.runtime.device.type == "cpu":
+            made = prefetch(self._views_of(batches, modalities), depth=1, name="views")
+            with closing(made):
+                for step in steps:
+                    with self.clock("input"):
+                        views = next(made)
+                    yield step, views
+            return
         lead = HostLead(self.runtime.device)
         self._side.follow()
-        for step in range(first, self.recipe.optim.steps):
+        for step in steps:
             with self._side.work():
                 with self.clock("input"):
                     batch = next(batches)
@@ -296,6 +309,13 @@ class Trainer:
                 ready = self._side.mark()
             yield step, cross(views, ready)
             lead.after_step()
+
+    def _views_of(
+        self, batches: Iterator[ClipBatch], modalities: Collection[str]
+    ) -> Iterator[Views]:
+        torch.set_num_threads(1)  # of the thread that asks; members have the other cores
+        for batch in batches:
+            yield self.views(batch, modalities)
 
     def step_all(self, members: Sequence[Member], views: Views) -> list[float | MemberFailed]:
         """Step members on one batch; returns the loss of each, or the failure that ended it. Raises as ``attempt``.

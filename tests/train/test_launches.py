@@ -22,15 +22,17 @@ from torch._inductor import compile_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.core.recipe import load_recipe, override
+from engine.core.recipe import Optim, load_recipe, override
 from engine.core.runtime import Runtime, choose_runtime
 from engine.data.shards.index import ClipIndex
 from engine.data.views import Views
+from engine.model.resnet3d import audio_network, video_network
 from engine.objective import loss as objective
 from engine.objective.lossfile import random_weights
 from engine.objective.terms import check_weights
 from engine.train.member import Member
-from engine.train.optim import start_moments
+from engine.train.muon import convolutions
+from engine.train.optim import make_optimizer, start_moments
 from engine.train.trainer import CHECK_EVERY_ON_GPU, Trainer
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
@@ -39,7 +41,8 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal
 """Operations whose result the host reads, or whose output's size it must know."""
 VIEWS = (
     "view expand permute transpose t unsqueeze squeeze slice select split split_with_sizes detach alias as_strided "
-    "unbind diagonal _unsafe_view _reshape_alias empty empty_like empty_strided new_empty lift_fresh unfold"
+    "unbind diagonal promote_types _unsafe_view _reshape_alias empty empty_like empty_strided new_empty"
+    " lift_fresh unfold"
 ).split()
 """Operations that launch nothing."""
 
@@ -131,6 +134,24 @@ def test_a_step_makes_the_host_wait_for_nothing(index: ClipIndex, views: Views) 
     assert launched["_fused_adamw_"] == 2, "all weights at once, those that decay and the others"
     # 2,444 with PyTorch 2.13; a host launches one in about 5 us
     assert sum(launched.values()) < 2600, launched.most_common(30)
+
+
+def test_muon_launches_little() -> None:
+    """Two products for each convolution of four 18-layer networks, and all else for many at once."""
+    model = load_recipe("small/evolve").model
+    with META:
+        films = [video_network(model, channels) for channels in (3, 1, 2)]
+        networks = torch.nn.ModuleList([*films, audio_network(model)])
+    optimizer = make_optimizer([(networks, 1.0)], Optim(name="muon"))
+    for parameter in networks.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    start_moments(optimizer)
+    with Watch(META) as watch:
+        optimizer.step()
+    launched, count = watch.launched, len(convolutions(networks))
+    assert launched["mm"] == 2 * count == 160
+    # 299 with PyTorch 2.13, AdamW's two among them
+    assert sum(launched.values()) < 320, launched.most_common(30)
 
 
 @pytest.mark.parametrize(

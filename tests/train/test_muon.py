@@ -20,7 +20,7 @@ def test_directions_stay_and_become_equally_strong(shape: tuple[int, int], decad
     u, _ = torch.linalg.qr(torch.randn(shape[0], least, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(shape[1], least, dtype=torch.float64))
     strengths = torch.logspace(0, -decades, least, dtype=torch.float64)
-    got = orthogonal((u * strengths @ v.T).float())
+    (got,) = orthogonal([(u * strengths @ v.T).float()])
     assert got.dtype == torch.float32
     diagonal = u.T @ got.double() @ v
     values = diagonal.diag()
@@ -30,9 +30,17 @@ def test_directions_stay_and_become_equally_strong(shape: tuple[int, int], decad
 
 
 def test_no_gradient_is_no_step() -> None:
-    assert not orthogonal(torch.zeros(4, 6)).any()
-    bf16 = orthogonal(torch.randn(4, 6).bfloat16())
+    still, bf16 = orthogonal([torch.zeros(4, 6), torch.randn(4, 6).bfloat16()])
+    assert not still.any()
     assert bf16.dtype == torch.float32 and bf16.isfinite().all()
+
+
+def test_a_matrix_is_alone_among_others() -> None:
+    """Company of equal, other and turned sizes changes nothing but rounding."""
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) for shape in ((8, 81), (8, 27), (81, 8), (16, 9), (4, 4))]
+    for matrix, among in zip(matrices, orthogonal(matrices), strict=True):
+        torch.testing.assert_close(among, *orthogonal([matrix]), atol=1e-5, rtol=1e-5)
 
 
 def test_matrices_step_as_torchs_muon_steps_them() -> None:
