@@ -33,7 +33,7 @@ TASK_LABELS = {
 }
 MODALITY_LABELS = {"rgb": "RGB", "grey": "Grey", "flow": "Flow", "audio": "Audio"}
 TIME_LABELS = {
-    "input": "Decoding",
+    "input": "Waiting for clips",
     "views": "Views and flow",
     "train": "Training",
     "fitness": "Fitness",
