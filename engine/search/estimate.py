@@ -6,7 +6,7 @@ import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 
 import torch
 
@@ -20,16 +20,19 @@ from engine.search.evolve import Data, Workers
 from engine.search.packing import job_sizes
 from engine.search.records import confirmation_sizes
 from engine.search.study import SearchStudy
+from engine.train.member import Member
 from engine.train.memory import memory_needed, that_many_fit
 from engine.train.trainer import Trainer
 
 STEPS = (2, 6)
 """Steps that are not measured (compilation, first batches), and steps that are."""
+SAMPLE = 4
+"""Of the search's first members, those that are measured where losses are sparse, and so differ in what they cost."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds measured on one member whose loss has every term."""
+    """Seconds measured on the search's first members."""
 
     batch: float
     """A batch and its views, which a cohort shares."""
@@ -62,7 +65,7 @@ def dry_run(
     study = SearchStudy(recipe.search, storage=None, name="", seed=recipe.seed, recipe_hash="")
     display.say(_terms(trainer))
     display.say(_members(recipe, study, labelled))
-    cost = _measure(trainer, labelled)
+    cost = _measure(trainer, labelled, study)
     steps = recipe.optim.steps * recipe.search.repeats
     side_by_side = runtime.cores if on_cpu else 1
     jobs = _jobs(study, count, workers.members_at_once)
@@ -103,9 +106,24 @@ def _members(recipe: Recipe, study: SearchStudy, labelled: LabelledClips) -> str
     )
 
 
-def _measure(trainer: Trainer, labelled: LabelledClips) -> Cost:
-    """Train a member for some steps, as far as the recipe has any, and judge it."""
-    member = trainer.member(dict.fromkeys(TERM_NAMES, 1.0), seed=trainer.recipe.seed)
+def _measure(trainer: Trainer, labelled: LabelledClips, study: SearchStudy) -> Cost:
+    """Train members for some steps, as far as the recipe has any, and judge one."""
+    sample = min(SAMPLE, study.total) if study.settings.sparsity else 1
+    batches, steps = list[float](), list[float]()
+    for proposal in study.ask(sample):
+        member = trainer.member(proposal.weights, seed=trainer.recipe.seed)
+        batch, step = _measure_steps(trainer, member)
+        batches.append(batch)
+        steps.append(step)
+    for _ in range(2):  # the first decodes, which later members are spared
+        began = time.perf_counter()
+        labelled.fitness([member.loss.rgb], seed=0)
+        fitness = time.perf_counter() - began
+    return Cost(fmean(batches), fmean(steps), fitness)
+
+
+def _measure_steps(trainer: Trainer, member: Member) -> tuple[float, float]:
+    """Median seconds that a member waits for a batch's views, and of its step."""
     idle, measured = STEPS
     batches, steps = list[float](), list[float]()
     rounds = trainer.rounds([member], seed=trainer.recipe.seed)
@@ -118,12 +136,8 @@ def _measure(trainer: Trainer, labelled: LabelledClips) -> Cost:
             torch.cuda.synchronize()
         batches.append(between - began)
         steps.append(time.perf_counter() - between)
-    for _ in range(2):  # the first decodes, which later members are spared
-        began = time.perf_counter()
-        labelled.fitness([member.loss.rgb], seed=0)
-        fitness = time.perf_counter() - began
     counted = slice(min(idle, len(steps) - 1), None)
-    return Cost(median(batches[counted]), median(steps[counted]), fitness)
+    return median(batches[counted]), median(steps[counted])
 
 
 def _jobs(study: SearchStudy, workers: int, members_at_once: int | None) -> list[list[int]]:
