@@ -261,18 +261,19 @@ class SurrogateSampler(RandomSampler):
     def _next(self, number: int, complete: Sequence[Trial]) -> Array:
         """(terms,) weights of a member that is not in the design."""
         key = (number, len(complete))
-        if key not in self._proposed:
-            settings, race = self.settings, self._race
-            together = self.generation(number) or range(number, number)
-            first = max(together.start, settings.population)
-            beside = np.array([self._next(n, complete) for n in range(first, number)])
-            beside = beside.reshape(number - first, len(TERM_NAMES))
-            if number >= race:
-                self._proposed[key] = self._raced(number, complete, beside)
-            else:
-                last = generation_of(race - 1, settings=settings).start
-                self._proposed[key] = self._unlike(number, complete, beside, surest=number == last)
-        return self._proposed[key]
+        if key in self._proposed:
+            return self._proposed[key]
+        together = self.generation(number) or range(number, number)
+        first = max(together.start, self.settings.population)
+        beside = np.array([self._next(n, complete) for n in range(first, number)])
+        beside = beside.reshape(number - first, len(TERM_NAMES))
+        if number >= self._race:
+            values = self._raced(number, complete, beside)
+        else:
+            surest = number == generation_of(self._race - 1, settings=self.settings).start
+            values = self._unlike(number, complete, beside, surest=surest)
+        self._proposed[key] = values
+        return values
 
     def _unlike(
         self, number: int, complete: Sequence[Trial], beside: Array, *, surest: bool
@@ -362,38 +363,37 @@ class SurrogateSampler(RandomSampler):
         return Proposal(number, weights, round=self.round_of(number))
 
 
-def _alike(weights: Array, loss: Array, *, than: float = ALIKE) -> npt.NDArray[np.bool_]:
-    """(N,) which of weights (N, terms) are the same loss but for roots of shares ``than`` apart."""
+def _alike(weights: Array, loss: Array) -> npt.NDArray[np.bool_]:
+    """(N,) which of weights (N, terms) are one loss with ``loss`` (terms,), but for less than ALIKE."""
     apart: Array = np.abs(shares(weights) - shares(loss)).max((-2, -1), initial=0.0)
-    return apart <= than
+    return apart <= ALIKE
 
 
 def _same(weights: Array) -> Array:
-    """(N, N) 1 where two of weights (N, terms) are one loss, else 0."""
-    return np.array([_alike(weights, row, than=1e-6) for row in weights], np.float64)
+    """(N, N) 1 where two of weights (N, terms) are equal, else 0."""
+    return np.asarray((weights[:, None] == weights).all(-1), np.float64)
 
 
 def neighbour(weights: Array, *, most: int, rng: np.random.Generator) -> Array:
-    """(terms,) weights with one term left out, weighed anew, exchanged for one of the same role, or added.
+    """(terms,) weights with one term weighed anew, left out, exchanged for one of the same role, or added.
 
     A role is to tie the RGB network to one teacher, to train that teacher, or to train the RGB network alone. At most
     ``most`` terms, or as many as there are. A loss may become one that a member has already.
     """
     near, held = weights.copy(), np.flatnonzero(weights)
-    left, term = np.flatnonzero(weights == 0), int(rng.choice(held))
-    alike = left[ROLES[left] == ROLES[term]]
-    moves = [
-        np.array([term]),
-        left[:0] if len(held) == 1 else held,
-        alike,
-        left[: len(left) * (len(held) < most)],
-    ]
-    move = rng.choice([kind for kind, terms in enumerate(moves) if len(terms)])
+    absent, term = np.flatnonzero(weights == 0), int(rng.choice(held))
+    moves = {
+        "weigh": np.array([term]),
+        "leave out": held if len(held) > 1 else absent[:0],
+        "exchange": absent[ROLES[absent] == ROLES[term]],
+        "add": absent if len(held) < most else absent[:0],
+    }
+    move = str(rng.choice([name for name, terms in moves.items() if len(terms)]))
     other = int(rng.choice(moves[move]))
-    if move == 2:
+    if move == "exchange":
         near[other], near[term] = near[term], 0.0
     else:
-        near[other] = 0.0 if move == 1 else 1 - rng.random()
+        near[other] = 0.0 if move == "leave out" else 1 - rng.random()
     return near
 
 
@@ -411,7 +411,8 @@ def _design(size: int, density: float, rng: np.random.Generator) -> Array:
         places: Array = (rng.permutation(count) + rng.random(count)) / count
         return 1 - span * places
 
-    copies = max(round(density * size), 1)
+    enough = -(-size // int(np.count_nonzero(~TIES.any(0))))
+    copies = max(round(density * size), enough)
     own = rng.permutation(np.flatnonzero(OF_RGB))
     deck: list[int] = []
     for _ in range(copies):

@@ -176,12 +176,14 @@ def test_a_teachers_task_and_what_ties_rgb_to_it_are_found_together():
 
 
 @pytest.mark.parametrize(
-    ("population", "sparsity"), [(8, 0.9), (10, 0.925), (20, 0.9), (5, 0.8), (12, 0.5), (9, 0.0)]
+    ("population", "sparsity"),
+    [(8, 0.9), (10, 0.925), (20, 0.9), (5, 0.8), (12, 0.5), (9, 0.0), (50, 0.99)],
 )
 def test_in_a_design_every_task_can_show_its_worth(population, sparsity):
     """Each is in some member, about as often as others, and a teacher's with ties of different layers to RGB."""
     settings = Search(method="surrogate", population=population, sparsity=sparsity)
-    tasks, copies = np.flatnonzero(~TIES.any(0)), max(round((1 - sparsity) * population), 1)
+    tasks = np.flatnonzero(~TIES.any(0))
+    copies = max(round((1 - sparsity) * population), -(-population // len(tasks)))
     for seed in range(10):
         design = designed(settings, seed=seed)
         counts = (design > 0).sum(0)[tasks]
