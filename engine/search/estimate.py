@@ -27,7 +27,7 @@ from engine.train.trainer import Trainer
 STEPS = (2, 6)
 """Steps that are not measured (compilation, first batches), and steps that are."""
 SAMPLE = 4
-"""Of the search's first members, those that are measured where losses are sparse, and so differ in what they cost."""
+"""Most members of the first generation that are measured where losses are sparse, and so differ in what they cost."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,8 @@ def _members(recipe: Recipe, study: SearchStudy, labelled: LabelledClips) -> str
 
 def _measure(trainer: Trainer, labelled: LabelledClips, study: SearchStudy) -> Cost:
     """Train members for some steps, as far as the recipe has any, and judge one."""
-    sample = min(SAMPLE, study.total) if study.settings.sparsity else 1
     batches, steps = list[float](), list[float]()
-    for proposal in study.ask(sample):
+    for proposal in study.ask(SAMPLE if study.settings.sparsity else 1):
         member = trainer.member(proposal.weights, seed=trainer.recipe.seed)
         batch, step = _measure_steps(trainer, member)
         batches.append(batch)

@@ -45,7 +45,7 @@ ALIKE = 0.05
 PARENTS = 2
 """Fittest members whose neighbours are proposed."""
 RACE = 4
-"""Last members, which train the fittest losses again with other seeds, where thrice as many follow the design."""
+"""Last members, which race the fittest losses and the model's best, where thrice as many follow the design."""
 TIES_EACH = 2
 """Least ties to each network that teaches, in a design's members."""
 TRIES = 20
@@ -236,8 +236,8 @@ class SurrogateSampler(RandomSampler):
     promises most of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so
     it is looked into; where it is known to harm, none has it. Every other sparse loss is a neighbour of one of the
     fittest members instead, since few terms are more than the sum of their effects. No loss is proposed twice, but by
-    the last RACE members where ``search.seeds`` is "generation": these train the fittest losses again, with other
-    seeds. Generations are waited for as in evolution.
+    the last RACE members where ``search.seeds`` is "generation": these train the fittest losses again and, in turn, the
+    model's best, with other seeds. Generations are waited for as in evolution.
     """
 
     def __init__(self, settings: Search, *, seed: int) -> None:
@@ -294,7 +294,7 @@ class SurrogateSampler(RandomSampler):
                 mean = surest and not tried
                 effects = model.mean if mean else model.draw(rng, width=1 + tried)
                 values = computed(model.best_weights(effects, most=self._most))
-            if not (values > 0)[TRAINS_RGB].any():
+            if not values.any():
                 expected = [model.effect(j)[0] for j in range(len(values))]
                 values[int(np.where(TRAINS_RGB, expected, -np.inf).argmax())] = 1.0
             if not _alike(others, values).any():
@@ -319,7 +319,7 @@ class SurrogateSampler(RandomSampler):
         model, known, fitness = self._learnt(complete)
         if (number - self.settings.population) % 2:
             values = computed(model.best_weights(model.mean, most=self._most))
-            if (values > 0)[TRAINS_RGB].any() and not _alike(beside, values).any():
+            if values.any() and not _alike(beside, values).any():
                 return values
         same = _same(known)
         best = np.argsort(-(same @ fitness / same.sum(1)), kind="stable")

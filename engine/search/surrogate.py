@@ -142,10 +142,10 @@ class Surrogate:
         x = BASES[self.basis](weights).reshape(len(weights), -1) - self.centre
         return np.asarray(self.offset + x @ self.mean, np.float64)
 
-    def smoothed(self, weights: Array, fitness: Array, *, trainings: Array | float = 1.0) -> Array:
+    def smoothed(self, weights: Array, fitness: Array, *, trainings: Array) -> Array:
         """(N,) what losses are worth: the model's word, and of what evaluations differ from it their own.
 
-        ``fitness`` (N,) is the mean of so many ``trainings`` each, of which one counts OWN.
+        ``fitness`` (N,) is the mean of so many ``trainings`` (N,) each, of which one counts OWN.
         """
         own = OWN * trainings / (1 + OWN * (trainings - 1))
         expected = self.predict(weights)
