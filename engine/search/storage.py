@@ -28,7 +28,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, PendingRollbackError, SQLAlchemyError
 
 from engine.objective.terms import TERM_NAMES
 from engine.search.samplers import State, Trial
@@ -314,6 +314,8 @@ def _database(url: URL) -> RDBStorage:
 def _cause(error: BaseException) -> BaseException:
     """The driver's error, where SQLAlchemy, and Optuna around it, wrapped one."""
     inner = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if isinstance(inner, PendingRollbackError):  # Optuna asked again in a session whose connection was lost
+        inner = inner.__context__ or inner
     return getattr(inner, "orig", None) or inner or error
 
 
@@ -330,5 +332,5 @@ def _judge(error: BaseException) -> tuple[bool, bool]:
     refused = "FATAL" in str(error)  # the server answered: a wrong password, say, or not yet
     words = "starting up|shutting down|recovery|too many|clients already"
     kinds = {kind.__name__ for kind in type(error).__mro__}  # every driver has its own classes
-    lost = bool(kinds & {"OperationalError", "InterfaceError"})
+    lost = bool(kinds & {"OperationalError", "InterfaceError", "PendingRollbackError"})
     return False, lost and (not refused or re.search(words, str(error)) is not None)

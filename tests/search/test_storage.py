@@ -17,6 +17,7 @@ import optuna
 import optuna_dashboard
 import psycopg
 import pytest
+import sqlalchemy
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import OperationalError
@@ -208,6 +209,34 @@ def test_a_server_that_is_cut_off_at_any_moment_loses_and_doubles_nothing(postgr
     assert as_text(members) == expected
     assert as_text(open_study(postgres.url, name="cut").members()) == expected
     assert_stored(postgres.url, "cut")
+
+
+def test_a_connection_lost_while_members_are_read_is_waited_for(postgres, expected):
+    """Optuna asks again in the session that lost it, which SQLAlchemy refuses by an error of its own."""
+    name, waits, cuts = "read-cut", [], []
+    study = open_study(postgres.url, name=name, on_wait=waits.append)
+
+    def cut():
+        with psycopg.connect(postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
+            connection.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity"
+                " where pid <> pg_backend_pid() and backend_type = 'client backend'"
+            )
+
+    def once(connection, cursor, statement, parameters, context, executemany):
+        if statement.startswith("SELECT trials") and len(cuts) < 3:
+            cuts.append(statement)
+            cut()
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", once)
+    try:
+        members = run(study)
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", once)
+    assert len(cuts) == 3
+    assert waits and all("terminating connection" in wait or "closed" in wait for wait in waits)
+    assert as_text(members) == expected
+    assert_stored(postgres.url, name)
 
 
 def test_patience_ends_with_one_line(postgres):
