@@ -24,6 +24,7 @@ from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES, LossWeights, present, reaching
 from engine.search.surrogate import (
     OF_RGB,
+    OWN,
     ROLES,
     TASKS,
     TIES,
@@ -45,7 +46,7 @@ ALIKE = 0.05
 PARENTS = 2
 """Fittest members whose neighbours are proposed."""
 RACE = 4
-"""Last members, which race the fittest losses and the model's best, where thrice as many follow the design."""
+"""Last members, which race the model's best loss and the fittest, where thrice as many follow the design."""
 TIES_EACH = 2
 """Least ties to each network that teaches, in a design's members."""
 TRIES = 20
@@ -236,8 +237,8 @@ class SurrogateSampler(RandomSampler):
     promises most of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so
     it is looked into; where it is known to harm, none has it. Every other sparse loss is a neighbour of one of the
     fittest members instead, since few terms are more than the sum of their effects. No loss is proposed twice, but by
-    the last RACE members where ``search.seeds`` is "generation": these train the fittest losses again and, in turn, the
-    model's best, with other seeds. Generations are waited for as in evolution.
+    the last RACE members where ``search.seeds`` is "generation": these train the model's best loss and the fittest
+    again, with other seeds. Generations are waited for as in evolution.
     """
 
     def __init__(self, settings: Search, *, seed: int) -> None:
@@ -291,9 +292,11 @@ class SurrogateSampler(RandomSampler):
                 parent = known[rng.choice(np.argsort(-fitness, kind="stable")[:PARENTS])]
                 values = computed(neighbour(parent, most=self._most, rng=rng))
             else:
-                mean = surest and not tried
-                effects = model.mean if mean else model.draw(rng, width=1 + tried)
-                values = computed(model.best_weights(effects, most=self._most))
+                values = computed(
+                    model.surest(rng, most=self._most)
+                    if surest and not tried
+                    else model.best_weights(model.draw(rng, width=1 + tried), most=self._most)
+                )
             if not values.any():
                 expected = [model.effect(j)[0] for j in range(len(values))]
                 values[int(np.where(TRAINS_RGB, expected, -np.inf).argmax())] = 1.0
@@ -315,11 +318,11 @@ class SurrogateSampler(RandomSampler):
         return settings.population + settings.rounds - RACE * again
 
     def _raced(self, number: int, complete: Sequence[Trial], beside: Array) -> Array:
-        """(terms,) weights of a loss not trained beside this member: the fittest, and the model's best, in turn."""
+        """(terms,) weights of a loss not trained beside this member: the model's bet at first, then the fittest."""
         model, known, fitness = self._learnt(complete)
-        if (number - self.settings.population) % 2:
-            values = computed(model.best_weights(model.mean, most=self._most))
-            if values.any() and not _alike(beside, values).any():
+        if number == self._race:
+            values = computed(model.surest(self.stream(number), most=self._most))
+            if values.any():
                 return values
         same = _same(known)
         best = np.argsort(-(same @ fitness / same.sum(1)), kind="stable")
@@ -340,7 +343,12 @@ class SurrogateSampler(RandomSampler):
         same = _same(weights)
         trainings = same @ counted
         means = same @ (counted * fitness) / np.maximum(trainings, 1)
-        worth = model.smoothed(weights, means, trainings=trainings)
+        own = model.own(same, fitness)
+        worth = model.smoothed(weights, means, trainings=trainings, own=own)
+        if (
+            own < OWN and model.bends and self._most == len(TERM_NAMES)
+        ):  # its bet is no loss of its mean effects
+            worth[[member.number == self._race for member in complete[-len(weights) :]]] = np.inf
         # of trainings of one loss that count, the fittest
         order = np.lexsort((fitness, counted, worth, trainings > 0))
         return complete[-len(weights) :][int(order[-1])]

@@ -31,7 +31,7 @@ from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, present, reach
 
 Array = NDArray[np.float64]
 OWN = 0.5
-"""Share of the difference of one training from the model that is taken for the loss' own; the rest is noise."""
+"""Share of one training's difference from the model that is the loss' own, not noise, where nothing is known."""
 LEAST = 0.02
 """Weights below are 0."""
 LEVELS = np.linspace(0.0, 1.0, 9)
@@ -44,6 +44,8 @@ DEGREES = 2.0
 """Degrees of freedom of the t prior of effects: the fewer, the more a few terms may stand out."""
 ROUNDS = 8
 """Of expectation maximisation."""
+DRAWS = 64
+"""Draws from the posterior for the loss to bet on."""
 KINDS: dict[str, tuple[tuple[float, ...], ...]] = {
     "levels": ((0.05, 1.0, 0.05), (1.0, 0.05, 0.05), (0.3, 1.0, 1.0)),
     "shares": ((1.0,),),
@@ -128,28 +130,44 @@ class Surrogate:
     offset: float
     noise: float
     """Standard deviation of one evaluation around the model."""
+    bends: bool = False
+    """Whether fitness is likelier to bend in the weights than to be a line."""
 
     @classmethod
     def fit(cls, weights: Array, fitness: Array) -> Surrogate:
         """Learn from N >= 2 members' weights (N, J) and fitness (N,)."""
-        name, centre, fit = max(_fits(weights, fitness), key=lambda each: each[-1].evidence)
+        name, kinds, centre, fit = max(_fits(weights, fitness), key=lambda each: each[-1].evidence)
         values, axes = np.linalg.eigh((fit.covariance + fit.covariance.T) / 2)
         root = axes * np.sqrt(np.maximum(values, 0))
-        return cls(name, fit.mean, root, centre, float(fitness.mean()), fit.noise)
+        bends = name == "levels" and kinds[0] + kinds[2] > kinds[1]
+        return cls(name, fit.mean, root, centre, float(fitness.mean()), fit.noise, bends)
 
     def predict(self, weights: Array) -> Array:
         """(N,) expected fitness."""
         x = BASES[self.basis](weights).reshape(len(weights), -1) - self.centre
         return np.asarray(self.offset + x @ self.mean, np.float64)
 
-    def smoothed(self, weights: Array, fitness: Array, *, trainings: Array) -> Array:
+    def own(self, same: Array, fitness: Array) -> float:
+        """Share of the variance around the model that is the losses' own, and not noise.
+
+        What trainings of one loss differ by is noise alone: ``same`` (N, N) is 1 for two of one loss, and ``fitness``
+        (N,) theirs. Without such, OWN, which counts as one of them.
+        """
+        degrees = float(len(same) - (1 / same.sum(1)).sum())
+        spread = float(((fitness - same @ fitness / same.sum(1)) ** 2).sum())
+        noise = spread / (max(degrees, 1.0) * self.noise**2)
+        return (OWN + degrees * max(1 - noise, 0.0)) / (1 + degrees)
+
+    def smoothed(
+        self, weights: Array, fitness: Array, *, trainings: Array, own: float = OWN
+    ) -> Array:
         """(N,) what losses are worth: the model's word, and of what evaluations differ from it their own.
 
-        ``fitness`` (N,) is the mean of so many ``trainings`` (N,) each, of which one counts OWN.
+        ``fitness`` (N,) is the mean of so many ``trainings`` (N,) each, of which one counts ``own``.
         """
-        own = OWN * trainings / (1 + OWN * (trainings - 1))
+        share = own * trainings / (1 + own * (trainings - 1))
         expected = self.predict(weights)
-        return np.asarray(expected + own * (fitness - expected), np.float64)
+        return np.asarray(expected + share * (fitness - expected), np.float64)
 
     def draw(self, rng: np.random.Generator, *, width: float = 1.0) -> Array:
         """(B,) coefficients from the posterior, or from one that is ``width`` times as wide."""
@@ -165,6 +183,17 @@ class Surrogate:
         one[term] = weight
         x = BASES[self.basis](one).reshape(-1)
         return float(x @ self.mean), float(np.linalg.norm(x @ self.root))
+
+    def surest(self, rng: np.random.Generator, *, most: int) -> Array:
+        """(J,) the loss to bet on, with at most ``most`` terms: the best under the mean effects.
+
+        Where fitness bends, and a loss may have all terms, it is the mean of what DRAWS draws have as their best: those
+        of the mean effects, which are drawn towards a line, lie too far out.
+        """
+        if self.bends and most == len(TERMS):
+            draws = [self.best_weights(self.draw(rng), most=most) for _ in range(DRAWS)]
+            return np.asarray(np.mean(draws, axis=0), np.float64)
+        return self.best_weights(self.mean, most=most)
 
     def best_weights(self, coefficients: Array, *, most: int) -> Array:
         """(J,) the weights of highest f under given coefficients, with at most ``most`` terms above 0."""
@@ -260,7 +289,7 @@ def main_effects(weights: Array, fitness: Array) -> tuple[Array, Array]:
     """
     by_basis = {name: _more(weights, of) for name, of in BASES.items()}
     evidence, means, covariances = [], [], []
-    for name, _, fit in _fits(weights, fitness):
+    for name, _, _, fit in _fits(weights, fitness):
         more = by_basis[name]
         evidence.append(fit.evidence - math.log(len(KINDS[name])))  # bases are equally likely
         means.append(more @ fit.mean)
@@ -290,8 +319,8 @@ def _more(weights: Array, basis: Callable[[Array], Array]) -> Array:
     return np.array(rows)
 
 
-def _fits(weights: Array, fitness: Array) -> Iterator[tuple[str, Array, _Fit]]:
-    """Basis, its mean over the members, and the fit, of every choice."""
+def _fits(weights: Array, fitness: Array) -> Iterator[tuple[str, tuple[float, ...], Array, _Fit]]:
+    """Basis, its variances, its mean over the members, and the fit, of every choice."""
     for name, of in BASES.items():
         x = of(weights).reshape(len(weights), -1)
         centre = x.mean(0)
@@ -304,7 +333,7 @@ def _fits(weights: Array, fitness: Array) -> Iterator[tuple[str, Array, _Fit]]:
             rest = float(((seen - turn @ y) ** 2).sum())
         for signal, shared, kinds in product(SIGNALS, SHARED, KINDS[name]):
             prior = np.kron(np.diag(kinds), _related(shared)).astype(np.float64)
-            yield name, centre, _fit(x, y, signal / scale * prior, rest=rest, count=count)
+            yield name, kinds, centre, _fit(x, y, signal / scale * prior, rest=rest, count=count)
 
 
 class _Fit(NamedTuple):

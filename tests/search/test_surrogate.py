@@ -275,8 +275,10 @@ def test_no_loss_is_proposed_twice_but_in_the_race(seeds):
     if not raced:
         return
     fittest = max(range(28), key=lambda n: members[n].fitness)
-    assert apart[28, fittest] < 1e-6 and apart[30, :28].min() < 1e-6, "the fittest again"
-    assert apart[28, 29] > 1e-6 and apart[30, 31] > 1e-6, "beside the model's best"
+    assert apart[28:30, fittest].min() < 1e-6 and apart[28, 29] > 1e-6, (
+        "the fittest and the model's best"
+    )
+    assert apart[30:, :30].min(1).max() < 1e-6 and apart[30, 31] > 1e-6, "the two fittest again"
 
 
 def test_the_outcome_is_the_loss_that_stays_fit_in_the_race():
@@ -293,6 +295,23 @@ def test_the_outcome_is_the_loss_that_stays_fit_in_the_race():
     race = [(3, 0.33), (7, 0.48), (3, 0.35), (7, 0.5)]
     done += [samplers.Trial(24 + i, rows[of], fitness=f) for i, (of, f) in enumerate(race)]
     assert sampler.fittest(done).number == 27, "the fittest of its trainings in the race"
+
+
+def test_what_the_model_misses_is_the_losses_own_as_far_as_their_trainings_agree():
+    rng = np.random.default_rng(0)
+    weights = losses(24, sparsity=0.8)
+    missed = 0.05 * rng.normal(size=24)
+    for noise, expected in ((0.005, (0.5, 0.9)), (0.2, (0.0, 0.3))):
+        found = []
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            rows, of = np.concatenate([weights, weights[:4]]), [*range(24), *range(4)]
+            fitness = 0.3 + missed[of] + noise * rng.normal(size=28)
+            model = Surrogate.fit(rows, fitness)
+            same = (rows[:, None] == rows).all(-1).astype(float)
+            found.append(model.own(same, fitness))
+            assert model.own(np.eye(28), fitness) == surrogate.OWN, "nothing is known"
+        assert expected[0] < np.mean(found) < expected[1], (noise, np.mean(found))
 
 
 def test_a_neighbour_differs_in_one_term_or_in_an_exchange_of_one_role():
