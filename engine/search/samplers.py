@@ -45,6 +45,8 @@ ALIKE = 0.05
 """Losses whose roots of shares differ by less are one loss, which the same seed need not train again."""
 PARENTS = 2
 """Fittest members whose neighbours are proposed."""
+NEIGHBOURS = 4
+"""Of one such member, of which a draw from the model chooses."""
 RACE = 4
 """Last members, which race the model's best loss and the fittest, where thrice as many follow the design."""
 TIES_EACH = 2
@@ -290,13 +292,13 @@ class SurrogateSampler(RandomSampler):
         for tried in range(TRIES):
             if near:
                 parent = known[rng.choice(np.argsort(-fitness, kind="stable")[:PARENTS])]
-                values = computed(neighbour(parent, most=self._most, rng=rng))
+                nearby = [neighbour(parent, most=self._most, rng=rng) for _ in range(NEIGHBOURS)]
+                values = computed(model.best_of(nearby, model.draw(rng, width=1 + tried)))
+            elif surest and not tried:
+                values = computed(model.surest(rng, most=self._most))
             else:
-                values = computed(
-                    model.surest(rng, most=self._most)
-                    if surest and not tried
-                    else model.best_weights(model.draw(rng, width=1 + tried), most=self._most)
-                )
+                effects = model.draw(rng, width=1 + tried)
+                values = computed(model.best_weights(effects, most=self._most))
             if not values.any():
                 expected = [model.effect(j)[0] for j in range(len(values))]
                 values[int(np.where(TRAINS_RGB, expected, -np.inf).argmax())] = 1.0

@@ -110,9 +110,14 @@ def computed(weights: Array) -> Array:
     return np.where([name in reach for name in TERM_NAMES], weights, 0.0)
 
 
+def computed_rows(weights: Array) -> Array:
+    """(N, J) ``computed`` weights of each loss: what a model of fitness learns from."""
+    return np.array([computed(row) for row in weights], np.float64)
+
+
 def computed_vectors(losses: Sequence[Mapping[str, float]]) -> Array:
-    """(N, J) ``computed`` weights of each loss, in TERM_NAMES' order: what a model of fitness learns from."""
-    return np.array([computed(row) for row in vectors(losses)], np.float64)
+    """(N, J) the same of losses by name, in TERM_NAMES' order."""
+    return computed_rows(vectors(losses))
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,11 @@ class Surrogate:
             draws = [self.best_weights(self.draw(rng), most=most) for _ in range(DRAWS)]
             return np.asarray(np.mean(draws, axis=0), np.float64)
         return self.best_weights(self.mean, most=most)
+
+    def best_of(self, losses: Sequence[Array], coefficients: Array) -> Array:
+        """(J,) the loss of highest f among those given, each (J,), under given coefficients."""
+        x = BASES[self.basis](computed_rows(np.array(losses))).reshape(len(losses), -1)
+        return losses[int((x @ coefficients).argmax())]
 
     def best_weights(self, coefficients: Array, *, most: int) -> Array:
         """(J,) the weights of highest f under given coefficients, with at most ``most`` terms above 0."""

@@ -239,6 +239,33 @@ def test_the_best_weights_of_known_coefficients():
     assert (model.best_weights(harm.ravel(), most=5) > 0).sum() == 1
 
 
+def test_the_best_of_given_losses_is_told_by_what_can_act_in_them():
+    model = Surrogate("levels", np.zeros(3 * J), np.eye(3 * J), np.zeros(3 * J), 0.0, 0.1)
+    own, tie, task = (
+        TERM_NAMES.index(n) for n in ("rgb/predict", "distill/flow@4", "flow/predict")
+    )
+    coefficients = np.zeros((3, J))
+    coefficients[1, [own, tie, task]] = 0.1, 0.05, 0.5
+    alone, untied, tied = np.zeros((3, J))
+    alone[own] = untied[[own, task]] = tied[[tie, task]] = 1.0
+    best = model.best_of([alone, untied, tied], coefficients.ravel())
+    assert best is tied
+    assert model.best_of([alone, untied], coefficients.ravel()) is alone, "no tie to that teacher"
+
+
+def test_where_fitness_bends_the_bet_is_what_draws_agree_on():
+    """One weight is best at .4, as many noisy members say: the bet is near it; on a slope, at the end."""
+    rng = np.random.default_rng(0)
+    weights = losses(120)
+    for bends, expected in ((True, 0.4), (False, 1.0)):
+        away = ((weights[:, 5] - 0.4) / 0.6) ** 2 if bends else 1 - weights[:, 5]
+        model = Surrogate.fit(weights, 0.4 - 0.2 * away + 0.02 * rng.normal(size=120))
+        assert model.bends == bends
+        assert model.surest(rng, most=J)[5] == pytest.approx(expected, abs=0.12)
+        few = model.surest(rng, most=3)
+        assert np.count_nonzero(few) <= 3, "no mean of many where a loss has few"
+
+
 def test_every_member_can_change_the_representation():
     """Random fitness with weights mostly 0: a term that has no way to the RGB network is not proposed alone."""
     for method in ("surrogate", "random", "evolution"):
