@@ -319,6 +319,16 @@ class SurrogateSampler(RandomSampler):
         again = settings.seeds == "generation" and settings.rounds >= 3 * RACE
         return settings.population + settings.rounds - RACE * again
 
+    @property
+    def _bet(self) -> int:
+        """The number of the member that is the model's bet: the race's first, else the last generation's."""
+        last = self.settings.population + self.settings.rounds
+        return (
+            self._race
+            if self._race < last
+            else generation_of(last - 1, settings=self.settings).start
+        )
+
     def _raced(self, number: int, complete: Sequence[Trial], beside: Array) -> Array:
         """(terms,) weights of a loss not trained beside this member: the model's bet at first, then the fittest."""
         model, known, fitness = self._learnt(complete)
@@ -347,10 +357,9 @@ class SurrogateSampler(RandomSampler):
         means = same @ (counted * fitness) / np.maximum(trainings, 1)
         own = model.own(same, fitness)
         worth = model.smoothed(weights, means, trainings=trainings, own=own)
-        if (
-            own < OWN and model.bends and self._most == len(TERM_NAMES)
-        ):  # its bet is no loss of its mean effects
-            worth[[member.number == self._race for member in complete[-len(weights) :]]] = np.inf
+        if own <= OWN and model.bends and self._most == len(TERM_NAMES):
+            # the bet is more than the best of the mean effects, which therefore can't judge it
+            worth[[member.number == self._bet for member in complete[-len(weights) :]]] = np.inf
         # of trainings of one loss that count, the fittest
         order = np.lexsort((fitness, counted, worth, trainings > 0))
         return complete[-len(weights) :][int(order[-1])]
