@@ -57,13 +57,21 @@ class Planner:
             whole = self.recipe.search.halving
             groups = self._generations(count) if whole else self._shares(count)
         best = self.study.best_fitness()
-        keep_from = float("-inf") if best is None else best
+
+        def keep_from(member: Proposal) -> float:
+            if best is None or self.study.is_raced(member.number):
+                return float("-inf")
+            return best
 
         def seeds_of(member: Proposal) -> tuple[int, ...]:
             return search_seeds(self.recipe, self.study.generation(member.number).start)
 
         return [
-            Cohort(tuple(map(self._with_states, group)), seeds_of(group[0]), keep_from=keep_from)
+            Cohort(
+                tuple(map(self._with_states, group)),
+                seeds_of(group[0]),
+                keep_from=keep_from(group[0]),
+            )
             for group in groups
         ]
 

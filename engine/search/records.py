@@ -143,8 +143,9 @@ class Records:
             left = candidate(self.run.checkpoints, best.number)
             if left.exists():
                 os.replace(left, self.run.checkpoints / "best.safetensors")
-            for other in members:
-                candidate(self.run.checkpoints, other.number).unlink(missing_ok=True)
+            for other in members:  # of a race any may become the outcome
+                if self.study.finished or not self.study.is_raced(other.number):
+                    candidate(self.run.checkpoints, other.number).unlink(missing_ok=True)
 
     def lacks_network(self) -> bool:
         """Whether a surrogate's search ended with another member than the one whose network was kept on the way."""

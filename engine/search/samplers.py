@@ -175,6 +175,11 @@ class RandomSampler:
         """0 for the first ``settings.population`` members, then one a round."""
         return max(0, number + 1 - self.settings.population)
 
+    @property
+    def race(self) -> int:
+        """The number of the first of the last members, one of which becomes the outcome; that after the last: none."""
+        return self.settings.population + self.settings.rounds
+
     def generation(self, number: int) -> range | None:
         """The numbers proposed together with ``number``, once all before them are done; None: no need to wait."""
         return None
@@ -270,10 +275,10 @@ class SurrogateSampler(RandomSampler):
         first = max(together.start, self.settings.population)
         beside = np.array([self._next(n, complete) for n in range(first, number)])
         beside = beside.reshape(number - first, len(TERM_NAMES))
-        if number >= self._race:
+        if number >= self.race:
             values = self._raced(number, complete, beside)
         else:
-            surest = number == generation_of(self._race - 1, settings=self.settings).start
+            surest = number == generation_of(self.race - 1, settings=self.settings).start
             values = self._unlike(number, complete, beside, surest=surest)
         self._proposed[key] = values
         return values
@@ -313,8 +318,8 @@ class SurrogateSampler(RandomSampler):
         return max(round((1 - self.settings.sparsity) * len(TERM_NAMES)), 1)
 
     @property
-    def _race(self) -> int:
-        """The number of the first member of the race; that after the last where there is none."""
+    def race(self) -> int:
+        """The number of the first member of the race."""
         settings = self.settings
         again = settings.seeds == "generation" and settings.rounds >= 3 * RACE
         return settings.population + settings.rounds - RACE * again
@@ -322,19 +327,16 @@ class SurrogateSampler(RandomSampler):
     @property
     def _bet(self) -> int:
         """The number of the member that is the model's bet: the race's first, else the last generation's."""
-        last = self.settings.population + self.settings.rounds
-        return (
-            self._race
-            if self._race < last
-            else generation_of(last - 1, settings=self.settings).start
-        )
+        settings, race = self.settings, self.race
+        last = settings.population + settings.rounds - 1
+        return race if race <= last else generation_of(last, settings=settings).start
 
     def _raced(self, number: int, complete: Sequence[Trial], beside: Array) -> Array:
         """(terms,) weights of a loss not trained beside this member: the model's bet at first, then the fittest."""
         model, known, fitness = self._learnt(complete)
-        if number == self._race:
+        if number == self.race:
             values = computed(model.surest(self.stream(number), most=self._most))
-            if values.any():
+            if values.any() and not _alike(beside, values).any():
                 return values
         same = _same(known)
         best = np.argsort(-(same @ fitness / same.sum(1)), kind="stable")
@@ -350,7 +352,7 @@ class SurrogateSampler(RandomSampler):
         if len(complete) < FEWEST:
             return super().fittest(done)
         model, weights, fitness = self._learnt(complete)
-        counted = np.array([member.number >= self._race for member in complete[-len(weights) :]])
+        counted = np.array([member.number >= self.race for member in complete[-len(weights) :]])
         counted |= not counted.any()
         same = _same(weights)
         trainings = same @ counted

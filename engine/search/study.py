@@ -134,6 +134,10 @@ class SearchStudy:
         """Whether a member is done."""
         return number in self._done
 
+    def is_raced(self, number: int) -> bool:
+        """Whether a member is one of the last, of which one becomes the outcome, the fittest of all or not."""
+        return number >= self._sampler.race
+
     def best(self) -> Trial:
         """The outcome so far: the fittest member or, of a surrogate's search, the one that its model speaks for.
 

@@ -41,7 +41,7 @@ class Cohort:
     seeds: tuple[int, ...]
     """Each member is trained once with each."""
     keep_from: float | None = None
-    """Leave the fittest member's RGB network in the run's folder if it is at least as fit; None: never."""
+    """Leave the RGB networks of members that are at least as fit in the run's folder; None: of none."""
     confirm: bool = False
     """Train to the end and on all clips, whatever the search leaves out, and judge the untrained network too."""
 
@@ -96,7 +96,7 @@ class CohortEvaluator:
         self._trivial: dict[str, Tensor] | None = None
 
     def __call__(self, cohort: Cohort, tell: Tell) -> CohortResult:
-        """Train and judge a cohort, and leave the fittest network. Raises DeviceFailed and OSError."""
+        """Train and judge a cohort, and leave the networks worth keeping. Raises DeviceFailed and OSError."""
         trainer = self.trainer
         if trainer.runtime.device.type == "cpu":
             # members take the cores (see Runtime.map), unless a compiled step does
@@ -119,7 +119,7 @@ class CohortEvaluator:
             on_step=on_step,
             full=cohort.confirm,
         )
-        self._keep_fittest(cohort, results)
+        self._keep_networks(cohort, results)
         untrained, trivial = None, dict[str, float]()
         if cohort.confirm:
             untrained = untrained_fitness(trainer, self.labelled, seed=cohort.seeds[0]).value
@@ -139,17 +139,14 @@ class CohortEvaluator:
             (videos, labelled),
         )
 
-    def _keep_fittest(self, cohort: Cohort, results: Sequence[MemberResult]) -> None:
-        ranked = [
-            (result.fitness, -member.number, member, result.rgb)
-            for member, result in zip(cohort.members, results, strict=True)
-            if result.fitness is not None and result.rgb is not None
-        ]
-        if cohort.keep_from is None or not ranked:
+    def _keep_networks(self, cohort: Cohort, results: Sequence[MemberResult]) -> None:
+        if cohort.keep_from is None:
             return
-        fitness, _, member, network = max(ranked, key=lambda row: row[:2])
-        if fitness >= cohort.keep_from:
-            recipe = self.trainer.recipe
+        recipe = self.trainer.recipe
+        for member, result in zip(cohort.members, results, strict=True):
+            fitness, network = result.fitness, result.rgb
+            if fitness is None or network is None or fitness < cohort.keep_from:
+                continue
             card = card_of(
                 recipe,
                 labels_used=recipe.fitness.uses_labels,

@@ -12,6 +12,7 @@ from engine.core.tensors import load_tensors
 from engine.data.demo.levels import WITH_LABELS
 from engine.features.trivial import TRIVIAL
 from engine.objective.lossfile import load_loss
+from engine.search import samplers
 from engine.search.samplers import SurrogateSampler
 from tests.runs import TINY, begin, command, members, one_line, read, resume
 
@@ -75,6 +76,29 @@ def test_the_outcome_has_its_own_network_and_company(
     assert all(torch.equal(again[0][name], tensor) for name, tensor in whole[0].items())
     assert (run / "study.jsonl").read_bytes() == study
     assert read(run / "summary.json")["best"] == summary["best"]
+
+
+def test_networks_of_a_race_are_kept_until_it_is_decided(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least fit of the last two wins, whose network no earlier member's was worse than: it isn't trained again."""
+    monkeypatch.setattr(samplers, "RACE", 2)
+    monkeypatch.setattr(
+        SurrogateSampler,
+        "fittest",
+        lambda self, done: min(done[self.race :] or done, key=lambda m: (m.fitness, m.number)),
+    )
+    race = ("population=2", "rounds=6", "generation=2", "seeds=generation", "method=surrogate")
+    settings = [arg for each in (*race, "sparsity=0.8") for arg in ("--set", f"search.{each}")]
+    run = tmp_path / "run"
+    code, out, _ = begin(tiny_shards, run, *settings, "--set", "optim.steps=2")
+    assert code == 0 and "training the best loss's network" not in out
+    done = members(run)
+    best = min(done[6:], key=lambda m: (m.fitness, m.number))
+    assert best.fitness < max(m.fitness for m in done)
+    _, facts = load_tensors(run / "checkpoints" / "best.safetensors")
+    assert (facts["trial"], facts["fitness"]) == (best.number, best.fitness)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["best.safetensors"]
 
 
 def test_the_fittest_loss_to_compare_with_goes_on_after_the_first_seed(
