@@ -24,6 +24,7 @@ PAGES = {
         "The evolved loss": "method.md",
         "How a search works": "search.md",
         "Does fitness rank losses?": "signal.md",
+        "Results": "results.md",
     },
     "Use": {
         "Pretraining": "pretraining.md",
