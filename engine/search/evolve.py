@@ -110,10 +110,10 @@ def evolve(
     _check_recipe(recipe, run, study)
     said, levels = [note or ""], data.levels
     records = Records(recipe, run, study, display, events, clock, said=said, levels=levels)
+    records.keep_best()  # an interruption may have come between a member and the file
     if not study.finished or records.lacks_network() or records.seeds_to_confirm():
         # starting workers takes seconds
         _Search(data, study, records, workers).run(here or factory)
-    records.keep_best()  # an interruption may have come between the last member and the file
     summary = records.summary()
     records.board.close()
     display.note(outcome_line(summary))

@@ -57,11 +57,7 @@ class Planner:
             whole = self.recipe.search.halving
             groups = self._generations(count) if whole else self._shares(count)
         best = self.study.best_fitness()
-
-        def keep_from(member: Proposal) -> float:
-            if best is None or self.study.is_raced(member.number):
-                return float("-inf")
-            return best
+        keep_from = float("-inf") if best is None else best
 
         def seeds_of(member: Proposal) -> tuple[int, ...]:
             return search_seeds(self.recipe, self.study.generation(member.number).start)
@@ -70,7 +66,8 @@ class Planner:
             Cohort(
                 tuple(map(self._with_states, group)),
                 seeds_of(group[0]),
-                keep_from=keep_from(group[0]),
+                keep_from=keep_from,
+                keep_all=self.study.is_raced(group[-1].number),
             )
             for group in groups
         ]

@@ -6,6 +6,7 @@ The best loss and its network, confirmations, events, time, TensorBoard's curves
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,7 +143,9 @@ class Records:
             save_loss(best.weights, self.run.best, name=name, about=about, labels_used=used)
             left = candidate(self.run.checkpoints, best.number)
             if left.exists():
-                os.replace(left, self.run.checkpoints / "best.safetensors")
+                best_so_far = left.with_suffix(".copy")
+                shutil.copyfile(left, best_so_far)  # in a race it may become the best again
+                os.replace(best_so_far, self.run.checkpoints / "best.safetensors")
             for other in members:  # of a race any may become the outcome
                 if self.study.finished or not self.study.is_raced(other.number):
                     candidate(self.run.checkpoints, other.number).unlink(missing_ok=True)

@@ -177,7 +177,7 @@ class RandomSampler:
 
     @property
     def race(self) -> int:
-        """The number of the first of the last members, one of which becomes the outcome; that after the last: none."""
+        """The number of the first of the last members, one of which is to be the outcome; that after the last: none."""
         return self.settings.population + self.settings.rounds
 
     def generation(self, number: int) -> range | None:
@@ -244,8 +244,8 @@ class SurrogateSampler(RandomSampler):
     promises most of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so
     it is looked into; where it is known to harm, none has it. Every other sparse loss is a neighbour of one of the
     fittest members instead, since few terms are more than the sum of their effects. No loss is proposed twice, but by
-    the last RACE members where ``search.seeds`` is "generation": these train the model's best loss and the fittest
-    again, with other seeds. Generations are waited for as in evolution.
+    the last RACE members where ``search.seeds`` is "generation" and ``search.rounds`` 3 RACE or more: with other seeds,
+    these train the model's bet and, again, the fittest. Generations are waited for as in evolution.
     """
 
     def __init__(self, settings: Search, *, seed: int) -> None:
@@ -288,7 +288,7 @@ class SurrogateSampler(RandomSampler):
     ) -> Array:
         """(terms,) weights unlike those of any member: the best under a draw, or a neighbour of one of the fittest.
 
-        ``surest``: the best under the model's own mean.
+        ``surest``: the model's bet.
         """
         model, known, fitness = self._learnt(complete)
         others, rng = np.concatenate([known, beside]), self.stream(number)
@@ -324,23 +324,26 @@ class SurrogateSampler(RandomSampler):
         again = settings.seeds == "generation" and settings.rounds >= 3 * RACE
         return settings.population + settings.rounds - RACE * again
 
-    @property
-    def _bet(self) -> int:
-        """The number of the member that is the model's bet: the race's first, else the last generation's."""
-        settings, race = self.settings, self.race
-        last = settings.population + settings.rounds - 1
-        return race if race <= last else generation_of(last, settings=settings).start
-
     def _raced(self, number: int, complete: Sequence[Trial], beside: Array) -> Array:
-        """(terms,) weights of a loss not trained beside this member: the model's bet at first, then the fittest."""
+        """(terms,) weights of a loss not trained beside this member: the model's bet at first, then the fittest.
+
+        None is raced more than twice. Asynchronous members take turns, since those at work are unknown.
+        """
         model, known, fitness = self._learnt(complete)
         if number == self.race:
             values = computed(model.surest(self.stream(number), most=self._most))
             if values.any() and not _alike(beside, values).any():
                 return values
         same = _same(known)
+        raced = same @ self._in_race(complete[-len(known) :])
         best = np.argsort(-(same @ fitness / same.sum(1)), kind="stable")
-        return next((known[i] for i in best if not _alike(beside, known[i]).any()), known[best[0]])
+        first = [i for i in best if not same[i, :i].any()]  # each loss once
+        free = [i for i in first if raced[i] < 2 and not _alike(beside, known[i]).any()] or first
+        turn = 0 if self.settings.synchronous else max(number - self.race - 1, 0)
+        return np.asarray(known[free[turn % len(free)]])
+
+    def _in_race(self, members: Sequence[Trial]) -> npt.NDArray[np.bool_]:
+        return np.array([member.number >= self.race for member in members])
 
     def fittest(self, done: Sequence[Trial]) -> Trial:
         """The member that the model and its loss' own trainings speak for most: one that was lucky is not enough.
@@ -352,16 +355,18 @@ class SurrogateSampler(RandomSampler):
         if len(complete) < FEWEST:
             return super().fittest(done)
         model, weights, fitness = self._learnt(complete)
-        counted = np.array([member.number >= self.race for member in complete[-len(weights) :]])
+        counted = self._in_race(complete[-len(weights) :])
         counted |= not counted.any()
         same = _same(weights)
         trainings = same @ counted
         means = same @ (counted * fitness) / np.maximum(trainings, 1)
         own = model.own(same, fitness)
         worth = model.smoothed(weights, means, trainings=trainings, own=own)
-        if own <= OWN and model.bends and self._most == len(TERM_NAMES):
-            # the bet is more than the best of the mean effects, which therefore can't judge it
-            worth[[member.number == self._bet for member in complete[-len(weights) :]]] = np.inf
+        bet = np.array([member.number == self.race for member in complete[-len(weights) :]])
+        bet &= means > model.predict(weights) - 2 * model.noise
+        if own < OWN and model.agrees(self._most):
+            # the mean effects can't judge what draws agree on, nor can trainings that agree no better than the model
+            worth[same @ bet > 0] = np.inf
         # of trainings of one loss that count, the fittest
         order = np.lexsort((fitness, counted, worth, trainings > 0))
         return complete[-len(weights) :][int(order[-1])]

@@ -135,7 +135,7 @@ class SearchStudy:
         return number in self._done
 
     def is_raced(self, number: int) -> bool:
-        """Whether a member is one of the last, of which one becomes the outcome, the fittest of all or not."""
+        """Whether a member is one of the last, of which one is to be the outcome, the fittest of all or not."""
         return number >= self._sampler.race
 
     def best(self) -> Trial:

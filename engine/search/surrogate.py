@@ -144,7 +144,7 @@ class Surrogate:
         name, kinds, centre, fit = max(_fits(weights, fitness), key=lambda each: each[-1].evidence)
         values, axes = np.linalg.eigh((fit.covariance + fit.covariance.T) / 2)
         root = axes * np.sqrt(np.maximum(values, 0))
-        bends = name == "levels" and kinds[0] + kinds[2] > kinds[1]
+        bends = name == "levels" and kinds[2] == max(kinds) > kinds[0]
         return cls(name, fit.mean, root, centre, float(fitness.mean()), fit.noise, bends)
 
     def predict(self, weights: Array) -> Array:
@@ -195,10 +195,15 @@ class Surrogate:
         Where fitness bends, and a loss may have all terms, it is the mean of what DRAWS draws have as their best: those
         of the mean effects, which are drawn towards a line, lie too far out.
         """
-        if self.bends and most == len(TERMS):
-            draws = [self.best_weights(self.draw(rng), most=most) for _ in range(DRAWS)]
-            return np.asarray(np.mean(draws, axis=0), np.float64)
-        return self.best_weights(self.mean, most=most)
+        if not self.agrees(most):
+            return self.best_weights(self.mean, most=most)
+        draws = [self.best_weights(self.draw(rng), most=most) for _ in range(DRAWS)]
+        agreed = np.mean(draws, axis=0)
+        return np.where(agreed < LEAST, 0.0, agreed)
+
+    def agrees(self, most: int) -> bool:
+        """Whether ``surest`` is what draws agree on, and not the best under the mean effects."""
+        return self.bends and most == len(TERMS)
 
     def best_of(self, losses: Sequence[Array], coefficients: Array) -> Array:
         """(J,) the loss of highest f among those given, each (J,), under given coefficients."""

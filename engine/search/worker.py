@@ -41,7 +41,9 @@ class Cohort:
     seeds: tuple[int, ...]
     """Each member is trained once with each."""
     keep_from: float | None = None
-    """Leave the RGB networks of members that are at least as fit in the run's folder; None: of none."""
+    """Leave the fittest member's RGB network in the run's folder if it is at least as fit; None: never."""
+    keep_all: bool = False
+    """Leave every member's."""
     confirm: bool = False
     """Train to the end and on all clips, whatever the search leaves out, and judge the untrained network too."""
 
@@ -142,11 +144,16 @@ class CohortEvaluator:
     def _keep_networks(self, cohort: Cohort, results: Sequence[MemberResult]) -> None:
         if cohort.keep_from is None:
             return
+        ranked = [
+            (result.fitness, -member.number, member, result.rgb)
+            for member, result in zip(cohort.members, results, strict=True)
+            if result.fitness is not None and result.rgb is not None
+        ]
+        if not cohort.keep_all:
+            fittest = max(ranked, key=lambda row: row[:2], default=None)
+            ranked = [fittest] if fittest is not None and fittest[0] >= cohort.keep_from else []
         recipe = self.trainer.recipe
-        for member, result in zip(cohort.members, results, strict=True):
-            fitness, network = result.fitness, result.rgb
-            if fitness is None or network is None or fitness < cohort.keep_from:
-                continue
+        for fitness, _, member, network in ranked:
             card = card_of(
                 recipe,
                 labels_used=recipe.fitness.uses_labels,
