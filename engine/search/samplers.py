@@ -355,21 +355,22 @@ class SurrogateSampler(RandomSampler):
         if len(complete) < FEWEST:
             return super().fittest(done)
         model, weights, fitness = self._learnt(complete)
-        counted = self._in_race(complete[-len(weights) :])
+        latest = complete[-len(weights) :]
+        counted = self._in_race(latest)
         counted |= not counted.any()
         same = _same(weights)
         trainings = same @ counted
         means = same @ (counted * fitness) / np.maximum(trainings, 1)
         own = model.own(same, fitness)
         worth = model.smoothed(weights, means, trainings=trainings, own=own)
-        bet = np.array([member.number == self.race for member in complete[-len(weights) :]])
-        bet &= means > model.predict(weights) - 2 * model.noise
         if own < OWN and model.agrees(self._most):
             # the mean effects can't judge what draws agree on, nor can trainings that agree no better than the model
+            bet = np.array([member.number == self.race for member in latest])
+            bet &= means > model.predict(weights) - 2 * model.noise
             worth[same @ bet > 0] = np.inf
         # of trainings of one loss that count, the fittest
         order = np.lexsort((fitness, counted, worth, trainings > 0))
-        return complete[-len(weights) :][int(order[-1])]
+        return latest[int(order[-1])]
 
     def _learnt(self, complete: Sequence[Trial]) -> tuple[Surrogate, Array, Array]:
         """What the latest MOST members taught, with their weights and fitness; kept for the whole generation."""

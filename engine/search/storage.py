@@ -314,9 +314,8 @@ def _database(url: URL) -> RDBStorage:
 def _cause(error: BaseException) -> BaseException:
     """The driver's error, where SQLAlchemy, and Optuna around it, wrapped one."""
     inner = error.__cause__ if isinstance(error, StorageInternalError) else error
-    if isinstance(
-        inner, PendingRollbackError
-    ):  # Optuna asked again in a session whose connection was lost
+    # Optuna asked again in a session whose connection was lost
+    if isinstance(inner, PendingRollbackError):
         inner = inner.__context__ or inner
     return getattr(inner, "orig", None) or inner or error
 
