@@ -1,9 +1,9 @@
-"""Whether fitness ranks losses on given videos, and at what cost: random losses and presets under several seeds.
+"""Whether fitness ranks losses on given videos, and at what cost: a search's first losses and presets, several seeds.
 
-Losses are drawn as a search draws its first members, and trained by its step in cohorts of its size. Each is looked at
-after some numbers of steps, and its features are judged by every read-out: training is what is dear, so that one
-training answers for all of them. A look before the end sees a learning rate that has not come down. Costs are seconds
-of processor time on a CPU, and of the clock on a GPU, with a cohort's input and judging shared out evenly.
+Losses are those that a search of the recipe begins with, and trained by its step in cohorts of its size. Each is
+looked at after some numbers of steps, and its features are judged by every read-out: training is what is dear, so that
+one training answers for all of them. A look before the end sees a learning rate that has not come down. Costs are
+seconds of processor time on a CPU, and of the clock on a GPU, with a cohort's input and judging shared out evenly.
 
 Each training is a line of a file, which a later call goes on with.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from engine.features.readout import READOUTS
 from engine.features.reliability import Reliability, reliability
 from engine.model.network_file import Card, card_of
 from engine.objective.lossfile import load_loss
+from engine.objective.terms import LossWeights
+from engine.search.samplers import first_losses
 from engine.train.member import Member
 from engine.train.trainer import MemberFailed, Trainer
 
@@ -99,11 +101,18 @@ class Training(Struct, frozen=True, kw_only=True):
 class Plan:
     """Losses, seeds and steps to measure."""
 
-    losses: tuple[str, ...]
-    """Names that ``load_loss`` knows."""
+    drawn: Mapping[str, LossWeights]
+    """Losses that a search begins with, by name."""
+    presets: Mapping[str, LossWeights]
+    """Losses that come along, by name."""
     seeds: tuple[int, ...]
     looks: tuple[int, ...]
     """Steps, rising; the last is the recipe's."""
+
+    @property
+    def losses(self) -> dict[str, LossWeights]:
+        """All of them, by name."""
+        return {**self.drawn, **self.presets}
 
     @property
     def count(self) -> int:
@@ -114,16 +123,16 @@ class Plan:
 def plan_of(
     recipe: Recipe, *, losses: int, repeats: int, looks: Sequence[int], presets: bool
 ) -> Plan:
-    """``losses`` random losses and the presets, two disjoint sets of ``repeats`` seeds. Raises ValueError."""
+    """A search's first ``losses`` and the presets, under two disjoint sets of ``repeats`` seeds. Raises ValueError."""
     steps = recipe.optim.steps
     wrong = [step for step in looks if not 0 < step <= steps]
     if wrong:
         raise ValueError(f"--looks {wrong[0]}: a member is trained for {steps} steps (optim.steps)")
-    zeros = f":{recipe.search.sparsity:g}" if recipe.search.sparsity else ""
-    named = [f"random:{recipe.seed + i}{zeros}" for i in range(losses)]
-    named += preset_names("losses") if presets else []
+    first = first_losses(recipe.search, seed=recipe.seed, count=losses)
+    drawn = {f"drawn:{recipe.seed}:{number}": loss for number, loss in enumerate(first)}
+    named = {name: load_loss(name) for name in preset_names("losses")} if presets else {}
     seeds = tuple(recipe.seed + i for i in range(2 * repeats))
-    return Plan(tuple(named), seeds, tuple(sorted({*looks, steps})))
+    return Plan(drawn, named, seeds, tuple(sorted({*looks, steps})))
 
 
 class Signal:
@@ -171,11 +180,11 @@ class Signal:
         for seed in plan.seeds:
             if not self._knows((UNTRAINED, seed), plan):
                 yield self._keep(self._untrained(seed))
-        size = self.recipe.search.generation
-        for first in range(0, len(plan.losses), size):
+        size, losses = self.recipe.search.generation, list(plan.losses.items())
+        for first in range(0, len(losses), size):
             for seed in plan.seeds:
-                cohort = plan.losses[first : first + size]
-                left = [loss for loss in cohort if not self._knows((loss, seed), plan)]
+                cohort = losses[first : first + size]
+                left = {n: loss for n, loss in cohort if not self._knows((n, seed), plan)}
                 for row in self._train(left, seed, plan.looks) if left else ():
                     yield self._keep(row)
 
@@ -218,15 +227,17 @@ class Signal:
     def _row(self, **fields: Any) -> Training:
         return Training(key=self.key, about=self._about, **fields)
 
-    def _train(self, losses: Sequence[str], seed: int, looks: Sequence[int]) -> list[Training]:
+    def _train(
+        self, losses: Mapping[str, LossWeights], seed: int, looks: Sequence[int]
+    ) -> list[Training]:
         """A cohort's trainings, looked at on the way."""
         self._warm_up()
         began = self._clock()
         members: dict[str, Member] = {}
         failed: dict[str, str] = {}
-        for loss in losses:
+        for loss, weights in losses.items():
             try:
-                members[loss] = self.trainer.member(load_loss(loss), seed=seed, bank=self._bank)
+                members[loss] = self.trainer.member(weights, seed=seed, bank=self._bank)
             except ValueError as error:  # no sound, say
                 failed[loss] = str(error)
         looked: dict[str, list[Look]] = {loss: [] for loss in losses}
@@ -343,13 +354,13 @@ class Ranking:
     step: int
     readout: str
     best: float
-    """Highest mean over seeds of any random loss."""
+    """Highest mean over seeds of any drawn loss."""
     mean: float
     untrained: float
     core_seconds: float
     """A member's, judging included."""
     figures: Reliability | None
-    """Of the random losses; None for fewer than two."""
+    """Of the drawn losses; None for fewer than two."""
     without_labels: float
     """Spearman of the losses' fitness, means over seeds, and of what Zipf's law says of them; nan where unknown."""
 
@@ -363,16 +374,14 @@ def measure(
         trainings.append(row)
         say(f"{len(trainings)} of {plan.count}: {row.line(readout)}")
     show(losses_table(trainings, plan, readout))
-    drawn = sum(loss.startswith("random:") for loss in plan.losses)
-    title = f"how well fitness ranks {drawn} random losses, {len(plan.seeds)} seeds each"
+    title = f"how well fitness ranks {len(plan.drawn)} losses that a search begins with, {len(plan.seeds)} seeds each"
     show(summary_table(summary(trainings, plan), title))
 
 
 def summary(trainings: Sequence[Training], plan: Plan) -> list[Ranking]:
-    """Each step's and read-out's figures over the random losses that every seed was trained for."""
+    """Each step's and read-out's figures over the drawn losses that every seed was trained for."""
     done = {(row.loss, row.seed): row for row in trainings}
-    drawn = [loss for loss in plan.losses if loss.startswith("random:")]
-    rows = [[done.get((loss, seed)) for seed in plan.seeds] for loss in drawn]
+    rows = [[done.get((loss, seed)) for seed in plan.seeds] for loss in plan.drawn]
     whole = [[row for row in each if row is not None and row.failed is None] for each in rows]
     whole = [each for each in whole if len(each) == len(plan.seeds)]
     if not whole:

@@ -33,7 +33,7 @@ SIGNAL = "signal"
 @common.paths(
     "--labelled", help="signal: class folders, or shards of them, that judge [default: the demo's]."
 )
-@common.natural("--losses", default=24, help="signal: random losses.")
+@common.natural("--losses", default=24, help="signal: losses of those that a search begins with.")
 @common.count("--repeats", default=1, help="signal: seeds in each of the two sets.")
 @click.option(
     "--looks", multiple=True, type=int, metavar="STEP", help="signal: judge after STEP steps, too."
@@ -54,8 +54,8 @@ def bench(
 ) -> None:
     """Measure PART (input, views, loss, step, kmeans, cohort, all) beside its physical limits and peers.
 
-    PART signal trains random losses under two sets of seeds, and says how well fitness ranks them at what cost; it
-    goes on with what is in its --json file. It is no part of "all": it takes two trainings a loss.
+    PART signal trains losses that a search begins with under two sets of seeds, and says how well fitness ranks them
+    at what cost; it goes on with what is in its --json file. It is no part of "all": it takes two trainings a loss.
     """
     from engine.bench import suite
     from engine.core.display import Display

@@ -73,7 +73,7 @@ def members(text: str) -> int | None:
     "--signal",
     type=click.IntRange(min=2),
     metavar="N",
-    help="A dry run that also trains N random losses under two seeds, and says how well fitness ranks them.",
+    help="A dry run that also trains the first N losses under two seeds, and says how well fitness ranks them.",
 )
 @common.run_options
 @common.errors_explained

@@ -229,7 +229,7 @@ class Search(Section, frozen=True):
 class Evaluation(Section, frozen=True):
     """Evaluation of frozen networks: how their features are extracted and judged."""
 
-    views: Positive = 3
+    views: Positive = 10
     """Views in time, evenly spread over a clip."""
     crops: Literal[1, 3] = 1
     """Squares of each view: the central one, or both ends of the longer side as well."""

@@ -189,6 +189,10 @@ class RandomSampler:
         weights = draw_weights(self.stream(number), sparsity=self.settings.sparsity)
         return Proposal(number, weights, round=self.round_of(number))
 
+    def first(self, number: int) -> LossWeights:
+        """The loss of a member ``number`` that is proposed before any is done."""
+        return self.propose(number, done=()).weights
+
     def fittest(self, done: Sequence[Trial]) -> Trial:
         """The search's outcome: the member of highest fitness, the earliest among equals; one at least is complete."""
         complete = [member for member in done if member.fitness is not None]
@@ -508,9 +512,16 @@ class CmaSampler(RandomSampler):
         for first in range(self._learnt, start, self.size):
             self._learn(done[first : first + self.size])
         self._learnt = start
+        return Proposal(number, self._asked(number), round=self.round_of(number))
+
+    def first(self, number: int) -> LossWeights:
+        """A member of the distribution that the search begins with, whatever its generation."""
+        assert not self._learnt, "the library has learnt of other members"
+        return self._asked(number)
+
+    def _asked(self, number: int) -> LossWeights:
         self._library.reseed_rng(self.seed_of(number))
-        weights = dict(zip(TERM_NAMES, self._library.ask().tolist(), strict=True))
-        return Proposal(number, weights, round=self.round_of(number))
+        return dict(zip(TERM_NAMES, self._library.ask().tolist(), strict=True))
 
     def _learn(self, generation: Sequence[Trial]) -> None:
         known = [(vectors([m.weights])[0], -m.fitness) for m in generation if m.fitness is not None]
@@ -583,3 +594,9 @@ SAMPLERS: dict[str, type[RandomSampler]] = {
     "grid": GridSampler,
 }
 """By ``search.method``."""
+
+
+def first_losses(settings: Search, *, seed: int, count: int) -> list[LossWeights]:
+    """The losses that a search begins with; where they are more than its population, those of further populations."""
+    sampler = SAMPLERS[settings.method](settings, seed=seed)
+    return [sampler.first(number) for number in range(count)]

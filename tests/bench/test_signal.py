@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from engine.bench.signal import UNTRAINED, Look, Plan, Score, Training, summary
+from engine.bench.signal import UNTRAINED, Look, Plan, Score, Training, plan_of, summary
 from engine.cli.main import main
+from engine.core.recipe import Search, load_recipe
 from engine.data.demo.demo import make_demo
 from engine.features.readout import READOUTS
+from engine.search.samplers import Proposal
+from engine.search.study import SearchStudy
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 
@@ -54,23 +57,23 @@ def test_lines_and_going_on(
     first = rows.read_bytes()
     found = [msgspec.json.decode(line, type=Training) for line in first.splitlines()]
     names = [(row.loss, row.seed) for row in found]
-    drawn = [(f"random:{i}", seed) for seed in (0, 1) for i in (0, 1)]
+    drawn = [(f"drawn:0:{i}", seed) for seed in (0, 1) for i in (0, 1)]
     assert names == [(UNTRAINED, 0), (UNTRAINED, 1), *drawn]
     for row in found[2:]:
         assert [look.step for look in row.looks] == [2, 3] and row.failed is None and row.terms
         assert 0 < row.looks[0].core_seconds < row.looks[1].core_seconds and row.judging > 0
         assert set(READOUTS) < set(row.looks[0].scores)
         assert {"git_sha", "device", "versions"} <= set(row.about)
-    assert np.load(kept / "random-1-0-3.npy").shape == (16, 1, 64)
+    assert np.load(kept / "drawn-0-1-0-3.npy").shape == (16, 1, 64)
     rows.write_bytes(first + b'{"key": "cut off by a ki')
     out = call(*options, "--losses", 3)
     again = rows.read_bytes()
     assert again.startswith(first) and len(again.splitlines()) == len(found) + 1 + 2
-    assert "random:2" in out and "Spearman" in out
+    assert "drawn:0:2" in out and "Spearman" in out
     # the same numbers, whatever the company
     alone = tmp_path / "alone.jsonl"
     call(*options[:-4], "--json", alone, "--losses", 1)
-    (line,) = [row for row in alone.read_text().splitlines() if '"random:0","seed":0' in row]
+    (line,) = [row for row in alone.read_text().splitlines() if '"drawn:0:0","seed":0' in row]
     scores = [json.loads(x)["looks"][1]["scores"] for x in (line, first.splitlines()[2])]
     assert scores[0] == scores[1]
 
@@ -80,9 +83,28 @@ def test_what_a_user_can_get_wrong(folders: tuple[Path, Path]) -> None:
     assert "neither" in call("--recipe", TINY, "--videos", folders[0], code=2)
 
 
+def test_drawn_losses_are_those_that_a_search_begins_with() -> None:
+    for method in ("surrogate", "evolution", "cmaes", "random", "grid"):
+        settings = Search(method=method, population=4, rounds=4, generation=2, sparsity=0.9)
+        recipe = msgspec.structs.replace(load_recipe(TINY), search=settings, seed=3)
+        plan = plan_of(recipe, losses=6, repeats=1, looks=(), presets=False)
+        study = SearchStudy(settings, storage=None, name="s", seed=3, recipe_hash="")
+        begun = [proposal.weights for _ in range(2) for proposal in asked(study)][:4]
+        assert list(plan.drawn.values())[:4] == begun and len(plan.drawn) == 6
+        assert plan.losses == dict(plan.drawn) and plan.seeds == (3, 4)
+
+
+def asked(study: SearchStudy) -> list[Proposal]:
+    """What a search proposes next, all told to be of no use."""
+    proposals = study.ask()
+    for proposal in proposals:
+        study.tell(proposal.number, fitness=0.1, attributes={})
+    return proposals
+
+
 def test_summary_of_made_up_trainings() -> None:
     rng = np.random.default_rng(0)
-    plan = Plan(tuple(f"random:{i}" for i in range(12)), (0, 1), (5, 10))
+    plan = Plan({f"drawn:0:{i}": {} for i in range(12)}, {}, (0, 1), (5, 10))
     truth = rng.normal(size=12)
 
     def look(step: int, value: float) -> Look:
