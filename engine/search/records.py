@@ -143,8 +143,9 @@ class Records:
             save_loss(best.weights, self.run.best, name=name, about=about, labels_used=used)
             left = candidate(self.run.checkpoints, best.number)
             if left.exists():
-                best_so_far = left.with_suffix(".copy")
-                shutil.copyfile(left, best_so_far)  # in a race it may become the best again
+                # In a race it may become the best again. A copy that a kill leaves is written over.
+                best_so_far = self.run.checkpoints / ".best.copy"
+                shutil.copyfile(left, best_so_far)
                 os.replace(best_so_far, self.run.checkpoints / "best.safetensors")
             for other in members:  # of a race any may become the outcome
                 if self.study.finished or not self.study.is_raced(other.number):
