@@ -77,7 +77,7 @@ def print_outcome(summary: Mapping[str, Any]) -> None:
         console.print(f"the other {len(ranked) - len(cells)} terms have weight 0")
     kinds = {
         "untrained": "untrained network",
-        "initial_population": "initial random population",
+        "initial_population": "initial population",
         "random": "random losses, fresh seeds",
         "best": "best loss, fresh seeds",
     }
