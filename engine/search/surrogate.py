@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -46,6 +46,8 @@ ROUNDS = 8
 """Of expectation maximisation."""
 DRAWS = 64
 """Draws from the posterior for the loss to bet on."""
+BENDS = 0.1
+"""Least odds of bends, by the evidence, for the bet to be what draws agree on."""
 KINDS: dict[str, tuple[tuple[float, ...], ...]] = {
     "levels": ((0.05, 1.0, 0.05), (1.0, 0.05, 0.05), (0.3, 1.0, 1.0)),
     "shares": ((1.0,),),
@@ -135,17 +137,27 @@ class Surrogate:
     offset: float
     noise: float
     """Standard deviation of one evaluation around the model."""
-    bends: bool = False
-    """Whether fitness is likelier to bend in the weights than to be a line."""
+    bent: Surrogate | None = None
+    """The likeliest model in which fitness bends in the weights, where its kind has odds of BENDS or more."""
 
     @classmethod
     def fit(cls, weights: Array, fitness: Array) -> Surrogate:
         """Learn from N >= 2 members' weights (N, J) and fitness (N,)."""
-        name, kinds, centre, fit = max(_fits(weights, fitness), key=lambda each: each[-1].evidence)
+        offset, fits = float(fitness.mean()), list(_fits(weights, fitness))
+        odds = _odds(fits)
+        bending = [k for k, (name, kinds, *_) in enumerate(fits) if _bends(name, kinds)]
+        bent = None
+        if odds[bending].sum() >= BENDS:
+            bent = cls._of(fits[max(bending, key=lambda k: odds[k])], offset)
+        likeliest = max(fits, key=lambda each: each[-1].evidence)
+        return replace(cls._of(likeliest, offset), bent=bent)
+
+    @classmethod
+    def _of(cls, choice: tuple[str, tuple[float, ...], Array, _Fit], offset: float) -> Surrogate:
+        name, _, centre, fit = choice
         values, axes = np.linalg.eigh((fit.covariance + fit.covariance.T) / 2)
         root = axes * np.sqrt(np.maximum(values, 0))
-        bends = name == "levels" and kinds[2] == max(kinds) > kinds[0]
-        return cls(name, fit.mean, root, centre, float(fitness.mean()), fit.noise, bends)
+        return cls(name, fit.mean, root, centre, offset, fit.noise)
 
     def predict(self, weights: Array) -> Array:
         """(N,) expected fitness."""
@@ -192,18 +204,19 @@ class Surrogate:
     def surest(self, rng: np.random.Generator, *, most: int) -> Array:
         """(J,) the loss to bet on, with at most ``most`` terms: the best under the mean effects.
 
-        Where fitness bends, and a loss may have all terms, it is the mean of what DRAWS draws have as their best: those
-        of the mean effects, which are drawn towards a line, lie too far out.
+        Where fitness may bend, and a loss may have all terms, it is the mean of what DRAWS draws have as their best:
+        those of the mean effects, which are drawn towards a line, lie too far out.
         """
-        if not self.agrees(most):
+        if self.bent is None or not self.agrees(most):
             return self.best_weights(self.mean, most=most)
-        draws = [self.best_weights(self.draw(rng), most=most) for _ in range(DRAWS)]
+        bent = self.bent
+        draws = [bent.best_weights(bent.draw(rng), most=most) for _ in range(DRAWS)]
         agreed = np.mean(draws, axis=0)
         return np.where(agreed < LEAST, 0.0, agreed)
 
     def agrees(self, most: int) -> bool:
         """Whether ``surest`` is what draws agree on, and not the best under the mean effects."""
-        return self.bends and most == len(TERMS)
+        return self.bent is not None and most == len(TERMS)
 
     def best_of(self, losses: Sequence[Array], coefficients: Array) -> Array:
         """(J,) the loss of highest f among those given, each (J,), under given coefficients."""
@@ -303,15 +316,12 @@ def main_effects(weights: Array, fitness: Array) -> tuple[Array, Array]:
     are 0 for a term whose weight never varies.
     """
     by_basis = {name: _more(weights, of) for name, of in BASES.items()}
-    evidence, means, covariances = [], [], []
-    for name, _, _, fit in _fits(weights, fitness):
+    fits, means, covariances = list(_fits(weights, fitness)), [], []
+    for name, _, _, fit in fits:
         more = by_basis[name]
-        evidence.append(fit.evidence - math.log(len(KINDS[name])))  # bases are equally likely
         means.append(more @ fit.mean)
         covariances.append(more @ fit.covariance @ more.T)
-    odds = np.exp(np.array(evidence) - max(evidence))
-    odds /= odds.sum()
-    each = np.array(means)
+    odds, each = _odds(fits), np.array(means)
     mean = odds @ each
     apart = each - mean
     within = np.tensordot(odds, np.array(covariances), 1) * len(weights) / (len(weights) - 1)
@@ -332,6 +342,18 @@ def _more(weights: Array, basis: Callable[[Array], Array]) -> Array:
             high[:, term], low[:, term] = np.median(own[above]), np.median(own[~above])
         rows.append((basis(high) - basis(low)).reshape(len(weights), -1).mean(0))
     return np.array(rows)
+
+
+def _odds(fits: Sequence[tuple[str, tuple[float, ...], Array, _Fit]]) -> Array:
+    """(choices,) how likely each choice is by its evidence; bases are equally likely beforehand."""
+    evidence = np.array([fit.evidence - math.log(len(KINDS[name])) for name, _, _, fit in fits])
+    odds: Array = np.exp(evidence - evidence.max())
+    return np.asarray(odds / odds.sum(), np.float64)
+
+
+def _bends(basis: str, kinds: Sequence[float]) -> bool:
+    """Whether curvature varies as much as anything a priori."""
+    return basis == "levels" and kinds[2] == max(kinds) > kinds[0]
 
 
 def _fits(weights: Array, fitness: Array) -> Iterator[tuple[str, tuple[float, ...], Array, _Fit]]:
