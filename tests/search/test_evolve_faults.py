@@ -188,7 +188,9 @@ def test_a_dry_run_with_a_signal_says_how_well_fitness_ranks(
     run = tmp_path / "run"
     code, out, err = begin(tiny_shards, run, "--signal", 2)
     assert (code, err) == (0, "") and not run.exists()
-    assert "MiB a member" in out and "how well fitness ranks 2 losses that a search begins with" in out
+    assert (
+        "MiB a member" in out and "how well fitness ranks 2 losses that a search begins with" in out
+    )
 
 
 def test_a_cluster_that_is_not_there_is_told(tiny_shards: Path, tmp_path: Path) -> None:
