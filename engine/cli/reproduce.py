@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def reproduce(
     runtime = choose_runtime(device, amp=scale.pretrain.optim.amp)
     path = run_path or Path("runs") / f"reproduce-{table}-{scale.name}"
     run = RunFolder.begun(path, scale.pretrain)
-    with Display(log=run.path) as display:
+    with closing(run), Display(log=run.path) as display:
         size = scale.pretrain.clip.size
         datasets = [common.open_labelled(display, name, size, root=r, **more) for name, r in pairs]
         (library,) = common.open_videos(display, videos)
