@@ -273,9 +273,9 @@ def test_what_a_gpu_holds_for_its_graphs_is_not_free(
 def test_free_memory_is_that_of_this_machine() -> None:
     free = runtime.free_memory(torch.device("cpu"))
     assert 2**28 < free < 2**50
-    block = bytearray(2**31)
+    block = bytearray(2**30)
     block[::4096] = b"x" * len(block[::4096])
-    assert runtime.free_memory(torch.device("cpu")) < free - 2**30
+    assert runtime.free_memory(torch.device("cpu")) < free - 2**29
 
 
 @pytest.mark.gpu
