@@ -256,8 +256,11 @@ class Signal:
                 spent += (self._clock() - began) / len(losses)
                 networks = [member.loss.rgb for member in members.values()]
                 seen, judging = self._look(networks, list(members), seed, step + 1, spent)
-                for loss, look in zip(members, seen, strict=True):
+                for loss, look in zip(list(members), seen, strict=True):
                     looked[loss].append(look)
+                    if not look.scores:
+                        failed[loss] = f"its features after {step + 1} steps can't be judged"
+                        del members[loss]
                 began = self._clock()
         return [
             self._row(
@@ -302,7 +305,7 @@ class Signal:
                 each, self.labels, recipe=self.recipe, num_classes=self.num_classes, seed=seed
             )
             looks.append(Look(step, spent, rank, scores))
-        judging = taken + (self._clock() - began) / len(scores)
+        judging = taken + (self._clock() - began) / max(len(scores), 1)
         return looks, judging
 
     def _clock(self) -> float:
@@ -318,7 +321,7 @@ def judged(
     """Scores of features (N, V, D) by every read-out, and their effective rank.
 
     Besides the means over views by every read-out: the recipe's read-out with views as rows of their own, with half
-    of the clips, and with shuffled labels, which shows what chance gives.
+    of the clips, and with shuffled labels, which shows what chance gives. No scores where features are not finite.
     """
     own = recipe.fitness.readout
     mean, count = features.mean(1), features.shape[1]
@@ -387,7 +390,9 @@ def summary(trainings: Sequence[Training], plan: Plan) -> list[Ranking]:
     if not whole:
         return []
     rankings = []
-    names = list(whole[0][0].looks[0].scores)
+    scored = [look.scores for each in whole for row in each for look in row.looks]
+    # which half of the clips is seen depends on the seed, and may lack a class
+    names = [name for name in scored[0] if all(name in scores for scores in scored)]
     for step in plan.looks:
         looks = [[_at(row, step) for row in each] for each in whole]
         cost = float(np.mean([look.core_seconds for each in looks for look in each]))

@@ -209,8 +209,8 @@ class Search(Section, frozen=True):
     confirm_seeds: Annotated[int, Meta(ge=0)] = 3
     """Fresh seeds with which the best and random losses are trained again at the end."""
     compare: tuple[str, ...] = ()
-    """Losses trained with the same fresh seeds beside them, names of presets or files: all with the first, and the two
-    that are the fittest then with the others."""
+    """Losses trained with the same fresh seeds beside them, names of presets or files: all with the first, and the
+    one that is the fittest then with the others."""
     halving: bool = False
     """Drop the worse half of a cohort at 1/4 and again at 1/2 of the steps (successive halving): 0.56 of the time.
     docs/search.md says what this and the next settings save, and at what price."""

@@ -73,6 +73,6 @@ def draw_weights(rng: np.random.Generator, *, sparsity: float) -> LossWeights:
 
 
 def random_weights(seed: int, *, sparsity: float = 0.0) -> LossWeights:
-    """A loss drawn as a search draws its first: uniformly from [0, 1] for every term (the paper), or with zeros."""
+    """A loss drawn at random: a weight for every term, uniformly from [0, 1] (the paper), or with zeros."""
     rng = np.random.Generator(np.random.Philox(key=[seed, RANDOM_LOSS_STREAM]))
     return draw_weights(rng, sparsity=sparsity)

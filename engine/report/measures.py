@@ -80,13 +80,14 @@ def initial_stat(run: Run) -> Stat | None:
 
 
 def pooled_sds(one: Stat, other: Stat) -> float | None:
-    """The difference of two means in pooled standard deviations; None where neither side has a spread.
+    """The difference of two means in pooled standard deviations; None where a side has one value, or none differ.
 
     The pooled variance weighs each side's by its n - 1.
     """
-    spread = [(s.n - 1, s.sd) for s in (one, other) if s.sd is not None]
-    freedom = sum(n for n, _ in spread)
-    pooled = math.sqrt(sum(n * sd * sd for n, sd in spread) / freedom) if freedom else 0.0
+    if one.sd is None or other.sd is None:
+        return None
+    squares = sum((s.n - 1) * s.sd * s.sd for s in (one, other) if s.sd is not None)
+    pooled = math.sqrt(squares / (one.n + other.n - 2))
     return (one.mean - other.mean) / pooled if pooled > 0 else None
 
 
@@ -94,8 +95,10 @@ def ranking(run: Run) -> Reliability | None:
     """How well one training ranks losses; None where there are not two losses, or no loss has two seeds.
 
     Losses differ as the initial population does; seeds as its repeats do, and the losses that fresh seeds confirmed.
+    What takes no learning, or was trained with labels, says nothing of a member's seeds.
     """
     # Only here: they take seconds, and a list of runs has no ranks.
+    from engine.data.demo.levels import WITH_LABELS
     from engine.features.reliability import reliability
     from engine.features.trivial import TRIVIAL
 
@@ -103,7 +106,7 @@ def ranking(run: Run) -> Reliability | None:
     first = [_repeats(t) for t in initial]
     most = max(map(len, first), default=0)
     compared = table_of(run.summary, "compared")
-    fresh = [stat_in(compared, name) for name in compared if name not in TRIVIAL]
+    fresh = [stat_in(compared, name) for name in compared if name not in (*TRIVIAL, WITH_LABELS)]
     # each loss once: the best may be one of those that it is compared with
     values = {s.values for s in (stat(run, "best"), *fresh) if s is not None}
     longest = max(map(len, values), default=0)

@@ -111,6 +111,11 @@ class Run:
         return str(table_of(self.recipe, "search").get("method", "evolution"))
 
     @cached_property
+    def sparse(self) -> bool:
+        """Whether losses have weights of exactly 0 by their prior: ``search.sparsity`` of the recipe."""
+        return bool(table_of(self.recipe, "search").get("sparsity", 0))
+
+    @cached_property
     def effects(self) -> Effects | None:
         """Each term's effect on fitness; None where there are too few members."""
         from engine.search.effects import effects_of  # only here: a list of runs does without

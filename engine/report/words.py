@@ -115,7 +115,7 @@ def verdict(run: Run, signal: Reliability | None) -> str:
     side = "higher" if gain > 0 else "lower"
     by = f"{pm(best.mean, best.sd)} against {pm(random.mean, random.sd)} ({abs(gain):.3f} {side}{sds})"
     if signal is not None and math.isfinite(signal.ratio):
-        by += f"; random losses differ {signal.ratio:.1f} times as much as seeds"
+        by += f"; the first losses differ {signal.ratio:.1f} times as much as seeds"
     if gain <= 0:
         return f"The evolved loss does not beat random losses: {by}."
     if apart is None:
@@ -131,7 +131,7 @@ def trust(run: Run, signal: Reliability | None) -> list[tuple[str, str]]:
         return []
     never = "over 10,000" if signal.ratio else "no number: losses don't differ"
     told = "trainings of each: " + _number(signal.repeats, never)
-    gained = "random members: " + _number(signal.members(), never)
+    gained = "members like the first: " + _number(signal.members(), never)
     best, random = stat(run, "best"), stat(run, "random")
     apart = pooled_sds(best, random) if best and random else None
     return [
@@ -152,8 +152,9 @@ def caution(run: Run) -> str:
     best, seen = stat(run, "best"), finite(run.summary.get("best_search_fitness"))
     if best is None or seen is None:
         return "The best fitness of a noisy search flatters itself, and no fresh seed has confirmed this loss yet."
+    highest = "the highest" if [run.best] == [*run.improvements[-1:]] else "one"
     return (
-        f"The search saw {seen:.3f} for this loss, the highest of many noisy measurements, which flatters itself: "
+        f"The search saw {seen:.3f} for this loss, {highest} of many noisy measurements, which flatters itself: "
         f"quote {best.mean:.3f}, from {plural(best.n, 'fresh seed')}."
     )
 

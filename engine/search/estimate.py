@@ -15,6 +15,7 @@ from engine.core.recipe import Recipe
 from engine.core.runtime import Runtime, make_deterministic
 from engine.features.extract import LabelledClips
 from engine.objective.loss import active_terms
+from engine.objective.lossfile import load_loss
 from engine.objective.terms import TERM_NAMES
 from engine.search.evolve import Data, Workers
 from engine.search.packing import job_sizes
@@ -109,8 +110,16 @@ def _members(recipe: Recipe, study: SearchStudy, labelled: LabelledClips) -> str
 def _measure(trainer: Trainer, labelled: LabelledClips, study: SearchStudy) -> Cost:
     """Train members for some steps, as far as the recipe has any, and judge one."""
     batches, steps = list[float](), list[float]()
-    for proposal in study.ask(SAMPLE if study.settings.sparsity else 1):
-        member = trainer.member(proposal.weights, seed=trainer.recipe.seed)
+    losses = [each.weights for each in study.ask(SAMPLE if study.settings.sparsity else 1)]
+    for loss in losses:
+        try:
+            member = trainer.member(loss, seed=trainer.recipe.seed)
+        except (
+            ValueError
+        ):  # nothing of it is left without sound: the search notes a member that failed
+            if batches or loss is not losses[-1]:
+                continue
+            member = trainer.member(load_loss("equal"), seed=trainer.recipe.seed)
         batch, step = _measure_steps(trainer, member)
         batches.append(batch)
         steps.append(step)

@@ -83,11 +83,14 @@ class Planner:
         return [members[i::cohorts] for i in range(cohorts)]
 
     def _of_one_generation(self, most: int) -> list[Proposal]:
+        """At most so many, whose seeds are equal, whichever of their generation are done or at work."""
         members: list[Proposal] = []
-        while len(members) < most and (first := self.study.ask(1)):
-            members += first
-            if first[0].number + 1 == self.study.generation(first[0].number).stop:
+        while len(members) < most and (nearest := self.study.next_number()) is not None:
+            if members and nearest not in self.study.generation(members[0].number):
                 break
+            if not (asked := self.study.ask(1)):
+                break
+            members += asked
         return members
 
     def _generations(self, count: int) -> list[list[Proposal]]:

@@ -22,7 +22,8 @@ from engine.core.recipe import Recipe, Search, recipe_hash
 from engine.core.run import Events, RunFolder
 from engine.core.runtime import Clock
 from engine.core.tensors import CheckpointError, load_tensors
-from engine.objective.lossfile import LossWeights, random_weights, save_loss
+from engine.objective.lossfile import random_weights, save_loss
+from engine.objective.terms import LossWeights
 from engine.search.cohort import MemberResult
 from engine.search.effects import as_json, effects_of
 from engine.search.samplers import Trial
@@ -40,11 +41,11 @@ CONFIRMATIONS = "confirmations.json"
 LEADING = 1
 """Losses to compare with that go on after the first fresh seed: the fittest under it."""
 RANDOM_LOSSES = 2
-"""Random losses under each fresh seed: one lucky draw among few says little of them, and two cores take them in pairs."""
+"""Random losses under each fresh seed: among few a lucky one counts for much, and two cores take them in pairs."""
 
 
 def random_losses(seed: int, settings: Search) -> list[LossWeights]:
-    """The random losses that are trained under a fresh seed, drawn as a search draws its first: each its own."""
+    """The losses drawn at random that are trained under a fresh seed: each seed has its own."""
     step = SEEDS_A_SEARCH // RANDOM_LOSSES
     draws = (seed + number * step for number in range(RANDOM_LOSSES))
     return [random_weights(draw, sparsity=settings.sparsity) for draw in draws]
@@ -233,11 +234,11 @@ class Records:
             for kind in ("untrained", "best")
         }
         fresh["random"] = _spread([r["fitness"] for record in confirmed for r in record["random"]])
-        first = next(iter(known.values())) if known else {}
         tables = [record["compared"] for record in confirmed]
+        names = dict.fromkeys(name for table in tables for name in table)
         compared = {
             name: _spread([table[name]["fitness"] for table in tables if name in table])
-            for name in first.get("compared", ())
+            for name in names
         }
         compared |= {name: _spread(values) for name, values in self.levels.items()}
         summary = {

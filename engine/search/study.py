@@ -79,10 +79,10 @@ class SearchStudy:
     def ask(self, limit: int | None = None) -> list[Proposal]:
         """Members to train next that were not handed out yet, at most ``limit``.
 
-        Methods that learn by generations (cmaes; evolution, if ``settings.synchronous``) propose a generation when
-        all members of earlier ones are done. The others propose as many as are asked for, of what is done by now;
-        with no limit, ``settings.generation``. An empty list means that members at work must end first, or that the
-        search is ``finished``.
+        Methods that learn by generations (cmaes; evolution and surrogate, if ``settings.synchronous``) propose a
+        generation when all members of earlier ones are done. The others propose as many as are asked for, of what
+        is done by now; with no limit, ``settings.generation``. An empty list means that members at work must end
+        first, or that the search is ``finished``.
         """
         count = self.settings.generation if limit is None else limit
         waiting = sorted(self._open.keys() - self._out)
@@ -161,6 +161,11 @@ class SearchStudy:
     def open_members(self) -> list[Proposal]:
         """All members that were proposed here and are not done, by number."""
         return [self._open[number] for number in sorted(self._open)]
+
+    def next_number(self) -> int | None:
+        """The member that ``ask`` gives next, if it gives any; None where all are done or handed out."""
+        taken = self._done.keys() | self._out
+        return next((number for number in range(self.total) if number not in taken), None)
 
     def parents(self) -> list[Trial]:
         """The members done that later members may be copied from; none where none is copied."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,6 +15,7 @@ from engine.bench.signal import UNTRAINED, Look, Plan, Score, Training, plan_of,
 from engine.cli.main import main
 from engine.core.recipe import Search, load_recipe
 from engine.data.demo.demo import make_demo
+from engine.features.extract import Extractor
 from engine.features.readout import READOUTS
 from engine.search.samplers import Proposal
 from engine.search.study import SearchStudy
@@ -123,3 +125,33 @@ def test_summary_of_made_up_trainings() -> None:
     assert late.figures.ratio > 20 > early.figures.ratio
     rows[-1] = msgspec.structs.replace(rows[-1], failed="loss is nan")
     assert summary(rows, plan)[1].figures.losses == 11  # type: ignore[union-attr]
+    # half of the clips may hold every class under one seed alone, and features may not be finite
+    seen = rows[2].looks[1]
+    more = msgspec.structs.replace(seen, scores={**seen.scores, "half": Score(1.0, 1.0, 1.0)})
+    rows[2] = msgspec.structs.replace(rows[2], looks=[rows[2].looks[0], more])
+    gone = msgspec.structs.replace(rows[4].looks[1], scores={})
+    rows[4] = msgspec.structs.replace(rows[4], looks=[rows[4].looks[0], gone], failed="nan")
+    (early, late) = summary(rows, plan)
+    assert early.readout == late.readout == "raw"
+    assert late.figures is not None and late.figures.losses == 10
+
+
+def test_features_that_are_not_finite_fail_their_training_alone(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    taken, rows = Extractor.outputs, tmp_path / "rows.jsonl"
+
+    def outputs(self: Extractor, networks: Any, cards: Any, **how: Any) -> Any:
+        features = taken(self, networks, cards, **how)
+        if len(features) > 1:
+            features[-1][0] = float("nan")
+        return features
+
+    monkeypatch.setattr(Extractor, "outputs", outputs)
+    data = ("--videos", folders[0], "--labelled", folders[1])
+    how = ("--recipe", TINY, "--device", "cpu", "--no-presets", "--losses", 2, "--json", rows)
+    out = call(*data, *how)
+    assert "can't be judged" in out and "how well fitness ranks" in out
+    found = [msgspec.json.decode(line, type=Training) for line in rows.read_bytes().splitlines()]
+    assert [row.failed is None for row in found] == [True, True, True, False, True, False]

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from engine.report.measures import agreement, lineage, spearman, throughput
+from engine.data.demo.levels import WITH_LABELS
+from engine.report.measures import (
+    Stat,
+    agreement,
+    lineage,
+    pooled_sds,
+    ranking,
+    spearman,
+    throughput,
+)
 from engine.report.run import read_run
 from tests.made_run import make_run
 
@@ -44,6 +55,24 @@ def test_agreement_of_two_metrics(tmp_path: Path) -> None:
     ).confidence_interval
     assert (found.low, found.high) == pytest.approx((other.low, other.high), abs=0.06)
     assert agreement(read_run(tmp_path), "zipf", "absent") is None
+
+
+def test_networks_trained_with_labels_say_nothing_of_members_seeds(tmp_path: Path) -> None:
+    make_run(tmp_path, members=24)
+    path = tmp_path / "summary.json"
+    summary, before = json.loads(path.read_text()), ranking(read_run(tmp_path))
+    levels = {"mean": 0.857, "sd": 0.057, "n": 3, "values": [0.918, 0.806, 0.846]}
+    path.write_text(json.dumps({**summary, "compared": {WITH_LABELS: levels}}))
+    assert before is not None and ranking(read_run(tmp_path)) == before
+
+
+def test_standard_deviations_apart() -> None:
+    """By hand: variances 4 and 1 with two and one degrees of freedom make 3."""
+    one, other = Stat(10.0, 2.0, 3, ()), Stat(4.0, 1.0, 2, ())
+    assert pooled_sds(one, other) == pytest.approx(6 / math.sqrt(3))
+    assert (
+        pooled_sds(one, Stat(4.0, None, 1, ())) is None is pooled_sds(Stat(4.0, None, 1, ()), one)
+    )
 
 
 def test_throughput_and_gains(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from engine.core.recipe import recipe_hash
 from engine.core.run import Events, RunFolder
+from engine.objective.lossfile import load_loss
 from engine.search import evolve
+from engine.train.trainer import Trainer
 from tests.runs import RECIPE, begin, ended_as, history, one_line, outcome, read, resume
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -180,6 +182,29 @@ def test_a_dry_run_writes_nothing(tiny_shards: Path, tmp_path: Path) -> None:
     assert "say how many GPUs" in one_line(
         begin(tiny_shards, run, "--dry-run", "--address", "auto", "--device", "auto"), code=2
     )
+
+
+def test_a_dry_run_measures_the_losses_that_can_be_computed(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on silent videos, where some sparse losses have nothing left."""
+    original, refused, measured = Trainer.member, list[int](), list[Any]()
+
+    def member(self: Trainer, weights: Any, **options: Any) -> Any:
+        if len(refused) < least and weights != load_loss("equal"):
+            refused.append(1)
+            raise ValueError("no term is left without sound")
+        measured.append(weights)
+        return original(self, weights, **options)
+
+    monkeypatch.setattr(Trainer, "member", member)
+    sparse = ("--set", "search.sparsity=0.9", "--dry-run")
+    for least in (1, 100):
+        code, out, err = begin(tiny_shards, tmp_path / "run", *sparse)
+        assert (code, err) == (0, "") and "expected; measured here" in out
+        assert (load_loss("equal") in measured) == (least == 100)
+        refused.clear()
+        measured.clear()
 
 
 def test_a_dry_run_with_a_signal_says_how_well_fitness_ranks(

@@ -85,6 +85,17 @@ def test_generations_have_seeds_of_their_own(tmp_path: Path, method: str) -> Non
     assert {cohort.seeds for cohort in same.cohorts(3)} == {(0,)}
 
 
+def test_what_a_kill_left_of_a_generation_is_no_cohort_with_the_next(tmp_path: Path) -> None:
+    options = ("search.method=random", "search.seeds=generation")
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    planner, study = plan(tmp_path, *options, workers=2, storage=storage)
+    assert trials(planner.cohorts(2)) == [(0, 1), (2, 3)]
+    tell(study, 2, 3)
+    # the driver is killed, and one worker goes on
+    again, _ = plan(tmp_path, *options, workers=1, storage=storage)
+    assert trials(again.cohorts(3)) == [(0, 1), (4, 5, 6, 7), (8, 9, 10, 11)]
+
+
 def test_children_of_parents_with_other_seeds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"search\.seeds = same"):
         plan(tmp_path, "search.warm_start=true", "search.seeds=generation", workers=1)

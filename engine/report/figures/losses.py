@@ -263,11 +263,12 @@ def _follow(
     axes.step(at, values, lw=lw, alpha=alpha, **style)
 
 
-def _weight_axis(axes: Axes, *, named: bool = True, count: int = 2) -> None:
-    """From 0 to 1, with a dashed line at 0.5: where a weight that does not matter comes to lie."""
+def _weight_axis(axes: Axes, run: Run, *, named: bool = True, count: int = 2) -> None:
+    """From 0 to 1, with a dashed line at 0.5 where, drawn uniformly, a weight that does not matter comes to lie."""
     axes.set_ylim(0, 1)
     axes.set_yticks(np.linspace(0, 1, count + 1))
-    axes.axhline(0.5, color=COLOR["muted"], lw=1, ls="--", alpha=0.7)
+    if not run.sparse:
+        axes.axhline(0.5, color=COLOR["muted"], lw=1, ls="--", alpha=0.7)
     axes.tick_params(labelleft=named)
 
 
@@ -278,7 +279,7 @@ def tasks(run: Run, width: float) -> Figure:
     figure = sheet(width, 370 if wide else 330)
     axes = place(figure, 36, 28, width - (194 if wide else 170), 296 if wide else 256)
     over_trials(axes, run, count=8 if wide else 4, label=True)
-    _weight_axis(axes, count=4)
+    _weight_axis(axes, run, count=4)
     at, means = fittest_means(run)
     labels = []
     for task in TASK_LABELS:
@@ -306,7 +307,7 @@ def modalities(run: Run, width: float) -> Figure:
         x, y = column * each + 28, 26 + row * (tall + 60)
         axes = place(figure, x, y, each - 46, tall, title=label)
         over_trials(axes, run, count=3, name="trial" if row == lines - 1 else "")
-        _weight_axis(axes, named=column == 0)
+        _weight_axis(axes, run, named=column == 0)
         labels = []
         for j, term in enumerate(TERMS):
             if term.task == task:
@@ -335,7 +336,7 @@ def layers(run: Run, width: float) -> Figure:
         note(figure, x, y, letter, "ink", weight="bold", size=13)
         note(figure, x + 16, y, what, "ink", size=12)
     best = place(figure, 36, 46, 200 if wide else width - 96, 198, xlabel="layer (0 = stem)")
-    _weight_axis(best, count=4)
+    _weight_axis(best, run, count=4)
     labels = []
     for m in DISTILLED:
         values = [run.weights[f"distill/{m}@{k}"] for k in range(NUM_LAYERS)]
@@ -351,7 +352,7 @@ def layers(run: Run, width: float) -> Figure:
         axes = place(figure, x, y, *size)
         axes.set_title(MODALITY_LABELS[m], color=COLOR[m])
         over_trials(axes, run, count=3, name="trial" if wide or i == 2 else "")
-        _weight_axis(axes, named=i == 0 or not wide)
+        _weight_axis(axes, run, named=i == 0 or not wide)
         labels = []
         for k in range(NUM_LAYERS):
             column = means[:, TERM_NAMES.index(f"distill/{m}@{k}")]
