@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.core.files import write_text_atomic
 from engine.report.figures.compare import color, curves, final
@@ -13,6 +13,9 @@ from engine.report.measures import Group, stat
 from engine.report.page import Kind, draw, render, when
 from engine.report.run import Run, fitness_of, read_run
 from engine.report.words import duration, fitness_metric, plural, pm, spoken
+
+if TYPE_CHECKING:
+    from engine.search.effects import Effect
 
 SIDES = ("best", "random", "untrained")
 """Keys of the summary whose fitness fresh seeds confirmed."""
@@ -70,6 +73,22 @@ def cautions(groups: Sequence[Group]) -> list[str]:
         ),
     }
     return [sentence for sentence, holds in sentences.items() if holds]
+
+
+def matters(groups: Sequence[Group]) -> list[dict[str, list[tuple[Effect | None, str]]]]:
+    """Effects of tasks, and the paper's claims with verdicts: by name, a cell a group, from all of its members."""
+    from engine.search.effects import compared  # only here: it takes seconds
+
+    tables: list[dict[str, list[tuple[Effect | None, str]]]] = [{}, {}]
+    for place, group in enumerate(groups):
+        if (found := group.effects) is None:
+            continue
+        tasks = ((name.replace("_", " "), effect, "") for name, effect in found.groups.items())
+        lines: list[list[tuple[str, Effect | None, str]]] = [[*tasks], compared(found)]
+        for table, rows in zip(tables, lines, strict=True):
+            for name, effect, verdict in rows:
+                table.setdefault(name, [(None, "")] * len(groups))[place] = effect, verdict
+    return tables
 
 
 def finding(groups: Sequence[Group]) -> str:
@@ -132,6 +151,7 @@ def _values(groups: Sequence[Group]) -> dict[str, Any]:
         ],
         "runs": [_row(group, run, ink=color(i)) for i, group, run in runs],
         "metrics": sorted({fitness_metric(run) for *_, run in runs}),
+        "matters": matters(groups),
         "cautions": cautions(groups),
         "differences": differences([g.runs[0] for g in groups]),
     }

@@ -17,6 +17,7 @@ from engine.search.samplers import Trial, finite, finite_values
 
 if TYPE_CHECKING:
     from engine.features.reliability import Reliability
+    from engine.search.effects import Effects
 
 
 @dataclass(frozen=True)
@@ -291,6 +292,13 @@ class Group:
         table = np.array([curve[:members] for curve in self.curves])
         several = len(table) > 1
         return table.mean(axis=0), table.std(axis=0, ddof=1) if several else np.zeros(members)
+
+    @cached_property
+    def effects(self) -> Effects | None:
+        """Each term's effect on fitness, from the members of all runs; None where there are too few."""
+        from engine.search.effects import effects_of  # only here: a list of runs does without
+
+        return effects_of([trial for run in self.runs for trial in run.trials])
 
     def side(self, key: str) -> Stat | None:
         """Fitness with fresh seeds over the runs: mean and sd of the runs' means, n runs.

@@ -14,8 +14,9 @@ import tomli_w
 
 from engine.report.compare import groups_of, write_comparison
 from engine.report.run import read_run
+from engine.search.effects import as_json, effects_of
 from tests.chromium import PROGRAM, Browser
-from tests.made_run import Page, make_run
+from tests.made_run import Page, make_run, trial_of
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,19 @@ def test_the_page(searches: dict[str, dict[str, Any]], tmp_path: Path) -> None:
         "search.population": ["12", "12", "20"],
         "search.rounds": ["28", "28", "20"],
     }
+    # what matters: each group's members together
+    for place, names in enumerate(
+        (("evolution-1", "evolution-2", "evolution-3"), ("random-1", "random-2"))
+    ):
+        rows = [row for name in names for row in searches[name]["members"]]
+        told = as_json(effects_of([trial_of(row) for row in rows]))
+        claims = [[cell.split() for cell in row] for row in page.rows["claims"][1:]]
+        assert [" ".join(row[0]) for row in claims] == [c["claim"] for c in told["claims"]]
+        for row, c in zip(claims, told["claims"], strict=True):
+            number = [f"{c['mean']:+.3f}", f"{c['low']:+.3f}", "to", f"{c['high']:+.3f}"]
+            assert row[1 + place] == [*number, *c["verdict"].split()]
+        tasks = {row[0].strip(): row[1 + place].split()[0] for row in page.rows["tasks"][1:]}
+        assert tasks["cross"] == f"{told['effects']['groups']['cross']['mean']:+.3f}"
     said = " ".join(page.text.values()) + out.read_text()
     assert "1 run of them had not ended: other." in said
     assert "not the same measure" not in said
