@@ -40,13 +40,13 @@ LARGEST_SEED = 2**31
 CONFIRMATIONS = "confirmations.json"
 LEADING = 1
 """Losses to compare with that go on after the first fresh seed: the fittest under it."""
-RANDOM_LOSSES = 2
-"""Random losses under each fresh seed: among few a lucky one counts for much, and two cores take them in pairs."""
+RANDOM_LOSSES = 3
+"""Random losses under each fresh seed: among few a lucky one counts for much."""
 
 
 def random_losses(seed: int, settings: Search) -> list[LossWeights]:
     """The losses drawn at random that are trained under a fresh seed: each seed has its own."""
-    step = SEEDS_A_SEARCH // RANDOM_LOSSES
+    step = SEEDS_A_SEARCH // (RANDOM_LOSSES + 1)
     draws = (seed + number * step for number in range(RANDOM_LOSSES))
     return [random_weights(draw, sparsity=settings.sparsity) for draw in draws]
 
