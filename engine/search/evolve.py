@@ -23,16 +23,10 @@ from engine.core.runtime import Clock, Runtime, format_note
 from engine.data.library import Library
 from engine.data.shards.index import data_digest
 from engine.features.extract import LabelledClips
-from engine.objective.lossfile import load_loss
+from engine.objective.lossfile import load_loss, random_weights
 from engine.search.cohort import MemberResult
 from engine.search.packing import Planner, split
-from engine.search.records import (
-    ProgressLine,
-    Records,
-    confirmation_sizes,
-    outcome_line,
-    random_losses,
-)
+from engine.search.records import ProgressLine, Records, confirmation_sizes, outcome_line
 from engine.search.samplers import Proposal, Trial
 from engine.search.study import SearchStudy
 from engine.search.worker import Cohort, CohortEvaluator, CohortFactory, CohortResult, Progress
@@ -219,7 +213,7 @@ class _Search:
             self.progress.done = 1
 
     def _confirm(self, queue: JobQueue) -> None:
-        """Train the best loss, random ones and those to compare with under seeds that the search never saw."""
+        """Train the best loss and a random one again with seeds that the search never saw."""
         best, left = self.study.best(), self.records.seeds_to_confirm()
         sizes = confirmation_sizes(self.study.settings)
         stage, done = "confirming with fresh seeds", sum(sizes[: len(sizes) - len(left)])
@@ -255,7 +249,8 @@ class _Search:
 
 
 def _confirmation(best: Trial, seed: int, names: Sequence[str], settings: Search) -> Cohort:
-    losses = [*random_losses(seed, settings), *map(load_loss, names)]
+    losses = [random_weights(seed, sparsity=settings.sparsity)]
+    losses += [load_loss(name) for name in names]
     members = (best.proposal, *(Proposal(-1 - i, loss) for i, loss in enumerate(losses)))
     return Cohort(members, (seed,), confirm=True)
 

@@ -22,8 +22,7 @@ from engine.core.recipe import Recipe, Search, recipe_hash
 from engine.core.run import Events, RunFolder
 from engine.core.runtime import Clock
 from engine.core.tensors import CheckpointError, load_tensors
-from engine.objective.lossfile import random_weights, save_loss
-from engine.objective.terms import LossWeights
+from engine.objective.lossfile import save_loss
 from engine.search.cohort import MemberResult
 from engine.search.effects import as_json, effects_of
 from engine.search.samplers import Trial
@@ -40,15 +39,6 @@ LARGEST_SEED = 2**31
 CONFIRMATIONS = "confirmations.json"
 LEADING = 1
 """Losses to compare with that go on after the first fresh seed: the fittest under it."""
-RANDOM_LOSSES = 3
-"""Random losses under each fresh seed: among few a lucky one counts for much."""
-
-
-def random_losses(seed: int, settings: Search) -> list[LossWeights]:
-    """The losses drawn at random that are trained under a fresh seed: each seed has its own."""
-    step = SEEDS_A_SEARCH // (RANDOM_LOSSES + 1)
-    draws = (seed + number * step for number in range(RANDOM_LOSSES))
-    return [random_weights(draw, sparsity=settings.sparsity) for draw in draws]
 
 
 def fresh_seeds(recipe: Recipe) -> range:
@@ -204,23 +194,18 @@ class Records:
         return tuple(name for name in names if name in leading)
 
     def confirmed(self, cohort: Cohort, result: CohortResult) -> None:
-        """Note the outcome of the best loss, the random ones and those to compare with under a fresh seed."""
-        (seed,), (member, *others) = cohort.seeds, cohort.members
-        best, *found = (
+        """Note the outcome of the best loss and a random one under a fresh seed."""
+        (seed,), (member, random_member, *_) = cohort.seeds, cohort.members
+        best, random, *others = (
             {"fitness": r.fitness, "reason": r.reason, **self.attributes(r)} for r in result.results
         )
-        random = [
-            {**each, "weights": other.weights}
-            for each, other in zip(found[:RANDOM_LOSSES], others, strict=False)
-        ]
-        compared = zip(self.compared_under(seed) or (), found[RANDOM_LOSSES:], strict=True)
         trivial = {name: {"fitness": value} for name, value in result.trivial.items()}
         record = {
             "trial": member.number,
             "untrained": {"fitness": result.untrained},
             "best": best,
-            "random": random,
-            "compared": trivial | dict(compared),
+            "random": {**random, "weights": random_member.weights},
+            "compared": trivial | dict(zip(self.compared_under(seed) or (), others, strict=True)),
         }
         with self.clock("logging"):
             self.run.write_json(CONFIRMATIONS, {**self._confirmations(), str(seed): record})
@@ -231,9 +216,8 @@ class Records:
         confirmed = [known[str(seed)] for seed in fresh_seeds(self.recipe)]
         fresh = {
             kind: _spread([record[kind]["fitness"] for record in confirmed])
-            for kind in ("untrained", "best")
+            for kind in ("untrained", "best", "random")
         }
-        fresh["random"] = _spread([r["fitness"] for record in confirmed for r in record["random"]])
         tables = [record["compared"] for record in confirmed]
         names = dict.fromkeys(name for table in tables for name in table)
         compared = {
@@ -266,16 +250,13 @@ class Records:
         if self.study.best_fitness() is None:
             return {}
         best, known = self.study.best(), self.run.read_json(CONFIRMATIONS) or {}
-        for record in known.values():  # runs of earlier versions trained one random loss a seed
-            if isinstance(record["random"], dict):
-                record["random"] = [record["random"]]
         return {seed: record for seed, record in known.items() if record["trial"] == best.number}
 
 
 def confirmation_sizes(search: Search) -> list[int]:
-    """Losses trained under each fresh seed: the best, random ones, and those to compare with."""
-    count, always = len(search.compare), 1 + RANDOM_LOSSES
-    return [always + (min(count, LEADING) if i else count) for i in range(search.confirm_seeds)]
+    """Losses trained under each fresh seed: the best, a random one, and those to compare with."""
+    count = len(search.compare)
+    return [2 + (min(count, LEADING) if i else count) for i in range(search.confirm_seeds)]
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
