@@ -17,7 +17,7 @@ from engine.data.ingest.run import ingest
 from engine.data.ingest.sources import Reject, SourceList, find_sources
 from engine.data.ingest.splits import MISSING, NUM_SPLITS, hmdb51, kinetics, own, ucf101
 from engine.data.library import Report, reported
-from engine.data.shards.index import ClipIndex, is_shards
+from engine.data.shards.index import SPLIT_SHIFT, ClipIndex, is_shards
 
 Ints = NDArray[np.int64]
 
@@ -256,8 +256,12 @@ def _described(
     if not (label >= 0).any():
         raise ValueError("no labelled clips: put each class's videos into a folder of its own")
     clips = [(index.facts(i)["source"], int(label[i])) for i in range(len(index))]
-    # one film may be listed with several stretches of other classes
-    video, videos = _numbered([f"{source}\0{number}" for source, number in clips])
+    # One film may be listed with stretches of other classes, or of other parts of a split: a video, over whose clips
+    # features are averaged, is of one class and one part.
+    parts = index.flags >> SPLIT_SHIFT
+    video, videos = _numbered(
+        [f"{source}\0{number}\0{part}" for (source, number), part in zip(clips, parts, strict=True)]
+    )
     groups = [_group_of(s, pattern, None if c < 0 else index.classes[c]) for s, c in clips]
     unmatched = [s for (s, _), group in zip(clips, groups, strict=True) if group is None]
     if by_group and pattern is not None and unmatched:
@@ -268,7 +272,11 @@ def _described(
     group, names = _numbered(
         [s if g is None else g for (s, _), g in zip(clips, groups, strict=True)]
     )
-    folds = _group_folds(group, names, label) if by_group else _official(index, name, label)
+    folds = (
+        _group_folds(group, names, label, index.classes)
+        if by_group
+        else _official(index, name, label)
+    )
     official = f"{len(folds)} official split{'s'[: len(folds) > 1]}"
     official = "trained and tested by lists" if name == "folders" else official
     lost = {r.path for r in rejects if not r.partial} - {source for source, _ in clips}
@@ -319,7 +327,9 @@ def _official(index: ClipIndex, name: str, label: Ints) -> tuple[Fold, ...]:
     return tuple(folds)
 
 
-def _group_folds(group: Ints, names: Sequence[str], label: Ints) -> tuple[Fold, ...]:
+def _group_folds(
+    group: Ints, names: Sequence[str], label: Ints, classes: Sequence[str]
+) -> tuple[Fold, ...]:
     known = label >= 0
     held = [np.flatnonzero(known & (group == number)) for number in range(len(names))]
     if sum(map(bool, map(len, held))) < 2:
@@ -327,8 +337,15 @@ def _group_folds(group: Ints, names: Sequence[str], label: Ints) -> tuple[Fold, 
             f"all labelled clips are of one group, {names[0]!r}: without it nothing is left to train on; give"
             " another --group-pattern"
         )
-    return tuple(
+    folds = [
         Fold(name, np.flatnonzero(known & (group != number)), test)
         for number, (name, test) in enumerate(zip(names, held, strict=True))
         if len(test)
-    )
+    ]
+    for fold in folds:
+        if len(left := np.unique(label[fold.train])) < 2:
+            raise ValueError(
+                f"without group {fold.name!r} only class {classes[left[0]]!r} is left to train on; give another"
+                " --group-pattern"
+            )
+    return tuple(folds)

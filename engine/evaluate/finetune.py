@@ -157,6 +157,11 @@ class Finetuning:
             return fold.train, fold.train[:0]
         label, group = self.dataset.label[fold.train], self.dataset.group[fold.train]
         part = deal_groups(group, label, parts=max(2, round(1 / share)), seed=seed)
+        if not part.any():
+            raise ValueError(
+                f"finetune.validation: {fold.name} has no second group to train on beside the one that is held out;"
+                " set it to 0"
+            )
         return fold.train[part != 0], fold.train[part == 0]
 
     def _model(self, seed: int) -> Classifier:

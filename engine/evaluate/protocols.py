@@ -221,7 +221,7 @@ class Judge:
         for part, rows in parts.items():
             labels = self.videos.label[rows]
             count = len(np.unique(labels))
-            if len(rows) < 2 * count:  # a cluster a video says nothing
+            if count < 2 or len(rows) < 2 * count:  # one class, or a cluster a video, says nothing
                 continue
             scaled = fitted(self._rows(rows), self.settings.readout)
             x = scaled(self._rows(rows))

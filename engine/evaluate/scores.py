@@ -168,11 +168,12 @@ def spreads(rows: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
 def append_rows(path: Path, results: Sequence[Evaluated], baselines: Mapping[str, Spread]) -> None:
     """Append a row a protocol to a JSON Lines file, and write the confusion matrices beside it."""
     trivial = {name: asdict(spread) for name, spread in baselines.items()}
+    first = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
     with path.open("a", encoding="utf-8") as file:
         for result in results:
             row = result.row() | ({"baselines": trivial} if trivial else {})
             file.write(json.dumps(row) + "\n")
-    for number, result in enumerate(results):
+    for number, result in enumerate(results, start=first):
         if result.confusion is not None:
             name = f"{path.stem}-{number}-{result.protocol}-confusion.csv"
             write_confusion(path.with_name(name), result)

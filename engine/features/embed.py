@@ -43,7 +43,6 @@ from engine.features.parquet import (
     read_rejects,
     rejects_file,
     write_part,
-    write_rejects,
 )
 from engine.features.readout import NAMES, read_out_by
 from engine.features.segments import Chunk, Cutter, Cutting, EmbedSettings, Segments, shard_chunks
@@ -116,7 +115,6 @@ def embed(
         rows, rejects = merge_parts(
             parts, out, videos=per_video, about=about, listed=listed, scaled=scaled
         )
-        write_rejects(out, rejects)
     if not rows:
         raise ValueError(
             f"no video gave a row: {len(rejects)} were rejected; the first, {rejects[0]['path']}: "

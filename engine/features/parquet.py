@@ -102,13 +102,14 @@ def merge_parts(
 
     ``videos`` makes one row of a video's clips that follow one another and have one label: the mean of their
     vectors. ``scaled`` is applied to the vectors of the rows. ``about`` goes into the metadata, with the number of
-    rejects, of which ``listed`` are of no part. Only one part is in memory at a time. ``out`` appears whole or not
-    at all, and not without rows. Raises OSError.
+    rejects, of which ``listed`` are of no part; they are written beside ``out`` before it is there. Only one part is in
+    memory at a time. ``out`` appears whole or not at all, and not without rows. Raises OSError.
     """
     schemas = [pq.read_schema(part) for part in parts]
     rejects = [*listed, *(reject for schema in schemas for reject in _rejects(schema))]
     schema = _schema(schemas[0].field("vector").type.list_size, videos=videos)
     schema = schema.with_metadata({**about, "rejected": str(len(rejects))})
+    write_rejects(out, rejects)
     if not sum(pq.read_metadata(part).num_rows for part in parts):
         return 0, rejects
     count, sources = 0, (read_features(part) for part in parts)

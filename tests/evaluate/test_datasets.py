@@ -173,6 +173,29 @@ def test_stretches_and_repeated_rows_make_no_set_incomplete(colours: Path, tmp_p
     assert not dataset.incomplete
 
 
+def test_stretches_of_one_film_in_two_parts_are_two_videos(colours: Path, tmp_path: Path) -> None:
+    """Features are means over a video: one that is trained and tested on would be found again."""
+    videos = sorted(colours.glob("UCF-101/*/*_c01.avi"))
+    rows = [
+        f"{v},{v.parent.name},{start},{part}"
+        for v in videos
+        for start, part in ((0, "train"), (0.2, "test"))
+    ]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label,start,split", *rows]))
+    dataset = opened(colours, tmp_path, name="folders", splits=tmp_path / "all.csv")
+    (fold,) = dataset.folds
+    assert len(fold.train) == len(fold.test) == len(videos)
+    assert not set(dataset.video[fold.train]) & set(dataset.video[fold.test])
+
+
+def test_a_group_without_which_one_class_is_left_is_told(colours: Path, tmp_path: Path) -> None:
+    classes = sorted(path.name for path in (colours / "UCF-101").iterdir() if path.is_dir())[:2]
+    rows = [f"{v},{c}" for c in classes for v in sorted(colours.glob(f"UCF-101/{c}/*.avi"))[:2]]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    with pytest.raises(ValueError, match=f"only class '{classes[1]}' is left to train on"):
+        opened(tmp_path / "list.csv", tmp_path, name="folders", group_pattern=r"v_([A-Za-z]+)_")
+
+
 def test_lists_of_parts_that_can_not_be_used(colours: Path, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("a.avi 0\n")
     settings: dict[str, Any] = {"name": "folders", "splits": tmp_path}

@@ -29,6 +29,7 @@ from engine.evaluate.protocols import (
     used_clips,
     videos_of,
 )
+from engine.evaluate.scores import append_rows
 from engine.features import extract
 from engine.model.network_file import IMAGENET_MEAN, IMAGENET_STD, Card, ClipInput, load_network
 from engine.model.resnet3d import ResNet3D
@@ -138,9 +139,22 @@ def test_parts_too_small_to_cluster_are_left_out(colour_set: Dataset) -> None:
     tiny = replace(colour_set, folds=(Fold("tiny", np.arange(40), np.array([0, 59])),))
     found = evaluate(net, card, tiny, protocol="kmeans", **SHARED)
     assert not any(name.startswith("test_") for name in found.metrics)
+    same = np.flatnonzero(colour_set.label == colour_set.label[0])
+    one_class = replace(colour_set, folds=(Fold("one", np.arange(40), same[:4]),))
+    found = evaluate(net, card, one_class, protocol="kmeans", **SHARED)
+    assert not any(name.startswith("test_") for name in found.metrics)
     nothing = replace(colour_set, folds=(Fold("none", np.array([0, 30]), np.array([1, 59])),))
     with pytest.raises(ValueError, match="clusters would say nothing"):
         evaluate(net, card, nothing, protocol="kmeans", **SHARED)
+
+
+def test_confusion_matrices_have_their_rows_numbers(colour_set: Dataset, tmp_path: Path) -> None:
+    net, card = network()
+    found = evaluate(net, card, colour_set, protocol="linear", **SHARED)
+    for _ in range(2):
+        append_rows(tmp_path / "rows.jsonl", [found], {})
+    names = sorted(path.name for path in tmp_path.glob("*.csv"))
+    assert names == ["rows-0-linear-confusion.csv", "rows-1-linear-confusion.csv"]
 
 
 def test_several_networks_of_other_inputs_at_once(colour_set: Dataset) -> None:

@@ -161,6 +161,9 @@ def test_validation_is_held_out_by_group(colour_set: Dataset) -> None:
     found = tuned(dataset, "finetune.validation=0.25", "optim.steps=4", "optim.warmup_steps=1")
     assert "validation_video_top1" in found.metrics and found.folds[0]["train"] == 30
     assert "0.25 of train held out by group" in found.protocol_string
+    alone = replace(dataset, group=np.zeros_like(dataset.group))
+    with pytest.raises(ValueError, match=r"finetune\.validation: .* has no second group"):
+        tuned(alone, "finetune.validation=0.25")
 
 
 def test_the_layer_has_its_own_rate_and_biases_do_not_decay() -> None:

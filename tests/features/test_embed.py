@@ -237,6 +237,25 @@ def test_videos_are_means_over_their_clips_in_whatever_chunks(
         (tmp_path / "videos").unlink()
 
 
+def test_a_kill_after_the_file_is_there_loses_no_reject(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    films, merged = tmp_path / "films", embed_module.merge_parts
+    coloured(films / "good.mp4")
+    (films / "noise.mp4").write_bytes(os.urandom(4000))
+
+    def merge_parts(*parts: Any, **how: Any) -> Any:
+        merged(*parts, **how)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embed_module, "merge_parts", merge_parts)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, tmp_path / "f", films)
+    report = run(checkpoint, tmp_path / "f", films)
+    assert [Path(reject["path"]).name for reject in report.rejects] == ["noise.mp4"]
+
+
 def test_what_gives_no_row_is_told(tmp_path: Path, checkpoint: Path) -> None:
     films = tmp_path / "films"
     coloured(films / "good.mp4")

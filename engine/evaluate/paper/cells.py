@@ -90,16 +90,22 @@ class Store:
     def _failure(self, network: Network, seed: int) -> Path:
         return self.networks / network.name / f"{seed}.failed.json"
 
-    def check_losses(self, networks: Sequence[tuple[Network, int]]) -> None:
-        """Raise RunError where a network was trained with another loss than the present one."""
-        for network, seed in networks:
-            path = self.network_path(network, seed)
-            if network.file is not None or network.loss is None or not path.exists():
+    def check_losses(self, cells: Sequence[Cell]) -> None:
+        """Raise RunError where a network, or what fills a cell, was trained with another loss than the present one."""
+        for network, seed in dict.fromkeys((cell.network, cell.seed) for cell in cells):
+            if network.file is not None or network.loss is None:
                 continue
-            if load_tensors(path)[1].get("loss") != weights_of(network, seed):
+            same = [cell for cell in cells if cell.network == network]
+            path, loss = self.network_path(network, seed), weights_of(network, seed)
+            records = [self.read(cell) or {} for cell in same if cell.seed == seed]
+            known = [record["loss"] for record in records if "loss" in record]
+            known += [load_tensors(path)[1].get("loss")] if path.exists() else []
+            if any(each != loss for each in known):
+                names = dict.fromkeys(cell.row.name for cell in same)
+                folders = " and ".join(str(self.cells / name) for name in names)
                 raise RunError(
                     f"{path}: was trained with another loss than {network.loss}; give another --run, or remove"
-                    f" {path.parent} and {self.cells / network.name}"
+                    f" {path.parent} and {folders}"
                 )
 
 

@@ -63,9 +63,14 @@ def load_scale(name_or_path: str | Path, assignments: Sequence[str] = ()) -> Sca
         "finetune": recipe.recipe_from(finetune, where=f"{where}: finetune"),
     }
     try:
-        return msgspec.convert({"name": name, **values, **recipes}, Scale)
+        scale = msgspec.convert({"name": name, **values, **recipes}, Scale)
     except msgspec.ValidationError as error:
         raise recipe.RecipeError(f"{where}: {error}") from None
+    if others := [name for name in scale.fig4 if name != "finetune"]:
+        raise recipe.RecipeError(
+            f"{where}: fig4 = {others[0]!r}: only finetune trains with a share of the labels"
+        )
+    return scale
 
 
 def _merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

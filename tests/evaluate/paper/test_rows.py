@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.core.recipe import RecipeError
+from engine.core.run import RunError
+from engine.evaluate.paper.cells import Cell, Store
 from engine.evaluate.paper.rows import (
     FIG4_TENTH,
     TABLE1,
@@ -82,6 +85,29 @@ def test_table1_has_all_methods_of_the_paper_and_further_losses() -> None:
     assert all(row.network is not None for row in rows.values())
     assert rows["evolved"].paper["hmdb51/linear"] == 62.8
     assert list(rows)[-1] == "evolved"
+
+
+def test_cells_of_another_loss_are_refused(tmp_path: Path) -> None:
+    """Also where the network is gone, and where a network fills several rows."""
+    scale = load_scale("cpu")
+    rows = rows_of("fig4", scale, Inputs({"evolved": "sec4"}))
+    rows = [row for row in rows if row.network is not None and row.network.loss is not None]
+    column, *_ = columns_of("fig4", scale, datasets=["folders"], by_group=[True])
+    cells = [Cell(row, 0, column) for row in rows]
+    store = Store(tmp_path)
+    store.write(cells[0], {"loss": load_loss("sec4")})
+    store.check_losses(cells)
+    store.write(cells[1], {"loss": load_loss("equal")})
+    with pytest.raises(RunError, match="was trained with another loss than sec4") as caught:
+        store.check_losses(cells)
+    assert len(rows) > 1 and all(
+        str(tmp_path / "cells" / row.name) in str(caught.value) for row in rows
+    )
+
+
+def test_a_share_of_the_labels_is_for_fine_tuning_alone() -> None:
+    with pytest.raises(RecipeError, match="only finetune trains with a share of the labels"):
+        load_scale("cpu", ['fig4=["linear"]'])
 
 
 def test_fig5_trains_once_with_all_clips() -> None:
