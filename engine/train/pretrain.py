@@ -30,8 +30,9 @@ from engine.data.shards.index import data_digest
 from engine.data.views import Views
 from engine.features.extract import LabelledClips, with_statistics
 from engine.model.network_file import Card, card_of, card_text, save_network
+from engine.objective.loss import active_terms
 from engine.objective.lossfile import load_loss, loss_used_labels, save_loss
-from engine.objective.terms import LossWeights
+from engine.objective.terms import LossWeights, reaching
 from engine.train.checkpoint import load_last, save_last
 from engine.train.flops import peak_flops, step_flops
 from engine.train.member import Member, tensors_of
@@ -93,6 +94,11 @@ def pretrain(
     trainer = Trainer(recipe, library.index, runtime, warn=display.say, ranks=ranks)
     weights = ranks.shared(lambda: _begin(run, options, library, runtime))
     member = trainer.member(weights, seed=recipe.seed, alone=True)
+    if not reaching(active_terms(weights, sound=trainer.sound)):
+        silent = "" if trainer.sound else " on these videos, which are silent"
+        display.say(
+            f"no term of this loss can change the RGB network{silent}: it stays as it is initialised"
+        )
     average = RunningAverage(member.loss.rgb, recipe.optim.ema) if recipe.optim.ema else None
     ranks.agree(_identity(recipe, library, member))
     _resume(run, member, average, digest=recipe_hash(recipe), ranks=ranks, display=display)

@@ -135,6 +135,16 @@ def test_the_loss_may_be_a_preset_a_file_or_random(
     assert not torch.equal(*networks)
 
 
+def test_a_loss_that_leaves_the_rgb_network_alone_is_told(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    own = check_weights({"flow/shuffle": 0.5, "grey/predict": 1.0})
+    save_loss(own, tmp_path / "own.toml", name="own", about="by hand")
+    how = ("--recipe", TINY, *STEPS, "--loss", tmp_path / "own.toml")
+    code, out, _ = pretrain(tiny_shards, tmp_path / "run", *how)
+    assert code == 0 and "no term of this loss can change the RGB network: it stays" in out
+
+
 def test_a_run_keeps_its_loss(finished: Path, tiny_shards: Path) -> None:
     done = pretrain(tiny_shards, finished, "--resume", "--loss", "random:4")
     assert "trains with another loss" in one_line(done, code=2)
