@@ -256,12 +256,7 @@ def _described(
     if not (label >= 0).any():
         raise ValueError("no labelled clips: put each class's videos into a folder of its own")
     clips = [(index.facts(i)["source"], int(label[i])) for i in range(len(index))]
-    # One film may be listed with stretches of other classes, or of other parts of a split: a video, over whose clips
-    # features are averaged, is of one class and one part.
-    parts = index.flags >> SPLIT_SHIFT
-    video, videos = _numbered(
-        [f"{source}\0{number}\0{part}" for (source, number), part in zip(clips, parts, strict=True)]
-    )
+    video, videos = _videos(index, clips)
     groups = [_group_of(s, pattern, None if c < 0 else index.classes[c]) for s, c in clips]
     unmatched = [s for (s, _), group in zip(clips, groups, strict=True) if group is None]
     if by_group and pattern is not None and unmatched:
@@ -294,6 +289,17 @@ def _described(
         rejects=tuple(rejects),
         listed=max(listed, len(videos) + len(lost)),
         warnings=tuple(warnings),
+    )
+
+
+def _videos(index: ClipIndex, clips: Sequence[tuple[str, int]]) -> tuple[Ints, tuple[str, ...]]:
+    """Each clip's video, whose clips are averaged, and their names; ``clips``: source and label of each.
+
+    One film may be listed with stretches of several classes, or for several parts of a split: a video has one each.
+    """
+    parts = index.flags >> SPLIT_SHIFT
+    return _numbered(
+        [f"{source}\0{label}\0{part}" for (source, label), part in zip(clips, parts, strict=True)]
     )
 
 
