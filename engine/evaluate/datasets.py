@@ -17,7 +17,7 @@ from engine.data.ingest.run import ingest
 from engine.data.ingest.sources import Reject, SourceList, find_sources
 from engine.data.ingest.splits import MISSING, NUM_SPLITS, hmdb51, kinetics, own, ucf101
 from engine.data.library import Report, reported
-from engine.data.shards.index import SPLIT_SHIFT, ClipIndex, is_shards
+from engine.data.shards.index import ClipIndex, is_shards
 
 Ints = NDArray[np.int64]
 
@@ -297,10 +297,8 @@ def _videos(index: ClipIndex, clips: Sequence[tuple[str, int]]) -> tuple[Ints, t
 
     One film may be listed with stretches of several classes, or for several parts of a split: a video has one each.
     """
-    parts = index.flags >> SPLIT_SHIFT
-    return _numbered(
-        [f"{source}\0{label}\0{part}" for (source, label), part in zip(clips, parts, strict=True)]
-    )
+    each = zip(clips, index.splits, strict=True)
+    return _numbered([f"{source}\0{label}\0{parts}" for (source, label), parts in each])
 
 
 def _group_of(source: str, pattern: re.Pattern[str] | None, label: str | None) -> str | None:

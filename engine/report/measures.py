@@ -87,7 +87,7 @@ def pooled_sds(one: Stat, other: Stat) -> float | None:
     """
     if one.sd is None or other.sd is None:
         return None
-    squares = sum((s.n - 1) * s.sd * s.sd for s in (one, other) if s.sd is not None)
+    squares = (one.n - 1) * one.sd**2 + (other.n - 1) * other.sd**2
     pooled = math.sqrt(squares / (one.n + other.n - 2))
     return (one.mean - other.mean) / pooled if pooled > 0 else None
 

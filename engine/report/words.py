@@ -152,7 +152,7 @@ def caution(run: Run) -> str:
     best, seen = stat(run, "best"), finite(run.summary.get("best_search_fitness"))
     if best is None or seen is None:
         return "The best fitness of a noisy search flatters itself, and no fresh seed has confirmed this loss yet."
-    highest = "the highest" if [run.best] == [*run.improvements[-1:]] else "one"
+    highest = "the highest" if run.improvements and run.best is run.improvements[-1] else "one"
     return (
         f"The search saw {seen:.3f} for this loss, {highest} of many noisy measurements, which flatters itself: "
         f"quote {best.mean:.3f}, from {plural(best.n, 'fresh seed')}."

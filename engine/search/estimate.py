@@ -110,16 +110,11 @@ def _members(recipe: Recipe, study: SearchStudy, labelled: LabelledClips) -> str
 def _measure(trainer: Trainer, labelled: LabelledClips, study: SearchStudy) -> Cost:
     """Train members for some steps, as far as the recipe has any, and judge one."""
     batches, steps = list[float](), list[float]()
-    losses = [each.weights for each in study.ask(SAMPLE if study.settings.sparsity else 1)]
-    for loss in losses:
-        try:
-            member = trainer.member(loss, seed=trainer.recipe.seed)
-        except (
-            ValueError
-        ):  # nothing of it is left without sound: the search notes a member that failed
-            if batches or loss is not losses[-1]:
-                continue
-            member = trainer.member(load_loss("equal"), seed=trainer.recipe.seed)
+    asked = [each.weights for each in study.ask(SAMPLE if study.settings.sparsity else 1)]
+    # nothing may be left of a loss where there is no sound: in a search that member fails
+    losses = [loss for loss in asked if active_terms(loss, sound=trainer.sound)]
+    for loss in losses or [load_loss("equal")]:
+        member = trainer.member(loss, seed=trainer.recipe.seed)
         batch, step = _measure_steps(trainer, member)
         batches.append(batch)
         steps.append(step)

@@ -330,6 +330,11 @@ class ClipIndex:
         chosen.substituted, chosen._warn = Counter(), self._warn
         return chosen
 
+    @property
+    def splits(self) -> NDArray[np.uint32]:
+        """(clips,): the clip's parts in all splits as one number, equal for clips of the same parts."""
+        return np.asarray(self.flags >> SPLIT_SHIFT)
+
     def in_split(self, number: int, part: str) -> NDArray[np.bool_]:
         """Masks the clips in a part ("train", "test", "validation") of split 1, 2 ...: bool (clips,).
 
@@ -337,7 +342,7 @@ class ClipIndex:
         """
         if part not in PARTS[1:] or not 1 <= number <= MAX_SPLITS:
             raise ValueError(f"there is no part {part!r} of split {number}: {', '.join(PARTS[1:])}")
-        bits = (self.flags >> (SPLIT_SHIFT + 2 * (number - 1))) & 3
+        bits = (self.splits >> (2 * (number - 1))) & 3
         return np.asarray(bits == PARTS.index(part))
 
     def read(self, clip: int, frames: Sequence[int], *, check: bool = False) -> EncodedClip:
