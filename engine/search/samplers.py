@@ -23,6 +23,7 @@ from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES, LossWeights, present, reaching
 from engine.search.surrogate import (
+    DISTILLS,
     OF_RGB,
     OWN,
     ROLES,
@@ -50,7 +51,7 @@ NEIGHBOURS = 4
 RACE = 4
 """Last members, which race the model's best loss and the fittest, where thrice as many follow the design."""
 TIES_EACH = 2
-"""Least ties to each network that teaches, in a design's members."""
+"""Least layers distilled of each network that teaches, in a design's members."""
 TRIES = 20
 """Draws for a loss that is unlike all others, each wider than the one before; then comes a random one."""
 Array = npt.NDArray[np.float64]
@@ -244,7 +245,7 @@ class SurrogateSampler(RandomSampler):
     """Thompson sampling (1933): each member is the best loss under coefficients drawn from ``Surrogate``'s posterior.
 
     The initial population is a design (``_design``): every task is in as many of its members, give or take one, and a
-    network that teaches is always tied to the RGB network. After it come the weights that one draw of all effects
+    network that teaches is always distilled. After it come the weights that one draw of all effects
     promises most of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so
     it is looked into; where it is known to harm, none has it. Every other sparse loss is a neighbour of one of the
     fittest members instead, since few terms are more than the sum of their effects. No loss is proposed twice, but by
@@ -432,9 +433,10 @@ def _design(size: int, density: float, rng: np.random.Generator) -> Array:
     """(size, terms) weights of a design in which every task can show what it is worth.
 
     Tasks are dealt out, each as often as the others, in hands of one teacher's, between which the RGB network's own
-    stand: two teachers in one loss get into each other's way. A member then has TIES_EACH ties or more to its teacher,
-    from early layers to late ones, since not every tie carries what a teacher learns. Weights are spread evenly, those
-    of sparse losses over the upper half, so that none drowns the others.
+    stand: two teachers in one loss get into each other's way. A member with a teacher's tasks then distils TIES_EACH of
+    its layers or more, early and late ones, since not every layer carries what a teacher learns. Joint embedding and
+    alignment are dealt out as tasks are: beside distillation they hold back what it carries. Weights are spread evenly,
+    those of sparse losses over the upper half, so that none drowns the others.
     """
     members, span = np.zeros((size, len(TERM_NAMES))), max(density, 0.5)
 
@@ -442,22 +444,24 @@ def _design(size: int, density: float, rng: np.random.Generator) -> Array:
         places: Array = (rng.permutation(count) + rng.random(count)) / count
         return 1 - span * places
 
-    enough = -(-size // int(np.count_nonzero(~TIES.any(0))))
-    copies = max(round(density * size), enough)
+    cards = int(np.count_nonzero(~DISTILLS.any(0)))
+    copies = max(round(density * size), -(-size // cards))
     own = rng.permutation(np.flatnonzero(OF_RGB))
     deck: list[int] = []
     for _ in range(copies):
-        for tasks, between in zip(
-            rng.permutation(TASKS), np.array_split(own, len(TASKS)), strict=True
-        ):
-            deck += [*rng.permutation(np.flatnonzero(tasks)), *between]
+        # the shortest part first: later ones keep what joins RGB to a teacher from the tasks of the one before
+        parts = reversed(np.array_split(own, len(TASKS)))
+        for teacher, part in zip(rng.permutation(len(TASKS)), parts, strict=True):
+            joined, tasks = TIES[teacher] & ~DISTILLS[teacher], TASKS[teacher]
+            deck += [*part, *rng.permutation(np.flatnonzero(joined))]
+            deck += [*rng.permutation(np.flatnonzero(tasks))]
     seats = rng.permutation(size)
     for seat, hand in zip(seats, np.array_split(deck, size), strict=True):
         members[seat, hand] = 1.0
     for task in np.flatnonzero(members.any(0)):
         holders = np.flatnonzero(members[:, task])
         members[holders, task] = weights(len(holders))
-    for ties, tasks in zip(TIES, TASKS, strict=True):
+    for ties, tasks in zip(DISTILLS, TASKS, strict=True):
         deep, taught = np.flatnonzero(ties), np.flatnonzero(members[:, tasks].any(1))
         each = max(round(density * len(deep)), TIES_EACH)
         apart = np.arange(each) * len(deep) // each

@@ -79,6 +79,8 @@ _TOGETHER = np.array([[a == b for b in _TRAINED] for a in _TRAINED], np.float64)
 TEACHERS = MODALITIES[1:]
 TIES = np.array([TRAINS_RGB & [m in term.networks for term in TERMS] for m in TEACHERS])
 """(3, J) the terms that tie the RGB network to each teacher."""
+DISTILLS: NDArray[np.bool_] = TIES & np.array([term.task == "distill" for term in TERMS])
+"""(3, J) those that do so by distillation."""
 TASKS = np.array([[own == m for own in _TRAINED] for m in TEACHERS])
 """(3, J) those that train a teacher alone."""
 ROLES = np.select([*TIES, *TASKS], [*range(2 * len(TEACHERS))], 2 * len(TEACHERS))
