@@ -100,7 +100,8 @@ def evaluate(
 @common.path(
     "--checkpoint", help="The network's file, or a run; none for --set finetune.init=scratch."
 )
-@common.options(DATASET, common.labelled_options, SEEDS, common.BASELINES, JSON)
+@common.options(DATASET, common.labelled_options, common.BASELINES, JSON)
+@common.count("--seeds", help="Seeds to repeat with [default: 1]; may be changed with --resume.")
 @common.count("--checkpoint-every", default=200, help="Steps between saves.")
 @common.run_options
 @common.errors_explained
@@ -109,7 +110,7 @@ def finetune(
     recipe_name: str | None,
     checkpoint: Path | None,
     name: str | None,
-    seeds: int,
+    seeds: int | None,
     with_baselines: bool,
     json_path: Path | None,
     checkpoint_every: int,
@@ -136,11 +137,17 @@ def finetune(
     if chosen is None and checkpoint is not None and not options["resume"]:
         options["assignments"] = (*_as_trained(_input_of(checkpoint)), *options["assignments"])
     run, recipe = common.open_run("finetune", None, recipe_name=chosen, **options)
-    name = name or recipe.finetune.dataset or folders
+    if not options["resume"]:
+        name = name or recipe.finetune.dataset or folders
     inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=labelled)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
+    size = recipe.clip.size
+    if recipe.finetune.protocol == "linear" and inputs["checkpoint"]:
+        size = _input_of(
+            Path(inputs["checkpoint"])
+        ).size  # frozen networks see clips as they were trained on
     with Display(log=run.path) as display:
-        dataset = common.open_labelled(display, inputs["name"], recipe.clip.size, **inputs["data"])
+        dataset = common.open_labelled(display, inputs["name"], size, **inputs["data"])
         how: dict[str, Any] = {"runtime": runtime, "on_progress": display.prepare}
         more: dict[str, Any] = {"checkpoint_every": checkpoint_every, "say": display.say}
         result = run_finetuning(run, recipe, dataset, inputs=inputs, **more, **how)

@@ -27,14 +27,16 @@ def inputs_of(
     *,
     checkpoint: Path | None,
     name: str | None,
-    seeds: int,
+    seeds: int | None,
     data: dict[str, Any],
 ) -> dict[str, Any]:
     """A run's network, data set and seeds: as asked for now, or as a continued run began with them.
 
-    Raises ValueError for what is missing, RunError where a continued run is asked for with another network, or what it
-    began with is gone.
+    A continued run may have other ``seeds``, and its videos and their lists may have moved. Raises ValueError for what
+    is missing, RunError where it is asked for with another network or data set, or what it began with is gone.
     """
+    plain = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in data.items()}
+    plain["root"] = [str(Path(p).resolve()) for p in data["root"]]
     before = run.read_json(INPUTS)
     if before is not None:
         if checkpoint is not None and str(checkpoint.resolve()) != before["checkpoint"]:
@@ -42,11 +44,20 @@ def inputs_of(
                 f"{run.path}: began with {before['checkpoint'] or 'no checkpoint'}, not {checkpoint}; resume without"
                 " --checkpoint, or start a new run"
             )
+        moved = {key: plain[key] for key in ("root", "splits") if plain.get(key)}
+        for option, now in {"dataset": name, **plain, **dict.fromkeys(moved)}.items():
+            then = before["name"] if option == "dataset" else before["data"].get(option)
+            if now and now != then:
+                named = option.replace("_", "-")
+                raise RunError(
+                    f"{run.path}: began with {f'--{named} {then}' if then else f'no --{named}'}, not {now}; resume"
+                    f" without --{named}, or start a new run"
+                )
         check_still_there(run.path, filter(None, [before["checkpoint"]]), option="")
-        if not data["root"]:
+        if not plain["root"]:
             check_still_there(run.path, before["data"]["root"], option="--root")
-        moved = {"root": [str(Path(p).resolve()) for p in data["root"]]} if data["root"] else {}
-        return {**before, "data": {**before["data"], **moved}}
+        again = {**before, "data": {**before["data"], **moved}}
+        return again if seeds is None else {**again, "seeds": seeds}
     name = name or recipe.finetune.dataset
     if not name:
         raise ValueError(f"recipe {recipe.name!r} names no data set: give --dataset")
@@ -54,10 +65,8 @@ def inputs_of(
         raise ValueError(
             "--checkpoint is missing: a network's file or a run's folder, or --set finetune.init=scratch for none"
         )
-    plain = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in data.items()}
-    plain["root"] = [str(Path(p).resolve()) for p in data["root"]]
     source = "" if checkpoint is None else str(checkpoint.resolve())
-    return {"checkpoint": source, "name": name, "seeds": seeds, "data": plain}
+    return {"checkpoint": source, "name": name, "seeds": seeds or 1, "data": plain}
 
 
 def run_finetuning(

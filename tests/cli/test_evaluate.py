@@ -150,6 +150,15 @@ def test_finetune_and_resume(colours: Path, net: Path, user: Path) -> None:
     other = save(user / "again.safetensors", seed=2)
     line = refused("finetune", "--resume", "--run", run, "--checkpoint", other)
     assert "began with" in line and "again.safetensors" in line
+    line = refused("finetune", "--resume", "--run", run, "--group-pattern", "^x")
+    assert "began with no --group-pattern, not ^x; resume without --group-pattern" in line
+    assert "began with --dataset ucf101, not hmdb51" in refused(
+        "finetune", "--resume", "--run", run, "--dataset", "hmdb51"
+    )
+    code, out, err = call("finetune", "--resume", "--run", run, "--seeds", 2, "--device", "cpu")
+    assert (code, err) == (0, "")
+    seeds = [fold["seed"] for fold in json.loads((run / "results.json").read_text())["folds"]]
+    assert seeds == [0, 0, 0, 1, 1, 1]
     noted = json.loads((run / "finetune.json").read_text())
     for key, changed in (
         ("checkpoint", "/gone.safetensors"),

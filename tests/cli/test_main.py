@@ -269,12 +269,14 @@ def test_a_full_disk(
     monkeypatch.setattr(os, "fsync", full_disk)
     shards = tiny_shards / "unlabelled"
     line = refused(*evolve_on(shards, tiny_shards / "labelled"), code=1)
-    assert "No space left on device" in line and "make room, then use --resume" in line
+    assert "No space left on device" in line
+    assert "make room; what was finished is kept, and the same command goes on" in line
     data = ("--videos", shards, "--recipe", TINY, "--run", "p")
     line = refused("pretrain", "--loss", "random:1", *data, code=1)
     assert "No space left on device" in line
     line = refused("ingest", tiny_demo / "unlabelled", "--out", "out", "--workers", 1, code=1)
-    assert "No space left on device" in line and not (user / "out" / "dataset.json").exists()
+    assert "No space left on device" in line and "--resume" not in line
+    assert not (user / "out" / "dataset.json").exists()
 
 
 def test_a_disk_that_fills_up_while_a_network_is_saved(
@@ -288,7 +290,7 @@ def test_a_disk_that_fills_up_while_a_network_is_saved(
         patched.setattr(tensors, "save_file", full)
         line = refused(*arguments, code=1)
     assert "No space left on device" in line and "run/checkpoints/" in line
-    assert "make room, then use --resume" in line
+    assert "make room; what was finished is kept, and --resume goes on" in line
     assert call("evolve", "--resume", "--run", "run", "--device", "cpu")[0] == 0
 
 

@@ -5,6 +5,7 @@ RUN/cells/ROW/SEED/COLUMN.json, RUN/networks/NETWORK/SEED.safetensors. What is t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -90,23 +91,36 @@ class Store:
     def _failure(self, network: Network, seed: int) -> Path:
         return self.networks / network.name / f"{seed}.failed.json"
 
-    def check_losses(self, cells: Sequence[Cell]) -> None:
-        """Raise RunError where a network, or what fills a cell, was trained with another loss than the present one."""
+    def check_networks(self, cells: Sequence[Cell]) -> None:
+        """Raise RunError where what fills a cell is of another network than the present one.
+
+        That is one trained with another loss, or a user's file that has changed.
+        """
         for network, seed in dict.fromkeys((cell.network, cell.seed) for cell in cells):
-            if network.file is not None or network.loss is None:
-                continue
             same = [cell for cell in cells if cell.network == network]
-            path, loss = self.network_path(network, seed), weights_of(network, seed)
+            path = self.network_path(network, seed)
             records = [self.read(cell) or {} for cell in same if cell.seed == seed]
-            known = [record["loss"] for record in records if "loss" in record]
-            known += [load_tensors(path)[1].get("loss")] if path.exists() else []
-            if any(each != loss for each in known):
-                names = dict.fromkeys(cell.row.name for cell in same)
-                folders = " and ".join(str(self.cells / name) for name in names)
-                raise RunError(
-                    f"{path}: was trained with another loss than {network.loss}; give another --run, or remove"
-                    f" {path.parent} and {folders}"
-                )
+            folders = " and ".join(str(self.cells / name) for name in {c.row.name: 0 for c in same})
+            if network.file is not None:
+                known = [record["file"] for record in records if "file" in record]
+                if known and set(known) != {digest_of(path)}:
+                    raise RunError(
+                        f"{path}: is not the file that was judged before; give another --run, or remove {folders}"
+                    )
+            elif network.loss is not None:
+                known = [record["loss"] for record in records if "loss" in record]
+                known += [load_tensors(path)[1].get("loss")] if path.exists() else []
+                if any(each != weights_of(network, seed) for each in known):
+                    raise RunError(
+                        f"{path}: was trained with another loss than {network.loss}; give another --run, or remove"
+                        f" {path.parent} and {folders}"
+                    )
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from engine.core.display import Display
 from engine.core.runtime import Runtime, is_device_error, is_out_of_memory
 from engine.evaluate.datasets import Dataset, Fold
 from engine.evaluate.finetune import Finetuning
-from engine.evaluate.paper.cells import Cell, Store
+from engine.evaluate.paper.cells import Cell, Store, digest_of
 from engine.evaluate.paper.rows import Column
 from engine.evaluate.paper.scale import Scale, drawn
 from engine.evaluate.protocols import evaluate_many
@@ -188,7 +188,7 @@ class Judging:
 
     def _keep(self, cell: Cell, result: Evaluated, card: Card, seconds: float) -> None:
         trains = [row["train"] for row in result.folds if row.get("train")]
-        facts = {
+        facts: dict[str, Any] = {
             "value": result.value.mean,
             "over_folds": asdict(result.value),
             "train_videos": float(np.mean(trains)) if trains else None,
@@ -196,6 +196,8 @@ class Judging:
             "num_clips": card.num_clips,
             "seconds": seconds,
         }
+        if cell.network.file is not None:
+            facts["file"] = digest_of(cell.network.file)
         large = ("classes", "confusion")
         row = {key: value for key, value in result.row().items() if key not in large}
         self.store.write(cell, facts | row)

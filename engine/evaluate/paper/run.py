@@ -124,7 +124,7 @@ class Reproduction:
         self._note()
         if retry_failed:
             self.store.forget_failures(self.cells)
-        self.store.check_losses(self.cells)
+        self.store.check_networks(self.cells)
         networks, cells = self.to_do()
         self.display.say(
             f"{len(cells)} of {len(self.cells)} cells to do, {len(networks)} networks to train"

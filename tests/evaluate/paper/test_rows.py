@@ -8,7 +8,7 @@ import pytest
 
 from engine.core.recipe import RecipeError
 from engine.core.run import RunError
-from engine.evaluate.paper.cells import Cell, Store
+from engine.evaluate.paper.cells import Cell, Store, digest_of
 from engine.evaluate.paper.rows import (
     FIG4_TENTH,
     TABLE1,
@@ -96,13 +96,30 @@ def test_cells_of_another_loss_are_refused(tmp_path: Path) -> None:
     cells = [Cell(row, 0, column) for row in rows]
     store = Store(tmp_path)
     store.write(cells[0], {"loss": load_loss("sec4")})
-    store.check_losses(cells)
+    store.check_networks(cells)
     store.write(cells[1], {"loss": load_loss("equal")})
     with pytest.raises(RunError, match="was trained with another loss than sec4") as caught:
-        store.check_losses(cells)
+        store.check_networks(cells)
     assert len(rows) > 1 and all(
         str(tmp_path / "cells" / row.name) in str(caught.value) for row in rows
     )
+
+
+def test_a_file_that_changed_fills_no_further_cells(tmp_path: Path) -> None:
+    """A table must not mix two networks under one name."""
+    file = tmp_path / "imagenet.pth"
+    file.write_bytes(b"one")
+    scale, inputs = load_scale("cpu"), Inputs({}, imagenet=file)
+    (row,) = [row for row in rows_of("table1", scale, inputs) if row.name == "imagenet"]
+    (column, *_) = columns_of("table1", scale, datasets=["folders"], by_group=[True])
+    cells, store = [Cell(row, 0, column)], Store(tmp_path / "run")
+    store.check_networks(cells)
+    store.write(cells[0], {"file": digest_of(file)})
+    store.check_networks(cells)
+    file.write_bytes(b"two")
+    with pytest.raises(RunError, match="is not the file that was judged before") as caught:
+        store.check_networks(cells)
+    assert str(tmp_path / "run" / "cells" / "imagenet") in str(caught.value)
 
 
 def test_a_share_of_the_labels_is_for_fine_tuning_alone() -> None:
