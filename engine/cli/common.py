@@ -106,18 +106,18 @@ def errors_explained(command: Command) -> Command:
                 code = received.code(error)
                 if code is not None:
                     _end(line(), code)
-                _explain(error, _how_to_go_on(context, kwargs))
+                _explain(error, lambda: _how_to_go_on(context, kwargs))
 
     return wrapped
 
 
-def _explain(error: BaseException, how_to_go_on: str) -> None:
+def _explain(error: BaseException, how_to_go_on: Callable[[], str]) -> None:
     """Ends the process with an error's line, or raises it where it is none of those that users meet."""
     if isinstance(error, ValueError):
         _end(str(error), USAGE)
     if isinstance(error, (OSError, RuntimeError)):
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        hint = f" (the disk is full: make room; {how_to_go_on})" if full else ""
+        hint = f" (the disk is full: make room; {how_to_go_on()})" if full else ""
         _end(f"{error}{hint}", FAILURE)
     raise error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,12 +142,11 @@ def finetune(
         name = name or recipe.finetune.dataset or folders
     inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=labelled)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
-    size = recipe.clip.size
-    if recipe.finetune.protocol == "linear" and inputs["checkpoint"]:
-        size = _input_of(
-            Path(inputs["checkpoint"])
-        ).size  # frozen networks see clips as they were trained on
-    with Display(log=run.path) as display:
+    if not options["resume"] and recipe.finetune.protocol == "linear" and inputs["checkpoint"]:
+        # frozen networks see clips as they were trained on
+        inputs["size"] = _input_of(Path(inputs["checkpoint"])).size
+    size = inputs.get("size", recipe.clip.size)
+    with closing(run), Display(log=run.path) as display:
         dataset = common.open_labelled(display, inputs["name"], size, **inputs["data"])
         how: dict[str, Any] = {"runtime": runtime, "on_progress": display.prepare}
         more: dict[str, Any] = {"checkpoint_every": checkpoint_every, "say": display.say}

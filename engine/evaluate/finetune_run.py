@@ -44,7 +44,8 @@ def inputs_of(
                 f"{run.path}: began with {before['checkpoint'] or 'no checkpoint'}, not {checkpoint}; resume without"
                 " --checkpoint, or start a new run"
             )
-        moved = {key: plain[key] for key in ("root", "splits") if plain.get(key)}
+        movable = ("root", "splits") if before["data"].get("splits") else ("root",)
+        moved = {key: plain[key] for key in movable if plain.get(key)}
         for option, now in {"dataset": name, **plain, **dict.fromkeys(moved)}.items():
             then = before["name"] if option == "dataset" else before["data"].get(option)
             if now and now != then:
@@ -94,6 +95,8 @@ def run_finetuning(
 
     def note() -> None:
         """Write what the run begins with, or check that it is continued on the same videos."""
+        if (run.read_json(INPUTS) or inputs) != inputs:  # of fewer seeds, say
+            (run.path / "results.json").unlink(missing_ok=True)
         write_provenance(run, {**provenance(runtime), "data": data_digest(dataset.index.folders)})
         run.write_json(INPUTS, inputs)
 

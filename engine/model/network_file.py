@@ -109,7 +109,7 @@ def load_network(
     its names under a prefix (``module.``, ``backbone.``, ...): ``say`` tells which were taken. Raises CheckpointError
     for a file that is not there, damaged, or does not fit as a whole.
     """
-    path = _in_run(path)
+    path = file_in(path)
     content, facts = load_tensors(path) if path.suffix == ".safetensors" else (_pickled(path), {})
     key, tensors, beside = ("", content, ()) if "arch" in facts else state_dict_in(content)
     try:
@@ -135,7 +135,8 @@ def _taken(path: Path, key: str, beside: tuple[str, ...], report: LoadReport) ->
     return text
 
 
-def _in_run(path: Path) -> Path:
+def file_in(path: Path) -> Path:
+    """The network's file: ``path`` itself, or the one in a run's folder. Raises CheckpointError where there is none."""
     if not path.is_dir():
         return path
     for name in ("rgb.safetensors", "checkpoints/best.safetensors"):

@@ -434,9 +434,9 @@ def _design(size: int, density: float, rng: np.random.Generator) -> Array:
 
     Tasks are dealt out, each as often as the others, in hands of one teacher's, between which the RGB network's own
     stand: two teachers in one loss get into each other's way. A member with a teacher's tasks then distils TIES_EACH of
-    its layers or more, early and late ones, since not every layer carries what a teacher learns. Joint embedding and
-    alignment are dealt out as tasks are: beside distillation they hold back what it carries. Weights are spread evenly,
-    those of sparse losses over the upper half, so that none drowns the others.
+    its layers or more, early and late ones, since not every layer carries what a teacher learns. Joint embedding, which
+    holds back what distillation carries, and alignment are dealt out as tasks are. Weights are spread evenly, those of
+    sparse losses over the upper half, so that none drowns the others.
     """
     members, span = np.zeros((size, len(TERM_NAMES))), max(density, 0.5)
 

@@ -111,10 +111,13 @@ class Trainer:
 
     def initial_loss(self, seed: int) -> EvolvedLoss:
         """Networks and heads with the initial weights of ``seed``: equal for every member of that seed."""
+        return copy.deepcopy(self._initial_networks(seed))
+
+    def _initial_networks(self, seed: int) -> EvolvedLoss:
         if self._initial is None or self._initial[0] != seed:
             set_seed(seed)
             self._initial = seed, self._build()
-        return copy.deepcopy(self._initial[1])
+        return self._initial[1]
 
     def open_bank(self, size: int | str) -> ClipBank:
         """Decode the clips that ``search.clip_bank`` asks for, drawn with the recipe's seed."""
@@ -198,12 +201,15 @@ class Trainer:
     def gradient_sizes(self) -> Tensor:
         """float32 (39,): what weights are divided by, measured on the run's first clips; 1 but for gradient units."""
         if self._sizes is None:
-            self._sizes = torch.ones(len(TERM_NAMES), device=self.runtime.device)
+            sizes = torch.ones(len(TERM_NAMES), device=self.runtime.device)
             if self.recipe.objective.units == "gradient":
                 batches = list(self.first_views(units.BATCHES))
-                loss = self.initial_loss(self.recipe.seed)
+                loss = self._initial_networks(self.recipe.seed)
+                # where one of several ranks fails, none of its threads may go on after the block
+                apart = self.runtime.map if self.ranks.world == 1 else map
                 with without_others():
-                    self._sizes = units.gradient_sizes(loss, batches, sound=self.sound)
+                    sizes = units.gradient_sizes(loss, batches, sound=self.sound, apart=apart)
+            self._sizes = sizes
         return self._sizes
 
     def first_views(self, count: int) -> Iterator[Views]:

@@ -6,7 +6,8 @@ whatever their values. At the start those differ by a factor of 80 between terms
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,23 +20,33 @@ CLIPS, BATCHES = 16, 2
 """Clips of a batch, and batches, over which the mean square is taken."""
 
 
-def gradient_sizes(loss: EvolvedLoss, batches: Sequence[Views], *, sound: bool) -> Tensor:
+def gradient_sizes(
+    loss: EvolvedLoss,
+    batches: Sequence[Views],
+    *,
+    sound: bool,
+    apart: Callable[[Callable[[Views], Tensor], Sequence[Views]], Iterable[Tensor]] = map,
+) -> Tensor:
     """float32 (39,) in TERM_NAMES' order: norm of each term's gradient in the networks' weights.
 
-    Root of the mean square over the batches; 1 for a term that these batches can't compute. Batch-norm statistics of
-    ``loss`` change.
+    Root of the mean square over the batches; 1 for a term that these batches can't compute. ``loss`` is left as it is.
+    ``apart`` maps over the batches, as ``Runtime.map``, which takes them side by side on a CPU.
     """
-    networks = [p for network in loss.networks.values() for p in network.parameters()]
-    squares = torch.zeros(len(TERM_NAMES), device=networks[0].device)
-    equal = dict.fromkeys(TERM_NAMES, 1.0)
-    for views in batches:
-        for name in active_terms(equal, sound=sound):
+
+    def squares(views: Views) -> Tensor:
+        own = copy.deepcopy(loss)
+        networks = [p for network in own.networks.values() for p in network.parameters()]
+        found = torch.zeros(len(TERM_NAMES), device=networks[0].device)
+        for name in active_terms(dict.fromkeys(TERM_NAMES, 1.0), sound=sound):
             place = TERM_NAMES.index(name)
-            alone = torch.zeros_like(squares)
+            alone = torch.zeros_like(found)
             alone[place] = 1.0
-            total = loss(branches((name,)).views(views), alone, (name,)).total
+            total = own(branches((name,)).views(views), alone, (name,)).total
             grads = torch.autograd.grad(total, networks, allow_unused=True)
-            parts = [g.float().square().sum() for g in grads if g is not None]
-            squares[place] += torch.stack(parts).sum() / len(batches)
-    sizes = squares.sqrt()
+            found[place] = torch.stack(
+                [g.float().square().sum() for g in grads if g is not None]
+            ).sum()
+        return found / len(batches)
+
+    sizes = torch.stack(list(apart(squares, batches))).sum(0).sqrt()
     return torch.where(sizes.isfinite() & (sizes > 0), sizes, torch.ones_like(sizes))

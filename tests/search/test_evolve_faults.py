@@ -57,7 +57,8 @@ def test_a_full_disk_loses_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(JournalFileBackend, "append_logs", full)
         line = one_line(begin(tiny_shards, run), code=1)
-    assert "No space left" in line and "make room, then use --resume" in line
+    assert "No space left" in line
+    assert "make room; what was finished is kept, and --resume goes on from there" in line
     assert history(run) == history(reference)[:2]
     assert resume(run)[0] == 0
     ended_as(run, reference)

@@ -17,6 +17,7 @@ from engine.core.files import write_text_atomic
 from engine.core.run import RunError
 from engine.core.tensors import load_tensors
 from engine.evaluate.paper.rows import Column, Network, Row
+from engine.model.network_file import file_in
 from engine.objective.lossfile import load_loss
 from engine.objective.terms import LossWeights
 
@@ -103,7 +104,7 @@ class Store:
             folders = " and ".join(str(self.cells / name) for name in {c.row.name: 0 for c in same})
             if network.file is not None:
                 known = [record["file"] for record in records if "file" in record]
-                if known and set(known) != {digest_of(path)}:
+                if known and path.exists() and set(known) != {digest_of(path)}:
                     raise RunError(
                         f"{path}: is not the file that was judged before; give another --run, or remove {folders}"
                     )
@@ -118,8 +119,8 @@ class Store:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
+    """SHA-256, in hexadecimal digits, of a network's file, or of the one in a run's folder."""
+    with file_in(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,8 @@ class Judging:
     datasets: Sequence[Dataset]
     folder: Path
     """For checkpoints of fine-tuning, where the scale asks for some."""
+    _digests: dict[Path, str] = field(default_factory=dict)
+    """Of the users' files that were loaded."""
 
     def judge(self, cells: Sequence[Cell], *, on_seed: Callable[[], object] = lambda: None) -> None:
         """Fill cells whose networks are there, or write why they can't be; ``on_seed`` is called after each seed."""
@@ -171,6 +173,8 @@ class Judging:
 
     def _load(self, cell: Cell) -> tuple[ResNet3D, Card]:
         path = self.store.network_path(cell.network, cell.seed)
+        if cell.network.file is not None:  # before judging, which may take hours
+            self._digests[path] = digest_of(path)
         network, card = load_network(path, device=self.runtime.device)
         if cell.network.file is not None:  # judged on the clips of all other rows
             card = msgspec.structs.replace(card, input=card_of(self.scale.pretrain).input)
@@ -197,7 +201,7 @@ class Judging:
             "seconds": seconds,
         }
         if cell.network.file is not None:
-            facts["file"] = digest_of(cell.network.file)
+            facts["file"] = self._digests[cell.network.file]
         large = ("classes", "confusion")
         row = {key: value for key, value in result.row().items() if key not in large}
         self.store.write(cell, facts | row)
