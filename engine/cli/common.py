@@ -163,15 +163,21 @@ def open_run(
     path = run_path or (latest_run if resume else new_run_path)(command)
     if (context := click.get_current_context(silent=True)) is not None:
         context.meta[OPENED] = path
+    named = recipe_name or default
     if not resume:
-        named = recipe_name or default
         recipe = override(load_recipe(named) if named else Recipe(), changed)
-        return RunFolder.create(path, recipe), recipe
-    if recipe_name is None and not changed:
-        return RunFolder.reopen(path, None)
-    own = path / "recipe.toml"
-    base = recipe_name or (own if own.exists() else default)
-    return RunFolder.reopen(path, override(load_recipe(base) if base else Recipe(), changed))
+        run = RunFolder.create(path, recipe)
+    elif recipe_name is None and not changed:
+        run, recipe = RunFolder.reopen(path, None)
+    else:
+        own = path / "recipe.toml"
+        base = recipe_name or (own if own.exists() else default)
+        run, recipe = RunFolder.reopen(
+            path, override(load_recipe(base) if base else Recipe(), changed)
+        )
+    if context is not None:  # a process may run several commands
+        context.call_on_close(run.close)
+    return run, recipe
 
 
 def noted_videos(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,15 +137,14 @@ def finetune(
     if chosen is None and checkpoint is not None and not options["resume"]:
         options["assignments"] = (*_as_trained(_input_of(checkpoint)), *options["assignments"])
     run, recipe = common.open_run("finetune", None, recipe_name=chosen, **options)
-    if not options["resume"]:
-        name = name or recipe.finetune.dataset or folders
+    name = name or (None if options["resume"] else recipe.finetune.dataset or folders)
     inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=labelled)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     if not options["resume"] and recipe.finetune.protocol == "linear" and inputs["checkpoint"]:
         # frozen networks see clips as they were trained on
         inputs["size"] = _input_of(Path(inputs["checkpoint"])).size
     size = inputs.get("size", recipe.clip.size)
-    with closing(run), Display(log=run.path) as display:
+    with Display(log=run.path) as display:
         dataset = common.open_labelled(display, inputs["name"], size, **inputs["data"])
         how: dict[str, Any] = {"runtime": runtime, "on_progress": display.prepare}
         more: dict[str, Any] = {"checkpoint_every": checkpoint_every, "say": display.say}
