@@ -50,7 +50,7 @@ NEIGHBOURS = 4
 """Of one such member, of which a draw from the model chooses."""
 RACE = 4
 """Last members, which race the model's best loss and the fittest, where thrice as many follow the design."""
-TIES_EACH = 2
+LAYERS_EACH = 2
 """Least layers distilled of each network that teaches, in a design's members."""
 TRIES = 20
 """Draws for a loss that is unlike all others, each wider than the one before; then comes a random one."""
@@ -433,10 +433,10 @@ def _design(size: int, density: float, rng: np.random.Generator) -> Array:
     """(size, terms) weights of a design in which every task can show what it is worth.
 
     Tasks are dealt out, each as often as the others, in hands of one teacher's, between which the RGB network's own
-    stand: two teachers in one loss get into each other's way. A member with a teacher's tasks then distils TIES_EACH of
-    its layers or more, early and late ones, since not every layer carries what a teacher learns. Joint embedding, which
-    holds back what distillation carries, and alignment are dealt out as tasks are. Weights are spread evenly, those of
-    sparse losses over the upper half, so that none drowns the others.
+    stand: two teachers in one loss get into each other's way. A member with a teacher's tasks then distils LAYERS_EACH
+    of its layers or more, early and late ones, since not every layer carries what a teacher learns. Joint embedding,
+    which holds back what distillation carries, and alignment are dealt out as tasks are. Weights are spread evenly,
+    those of sparse losses over the upper half, so that none drowns the others.
     """
     members, span = np.zeros((size, len(TERM_NAMES))), max(density, 0.5)
 
@@ -463,7 +463,7 @@ def _design(size: int, density: float, rng: np.random.Generator) -> Array:
         members[holders, task] = weights(len(holders))
     for ties, tasks in zip(DISTILLS, TASKS, strict=True):
         deep, taught = np.flatnonzero(ties), np.flatnonzero(members[:, tasks].any(1))
-        each = max(round(density * len(deep)), TIES_EACH)
+        each = max(round(density * len(deep)), LAYERS_EACH)
         apart = np.arange(each) * len(deep) // each
         for turn, member in enumerate(taught, start=int(rng.integers(len(deep)))):
             members[member, deep[(turn + apart) % len(deep)]] = weights(each)

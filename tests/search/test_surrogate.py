@@ -196,7 +196,7 @@ def test_in_a_design_every_task_can_show_its_worth(population, sparsity):
             for ties, own in zip(DISTILLS, surrogate.TASKS, strict=True):
                 places = np.flatnonzero((member > 0) & ties)
                 if member[own].any():
-                    assert len(places) >= samplers.TIES_EACH and np.ptp(places) >= 2
+                    assert len(places) >= samplers.LAYERS_EACH and np.ptp(places) >= 2
                 else:
                     assert not len(places)
 
