@@ -197,7 +197,7 @@ class Finetuning:
             for step, (frames, labels) in enumerate(batches, start=first):
                 torch.manual_seed(seed * 1_000_003 + step)  # dropout's
                 backward = self._backward(forward, frames, labels)
-                value = descend(model, optimizer, optim, step=step, backward=backward)
+                value = descend(optimizer, optim, step=step, backward=backward)
                 final = step + 1 == optim.steps
                 if step % LOG_EVERY == 0 or final:
                     mean = _checked(value, mean, name, step)

@@ -73,8 +73,7 @@ def memory_needed(
     """Bytes that a member takes, and those that its step takes beside: measured on a GPU, counted on a CPU."""
     if trainer.runtime.device.type == "cuda":
         return _measured(trainer, weights, seed=seed, bank=bank)
-    parameters = sum(p.nbytes for p in trainer.initial_loss(seed).parameters())
-    per_member = 4 * parameters  # weights, gradients, two moments
+    per_member = 4 * trainer.weight_bytes(seed)  # weights, gradients, two moments
     return per_member, CPU_STEP * per_member * trainer.runtime.threads
 
 

@@ -55,13 +55,18 @@ class Muon(torch.optim.AdamW):
         grads = [weight.grad for weight in weights]
         averages = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(averages, grads, 1.0 - momentum)
-        ahead = [step.flatten(1) for step in torch._foreach_lerp(grads, averages, momentum)]
-        sizes = [max(step.shape) ** 0.5 for step in ahead]
-        flat = orthogonal(ahead)
-        torch._foreach_mul_(flat, sizes)
-        steps = [step.view(weight.shape) for step, weight in zip(flat, weights, strict=True)]
+        ahead = torch._foreach_lerp(grads, averages, momentum)
+        orders = [_by_stride(weight) for weight in weights]
+        steps = [step.permute(order).flatten(1) for step, order in zip(ahead, orders, strict=True)]
         torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, steps, alpha=-group["lr"])
+        for weight, order, step in zip(weights, orders, orthogonal(steps), strict=True):
+            inner = weight.permute(order)
+            inner.add_(step.view(inner.shape), alpha=-group["lr"] * max(step.shape) ** 0.5)
+
+
+def _by_stride(weight: Tensor) -> list[int]:
+    """Axes in the order of memory after the first, so that a matrix of them is no copy; U V^T goes with its columns."""
+    return [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
 
 
 def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:

@@ -41,7 +41,6 @@ def make_optimizer(
 
 
 def descend(
-    module: nn.Module,
     optimizer: torch.optim.Optimizer,
     settings: Optim,
     *,
@@ -51,14 +50,18 @@ def descend(
 ) -> Result:
     """Take one step: the schedule's rate times each group's factor, ``backward``, clipped gradients, the optimizer.
 
-    Returns what ``backward`` does, which leaves gradients in the module's parameters; where it raises, no weight moves.
+    Returns what ``backward`` does, which leaves gradients in the optimizer's parameters; where it raises, none moves.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(settings, step, first=first) * group["factor"]
-    # before the forward pass, so that gradients and activations never add up
-    optimizer.zero_grad(set_to_none=True)
+    # torch's zero_grad and a walk through the modules take 5 % of a small network's step
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for (
+        weight
+    ) in parameters:  # before the forward pass, so that gradients and activations never add up
+        weight.grad = None
     result = backward()
-    nn.utils.clip_grad_norm_(module.parameters(), settings.grad_clip)
+    nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
     optimizer.step()
     return result
 

@@ -119,6 +119,10 @@ class Trainer:
             self._initial = seed, self._build()
         return self._initial[1]
 
+    def weight_bytes(self, seed: int) -> int:
+        """Bytes of a member's networks and heads."""
+        return sum(p.nbytes for p in self._initial_networks(seed).parameters())
+
     def open_bank(self, size: int | str) -> ClipBank:
         """Decode the clips that ``search.clip_bank`` asks for, drawn with the recipe's seed."""
         r = self.recipe
@@ -381,7 +385,7 @@ class Trainer:
             return self._checked_loss(member, total, values), values
 
         value, values = descend(
-            loss, optimizer, optim, step=member.step, first=member.first, backward=backward
+            optimizer, optim, step=member.step, first=member.first, backward=backward
         )
         if self.buffers is not None and member.state is not None:
             member.state.copy_from(self.buffers.state)

@@ -96,3 +96,22 @@ def test_a_convolution_moves_by_the_rate_and_groups_stay() -> None:
         ["factor"],
         ["factor"],
     ]
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 3, 3, 3), (8, 16, 1, 1, 1), (4, 2, 3, 3)])
+def test_a_convolutions_layout_in_memory_changes_nothing_but_rounding(
+    shape: tuple[int, ...],
+) -> None:
+    torch.manual_seed(0)
+    start, gradient = torch.randn(shape), torch.randn(shape)
+    layout = torch.channels_last_3d if len(shape) == 5 else torch.channels_last
+    moved = []
+    for formats in ([torch.contiguous_format] * 2, [layout] * 2, [layout, torch.contiguous_format]):
+        weight = nn.Parameter(start.clone(memory_format=formats[0]))
+        optimizer = Muon([{"params": [weight], "momentum": 0.6}], lr=0.01, weight_decay=0.05)
+        for _ in range(3):
+            weight.grad = gradient.clone(memory_format=formats[1])
+            optimizer.step()
+        moved.append(weight.detach())
+    for each in moved[1:]:
+        torch.testing.assert_close(each, moved[0], atol=1e-5, rtol=1e-5)

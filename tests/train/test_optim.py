@@ -91,7 +91,7 @@ def test_a_step_is_torchs_own_with_rate_factor_and_clipping() -> None:
         return loss.detach()
 
     optimizer = make_optimizer([(net, 3.0)], settings)
-    assert descend(net, optimizer, settings, step=1, backward=backward) > 0
+    assert descend(optimizer, settings, step=1, backward=backward) > 0
     rate = 3.0 * 0.25 * (1 + math.cos(math.pi / 4))
     other(x).square().sum().backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in other.parameters()))
@@ -110,7 +110,7 @@ def test_a_backward_that_raises_moves_no_weight() -> None:
         raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        descend(net, make_optimizer([(net, 1.0)], Optim()), Optim(), step=0, backward=backward)
+        descend(make_optimizer([(net, 1.0)], Optim()), Optim(), step=0, backward=backward)
     assert all(map(torch.equal, before, net.parameters()))
 
 
