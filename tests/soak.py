@@ -227,6 +227,8 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def timeless(value: Any) -> Any:
     """Nested tables without what a clock measured."""
+    if isinstance(value, list):
+        return [timeless(each) for each in value]
     if not isinstance(value, dict):
         return value
     times = {"seconds", "clips_per_second"}

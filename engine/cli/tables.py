@@ -79,8 +79,10 @@ def print_outcome(summary: Mapping[str, Any]) -> None:
         "untrained": "untrained network",
         "initial_population": "initial population",
         "random": "random losses, fresh seeds",
-        "best": "best loss, fresh seeds",
     }
+    if (count := summary["luckiest_random"]["of"]) > 1:
+        kinds["luckiest_random"] = f"luckiest of {count} random losses"
+    kinds["best"] = "best loss, fresh seeds"
     rows = [[label, *spread_cells(summary[key])] for key, label in kinds.items()]
     rows[1:1] = [[name, *spread_cells(spread)] for name, spread in summary["compared"].items()]
     rows += [["best loss, as the search saw it", f"{summary['best_search_fitness']:.3f}", "", "1"]]

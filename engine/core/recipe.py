@@ -208,6 +208,8 @@ class Search(Section, frozen=True):
     generation: each generation has its own, lest losses be found that are good for one start alone."""
     confirm_seeds: Annotated[int, Meta(ge=0)] = 3
     """Fresh seeds with which the best and random losses are trained again at the end."""
+    confirm_random: Positive = 1
+    """Random losses under each of them, whose mean is what a seed gives: of sparse ones, some teach by luck."""
     compare: tuple[str, ...] = ()
     """Losses trained with the same fresh seeds beside them, names of presets or files: all with the first, and the
     one that is the fittest then with the others."""

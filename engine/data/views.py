@@ -90,8 +90,13 @@ class ViewMaker(nn.Module):
         self.register_buffer("std", torch.tensor(RGB_STD), persistent=False)
 
     @torch.no_grad()
-    def forward(self, batch: ClipBatch, modalities: Collection[str]) -> Views:
-        """Make the views of ``modalities``; flow and audio need a batch that carries them."""
+    def forward(
+        self, batch: ClipBatch, modalities: Collection[str], *, misaligned: bool = True
+    ) -> Views:
+        """Make the views of ``modalities``; flow and audio need a batch that carries them.
+
+        ``misaligned``: with audio, the misaligned sound too.
+        """
         t = self.num_frames
         rgb, grey = kernels.clip_views(batch.rgb, self.mean, self.std)
         whole = {"rgb": rgb, "grey": grey}
@@ -103,11 +108,13 @@ class ViewMaker(nn.Module):
         future = {m: whole[m][:, :, t:] for m in whole if m in modalities}
         shifted = None
         if "audio" in modalities:
-            assert batch.wave is not None and batch.wave_shifted is not None
+            assert batch.wave is not None
             mel = self.log_mel(batch.wave)
             heard = round(mel.shape[2] * t / (t + self.num_future))
             clip["audio"], future["audio"] = mel[:, :, :heard], mel[:, :, heard:]
-            shifted = self.log_mel(batch.wave_shifted)[:, :, :heard]
+            if misaligned:
+                assert batch.wave_shifted is not None
+                shifted = self.log_mel(batch.wave_shifted)[:, :, :heard]
         return Views(clip, future, shifted, batch.has_audio, batch.has_shift, batch.order)
 
     def audio_frames(self, samples: int, hop: int) -> tuple[int, int]:

@@ -80,6 +80,12 @@ def initial_stat(run: Run) -> Stat | None:
     return stat(run, "initial_population") or stat_of(values)
 
 
+def luckiest(run: Run) -> tuple[Stat | None, int]:
+    """The fittest of several trainings of random losses with fresh seeds, and how many they are."""
+    count = whole(table_of(run.summary, "luckiest_random").get("of"), 0)
+    return stat(run, "luckiest_random") if count > 1 else None, count
+
+
 def pooled_sds(one: Stat, other: Stat) -> float | None:
     """The difference of two means in pooled standard deviations; None where a side has one value, or none differ.
 

@@ -204,10 +204,12 @@ def _pruned(run: Run) -> str:
 
 def _results(run: Run) -> list[dict[str, Any]]:
     """Rows of the results table: key, loss, how it was drawn or trained, and its Stat."""
+    lucky, count = measures.luckiest(run)
     rows = [
         ("untrained", "Untrained network", "no training", stat(run, "untrained")),
         ("initial", "Initial population", "the search's seed", measures.initial_stat(run)),
         ("random", "Random losses", "fresh seeds", stat(run, "random")),
+        ("luckiest", f"Luckiest of {count} of these", "a fresh seed", lucky),
         ("best", "Best loss", "fresh seeds", stat(run, "best")),
     ]
     compared = table_of(run.summary, "compared")

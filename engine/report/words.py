@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.objective.terms import BY_NAME, NUM_LAYERS, TERM_NAMES, TERMS
-from engine.report.measures import Agreement, ancestor, fittest_means, lineage, pooled_sds, stat
+from engine.report.measures import (
+    Agreement,
+    ancestor,
+    fittest_means,
+    lineage,
+    luckiest,
+    pooled_sds,
+    stat,
+)
 from engine.report.run import Run, fitness_of, table_of
 from engine.search.effects import INTERVAL, Effects
 from engine.search.samplers import finite
@@ -114,6 +122,9 @@ def verdict(run: Run, signal: Reliability | None) -> str:
     sds = "" if apart is None else f", {abs(apart):.1f} pooled standard deviations"
     side = "higher" if gain > 0 else "lower"
     by = f"{pm(best.mean, best.sd)} against {pm(random.mean, random.sd)} ({abs(gain):.3f} {side}{sds})"
+    lucky, count = luckiest(run)
+    if lucky is not None:
+        by += f"; the luckiest of {count} random losses reached {lucky.mean:.3f}"
     if signal is not None and math.isfinite(signal.ratio):
         by += f"; the first losses differ {signal.ratio:.1f} times as much as seeds"
     if gain <= 0:

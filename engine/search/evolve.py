@@ -26,7 +26,13 @@ from engine.features.extract import LabelledClips
 from engine.objective.lossfile import load_loss, random_weights
 from engine.search.cohort import MemberResult
 from engine.search.packing import Planner, split
-from engine.search.records import ProgressLine, Records, confirmation_sizes, outcome_line
+from engine.search.records import (
+    ProgressLine,
+    Records,
+    confirmation_sizes,
+    drawn_under,
+    outcome_line,
+)
 from engine.search.samplers import Proposal, Trial
 from engine.search.study import SearchStudy
 from engine.search.worker import Cohort, CohortEvaluator, CohortFactory, CohortResult, Progress
@@ -213,7 +219,7 @@ class _Search:
             self.progress.done = 1
 
     def _confirm(self, queue: JobQueue) -> None:
-        """Train the best loss and a random one again with seeds that the search never saw."""
+        """Train the best loss and random ones again with seeds that the search never saw."""
         best, left = self.study.best(), self.records.seeds_to_confirm()
         sizes = confirmation_sizes(self.study.settings)
         stage, done = "confirming with fresh seeds", sum(sizes[: len(sizes) - len(left)])
@@ -249,7 +255,7 @@ class _Search:
 
 
 def _confirmation(best: Trial, seed: int, names: Sequence[str], settings: Search) -> Cohort:
-    losses = [random_weights(seed, sparsity=settings.sparsity)]
+    losses = [random_weights(n, sparsity=settings.sparsity) for n in drawn_under(seed, settings)]
     losses += [load_loss(name) for name in names]
     members = (best.proposal, *(Proposal(-1 - i, loss) for i, loss in enumerate(losses)))
     return Cohort(members, (seed,), confirm=True)

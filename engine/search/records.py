@@ -47,6 +47,12 @@ def fresh_seeds(recipe: Recipe) -> range:
     return range(first, first + recipe.search.confirm_seeds)
 
 
+def drawn_under(seed: int, settings: Search) -> range:
+    """The numbers of the random losses that are trained under a fresh seed, each of which draws others."""
+    each = max(settings.confirm_seeds, 1)
+    return range(seed, seed + each * settings.confirm_random, each)
+
+
 @dataclass
 class Records:
     """Keeps a run's folder in step with its study: all but TensorBoard's curves follows from it and can be redone."""
@@ -194,18 +200,21 @@ class Records:
         return tuple(name for name in names if name in leading)
 
     def confirmed(self, cohort: Cohort, result: CohortResult) -> None:
-        """Note the outcome of the best loss and a random one under a fresh seed."""
-        (seed,), (member, random_member, *_) = cohort.seeds, cohort.members
-        best, random, *others = (
+        """Note the outcome of the best loss and of random ones under a fresh seed."""
+        (seed,), (member, *beside) = cohort.seeds, cohort.members
+        best, *others = (
             {"fitness": r.fitness, "reason": r.reason, **self.attributes(r)} for r in result.results
         )
+        count = self.recipe.search.confirm_random
+        drawn = [{**o, "weights": m.weights} for o, m in zip(others[:count], beside, strict=False)]
         trivial = {name: {"fitness": value} for name, value in result.trivial.items()}
+        names = self.compared_under(seed) or ()
         record = {
             "trial": member.number,
             "untrained": {"fitness": result.untrained},
             "best": best,
-            "random": {**random, "weights": random_member.weights},
-            "compared": trivial | dict(zip(self.compared_under(seed) or (), others, strict=True)),
+            "random": drawn,
+            "compared": trivial | dict(zip(names, others[count:], strict=True)),
         }
         with self.clock("logging"):
             self.run.write_json(CONFIRMATIONS, {**self._confirmations(), str(seed): record})
@@ -216,8 +225,12 @@ class Records:
         confirmed = [known[str(seed)] for seed in fresh_seeds(self.recipe)]
         fresh = {
             kind: _spread([record[kind]["fitness"] for record in confirmed])
-            for kind in ("untrained", "best", "random")
+            for kind in ("untrained", "best")
         }
+        drawn = [[one["fitness"] for one in record["random"]] for record in confirmed]
+        # a seed's value is the mean of its losses: what spreads is what seeds do, to the best loss and to these
+        fresh["random"] = _spread([_spread(values)["mean"] for values in drawn])
+        trained = [value for values in drawn for value in values if value is not None]
         tables = [record["compared"] for record in confirmed]
         names = dict.fromkeys(name for table in tables for name in table)
         compared = {
@@ -233,6 +246,7 @@ class Records:
             "best_search_fitness": best.fitness,
             "best": fresh["best"],
             "random": fresh["random"],
+            "luckiest_random": {**_spread([max(trained, default=None)]), "of": len(trained)},
             "weights": best.weights,
             **as_json(effects_of(members)),
             "seconds": self.keep_time(),
@@ -254,9 +268,9 @@ class Records:
 
 
 def confirmation_sizes(search: Search) -> list[int]:
-    """Losses trained under each fresh seed: the best, a random one, and those to compare with."""
-    count = len(search.compare)
-    return [2 + (min(count, LEADING) if i else count) for i in range(search.confirm_seeds)]
+    """Losses trained under each fresh seed: the best, random ones, and those to compare with."""
+    count, always = len(search.compare), 1 + search.confirm_random
+    return [always + (min(count, LEADING) if i else count) for i in range(search.confirm_seeds)]
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:

@@ -29,11 +29,11 @@ from engine.search.surrogate import (
     ROLES,
     TASKS,
     TIES,
-    TRAINS_RGB,
     Surrogate,
     computed,
     computed_vectors,
     shares,
+    untaught,
     vectors,
 )
 
@@ -49,7 +49,7 @@ PARENTS = 2
 NEIGHBOURS = 4
 """Of one such member, of which a draw from the model chooses."""
 RACE = 4
-"""Last members, which race the model's best loss and the fittest, where thrice as many follow the design."""
+"""Last members, which race the model's best loss and the fittest: at most, and a third of those after the design."""
 LAYERS_EACH = 2
 """Least layers distilled of each network that teaches, in a design's members."""
 TRIES = 20
@@ -249,8 +249,9 @@ class SurrogateSampler(RandomSampler):
     promises most of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so
     it is looked into; where it is known to harm, none has it. Every other sparse loss is a neighbour of one of the
     fittest members instead, since few terms are more than the sum of their effects. No loss is proposed twice, but by
-    the last RACE members where ``search.seeds`` is "generation" and ``search.rounds`` 3 RACE or more: with other seeds,
-    these train the model's bet and, again, the fittest. Generations are waited for as in evolution.
+    the last members where ``search.seeds`` is "generation", a third of ``search.rounds`` in whole generations, RACE at
+    most: with other seeds, these train the model's bet and, again, the fittest. No proposal distils a network that it
+    has no task for. Generations are waited for as in evolution.
     """
 
     def __init__(self, settings: Search, *, seed: int) -> None:
@@ -302,7 +303,8 @@ class SurrogateSampler(RandomSampler):
         for tried in range(TRIES):
             if near:
                 parent = known[rng.choice(np.argsort(-fitness, kind="stable")[:PARENTS])]
-                nearby = [neighbour(parent, most=self._most, rng=rng) for _ in range(NEIGHBOURS)]
+                drawn = [neighbour(parent, most=self._most, rng=rng) for _ in range(NEIGHBOURS)]
+                nearby = [each for each in drawn if not untaught(each > 0).any()] or drawn
                 values = computed(model.best_of(nearby, model.draw(rng, width=1 + tried)))
             elif surest and not tried:
                 values = computed(model.surest(rng, most=self._most))
@@ -311,11 +313,11 @@ class SurrogateSampler(RandomSampler):
                 values = computed(model.best_weights(effects, most=self._most))
             if not values.any():
                 expected = [model.effect(j)[0] for j in range(len(values))]
-                values[int(np.where(TRAINS_RGB, expected, -np.inf).argmax())] = 1.0
+                values[int(np.where(OF_RGB, expected, -np.inf).argmax())] = 1.0
             if not _alike(others, values).any():
                 return values
-        drawn = draw_weights(rng, sparsity=self.settings.sparsity)
-        return np.asarray(vectors([drawn])[0])
+        weights = draw_weights(rng, sparsity=self.settings.sparsity)
+        return np.asarray(vectors([weights])[0])
 
     @property
     def _most(self) -> int:
@@ -326,8 +328,10 @@ class SurrogateSampler(RandomSampler):
     def race(self) -> int:
         """The number of the first member of the race."""
         settings = self.settings
-        again = settings.seeds == "generation" and settings.rounds >= 3 * RACE
-        return settings.population + settings.rounds - RACE * again
+        most = min(RACE, settings.rounds // 3)
+        whole = most - most % max(min(settings.generation, most), 1)
+        again = whole >= 2 and settings.seeds == "generation"
+        return settings.population + settings.rounds - whole * again
 
     def _raced(self, number: int, complete: Sequence[Trial], beside: Array) -> Array:
         """(terms,) weights of a loss not trained beside this member: the model's bet at first, then the fittest.

@@ -238,15 +238,25 @@ def _best_levels(coefficients: Array, most: int) -> Array:
     weights: Array = LEVELS[value.argmax(0)]
     gains = value.max(0)
     weights[np.argsort(-gains, kind="stable")[most:]] = 0.0
+    if most < len(TERMS):
+        weights = np.where(untaught(weights > 0), 0.0, weights)
     if not weights.any():  # a loss needs a term
-        weights[int(value[-1].argmax())] = 1.0
+        alone = OF_RGB if most < len(TERMS) else np.ones_like(OF_RGB)
+        weights[int(np.where(alone, value[-1], -np.inf).argmax())] = 1.0
     return weights
+
+
+def untaught(among: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(J,) which of the terms ``among`` (J,) distil a network that none of them trains by itself: it teaches little."""
+    taught = np.any(TASKS & among, axis=1, keepdims=True)
+    return np.asarray((DISTILLS & among & ~taught).any(0), np.bool_)
 
 
 def _best_shares(coefficients: Array, most: int) -> Array:
     """The loss that ``_shared_out`` makes of the best terms, at most ``most``.
 
     Terms are added one by one, or a teacher's task and a tie to it at once, whichever helps most, as long as one does.
+    No network is distilled that has no task.
     """
     everything = np.ones(len(TERMS), np.bool_)
     _, best = _shared_out(coefficients, everything)
@@ -276,15 +286,19 @@ def _shared_out(coefficients: Array, among: NDArray[np.bool_]) -> tuple[float, A
     A network's shares are in proportion to the squares of what helps (Cauchy-Schwarz), the largest at weight 1; terms
     that tie RGB to a teacher help together with what the teacher's own tasks then do.
     """
+    among = among & ~untaught(among)
     if not (TRAINS_RGB & among).any():
         return -np.inf, np.zeros(len(TERMS))
     helps = np.where(among, np.maximum(coefficients, 0.0), 0.0)
     of_rgb, weights = np.where(OF_RGB, helps, 0.0), np.zeros(len(TERMS))
-    for ties, tasks in zip(TIES & among, TASKS, strict=True):
+    for ties, tasks, distils in zip(TIES & among, TASKS & among, DISTILLS, strict=True):
         if not ties.any():
             continue
         taught = float(np.linalg.norm(helps[tasks]))
         weights[tasks] = helps[tasks] ** 2
+        if not taught and (ties & distils).any():  # no task helps: the least harmful
+            least = int(np.where(tasks, coefficients, -np.inf).argmax())
+            weights[least], taught = 1.0, float(coefficients[least])
         way = np.where(ties, helps, 0.0)
         length = float(np.linalg.norm(way))
         if not length:  # no tie helps by itself: the least harmful

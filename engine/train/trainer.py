@@ -297,11 +297,13 @@ class Trainer:
         On a CPU another thread makes them in advance: a core is idle as soon as members' steps differ.
         """
         modalities = tuple({m: None for member in members for m in member.alive.modalities})
+        misaligned = any(member.alive.misaligned for member in members)
         first = min(member.step for member in members)
         batches = self.batches(seed=seed, first=first, modalities=modalities, bank=bank)
         steps = range(first, self.recipe.optim.steps)
         if self.runtime.device.type == "cpu":
-            made = prefetch(self._views_of(batches, modalities), depth=1, name="views")
+            made = self._views_of(batches, modalities, misaligned=misaligned)
+            made = prefetch(made, depth=1, name="views")
             with closing(made):
                 for step in steps:
                     with self.clock("input"):
@@ -315,17 +317,17 @@ class Trainer:
                 with self.clock("input"):
                     batch = next(batches)
                 with self.clock("views"):
-                    views = self.views(batch, modalities)
+                    views = self.views(batch, modalities, misaligned=misaligned)
                 ready = self._side.mark()
             yield step, cross(views, ready)
             lead.after_step()
 
     def _views_of(
-        self, batches: Iterator[ClipBatch], modalities: Collection[str]
+        self, batches: Iterator[ClipBatch], modalities: Collection[str], *, misaligned: bool
     ) -> Iterator[Views]:
         torch.set_num_threads(1)  # of the thread that asks; members have the other cores
         for batch in batches:
-            yield self.views(batch, modalities)
+            yield self.views(batch, modalities, misaligned=misaligned)
 
     def step_all(self, members: Sequence[Member], views: Views) -> list[float | MemberFailed]:
         """Step members on one batch; returns the loss of each, or the failure that ended it. Raises as ``attempt``.

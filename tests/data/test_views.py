@@ -110,6 +110,8 @@ def test_sound_is_split_where_the_frames_are(make) -> None:
     assert views.clip["audio"].shape == (N, 1, heard, AUDIO.num_mels)
     assert views.future["audio"].shape == (N, 1, to_come, AUDIO.num_mels)
     assert views.shifted_audio.shape == views.clip["audio"].shape
+    unheard = make(replace(batch(), wave_shifted=None), ALL, misaligned=False)
+    assert unheard.shifted_audio is None and torch.equal(unheard.clip["audio"], views.clip["audio"])
 
 
 @pytest.mark.parametrize(

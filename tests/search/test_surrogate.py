@@ -150,12 +150,45 @@ def test_no_loss_is_better_than_the_best_by_shares(seed, most):
     model = Surrogate("shares", coefficients, np.eye(J), np.zeros(J), 0.0, 0.1)
     best = model.best_weights(coefficients, most=most)
     assert 0 < np.count_nonzero(best) <= most and best.max() == 1.0
+    assert not surrogate.untaught(best > 0).any()
     others = []
     for _ in range(300):
         other = np.where(rng.random(J).argsort().argsort() < most, rng.random(J) ** 3, 0.0)
         near = np.clip(best + 0.2 * rng.normal(size=J) * (best > 0), 0, 1)
-        others += [shares(w)[0] @ coefficients for w in (other, near) if w @ TRAINS_RGB]
+        for w in (other, near):
+            w[surrogate.untaught(w > 0)] = 0.0
+            others += [shares(w)[0] @ coefficients] * bool(w @ TRAINS_RGB)
     assert shares(best)[0] @ coefficients > max(others) - 1e-9
+
+
+def test_what_no_task_trains_teaches_nothing():
+    """By the rule's words: a layer is distilled of a network that has a task of its own."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        among = rng.random(J) < 0.1
+        used = {name for name, there in zip(TERM_NAMES, among, strict=True) if there}
+        expected = {
+            f"distill/{m}@{layer}"
+            for m, layer in product(("grey", "flow", "audio"), range(5))
+            if not any(name.startswith(f"{m}/") for name in used)
+        }
+        found = surrogate.untaught(among)
+        assert {n for n, lost in zip(TERM_NAMES, found, strict=True) if lost} == expected & used
+
+
+@pytest.mark.parametrize("basis", ["levels", "shares"])
+def test_a_layer_that_helps_comes_with_the_least_harmful_task_or_not_at_all(basis):
+    """Where only layers of flow seem to help, as they do in a design that never distils them alone."""
+    layers = [TERM_NAMES.index(f"distill/flow@{layer}") for layer in (2, 4)]
+    task, alone = TERM_NAMES.index("flow/predict"), TERM_NAMES.index("rgb/predict")
+    coefficients = np.full(J, -0.2)
+    coefficients[layers], coefficients[task], coefficients[alone] = 0.3, -0.01, 0.05
+    if basis == "levels":
+        coefficients = np.stack([0 * coefficients, coefficients, 0 * coefficients]).ravel()
+    model = Surrogate(basis, coefficients, np.eye(len(coefficients)), 0 * coefficients, 0.0, 0.1)
+    best = model.best_weights(coefficients, most=3)
+    expected = [alone] if basis == "levels" else sorted([*layers, task])
+    assert np.flatnonzero(best).tolist() == expected
 
 
 def test_a_teachers_task_and_what_ties_rgb_to_it_are_found_together():
@@ -277,6 +310,8 @@ def test_every_member_can_change_the_representation():
             assert reaching(terms)
             if method == "surrogate" and member.number >= 16:
                 assert set(reaching(terms)) == set(terms)
+                (weights,) = vectors([member.weights])
+                assert not surrogate.untaught(weights > 0).any()
 
 
 @pytest.mark.parametrize("seeds", ["same", "generation"])
@@ -308,6 +343,17 @@ def test_no_loss_is_proposed_twice_but_in_the_race(seeds):
         "the fittest and the model's best"
     )
     assert apart[30:, :30].min(1).max() < 1e-6 and apart[30, 31] > 1e-6, "the two fittest again"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "generation", "raced"),
+    [(12, 2, 4), (10, 2, 2), (10, 4, 3), (40, 8, 4), (12, 3, 3), (6, 2, 2), (5, 2, 0), (0, 4, 0)],
+)
+def test_a_race_is_a_third_of_what_follows_the_design_at_most(rounds, generation, raced):
+    settings = Search(
+        method="surrogate", population=10, rounds=rounds, generation=generation, seeds="generation"
+    )
+    assert samplers.SurrogateSampler(settings, seed=0).race == 10 + rounds - raced
 
 
 def test_the_outcome_is_the_loss_that_stays_fit_in_the_race():
