@@ -50,8 +50,8 @@ NEIGHBOURS = 4
 """Of one such member, of which a draw from the model chooses."""
 RACE = 4
 """Last members, which race the model's best loss and the fittest: at most, and a third of those after the design."""
-LAYERS_EACH = 2
-"""Least layers distilled of each network that teaches, in a design's members."""
+LAYERS_EACH = 3
+"""Least layers distilled of each network that teaches, in a design's members: of five, one of the last two at least."""
 TRIES = 20
 """Draws for a loss that is unlike all others, each wider than the one before; then comes a random one."""
 Array = npt.NDArray[np.float64]
@@ -245,13 +245,14 @@ class SurrogateSampler(RandomSampler):
     """Thompson sampling (1933): each member is the best loss under coefficients drawn from ``Surrogate``'s posterior.
 
     The initial population is a design (``_design``): every task is in as many of its members, give or take one, and a
-    network that teaches is always distilled. After it come the weights that one draw of all effects
-    promises most of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws differ, and so
-    it is looked into; where it is known to harm, none has it. Every other sparse loss is a neighbour of one of the
-    fittest members instead, since few terms are more than the sum of their effects. No loss is proposed twice, but by
-    the last members where ``search.seeds`` is "generation", a third of ``search.rounds`` in whole generations, RACE at
-    most: with other seeds, these train the model's bet and, again, the fittest. No proposal distils a network that it
-    has no task for. Generations are waited for as in evolution.
+    network that teaches is always distilled. After a sparse one, two members share the tasks of its fittest
+    (``_halves``), since several tasks at once do not tell which of them it was. Then come the weights that one draw of
+    all effects promises most of, in at most 1 - ``search.sparsity`` of the terms. Where an effect is unsure, draws
+    differ, and so it is looked into; where it is known to harm, none has it. Every other sparse loss is a neighbour of
+    one of the fittest members instead, since few terms are more than the sum of their effects. No loss is proposed
+    twice, but by the last members where ``search.seeds`` is "generation", a third of ``search.rounds`` in whole
+    generations, RACE at most: with other seeds, these train the model's bet and, again, the fittest. No proposal
+    distils a network that it has no task for. Generations are waited for as in evolution.
     """
 
     def __init__(self, settings: Search, *, seed: int) -> None:
@@ -300,6 +301,10 @@ class SurrogateSampler(RandomSampler):
         others, rng = np.concatenate([known, beside]), self.stream(number)
         sparse, turn = self.settings.sparsity > 0, number - self.settings.population
         near = sparse and turn % 2 == 1 and not surest
+        if sparse and turn < 2 and not surest:
+            half = self._half(turn, complete)
+            if half.any() and not _alike(others, half).any():
+                return half
         for tried in range(TRIES):
             if near:
                 parent = known[rng.choice(np.argsort(-fitness, kind="stable")[:PARENTS])]
@@ -318,6 +323,14 @@ class SurrogateSampler(RandomSampler):
                 return values
         weights = draw_weights(rng, sparsity=self.settings.sparsity)
         return np.asarray(vectors([weights])[0])
+
+    def _half(self, turn: int, complete: Sequence[Trial]) -> Array:
+        """(terms,) one of the two halves of the fittest in the design; all 0 where none is complete."""
+        designed = [member for member in complete if member.number < self.settings.population]
+        if not designed:
+            return np.zeros(len(TERM_NAMES))
+        weights = computed_vectors([RandomSampler.fittest(self, designed).weights])[0]
+        return _halves(weights, self.stream(self.settings.population))[turn]
 
     @property
     def _most(self) -> int:
@@ -408,6 +421,24 @@ def _alike(weights: Array, loss: Array) -> npt.NDArray[np.bool_]:
 def _same(weights: Array) -> Array:
     """(N, N) 1 where two of weights (N, terms) are equal, else 0."""
     return np.asarray((weights[:, None] == weights).all(-1), np.float64)
+
+
+def _halves(weights: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """The tasks of a loss (terms,) in two losses, with the layers of those networks that one trains; 0 for none.
+
+    The RGB network's own in one, a teacher's and what joins RGB to it in the other; of one kind alone, at random.
+    """
+    tasks = (weights > 0) & ~DISTILLS.any(0)
+    first = tasks & OF_RGB
+    if not first.any() or not (tasks & ~OF_RGB).any():
+        drawn = rng.permutation(np.flatnonzero(tasks))
+        first = np.isin(np.arange(len(weights)), drawn[: len(drawn) // 2])
+    halves = []
+    for chosen in (first, tasks & ~first):
+        taught = np.any(TASKS & chosen, axis=1, keepdims=True)
+        layers = np.any(DISTILLS & taught, axis=0)
+        halves.append(computed(np.where(chosen | layers, weights, 0.0)))
+    return halves[0], halves[1]
 
 
 def neighbour(weights: Array, *, most: int, rng: np.random.Generator) -> Array:

@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import DotProduct, WhiteKernel
 
@@ -232,6 +233,48 @@ def test_in_a_design_every_task_can_show_its_worth(population, sparsity):
                     assert len(places) >= samplers.LAYERS_EACH and np.ptp(places) >= 2
                 else:
                     assert not len(places)
+
+
+def named(**weights):
+    return vectors([dict.fromkeys(TERM_NAMES, 0.0) | weights])[0]
+
+
+def test_halves_part_the_tasks_of_rgb_from_a_teachers_and_else_any():
+    rng = np.random.default_rng(0)
+    own = {"rgb/to_flow": 0.7, "rgb/predict": 0.6}
+    taught = {
+        "flow/predict": 0.8,
+        "rgb+flow/embed": 0.5,
+        "distill/flow@2": 0.9,
+        "distill/flow@4": 0.6,
+    }
+    first, second = samplers._halves(named(**own, **taught), rng)
+    assert (first == named(**own)).all() and (second == named(**taught)).all()
+    layers = {"distill/grey@1": 0.9, "distill/grey@3": 0.6}
+    tasks = {"grey/shuffle": 0.7, "grey/to_flow": 0.6, "grey/predict": 0.5}
+    splits = [samplers._halves(named(**tasks, **layers), rng) for _ in range(20)]
+    for each in splits:
+        names = [{n for n, w in zip(TERM_NAMES, half, strict=True) if w} for half in each]
+        assert names[0] & names[1] == {*layers} and names[0] | names[1] == {*tasks, *layers}
+    assert len({half.tobytes() for half, _ in splits}) == 3
+    none, whole = samplers._halves(named(**{"rgb/predict": 1.0}), rng)
+    assert not none.any() and (whole == named(**{"rgb/predict": 1.0})).all()
+
+
+@pytest.mark.parametrize("generation", [1, 2, 4])
+def test_after_a_sparse_design_the_fittests_tasks_are_told_apart(generation):
+    """Whatever the number of members that are proposed at once."""
+    settings = Search(method="surrogate", population=10, rounds=8, sparsity=0.925)
+    settings = replace(settings, generation=generation)
+    for seed in range(3):
+        members = search(settings, noise=0.02, seed=seed)
+        weights = vectors([member.weights for member in members])
+        fittest = weights[int(np.argmax([member.fitness for member in members[:10]]))]
+        both = weights[10:12]
+        tasks = ~DISTILLS.any(0)
+        assert (both.max(0)[tasks] == fittest[tasks]).all() and not (both[:, tasks] > 0).all(
+            0
+        ).any()
 
 
 @pytest.mark.parametrize("population", [8, 10, 20])
