@@ -204,11 +204,13 @@ def _pruned(run: Run) -> str:
 
 def _results(run: Run) -> list[dict[str, Any]]:
     """Rows of the results table: key, loss, how it was drawn or trained, and its Stat."""
-    lucky, count = measures.luckiest(run)
+    (lucky, count), drawn = measures.luckiest(run), stat(run, "random")
+    each = count // drawn.n if drawn else 1
+    means = f", means of {each}" if each > 1 else ""
     rows = [
         ("untrained", "Untrained network", "no training", stat(run, "untrained")),
         ("initial", "Initial population", "the search's seed", measures.initial_stat(run)),
-        ("random", "Random losses", "fresh seeds", stat(run, "random")),
+        ("random", "Random losses", f"fresh seeds{means}", drawn),
         ("luckiest", f"Luckiest of {count} of these", "a fresh seed", lucky),
         ("best", "Best loss", "fresh seeds", stat(run, "best")),
     ]

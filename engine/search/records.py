@@ -246,7 +246,10 @@ class Records:
             "best_search_fitness": best.fitness,
             "best": fresh["best"],
             "random": fresh["random"],
-            "luckiest_random": {**_spread([max(trained, default=None)]), "of": len(trained)},
+            "luckiest_random": {
+                **_spread([max(trained, default=None)]),
+                "of": sum(map(len, drawn)),
+            },
             "weights": best.weights,
             **as_json(effects_of(members)),
             "seconds": self.keep_time(),

@@ -29,6 +29,7 @@ from engine.search.surrogate import (
     ROLES,
     TASKS,
     TIES,
+    TRAINS_RGB,
     Surrogate,
     computed,
     computed_vectors,
@@ -49,7 +50,7 @@ PARENTS = 2
 NEIGHBOURS = 4
 """Of one such member, of which a draw from the model chooses."""
 RACE = 4
-"""Last members, which race the model's best loss and the fittest: at most, and a third of those after the design."""
+"""Last members, which race the model's best loss and the fittest, where no generation is larger: a third at most."""
 LAYERS_EACH = 3
 """Least layers distilled of each network that teaches, in a design's members: of five, one of the last two at least."""
 TRIES = 20
@@ -251,8 +252,8 @@ class SurrogateSampler(RandomSampler):
     differ, and so it is looked into; where it is known to harm, none has it. Every other sparse loss is a neighbour of
     one of the fittest members instead, since few terms are more than the sum of their effects. No loss is proposed
     twice, but by the last members where ``search.seeds`` is "generation", a third of ``search.rounds`` in whole
-    generations, RACE at most: with other seeds, these train the model's bet and, again, the fittest. No proposal
-    distils a network that it has no task for. Generations are waited for as in evolution.
+    generations, RACE or one of these at most: with other seeds, these train the model's bet and, again, the fittest. No
+    sparse proposal distils a network that it has no task for. Generations are waited for as in evolution.
     """
 
     def __init__(self, settings: Search, *, seed: int) -> None:
@@ -285,23 +286,22 @@ class SurrogateSampler(RandomSampler):
         if number >= self.race:
             values = self._raced(number, complete, beside)
         else:
-            surest = number == generation_of(self.race - 1, settings=self.settings).start
-            values = self._unlike(number, complete, beside, surest=surest)
+            values = self._unlike(number, complete, beside)
         self._proposed[key] = values
         return values
 
-    def _unlike(
-        self, number: int, complete: Sequence[Trial], beside: Array, *, surest: bool
-    ) -> Array:
+    def _unlike(self, number: int, complete: Sequence[Trial], beside: Array) -> Array:
         """(terms,) weights unlike those of any member: the best under a draw, or a neighbour of one of the fittest.
 
-        ``surest``: the model's bet.
+        Those that begin the last generation before the race, or the end, are the model's bet.
         """
+        bet = generation_of(self.race - 1, settings=self.settings).start
+        surest = number == bet
         model, known, fitness = self._learnt(complete)
         others, rng = np.concatenate([known, beside]), self.stream(number)
         sparse, turn = self.settings.sparsity > 0, number - self.settings.population
         near = sparse and turn % 2 == 1 and not surest
-        if sparse and turn < 2 and not surest:
+        if sparse and turn < 2 and bet > self.settings.population + 1:
             half = self._half(turn, complete)
             if half.any() and not _alike(others, half).any():
                 return half
@@ -316,18 +316,21 @@ class SurrogateSampler(RandomSampler):
             else:
                 effects = model.draw(rng, width=1 + tried)
                 values = computed(model.best_weights(effects, most=self._most))
+            if sparse:
+                values = np.where(untaught(values > 0), 0.0, values)
             if not values.any():
                 expected = [model.effect(j)[0] for j in range(len(values))]
                 values[int(np.where(OF_RGB, expected, -np.inf).argmax())] = 1.0
             if not _alike(others, values).any():
                 return values
-        weights = draw_weights(rng, sparsity=self.settings.sparsity)
-        return np.asarray(vectors([weights])[0])
+        last = np.asarray(vectors([draw_weights(rng, sparsity=self.settings.sparsity)])[0])
+        kept = np.where(sparse & untaught(last > 0), 0.0, last)
+        return kept if kept @ TRAINS_RGB else last
 
     def _half(self, turn: int, complete: Sequence[Trial]) -> Array:
-        """(terms,) one of the two halves of the fittest in the design; all 0 where none is complete."""
+        """(terms,) one of the two halves of the fittest in the design; all 0 where too few of it are complete."""
         designed = [member for member in complete if member.number < self.settings.population]
-        if not designed:
+        if len(designed) < FEWEST:
             return np.zeros(len(TERM_NAMES))
         weights = computed_vectors([RandomSampler.fittest(self, designed).weights])[0]
         return _halves(weights, self.stream(self.settings.population))[turn]
@@ -340,11 +343,13 @@ class SurrogateSampler(RandomSampler):
     @property
     def race(self) -> int:
         """The number of the first member of the race."""
-        settings = self.settings
-        most = min(RACE, settings.rounds // 3)
-        whole = most - most % max(min(settings.generation, most), 1)
-        again = whole >= 2 and settings.seeds == "generation"
-        return settings.population + settings.rounds - whole * again
+        rounds, size = self.settings.rounds, self.settings.generation
+        most = min(max(RACE, size), rounds // 3)
+        start = (
+            -(-(rounds - most) // size) * size
+        )  # the first of a generation, which has seeds of its own
+        again = rounds - start >= 2 and self.settings.seeds == "generation"
+        return self.settings.population + (start if again else rounds)
 
     def _raced(self, number: int, complete: Sequence[Trial], beside: Array) -> Array:
         """(terms,) weights of a loss not trained beside this member: the model's bet at first, then the fittest.

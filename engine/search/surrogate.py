@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, present, reaching
 
 Array = NDArray[np.float64]
+Pair = tuple[float, Array, Array]
 OWN = 0.5
 """Share of one training's difference from the model that is the loss' own, not noise, where nothing is known."""
 LEAST = 0.02
@@ -292,24 +293,19 @@ def _shared_out(coefficients: Array, among: NDArray[np.bool_]) -> tuple[float, A
     helps = np.where(among, np.maximum(coefficients, 0.0), 0.0)
     of_rgb, weights = np.where(OF_RGB, helps, 0.0), np.zeros(len(TERMS))
     for ties, tasks, distils in zip(TIES & among, TASKS & among, DISTILLS, strict=True):
-        if not ties.any():
-            continue
-        taught = float(np.linalg.norm(helps[tasks]))
-        weights[tasks] = helps[tasks] ** 2
-        if not taught and (ties & distils).any():  # no task helps: the least harmful
-            least = int(np.where(tasks, coefficients, -np.inf).argmax())
-            weights[least], taught = 1.0, float(coefficients[least])
-        way = np.where(ties, helps, 0.0)
-        length = float(np.linalg.norm(way))
-        if not length:  # no tie helps by itself: the least harmful
-            way[int(np.where(ties, coefficients, -np.inf).argmax())] = 1.0
-            length, taught = 1.0, taught + float(coefficients[way > 0][0])
-        else:
-            taught += length
-        of_rgb += max(taught, 0.0) / length * way
+        # with its tasks, of which distillation needs one, or by joint embedding and alignment alone
+        ways = (
+            _taught(coefficients, ties, tasks),
+            _taught(coefficients, ties & ~distils, tasks & ~tasks),
+        )
+        _, way, own = max(ways, key=lambda each: each[0])
+        of_rgb, weights = of_rgb + way, weights + own
     value = float(np.linalg.norm(of_rgb))
     if not value:  # nothing helps
-        least = int(np.where(TRAINS_RGB & among, coefficients, -np.inf).argmax())
+        alone = TRAINS_RGB & ~DISTILLS.any(0) & among
+        if not alone.any():
+            return -np.inf, weights
+        least = int(np.where(alone, coefficients, -np.inf).argmax())
         value, of_rgb = float(coefficients[least]), _OWN[least]
     weights = np.where(TRAINS_RGB, of_rgb**2, weights)
     largest = (_TOGETHER * weights).max(1)
@@ -317,6 +313,29 @@ def _shared_out(coefficients: Array, among: NDArray[np.bool_]) -> tuple[float, A
     weights = np.where(weights < LEAST, 0.0, weights)
     tied = (TIES & (weights > 0)).any(1) @ TASKS
     return value, np.where(TRAINS_RGB | tied, weights, 0.0)
+
+
+def _taught(coefficients: Array, ties: NDArray[np.bool_], tasks: NDArray[np.bool_]) -> Pair:
+    """What a teacher is worth with given ties and tasks, and what ties (J,) and tasks (J,) are in proportion to.
+
+    Ties' squares are their weights, tasks are weights. Where no tie helps by itself, or no task, the least harmful.
+    """
+    own, way = np.where(tasks, np.maximum(coefficients, 0.0) ** 2, 0.0), np.zeros(len(TERMS))
+    if not ties.any():
+        return 0.0, way, way
+    worth = math.sqrt(own.sum())
+    if tasks.any() and not worth:
+        least = int(np.where(tasks, coefficients, -np.inf).argmax())
+        own[least], worth = 1.0, float(coefficients[least])
+    way = np.where(ties, np.maximum(coefficients, 0.0), 0.0)
+    length = float(np.linalg.norm(way))
+    if length:
+        worth += length
+    else:
+        least = int(np.where(ties, coefficients, -np.inf).argmax())
+        way[least], length, worth = 1.0, 1.0, worth + float(coefficients[least])
+    worth = max(worth, 0.0)
+    return worth, worth / length * way, own
 
 
 def _related(shared: float) -> Array:

@@ -12,9 +12,12 @@ def lines_of(weights: dict[str, float], capsys: pytest.CaptureFixture[str]) -> l
     spread = {"values": [0.5], "mean": 0.5, "sd": 0.0, "n": 1}
     kinds = dict.fromkeys(("untrained", "initial_population", "random", "best"), spread)
     found = {"best_trial": 3, "best_search_fitness": 0.5, "compared": {}, "failures": 0}
-    found["luckiest_random"] = {**spread, "of": 1}
+    found["luckiest_random"] = {**spread, "of": 2}
     print_outcome({"weights": dict.fromkeys(TERM_NAMES, 0.0) | weights, **kinds, **found})
-    return capsys.readouterr().out.partition("Fitness")[0].splitlines()
+    losses, _, fitness = capsys.readouterr().out.partition("Fitness")
+    assert "random losses, fresh seeds, means of 2" in fitness
+    assert "luckiest of 2 random losses" in fitness
+    return losses.splitlines()
 
 
 def test_a_loss_of_few_terms_is_shown_without_the_others(

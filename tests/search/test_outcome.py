@@ -106,6 +106,7 @@ def test_the_fittest_loss_to_compare_with_goes_on_after_the_first_seed(
 ) -> None:
     names = ["rgb_to_flow", "frame_shuffle", "predict_frames"]
     settings = (f"compare={names}", "confirm_seeds=2", "population=2", "rounds=0")
+    settings += ("confirm_random=2",)
     more = [arg for each in settings for arg in ("--set", f"search.{each}")]
     run = tmp_path / "run"
     code, _, _ = begin(tiny_shards, run, *more, "--set", "optim.steps=2")
@@ -119,6 +120,14 @@ def test_the_fittest_loss_to_compare_with_goes_on_after_the_first_seed(
     assert {name: compared[name]["n"] for name in names} == {
         name: 2 if name in leading else 1 for name in names
     }
+    # random losses: two others under each seed, which counts their mean
+    drawn = [[one["fitness"] for one in record["random"]] for record in records]
+    losses = {json.dumps(one["weights"]) for record in records for one in record["random"]}
+    assert len(losses) == 4
+    summary = read(run / "summary.json")
+    assert summary["random"]["values"] == pytest.approx([sum(pair) / 2 for pair in drawn])
+    luckiest = summary["luckiest_random"]
+    assert (luckiest["mean"], luckiest["of"]) == (max(map(max, drawn)), 4)
     # killed between the first seed and the others: the same one goes on
     whole, path = read(run / "confirmations.json"), run / "confirmations.json"
     path.write_text(json.dumps(dict(list(whole.items())[:1])))

@@ -192,6 +192,26 @@ def test_a_layer_that_helps_comes_with_the_least_harmful_task_or_not_at_all(basi
     assert np.flatnonzero(best).tolist() == expected
 
 
+@pytest.mark.parametrize("most", [3, J])
+@pytest.mark.parametrize(
+    ("rest", "helps"),
+    [
+        (-0.5, {"rgb+flow/embed": 0.3, "rgb/predict": 0.05}),
+        (-0.9, {"rgb+flow/embed": 1.0, "distill/flow@2": 0.1}),
+        (-0.2, {"rgb/align_audio": 0.3, "distill/audio@1": 0.4}),
+    ],
+)
+def test_where_no_task_of_a_teacher_helps_what_needs_none_still_does(rest, helps, most):
+    coefficients = np.full(J, rest)
+    for name, value in helps.items():
+        coefficients[TERM_NAMES.index(name)] = value
+    model = Surrogate("shares", coefficients, np.eye(J), np.zeros(J), 0.0, 0.1)
+    best = model.best_weights(coefficients, most=most)
+    joint = next(named(**{name: 1.0}) for name in helps if not name.startswith("distill"))
+    assert shares(best)[0] @ coefficients >= shares(joint)[0] @ coefficients
+    assert not surrogate.untaught(best > 0).any()
+
+
 def test_a_teachers_task_and_what_ties_rgb_to_it_are_found_together():
     """Neither is worth anything without the other."""
     task = TERM_NAMES.index("flow/reconstruct")
@@ -390,13 +410,16 @@ def test_no_loss_is_proposed_twice_but_in_the_race(seeds):
 
 @pytest.mark.parametrize(
     ("rounds", "generation", "raced"),
-    [(12, 2, 4), (10, 2, 2), (10, 4, 3), (40, 8, 4), (12, 3, 3), (6, 2, 2), (5, 2, 0), (0, 4, 0)],
+    [(12, 2, 4), (13, 2, 3), (10, 2, 2), (10, 4, 2), (8, 4, 0), (40, 8, 8), (16, 8, 0)]
+    + [(12, 3, 3), (6, 2, 2), (5, 2, 0), (3, 1, 0), (9, 1, 3), (0, 4, 0)],
 )
 def test_a_race_is_a_third_of_what_follows_the_design_at_most(rounds, generation, raced):
+    """And begins with a generation, whose seeds are not those of the bet's first training."""
     settings = Search(
         method="surrogate", population=10, rounds=rounds, generation=generation, seeds="generation"
     )
     assert samplers.SurrogateSampler(settings, seed=0).race == 10 + rounds - raced
+    assert (3 * raced <= rounds and (rounds - raced) % generation == 0) or not raced
 
 
 def test_the_outcome_is_the_loss_that_stays_fit_in_the_race():
