@@ -85,11 +85,14 @@ def test_every_figure_is_there_with_a_text_alternative(
 def test_results_equal_the_summary(finished: tuple[Path, dict[str, Any], str, Page]) -> None:
     _, run, _, page = finished
     summary = run["summary"]
-    keys = ("untrained", "initial_population", "random", "best")
+    keys = ("untrained", "initial_population", "random", "luckiest_random", "best")
     for row, key in zip(page.rows["results"][1:], keys, strict=True):
         given = summary[key]
-        assert row[1].split() == [f"{given['mean']:.3f}", "±", f"{given['sd']:.3f}"]
+        spread = ["±", f"{given['sd']:.3f}"] if given["n"] > 1 else []
+        assert row[1].split() == [f"{given['mean']:.3f}", *spread]
         assert int(row[2]) == given["n"]
+    assert "means of 2" in page.rows["results"][3][0] and "of 6" in page.rows["results"][4][0]
+    assert "the luckiest of 6 random losses reached 0.281" in page.text["verdict"]
 
 
 def test_verdict_states_the_gain_in_pooled_standard_deviations(
