@@ -58,10 +58,15 @@ class Muon(torch.optim.AdamW):
         ahead = torch._foreach_lerp(grads, averages, momentum)
         orders = [_by_stride(weight) for weight in weights]
         steps = [step.permute(order).flatten(1) for step, order in zip(ahead, orders, strict=True)]
-        torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+        by_size: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         for weight, order, step in zip(weights, orders, orthogonal(steps), strict=True):
             inner = weight.permute(order)
-            inner.add_(step.view(inner.shape), alpha=-group["lr"] * max(step.shape) ** 0.5)
+            moved, by = by_size.setdefault(max(step.shape), ([], []))
+            moved.append(inner)
+            by.append(step.view(inner.shape))
+        torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+        for size, (moved, by) in by_size.items():
+            torch._foreach_add_(moved, by, alpha=-group["lr"] * size**0.5)
 
 
 def _by_stride(weight: Tensor) -> list[int]:

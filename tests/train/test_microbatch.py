@@ -80,7 +80,9 @@ def of_a_piece(term: Term) -> bool:
     return term.task in ("embed", "align_audio") or pictured
 
 
-def run(shards: Path, weights: LossWeights, changes: list[str]) -> tuple[list[float], Member]:
+def run(
+    shards: Path, weights: LossWeights, changes: list[str], *, one_batch: bool = False
+) -> tuple[list[float], Member]:
     recipe = override(
         load_recipe(TINY), ["optim.steps=6", "optim.batch_size=8", "optim.name=sgd", *changes]
     )
@@ -88,7 +90,10 @@ def run(shards: Path, weights: LossWeights, changes: list[str]) -> tuple[list[fl
     make_deterministic(runtime)
     trainer = Trainer(recipe, ClipIndex([shards / "unlabelled"]), runtime, ranks=ALONE)
     member = trainer.member(weights, seed=0, alone=True)
-    return [trainer.step(member, views) for _, views in trainer.rounds([member], seed=0)], member
+    seen = [views for _, views in trainer.rounds([member], seed=0)]
+    if one_batch:
+        seen = seen[:1] * len(seen)
+    return [trainer.step(member, views) for views in seen], member
 
 
 def test_pieces_equal_the_whole_batch(tiny_shards: Path) -> None:
@@ -106,6 +111,6 @@ def test_pieces_equal_the_whole_batch(tiny_shards: Path) -> None:
 
 def test_all_terms_train_in_pieces(tiny_shards: Path) -> None:
     changes = ["optim.accumulate=4", "optim.name=adamw", "optim.steps=10", "optim.lr=3e-3"]
-    losses, member = run(tiny_shards, load_loss("equal"), changes)
+    losses, member = run(tiny_shards, load_loss("equal"), changes, one_batch=True)
     assert set(member.term_values()) == set(TERM_NAMES)
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
