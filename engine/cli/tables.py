@@ -82,7 +82,7 @@ def print_outcome(summary: Mapping[str, Any]) -> None:
     }
     if (count := summary["luckiest_random"]["of"]) > 1:
         kinds["luckiest_random"] = f"luckiest of {count} random losses"
-    if (each := count // max(summary["random"]["n"], 1)) > 1:
+    if (each := summary["random"]["each"]) > 1:
         kinds["random"] += f", means of {each}"
     kinds["best"] = "best loss, fresh seeds"
     rows = [[label, *spread_cells(summary[key])] for key, label in kinds.items()]

@@ -32,7 +32,7 @@ from engine.report.figures.theme import (
 )
 from engine.report.learnt import NEAR_CHANCE, collapsed, what_each_learnt
 from engine.report.measures import Agreement, Stat, stat
-from engine.report.run import Run, fitness_of, read_run, table_of
+from engine.report.run import Run, fitness_of, read_run, table_of, whole
 from engine.search.effects import compared
 from engine.search.samplers import FEWEST, finite, finite_values
 
@@ -204,13 +204,13 @@ def _pruned(run: Run) -> str:
 
 def _results(run: Run) -> list[dict[str, Any]]:
     """Rows of the results table: key, loss, how it was drawn or trained, and its Stat."""
-    (lucky, count), drawn = measures.luckiest(run), stat(run, "random")
-    each = count // drawn.n if drawn else 1
+    lucky, count = measures.luckiest(run)
+    each = whole(table_of(run.summary, "random").get("each"), 1)
     means = f", means of {each}" if each > 1 else ""
     rows = [
         ("untrained", "Untrained network", "no training", stat(run, "untrained")),
         ("initial", "Initial population", "the search's seed", measures.initial_stat(run)),
-        ("random", "Random losses", f"fresh seeds{means}", drawn),
+        ("random", "Random losses", f"fresh seeds{means}", stat(run, "random")),
         ("luckiest", f"Luckiest of {count} of these", "a fresh seed", lucky),
         ("best", "Best loss", "fresh seeds", stat(run, "best")),
     ]

@@ -245,7 +245,7 @@ class Records:
             "best_trial": best.number,
             "best_search_fitness": best.fitness,
             "best": fresh["best"],
-            "random": fresh["random"],
+            "random": {**fresh["random"], "each": self.recipe.search.confirm_random},
             "luckiest_random": {
                 **_spread([max(trained, default=None)]),
                 "of": sum(map(len, drawn)),

@@ -345,9 +345,8 @@ class SurrogateSampler(RandomSampler):
         """The number of the first member of the race."""
         rounds, size = self.settings.rounds, self.settings.generation
         most = min(max(RACE, size), rounds // 3)
-        start = (
-            -(-(rounds - most) // size) * size
-        )  # the first of a generation, which has seeds of its own
+        # the first of a generation, which has seeds of its own
+        start = -(-(rounds - most) // size) * size
         again = rounds - start >= 2 and self.settings.seeds == "generation"
         return self.settings.population + (start if again else rounds)
 

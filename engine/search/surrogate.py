@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, present, reaching
 
 Array = NDArray[np.float64]
-Pair = tuple[float, Array, Array]
 OWN = 0.5
 """Share of one training's difference from the model that is the loss' own, not noise, where nothing is known."""
 LEAST = 0.02
@@ -239,10 +238,11 @@ def _best_levels(coefficients: Array, most: int) -> Array:
     weights: Array = LEVELS[value.argmax(0)]
     gains = value.max(0)
     weights[np.argsort(-gains, kind="stable")[most:]] = 0.0
-    if most < len(TERMS):
+    sparse = most < len(TERMS)
+    if sparse:
         weights = np.where(untaught(weights > 0), 0.0, weights)
     if not weights.any():  # a loss needs a term
-        alone = OF_RGB if most < len(TERMS) else np.ones_like(OF_RGB)
+        alone = OF_RGB if sparse else np.ones_like(OF_RGB)
         weights[int(np.where(alone, value[-1], -np.inf).argmax())] = 1.0
     return weights
 
@@ -296,7 +296,7 @@ def _shared_out(coefficients: Array, among: NDArray[np.bool_]) -> tuple[float, A
         # with its tasks, of which distillation needs one, or by joint embedding and alignment alone
         ways = (
             _taught(coefficients, ties, tasks),
-            _taught(coefficients, ties & ~distils, tasks & ~tasks),
+            _taught(coefficients, ties & ~distils, np.zeros_like(tasks)),
         )
         _, way, own = max(ways, key=lambda each: each[0])
         of_rgb, weights = of_rgb + way, weights + own
@@ -315,7 +315,9 @@ def _shared_out(coefficients: Array, among: NDArray[np.bool_]) -> tuple[float, A
     return value, np.where(TRAINS_RGB | tied, weights, 0.0)
 
 
-def _taught(coefficients: Array, ties: NDArray[np.bool_], tasks: NDArray[np.bool_]) -> Pair:
+def _taught(
+    coefficients: Array, ties: NDArray[np.bool_], tasks: NDArray[np.bool_]
+) -> tuple[float, Array, Array]:
     """What a teacher is worth with given ties and tasks, and what ties (J,) and tasks (J,) are in proportion to.
 
     Ties' squares are their weights, tasks are weights. Where no tie helps by itself, or no task, the least harmful.

@@ -56,9 +56,8 @@ def descend(
         group["lr"] = learning_rate(settings, step, first=first) * group["factor"]
     # torch's zero_grad and a walk through the modules take 5 % of a small network's step
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for (
-        weight
-    ) in parameters:  # before the forward pass, so that gradients and activations never add up
+    # before the forward pass, so that gradients and activations never add up
+    for weight in parameters:
         weight.grad = None
     result = backward()
     nn.utils.clip_grad_norm_(parameters, settings.grad_clip)

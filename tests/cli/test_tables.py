@@ -12,7 +12,7 @@ def lines_of(weights: dict[str, float], capsys: pytest.CaptureFixture[str]) -> l
     spread = {"values": [0.5], "mean": 0.5, "sd": 0.0, "n": 1}
     kinds = dict.fromkeys(("untrained", "initial_population", "random", "best"), spread)
     found = {"best_trial": 3, "best_search_fitness": 0.5, "compared": {}, "failures": 0}
-    found["luckiest_random"] = {**spread, "of": 2}
+    kinds["random"], found["luckiest_random"] = {**spread, "each": 2}, {**spread, "of": 2}
     print_outcome({"weights": dict.fromkeys(TERM_NAMES, 0.0) | weights, **kinds, **found})
     losses, _, fitness = capsys.readouterr().out.partition("Fitness")
     assert "random losses, fresh seeds, means of 2" in fitness

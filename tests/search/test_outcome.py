@@ -126,6 +126,7 @@ def test_the_fittest_loss_to_compare_with_goes_on_after_the_first_seed(
     assert len(losses) == 4
     summary = read(run / "summary.json")
     assert summary["random"]["values"] == pytest.approx([sum(pair) / 2 for pair in drawn])
+    assert summary["random"]["each"] == 2
     luckiest = summary["luckiest_random"]
     assert (luckiest["mean"], luckiest["of"]) == (max(map(max, drawn)), 4)
     # killed between the first seed and the others: the same one goes on
