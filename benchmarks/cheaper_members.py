@@ -36,7 +36,7 @@ from engine.features.extract import LabelledClips
 from engine.objective.lossfile import random_weights
 from engine.objective.terms import TERM_NAMES, LossWeights
 from engine.search.cohort import MemberResult, evaluate_cohort
-from engine.search.samplers import Proposal
+from engine.search.members import Proposal
 from engine.train.memory import CohortMemory
 from engine.train.trainer import Trainer
 

@@ -19,8 +19,8 @@ from engine.data.library import default_shard_cache, open_library
 from engine.features.extract import LabelledClips
 from engine.objective.lossfile import load_loss
 from engine.search.cohort import evaluate_cohort, untrained_fitness
+from engine.search.members import Proposal
 from engine.search.records import fresh_seeds
-from engine.search.samplers import Proposal
 from engine.train.trainer import Trainer
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from engine.objective.terms import BY_NAME, TERM_NAMES
 from engine.report import page
-from engine.search.samplers import Trial
+from engine.search.members import Trial
 from engine.search.storage import StudyStorage
 
 GOOD = {"align_audio": 0.12, "predict": 0.1, "cross": 0.1, "distill": 0.05, "shuffle": -0.1}

@@ -14,7 +14,7 @@ from engine.cli.main import main
 from engine.core.recipe import load_recipe
 from engine.core.tensors import load_tensors
 from engine.objective.lossfile import load_loss
-from engine.search.samplers import Trial
+from engine.search.members import Trial
 from engine.search.study import read_trials
 
 TINY = Path(__file__).with_name("tiny.toml")

@@ -30,6 +30,7 @@ INSIDE = {
     "engine.data": ("media", "shards", "ingest", "demo"),
     "engine.report": ("figures",),
     "engine.evaluate": ("paper",),
+    "engine.search": ("samplers",),
 }
 """The packages inside a package; those of ``engine.data`` from the bottom up."""
 
@@ -37,7 +38,7 @@ HEAVY: dict[str, str | tuple[str, ...]] = {
     "PIL": "engine/data/media/webp.py",
     "av": "engine/data/media/",
     "click": "engine/cli/",
-    "cmaes": "engine/search/samplers.py",
+    "cmaes": "engine/search/samplers/cma.py",
     "cuml": ("engine/features/kmeans.py", "engine/evaluate/linear.py"),
     "cv2": "engine/data/flow.py",
     "jinja2": "engine/report/page.py",

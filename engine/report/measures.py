@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.objective.terms import TERM_NAMES
 from engine.report.run import Array, Run, fitness_of, table_of, whole
-from engine.search.samplers import Trial, finite, finite_values
+from engine.search.members import Trial, finite, finite_values
 
 if TYPE_CHECKING:
     from engine.features.reliability import Reliability

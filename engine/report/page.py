@@ -34,7 +34,8 @@ from engine.report.learnt import NEAR_CHANCE, collapsed, what_each_learnt
 from engine.report.measures import Agreement, Stat, stat
 from engine.report.run import Run, fitness_of, read_run, table_of, whole
 from engine.search.effects import compared
-from engine.search.samplers import FEWEST, finite, finite_values
+from engine.search.members import finite, finite_values
+from engine.search.surrogate import FEWEST
 
 T = TypeVar("T")
 

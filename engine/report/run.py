@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from engine.core.run import study_file
 from engine.objective.terms import TERM_NAMES
-from engine.search.samplers import Trial, finite, finite_values
+from engine.search.members import Trial, finite, finite_values
 from engine.search.study import read_trials
 
 if TYPE_CHECKING:

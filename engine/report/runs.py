@@ -12,7 +12,7 @@ from typing import Any, Literal
 from engine.core.run import FAILED, how_ended
 from engine.report.measures import stat
 from engine.report.run import Run, fitness_of, read_run, table_of, whole
-from engine.search.samplers import finite
+from engine.search.members import finite
 
 State = Literal["running", "finished", "interrupted", "failed", "broken"]
 STUDIES = ("study.jsonl", "study.db", "storage.json")

@@ -24,7 +24,7 @@ from engine.report.measures import (
 )
 from engine.report.run import Run, fitness_of, table_of
 from engine.search.effects import INTERVAL, Effects
-from engine.search.samplers import finite
+from engine.search.members import finite
 
 if TYPE_CHECKING:
     from engine.features.reliability import Reliability

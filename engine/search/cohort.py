@@ -32,7 +32,7 @@ from engine.data.views import Views
 from engine.features.extract import LabelledClips
 from engine.features.fitness import FitnessResult
 from engine.features.trivial import trivial_networks
-from engine.search.samplers import Proposal, State
+from engine.search.members import Proposal, State
 from engine.train.checkpoint import copy_of, load_end, load_member, save_ends, save_member
 from engine.train.member import Member
 from engine.train.memory import CohortMemory

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.objective.terms import TERM_NAMES, TERMS
-from engine.search.samplers import FEWEST, Trial
-from engine.search.surrogate import GROUPS, Array, computed_vectors, main_effects
+from engine.search.members import Trial
+from engine.search.surrogate import FEWEST, GROUPS, Array, computed_vectors, main_effects
 
 INTERVAL = 0.9
 """Posterior probability of an interval."""

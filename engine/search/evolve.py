@@ -25,6 +25,7 @@ from engine.data.shards.index import data_digest
 from engine.features.extract import LabelledClips
 from engine.objective.lossfile import load_loss, random_weights
 from engine.search.cohort import MemberResult
+from engine.search.members import Proposal, Trial
 from engine.search.packing import Planner, split
 from engine.search.records import (
     ProgressLine,
@@ -33,7 +34,6 @@ from engine.search.records import (
     drawn_under,
     outcome_line,
 )
-from engine.search.samplers import Proposal, Trial
 from engine.search.study import SearchStudy
 from engine.search.worker import Cohort, CohortEvaluator, CohortFactory, CohortResult, Progress
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.core.recipe import Recipe, Search
 from engine.core.runtime import Clock
-from engine.search.samplers import Proposal
+from engine.search.members import Proposal
 from engine.search.study import SearchStudy
 from engine.search.worker import Cohort
 

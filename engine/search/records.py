@@ -25,7 +25,7 @@ from engine.core.tensors import CheckpointError, load_tensors
 from engine.objective.lossfile import save_loss
 from engine.search.cohort import MemberResult
 from engine.search.effects import as_json, effects_of
-from engine.search.samplers import Trial
+from engine.search.members import Trial
 from engine.search.study import SearchStudy
 from engine.search.worker import Cohort, CohortResult, Progress, candidate
 

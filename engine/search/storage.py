@@ -31,7 +31,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, PendingRollbackError, SQLAlchemyError
 
 from engine.objective.terms import TERM_NAMES
-from engine.search.samplers import State, Trial
+from engine.search.members import State, Trial
 
 SPACE: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in TERM_NAMES}
 """The search space in Optuna's words: every term's weight in [0, 1]."""

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.core.recipe import Search
-from engine.search.samplers import SAMPLERS, EvolutionSampler, Proposal, State, Trial, generation_of
+from engine.search.members import Proposal, State, Trial
+from engine.search.samplers import SAMPLERS
+from engine.search.samplers.base import generation_of
+from engine.search.samplers.evolution import EvolutionSampler
 from engine.search.storage import LINEAGE, StudyStorage
 
 

@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 from engine.objective.terms import MODALITIES, TERM_NAMES, TERMS, present, reaching
 
 Array = NDArray[np.float64]
+FEWEST = 8
+"""Members from which on a model of them is asked."""
 OWN = 0.5
 """Share of one training's difference from the model that is the loss' own, not noise, where nothing is known."""
 LEAST = 0.02

@@ -28,7 +28,7 @@ from engine.search.cohort import (
     trivial_fitness,
     untrained_fitness,
 )
-from engine.search.samplers import Proposal
+from engine.search.members import Proposal
 from engine.train.memory import CohortMemory
 from engine.train.trainer import Trainer
 

@@ -17,7 +17,7 @@ from engine.core.recipe import Search, load_recipe
 from engine.data.demo.demo import make_demo
 from engine.features.extract import Extractor
 from engine.features.readout import READOUTS
-from engine.search.samplers import Proposal
+from engine.search.members import Proposal
 from engine.search.study import SearchStudy
 
 TINY = Path(__file__).parents[1] / "tiny.toml"

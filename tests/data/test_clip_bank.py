@@ -20,7 +20,7 @@ from engine.data.shards.index import ClipIndex
 from engine.features.extract import LabelledClips
 from engine.objective.terms import check_weights
 from engine.search.cohort import evaluate_cohort
-from engine.search.samplers import Proposal
+from engine.search.members import Proposal
 from engine.train.memory import CohortMemory
 from engine.train.trainer import Trainer
 

@@ -20,7 +20,7 @@ from engine.report import run as facts
 from engine.report.figures.theme import PALETTE, RAMP
 from engine.report.words import duration
 from engine.search.effects import as_json, effects_of
-from engine.search.samplers import Trial
+from engine.search.members import Trial
 from tests.made_run import Page, draw_only, make_run, store, trial_of
 
 FIGURES = (

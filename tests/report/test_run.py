@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.objective.terms import TERM_NAMES
 from engine.report.run import read_run
-from engine.search.samplers import Trial
+from engine.search.members import Trial
 from engine.search.storage import StudyStorage
 from tests.made_run import store
 

@@ -8,8 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.objective.terms import TERM_NAMES
+from engine.search.members import State, Trial
 from engine.search.records import Board
-from engine.search.samplers import State, Trial
 
 
 def trial(number: int, fitness: float | None, state: State = "complete") -> Trial:

@@ -17,7 +17,7 @@ from engine.features.extract import LabelledClips
 from engine.objective.lossfile import random_weights
 from engine.objective.terms import LossWeights, check_weights
 from engine.search.cohort import MemberResult, evaluate_cohort, untrained_fitness
-from engine.search.samplers import Proposal
+from engine.search.members import Proposal
 from engine.train.member import Member
 from engine.train.trainer import Trainer
 

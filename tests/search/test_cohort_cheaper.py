@@ -18,7 +18,7 @@ from engine.data.views import Views
 from engine.features.extract import LabelledClips
 from engine.objective.terms import check_weights
 from engine.search.cohort import MemberResult, evaluate_cohort, first_step, promoted, rungs
-from engine.search.samplers import Proposal
+from engine.search.members import Proposal
 from engine.train.member import Member
 from engine.train.memory import CohortMemory
 from engine.train.trainer import Trainer

@@ -8,8 +8,8 @@ import pytest
 from engine.objective.lossfile import draw_weights
 from engine.objective.terms import BY_NAME, TERM_NAMES, TERMS
 from engine.search.effects import CLAIMS, as_json, compared, effects_of
-from engine.search.samplers import FEWEST, Trial
-from engine.search.surrogate import GROUPS, computed, vectors
+from engine.search.members import Trial
+from engine.search.surrogate import FEWEST, GROUPS, computed, vectors
 
 J = len(TERM_NAMES)
 NOISE = 0.03

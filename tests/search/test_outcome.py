@@ -12,8 +12,8 @@ from engine.core.tensors import load_tensors
 from engine.data.demo.levels import WITH_LABELS
 from engine.features.trivial import TRIVIAL
 from engine.objective.lossfile import load_loss
-from engine.search import samplers
-from engine.search.samplers import SurrogateSampler
+from engine.search.samplers import thompson
+from engine.search.samplers.thompson import SurrogateSampler
 from tests.runs import TINY, begin, command, members, one_line, read, resume
 
 SETTINGS = (
@@ -82,7 +82,7 @@ def test_networks_of_a_race_are_kept_until_it_is_decided(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The least fit of the last two wins, whose network no earlier member's was worse than: it isn't trained again."""
-    monkeypatch.setattr(samplers, "RACE", 2)
+    monkeypatch.setattr(thompson, "RACE", 2)
     monkeypatch.setattr(
         SurrogateSampler,
         "fittest",

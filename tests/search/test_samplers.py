@@ -10,7 +10,8 @@ import pytest
 
 from engine.core.recipe import Search
 from engine.objective.terms import TERM_NAMES, check_weights
-from engine.search.samplers import CmaSampler, GridSampler
+from engine.search.samplers.cma import CmaSampler
+from engine.search.samplers.grid import GridSampler
 from engine.search.study import SearchStudy
 
 TARGET = np.random.default_rng(5).random(len(TERM_NAMES))

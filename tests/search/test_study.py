@@ -17,7 +17,8 @@ from optuna.storages.journal import JournalFileBackend
 from engine.core.recipe import Search
 from engine.objective.terms import TERM_NAMES, check_weights
 from engine.search import study as search
-from engine.search.samplers import EvolutionSampler, generation_of
+from engine.search.samplers.base import generation_of
+from engine.search.samplers.evolution import EvolutionSampler
 from engine.search.study import SearchStudy
 
 SMALL = Search(population=6, rounds=9, tournament=3, generation=4)

@@ -13,7 +13,10 @@ from sklearn.gaussian_process.kernels import DotProduct, WhiteKernel
 from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
 from engine.objective.terms import TERM_NAMES, present, reaching
-from engine.search import samplers, surrogate
+from engine.search import surrogate
+from engine.search.members import Trial
+from engine.search.samplers import thompson
+from engine.search.samplers.design import LAYERS_EACH, halves, neighbour
 from engine.search.study import SearchStudy
 from engine.search.surrogate import (
     BASES,
@@ -60,7 +63,7 @@ def search(settings, *, noise, seed=0):
 
 
 def designed(settings, *, seed):
-    sampler = samplers.SurrogateSampler(settings, seed=seed)
+    sampler = thompson.SurrogateSampler(settings, seed=seed)
     numbers = range(settings.population)
     return vectors([sampler.propose(number, done=[]).weights for number in numbers])
 
@@ -250,7 +253,7 @@ def test_in_a_design_every_task_can_show_its_worth(population, sparsity):
             for ties, own in zip(DISTILLS, surrogate.TASKS, strict=True):
                 places = np.flatnonzero((member > 0) & ties)
                 if member[own].any():
-                    assert len(places) >= samplers.LAYERS_EACH and np.ptp(places) >= 2
+                    assert len(places) >= LAYERS_EACH and np.ptp(places) >= 2
                 else:
                     assert not len(places)
 
@@ -268,16 +271,16 @@ def test_halves_part_the_tasks_of_rgb_from_a_teachers_and_else_any():
         "distill/flow@2": 0.9,
         "distill/flow@4": 0.6,
     }
-    first, second = samplers._halves(named(**own, **taught), rng)
+    first, second = halves(named(**own, **taught), rng)
     assert (first == named(**own)).all() and (second == named(**taught)).all()
     layers = {"distill/grey@1": 0.9, "distill/grey@3": 0.6}
     tasks = {"grey/shuffle": 0.7, "grey/to_flow": 0.6, "grey/predict": 0.5}
-    splits = [samplers._halves(named(**tasks, **layers), rng) for _ in range(20)]
+    splits = [halves(named(**tasks, **layers), rng) for _ in range(20)]
     for each in splits:
         names = [{n for n, w in zip(TERM_NAMES, half, strict=True) if w} for half in each]
         assert names[0] & names[1] == {*layers} and names[0] | names[1] == {*tasks, *layers}
     assert len({half.tobytes() for half, _ in splits}) == 3
-    none, whole = samplers._halves(named(**{"rgb/predict": 1.0}), rng)
+    none, whole = halves(named(**{"rgb/predict": 1.0}), rng)
     assert not none.any() and (whole == named(**{"rgb/predict": 1.0})).all()
 
 
@@ -397,8 +400,8 @@ def test_no_loss_is_proposed_twice_but_in_the_race(seeds):
     kept = [computed(row) for row in vectors([m.weights for m in members])]
     roots = shares(np.array(kept))[:, 0]
     apart = np.abs(roots[:, None] - roots[None]).max(-1) + np.eye(len(roots))
-    raced = samplers.RACE if seeds == "generation" else 0
-    assert apart[16 : 32 - raced, : 32 - raced].min() > samplers.ALIKE
+    raced = thompson.RACE if seeds == "generation" else 0
+    assert apart[16 : 32 - raced, : 32 - raced].min() > thompson.ALIKE
     if not raced:
         return
     fittest = max(range(28), key=lambda n: members[n].fitness)
@@ -418,7 +421,7 @@ def test_a_race_is_a_third_of_what_follows_the_design_at_most(rounds, generation
     settings = Search(
         method="surrogate", population=10, rounds=rounds, generation=generation, seeds="generation"
     )
-    assert samplers.SurrogateSampler(settings, seed=0).race == 10 + rounds - raced
+    assert thompson.SurrogateSampler(settings, seed=0).race == 10 + rounds - raced
     assert (3 * raced <= rounds and (rounds - raced) % generation == 0) or not raced
 
 
@@ -427,14 +430,14 @@ def test_the_outcome_is_the_loss_that_stays_fit_in_the_race():
     settings = Search(
         method="surrogate", population=12, rounds=16, sparsity=0.8, seeds="generation"
     )
-    sampler = samplers.SurrogateSampler(settings, seed=0)
+    sampler = thompson.SurrogateSampler(settings, seed=0)
     fitness = 0.3 + 0.02 * np.random.default_rng(0).normal(size=24)
     fitness[[3, 7]] = 0.6, 0.52
     rows = [dict(zip(TERM_NAMES, row.tolist(), strict=True)) for row in losses(24)]
-    done = [samplers.Trial(i, rows[i], fitness=float(f)) for i, f in enumerate(fitness)]
+    done = [Trial(i, rows[i], fitness=float(f)) for i, f in enumerate(fitness)]
     assert sampler.fittest(done).number == 3
     race = [(3, 0.33), (7, 0.48), (3, 0.35), (7, 0.5)]
-    done += [samplers.Trial(24 + i, rows[of], fitness=f) for i, (of, f) in enumerate(race)]
+    done += [Trial(24 + i, rows[of], fitness=f) for i, (of, f) in enumerate(race)]
     assert sampler.fittest(done).number == 27, "the fittest of its trainings in the race"
 
 
@@ -458,7 +461,7 @@ def test_what_the_model_misses_is_the_losses_own_as_far_as_their_trainings_agree
 def test_a_neighbour_differs_in_one_term_or_in_an_exchange_of_one_role():
     rng, moves = np.random.default_rng(0), set()
     for row in losses(200, sparsity=0.9):
-        near = samplers.neighbour(row, most=4, rng=rng)
+        near = neighbour(row, most=4, rng=rng)
         away = np.flatnonzero(near != row)
         assert 1 <= len(away) <= 2 and 0 <= near.min() and near.max() <= 1
         assert 1 <= np.count_nonzero(near) <= max(4, np.count_nonzero(row))

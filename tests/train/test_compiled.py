@@ -19,7 +19,7 @@ from engine.objective.loss import branches
 from engine.objective.lossfile import random_weights
 from engine.objective.terms import TERM_NAMES, LossWeights, check_weights
 from engine.search.cohort import evaluate_cohort
-from engine.search.samplers import Proposal
+from engine.search.members import Proposal
 from engine.train.checkpoint import load_member, save_member
 from engine.train.compiled import GRAPHS, compile_mode
 from engine.train.member import FlatState, Member

@@ -17,7 +17,7 @@ from engine.features.extract import LabelledClips
 from engine.objective.lossfile import random_weights
 from engine.objective.terms import check_weights
 from engine.search.cohort import MemberResult, evaluate_cohort
-from engine.search.samplers import Proposal
+from engine.search.members import Proposal
 from engine.search.worker import Cohort, CohortEvaluator, CohortFactory
 from engine.train import memory as train_memory
 from engine.train.member import Member

@@ -37,7 +37,7 @@ from engine.report.measures import fittest_means, lineage
 from engine.report.run import Array, Run, fitness_of
 from engine.report.words import DISTILLED, MODALITY_LABELS, TASK_LABELS
 from engine.search.effects import Effect, Effects
-from engine.search.samplers import Trial
+from engine.search.members import Trial
 from engine.search.surrogate import GROUPS
 
 TASK_SHORT = ("Shuffle", "Backw.", "Align", "Predict", "Recon.", "Color", "Cross", "Embed")
