@@ -69,6 +69,8 @@ def bench(
     suite.check_files(more["json"], more["plot"])
     check_kernels_package()
     gpu = choose_runtime(device).device.type == "cuda"
+    if part == SIGNAL and recipe_name is None:
+        recipe_name = common.search_recipe(videos=bool(videos))
     recipe = suite.chosen_recipe(recipe_name, list(assignments), gpu=gpu)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
     if part == SIGNAL:

@@ -45,7 +45,10 @@ flag = functools.partial(click.option, is_flag=True)
 """Options by the type of their value."""
 
 RECIPE = click.option(
-    "--recipe", "recipe_name", metavar="FILE|NAME", help="Recipe file, or its name."
+    "--recipe",
+    "recipe_name",
+    metavar="FILE|NAME",
+    help="Recipe file, or its name [default: as docs/your-videos.md says].",
 )
 ASSIGNMENTS = click.option(
     "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Override the recipe."
@@ -68,6 +71,11 @@ GROUP_PATTERN = click.option(
     "--group-pattern", metavar="REGEX", help="Finds a clip's group in its file's name."
 )
 ALLOW_MISSING = flag("--allow-missing", help="Go on where listed videos are missing, and say so.")
+
+
+def search_recipe(*, videos: bool) -> str:
+    """The recipe of a search where none is named: for the user's videos, or for the built-in ones."""
+    return "cpu/evolve" if videos else "demo"
 
 
 def options(*declared: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -101,7 +101,7 @@ def evolve(
     assignments += tuple(f"search.{k}={v}" for k, v in settings.items() if v is not None)
     limits = {key: options.pop(key) for key in ("members_at_once", "time_limit", "max_retries")}
     trainers = _workers(gpus, workers, options.pop("address"), device, **limits)
-    default = "cpu/evolve" if videos else "demo"
+    default = common.search_recipe(videos=bool(videos))
     run, recipe = common.open_run("evolve", default, assignments=assignments, **options)
     if not recipe.fitness.uses_labels:
         labelled = labelled or videos

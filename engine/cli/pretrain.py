@@ -129,7 +129,7 @@ def _under_torchrun(options: dict[str, Any], ranks: Ranks) -> Path | None:
 
 def _new_run(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
     """The run's folder, and the options of its training."""
-    from engine.objective.lossfile import load_loss, loss_used_labels
+    from engine.objective.lossfile import load_loss, loss_objective, loss_used_labels
     from engine.train.pretrain import PretrainOptions
 
     if options["loss_name"] is None and not options["resume"]:
@@ -154,6 +154,7 @@ def _new_run(options: dict[str, Any]) -> tuple[RunFolder, PretrainOptions]:
         noted={"videos": common.names_of(videos), "labelled": common.names_of(labelled)},
         weights=weights,
         labels_used=loss_used_labels(loss) if loss else False,
+        objective=loss_objective(loss) if loss else {},
         device=options["device"],
         resume=options["resume"],
         save_every=options["checkpoint_every"],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import tomli_w
 
 from engine.core.files import write_text_atomic
-from engine.core.recipe import RecipeError, read_toml
+from engine.core.recipe import Objective, RecipeError, read_toml
 from engine.objective.terms import TERM_NAMES, LossWeights, check_weights, present, reaching
 
 RANDOM_LOSS_STREAM = 0x10553
@@ -49,11 +50,41 @@ def loss_used_labels(name_or_path: str | Path) -> bool:
     return read_toml(name_or_path, folder="losses")[0].get("labels_used") is True
 
 
+def loss_objective(name_or_path: str | Path) -> dict[str, str]:
+    """The settings of ``objective`` under which a search found a loss; none where its file doesn't say."""
+    if str(name_or_path).startswith("random:"):
+        return {}
+    noted = read_toml(name_or_path, folder="losses")[0].get("objective")
+    return {k: v for k, v in noted.items() if isinstance(v, str)} if isinstance(noted, dict) else {}
+
+
+def found_otherwise(objective: Mapping[str, str], recipe: Objective) -> str:
+    """One line where weights found under ``objective`` mean something else under a recipe's; else ""."""
+    other = {k: v for k, v in objective.items() if getattr(recipe, k, v) != v}
+    if not other:
+        return ""
+    found = " and ".join(f"objective.{k} = {v}" for k, v in other.items())
+    here = " and ".join(str(getattr(recipe, k)) for k in other)
+    settings = " ".join(f"--set objective.{k}={v}" for k, v in other.items())
+    return f"this loss was found with {found}, and is trained with {here}, where its weights pull otherwise: {settings}"
+
+
 def save_loss(
-    weights: LossWeights, path: Path, *, name: str, about: str, labels_used: bool = False
+    weights: LossWeights,
+    path: Path,
+    *,
+    name: str,
+    about: str,
+    labels_used: bool = False,
+    objective: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a loss that ``load_loss`` reads; ``labels_used``: labels had a part in choosing it."""
-    facts = {"labels_used": True} if labels_used else {}
+    """Write a loss that ``load_loss`` reads.
+
+    ``labels_used``: labels had a part in choosing it; ``objective``: the settings that its weights go with.
+    """
+    facts: dict[str, object] = {"labels_used": True} if labels_used else {}
+    if objective:
+        facts["objective"] = dict(objective)
     text = tomli_w.dumps({"name": name, "about": about, **facts, "weights": weights})
     write_text_atomic(path, text)
 

@@ -280,7 +280,7 @@ def _learnt(run: Run) -> dict[str, Any]:
         for network, pair in table_of(attributes, "feature_ranks").items()
         if isinstance(pair, list | tuple) and len(pair) == 2 and None not in map(finite, pair)
     }
-    chance = table_of(run.recipe, "objective").get("units", "chance") == "chance"
+    chance = table_of(run.recipe, "objective").get("units", "chance") != "raw"
     return {
         "rows": rows,
         "chance": chance,
@@ -296,7 +296,7 @@ def _labels(run: Run) -> str:
         return "No labels were used, neither to train nor to score members."
     if used is None:
         return "The run does not say whether labels were used."
-    clips = "" if count is None else f" ({words.plural(int(count), 'labelled training clip')})"
+    clips = "" if count is None else f" ({words.plural(int(count), 'labelled clip')})"
     return f"Labels were used to score members{clips}, never to train them."
 
 

@@ -18,7 +18,7 @@ from engine.objective.loss import active_terms
 from engine.objective.lossfile import load_loss
 from engine.objective.terms import TERM_NAMES
 from engine.search.evolve import Data, Workers
-from engine.search.packing import job_sizes
+from engine.search.packing import idle_workers, job_sizes
 from engine.search.records import confirmation_sizes
 from engine.search.study import SearchStudy
 from engine.train.member import Member
@@ -183,11 +183,6 @@ def _shares(
         f"{count} {kind}{'s' * (count > 1)}: a generation has {sum(largest)} members,"
         f" in {len(largest)} job{'s' * (len(largest) > 1)} of {each}"
     ]
-    idle = count - len(largest)
-    if idle > 0 and study.waits:
-        size = "cmaes_population" if recipe.search.method == "cmaes" else "generation"
-        advice = f"set search.{size} to {count} or more, or search.synchronous=false"
-        if recipe.search.halving:
-            advice = "set search.halving=false"
-        lines.append(f"{idle} of {count} {kind}s would have nothing to do: {advice}")
+    if idle := idle_workers(study, len(largest), count, kind=kind):
+        lines.append(idle)
     return lines

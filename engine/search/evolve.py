@@ -180,6 +180,8 @@ class _Search:
             checkpoints=records.run.checkpoints,
             clock=records.clock,
         )
+        if line := planner.idle():
+            records.display.say(line)
         draws = study.settings.method in ("random", "grid")
         stage = "drawing losses" if draws else "evolving losses"
         done, best = len(study.members()), study.best_fitness()

@@ -109,6 +109,15 @@ class Planner:
         start = None if member.parent is None else self.state(member.parent)
         return replace(member, start=start, keep=self.state(member.number))
 
+    def idle(self) -> str:
+        """``idle_workers`` of the largest generation to come."""
+        numbers = range(len(self.study.members()), self.study.total)
+        largest = max((len(self.study.generation(n)) for n in numbers), default=0)
+        if not largest:
+            return ""
+        jobs = job_sizes(self.recipe.search, largest, self.workers, self.members_at_once)
+        return idle_workers(self.study, len(jobs), self.workers)
+
     def state(self, number: int) -> Path:
         """The file that keeps a member's end state for its children."""
         return self.checkpoints / f"member-{number:05d}.safetensors"
@@ -135,6 +144,18 @@ def job_sizes(
         return [generation]
     jobs = max(min(workers, generation), -(-generation // (members_at_once or generation)))
     return [generation // jobs + (i < generation % jobs) for i in range(jobs)]
+
+
+def idle_workers(study: SearchStudy, jobs: int, workers: int, *, kind: str = "worker") -> str:
+    """A line on workers that a generation of so many ``jobs`` leaves idle, and on what gives them work; else ""."""
+    search, idle = study.settings, workers - jobs
+    if idle <= 0 or not study.waits:
+        return ""
+    size = "cmaes_population" if search.method == "cmaes" else "generation"
+    advice = f"set search.{size} to {workers} or more, or search.synchronous=false"
+    if search.halving:
+        advice = "set search.halving=false"
+    return f"{idle} of {workers} {kind}s would have nothing to do: {advice}"
 
 
 def split(cohort: Cohort) -> list[Cohort]:

@@ -146,7 +146,16 @@ class Records:
         about = f"best of {len(members)} members: trial {best.number}, fitness {best.fitness:.4f}"
         with self.clock("logging"):
             name, used = f"{self.run.path.name}/best", self.recipe.fitness.uses_labels
-            save_loss(best.weights, self.run.best, name=name, about=about, labels_used=used)
+            objective = self.recipe.objective
+            means = {"units": objective.units, "distill": objective.distill}
+            save_loss(
+                best.weights,
+                self.run.best,
+                name=name,
+                about=about,
+                labels_used=used,
+                objective=means,
+            )
             left = candidate(self.run.checkpoints, best.number)
             if left.exists():
                 # In a race it may become the best again. A copy that a kill leaves is written over.

@@ -31,7 +31,12 @@ from engine.data.views import Views
 from engine.features.extract import LabelledClips, with_statistics
 from engine.model.network_file import Card, card_of, card_text, save_network
 from engine.objective.loss import active_terms
-from engine.objective.lossfile import load_loss, loss_used_labels, save_loss
+from engine.objective.lossfile import (
+    found_otherwise,
+    load_loss,
+    loss_used_labels,
+    save_loss,
+)
 from engine.objective.terms import LossWeights, reaching
 from engine.train.checkpoint import load_last, save_last
 from engine.train.flops import peak_flops, step_flops
@@ -58,6 +63,8 @@ class PretrainOptions:
     """None: those that the run began with."""
     labels_used: bool = False
     """Whether labels had a part in choosing the loss."""
+    objective: dict[str, str] = field(default_factory=dict)
+    """The settings under which the loss was found, as its file says."""
     device: str = "auto"
     resume: bool = False
     save_every: int = 500
@@ -99,6 +106,8 @@ def pretrain(
         display.say(
             f"no term of this loss can change the RGB network{silent}: it stays as it is initialised"
         )
+    if unlike := found_otherwise(options.objective, recipe.objective):
+        display.say(unlike)
     average = RunningAverage(member.loss.rgb, recipe.optim.ema) if recipe.optim.ema else None
     ranks.agree(_identity(recipe, library, member))
     _resume(run, member, average, digest=recipe_hash(recipe), ranks=ranks, display=display)
@@ -145,7 +154,14 @@ def _begin(
 
     def note() -> None:
         if own is None:
-            save_loss(begun, path, name="loss", about=about, labels_used=options.labels_used)
+            save_loss(
+                begun,
+                path,
+                name="loss",
+                about=about,
+                labels_used=options.labels_used,
+                objective=options.objective,
+            )
         facts = {
             **provenance(runtime),
             "seed": options.recipe.seed,

@@ -15,7 +15,13 @@ from engine.core.recipe import (
     recipe_hash,
     to_toml,
 )
-from engine.objective.lossfile import load_loss, random_weights, save_loss
+from engine.objective.lossfile import (
+    found_otherwise,
+    load_loss,
+    loss_objective,
+    random_weights,
+    save_loss,
+)
 from engine.objective.terms import BY_NAME, TERM_NAMES, check_weights
 
 
@@ -97,6 +103,21 @@ def test_a_saved_loss_comes_back(tmp_path) -> None:
     weights = random_weights(5)
     save_loss(weights, tmp_path / "best.toml", name="best", about="a test")
     assert load_loss(tmp_path / "best.toml") == weights
+    assert loss_objective(tmp_path / "best.toml") == {}
+
+
+def test_a_loss_says_what_its_weights_go_with(tmp_path) -> None:
+    """And where a recipe differs in that, one line says in what, and how to set it."""
+    path, found = tmp_path / "best.toml", {"units": "gradient", "distill": "standardised"}
+    save_loss(random_weights(5), path, name="best", about="a test", objective=found)
+    assert loss_objective(path) == found and load_loss(path) == random_weights(5)
+    assert not found_otherwise(found, load_recipe("cpu/pretrain").objective)
+    assert not found_otherwise({}, load_recipe("paper/pretrain_r3d50").objective)
+    line = found_otherwise(found, load_recipe("paper/pretrain_r3d50").objective)
+    assert "found with objective.units = gradient and objective.distill = standardised" in line
+    assert "trained with chance and l2" in line
+    assert "--set objective.units=gradient --set objective.distill=standardised" in line
+    assert loss_objective("random:3") == loss_objective("sec4") == {}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from engine.features.embed import embed
 from engine.features.parquet import read_features
 from engine.model.network_file import load_network
 from engine.model.resnet3d import ResNet3D
-from engine.objective.lossfile import load_loss, random_weights, save_loss
+from engine.objective.lossfile import load_loss, loss_objective, random_weights, save_loss
 from engine.objective.terms import check_weights
 from engine.train.member import Member
 from engine.train.trainer import Trainer
@@ -274,9 +274,14 @@ def test_labelled_clips_choose_the_best_network_and_change_no_weight(
 
 def test_a_loss_that_labels_chose_says_so_in_the_card(tiny_shards: Path, tmp_path: Path) -> None:
     weights = check_weights({"rgb/shuffle": 0.5})
-    save_loss(weights, tmp_path / "best.toml", name="x", about="y", labels_used=True)
+    found = {"units": "gradient"}
+    save_loss(
+        weights, tmp_path / "best.toml", name="x", about="y", labels_used=True, objective=found
+    )
     options = ("--recipe", TINY, "--set", "optim.steps=2", "--loss", tmp_path / "best.toml")
-    assert pretrain(tiny_shards, tmp_path / "run", *options)[0] == 0
+    code, out, _ = pretrain(tiny_shards, tmp_path / "run", *options)
+    assert code == 0 and "found with objective.units = gradient, and is trained with chance" in out
+    assert loss_objective(tmp_path / "run" / "loss.toml") == found
     assert load_tensors(tmp_path / "run" / "rgb.safetensors")[1]["labels_used"]
     assert load_loss(tmp_path / "run" / "loss.toml") == weights
 
