@@ -370,6 +370,18 @@ def test_a_thousand_members(tmp_path: Path) -> None:
     assert "973 members" in page.labels["figure-fitness"][0]
 
 
+@pytest.mark.parametrize(
+    ("units", "in_chance"), [("chance", True), ("gradient", True), ("raw", False)]
+)
+def test_what_was_learnt_is_in_units_of_chance_unless_terms_are_raw(
+    units: str, in_chance: bool, tmp_path: Path, undrawn: None
+) -> None:
+    """Gradient units divide weights by gradients' sizes, and terms by chance as ever."""
+    recipe = make_run(tmp_path, members=12)["recipe"] | {"objective": {"units": units}}
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    assert ("a trivial prediction's error" in read(tmp_path)[0]) == in_chance
+
+
 def test_events_retries_and_pruned_members(tmp_path: Path) -> None:
     make_run(tmp_path, members=20, failed={7: "worker died twice"}, pruned=(13, 15))
     lines = [
