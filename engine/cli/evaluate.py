@@ -10,7 +10,11 @@ import click
 from engine.cli import common
 
 if TYPE_CHECKING:
+    from engine.core.display import Display
     from engine.core.recipe import Recipe
+    from engine.core.runtime import Runtime
+    from engine.evaluate.datasets import Dataset
+    from engine.evaluate.scores import Spread
     from engine.model.network_file import ClipInput
 
 LABELLED = ("root", "splits", "folds", "group_pattern", "allow_missing")
@@ -63,7 +67,6 @@ def evaluate(
     from engine.cli.tables import print_baselines, print_evaluated
     from engine.core.display import Display
     from engine.core.runtime import choose_runtime, make_deterministic
-    from engine.evaluate.baselines import baselines
     from engine.evaluate.protocols import FROZEN, evaluate_many
     from engine.evaluate.scores import append_rows
     from engine.model.network_file import load_network
@@ -86,7 +89,8 @@ def evaluate(
         training = recipe if "finetune" in protocols else None
         how: dict[str, Any] = {"settings": recipe.evaluation, "seeds": seeds, "training": training}
         results = evaluate_many(networks, dataset, protocols=protocols, **how, **shared)
-        trivial = baselines(dataset, **shared) if with_baselines else {}
+        chosen = protocols if with_baselines else ()
+        trivial = _trivial(dataset, chosen, recipe, cards[0].input, runtime, display)
     for path, result in zip(checkpoints, results, strict=True):
         for evaluated in result.values():
             print_evaluated(evaluated, name=str(path))
@@ -124,19 +128,19 @@ def finetune(
     from engine.cli.tables import print_baselines, print_evaluated
     from engine.core.display import Display
     from engine.core.runtime import check_kernels_package, choose_runtime
-    from engine.evaluate.baselines import baselines
     from engine.evaluate.finetune_run import inputs_of, run_finetuning
     from engine.evaluate.scores import append_rows
+    from engine.model.network_file import card_of
 
     check_kernels_package()
     labelled = {key: options.pop(key) for key in LABELLED}
     if target in DATASET_NAMES:
         name = name or target
     folders = _folders(labelled["root"])
-    chosen = _recipe_named(target, recipe_name, name or folders, resume=options["resume"])
-    if chosen is None and checkpoint is not None and not options["resume"]:
+    named = _recipe_named(target, recipe_name, name or folders, resume=options["resume"])
+    if named is None and checkpoint is not None and not options["resume"]:
         options["assignments"] = (*_as_trained(_input_of(checkpoint)), *options["assignments"])
-    run, recipe = common.open_run("finetune", None, recipe_name=chosen, **options)
+    run, recipe = common.open_run("finetune", None, recipe_name=named, **options)
     name = name or (None if options["resume"] else recipe.finetune.dataset or folders)
     inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=labelled)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
@@ -149,12 +153,32 @@ def finetune(
         how: dict[str, Any] = {"runtime": runtime, "on_progress": display.prepare}
         more: dict[str, Any] = {"checkpoint_every": checkpoint_every, "say": display.say}
         result = run_finetuning(run, recipe, dataset, inputs=inputs, **more, **how)
-        trivial = baselines(dataset, seed=recipe.seed, **how) if with_baselines else {}
+        chosen = (result.protocol,) if with_baselines else ()
+        trivial = _trivial(dataset, chosen, recipe, card_of(recipe).input, runtime, display)
     print_evaluated(result, name=inputs["checkpoint"] or "from scratch")
     print_baselines(trivial)
     if json_path is not None:
         append_rows(json_path, [result], trivial)
     click.echo(f"results: {run.path / 'results.json'}")
+
+
+def _trivial(
+    dataset: Dataset,
+    protocols: tuple[str, ...],
+    recipe: Recipe,
+    shape: ClipInput,
+    runtime: Runtime,
+    display: Display,
+) -> dict[str, dict[str, Spread]]:
+    """Trivial baselines of the protocols, on clips of ``shape``; none where no protocol is given."""
+    from engine.evaluate.baselines import baselines
+
+    if not protocols:
+        return {}
+    how: dict[str, Any] = {"settings": recipe.evaluation, "seed": recipe.seed, "shape": shape}
+    return baselines(
+        dataset, protocols=protocols, runtime=runtime, on_progress=display.prepare, **how
+    )
 
 
 def _folders(root: tuple[Path, ...]) -> str | None:

@@ -46,10 +46,10 @@ def print_evaluated(result: Evaluated, *, name: str) -> None:
     console.print(_spreads("", result.metrics))
 
 
-def print_baselines(accuracies: Mapping[str, Spread]) -> None:
-    """Prints trivial baselines, if any were asked for."""
-    if accuracies:
-        Console(highlight=False).print(_spreads("trivial, the same folds", accuracies))
+def print_baselines(found: Mapping[str, Mapping[str, Spread]]) -> None:
+    """Prints each protocol's trivial baselines, if any were asked for."""
+    for protocol, values in found.items():
+        Console(highlight=False).print(_spreads(f"trivial, the same folds: {protocol}", values))
 
 
 def _spreads(heading: str, spreads: Mapping[str, Spread]) -> Any:

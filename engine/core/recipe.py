@@ -242,6 +242,9 @@ class Evaluation(Section, frozen=True):
     """Scaling of features before k-means, as in ``[fitness]``."""
     kmeans_init: Positive = 10
     kmeans_seeds: Annotated[int, Meta(ge=1, le=100)] = 10
+    examples: Literal["views", "videos"] = "views"
+    """What the linear layer is fitted to: every view, the mean softmax of a video's views being its scores; or means
+    over a video's views. With few videos views are much better; they take so many times as long."""
     strengths: tuple[PositiveFloat, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     """The linear layer's C, inverse to its regularisation, to choose from on held-out train groups."""
     holdout_parts: Annotated[int, Meta(ge=2)] = 4

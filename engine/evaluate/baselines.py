@@ -1,13 +1,14 @@
 """Trivial baselines: how far the simplest features of the same videos go, on the same folds.
 
-Ridge regression on the mean 16x16 frame, on the mean absolute difference of neighbouring frames, and on a histogram of
-flow's directions over time; the five nearest neighbours by facts of the files alone (frames, width, height, sound). A
-representation is interesting above these.
+Mean frames and mean absolute frame differences, judged by the networks' own protocols on the networks' views. And what
+others report: ridge regression on the mean 16x16 frame, on the mean absolute difference of neighbouring frames, and on
+a histogram of flow's directions over time; the five nearest neighbours by facts of the files alone (frames, width,
+height, sound). A representation is interesting above these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +18,7 @@ from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 from torch import Tensor
 
-from engine.core.recipe import Clip
+from engine.core.recipe import Clip, Evaluation
 from engine.core.runtime import Runtime, one_thread
 from engine.data.flow import dis_flow
 from engine.data.library import Report
@@ -25,10 +26,11 @@ from engine.data.plan import ClipPlan, central_plan
 from engine.data.shards.index import ClipIndex
 from engine.evaluate.datasets import Dataset
 from engine.evaluate.linear import Floats, Ints, choose_strength, ridge_predict
-from engine.evaluate.protocols import used_clips, videos_of
+from engine.evaluate.protocols import Judge, take_features, used_clips, videos_of
 from engine.evaluate.scores import Spread
 from engine.features.extract import decoded
-from engine.features.trivial import direction_histograms
+from engine.features.trivial import FrameDifferences, MeanFrame, direction_histograms
+from engine.model.network_file import Card, ClipInput
 
 SIZE = 16
 FLOW_SIZE = 48
@@ -43,9 +45,54 @@ BATCH = 32
 
 
 def baselines(
-    dataset: Dataset, *, runtime: Runtime, seed: int = 0, on_progress: Report | None = None
+    dataset: Dataset,
+    *,
+    protocols: Sequence[str],
+    shape: ClipInput,
+    settings: Evaluation,
+    runtime: Runtime,
+    seed: int = 0,
+    on_progress: Report | None = None,
+) -> dict[str, dict[str, Spread]]:
+    """What each baseline reaches over the folds, in [0, 1], by protocol and name.
+
+    Pictures are judged as a network's features are, of the same views (of ``shape``); beside the linear layer and
+    fine-tuning there are ridge and neighbours, too.
+    """
+    found: dict[str, dict[str, Spread]] = {}
+    by_layer = ["linear" if protocol == "finetune" else protocol for protocol in protocols]
+    for name, judge in _judges(dataset, shape, settings, runtime).items():
+        for protocol, frozen in zip(protocols, by_layer, strict=True):
+            value = judge.judged(frozen, [seed], {}, on_progress).value
+            found.setdefault(protocol, {})[name] = value
+    if "linear" in by_layer:
+        fitted = _by_ridge(dataset, runtime, seed, on_progress)
+        for protocol in {"linear", "finetune"}.intersection(protocols):
+            found[protocol] |= fitted
+    return found
+
+
+def _judges(
+    dataset: Dataset, shape: ClipInput, settings: Evaluation, runtime: Runtime
+) -> dict[str, Judge]:
+    """What judges a network's features, with those of pictures of the views instead."""
+    pictures = {
+        "mean frame": MeanFrame(SIZE),
+        "frame differences": FrameDifferences(SIZE, colour=True),
+    }
+    card = Card(input=shape)
+    pairs = [(network, card) for network in pictures.values()]
+    views = take_features(pairs, dataset, settings=settings, runtime=runtime)
+    return {
+        name: Judge(dataset, videos_of(dataset, each), settings, runtime, card)
+        for name, each in zip(pictures, views, strict=True)
+    }
+
+
+def _by_ridge(
+    dataset: Dataset, runtime: Runtime, seed: int, on_progress: Report | None
 ) -> dict[str, Spread]:
-    """Accuracy of each baseline over the folds, in [0, 1]."""
+    """Ridge on pictures and flow of pairs of frames all over a clip, and neighbours by the files' facts."""
     clips = used_clips(dataset)
     mean, change = _pictures(dataset, clips, runtime)
     ways = _directions(dataset, clips, runtime)

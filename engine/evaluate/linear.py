@@ -53,9 +53,10 @@ def fit(
     *,
     num_classes: int,
     strengths: Sequence[float],
+    weight: float = 1.0,
     gpu: bool = False,
 ) -> list[Layer]:
-    """The layers that minimise sum of cross-entropies x C + |W|^2 / 2 for each C; the bias goes free.
+    """The layers that minimise sum of cross-entropies x C x weight + |W|^2 / 2 for each C; the bias goes free.
 
     ``features`` (N, D) are standardised by their own mean and standard deviation; ``labels`` (N,) in [0, K). Each C
     begins at the optimum of the one before. Of two classes there is one weight vector, as in scikit-learn. On a
@@ -66,15 +67,15 @@ def fit(
     model = _logistic(gpu)
     layers = []
     for strength in strengths:
-        model.set_params(C=strength).fit(x, labels)
+        model.set_params(C=strength * weight).fit(x, labels)
         coef, intercept = np.asarray(model.coef_), np.asarray(model.intercept_)
         if len(coef) == 1:
             coef, intercept = np.concatenate([-coef, coef]) / 2, np.array([-1, 1]) * intercept / 2
         present = np.asarray(model.classes_, np.int64)
-        weight = np.zeros((num_classes, x.shape[1]))
+        matrix = np.zeros((num_classes, x.shape[1]))
         bias = np.full(num_classes, -np.inf)
-        weight[present], bias[present] = coef, intercept
-        layers.append(Layer(weight, bias, scaler.mean_, scaler.scale_, strength))
+        matrix[present], bias[present] = coef, intercept
+        layers.append(Layer(matrix, bias, scaler.mean_, scaler.scale_, strength))
     return layers
 
 
@@ -88,11 +89,12 @@ def _logistic(gpu: bool) -> Any:
     return linear_model.LogisticRegression(**settings, solver="newton-cg", warm_start=True)
 
 
-def layers_predict(*, num_classes: int, gpu: bool = False) -> Predictor:
+def layers_predict(*, num_classes: int, weight: float = 1.0, gpu: bool = False) -> Predictor:
     """A predictor by layers of several strengths."""
 
     def predict(x: Floats, labels: Ints, test: Floats, strengths: Sequence[float]) -> Ints:
-        layers = fit(x, labels, num_classes=num_classes, strengths=strengths, gpu=gpu)
+        how: dict[str, Any] = {"num_classes": num_classes, "weight": weight, "gpu": gpu}
+        layers = fit(x, labels, strengths=strengths, **how)
         return np.stack([layer.scores(test).argmax(1) for layer in layers])
 
     return predict

@@ -1,7 +1,8 @@
 """The protocols that judge a network on labelled videos: k-means, a linear layer, retrieval, fine-tuning.
 
-All of them judge videos: a video's features are the mean over its views. ``docs/evaluation.md`` says what each
-computes. Labels of the test part decide nothing but the numbers that are reported.
+All of them judge videos: a video's features are the mean over its views, and a layer's scores of it the mean over them,
+too. ``docs/evaluation.md`` says what each computes. Labels of the test part decide nothing but the numbers that are
+reported.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix  # type: ignore[import-untyped]
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.core.provenance import provenance
 from engine.core.recipe import Evaluation, Recipe
@@ -41,6 +42,11 @@ HEADLINES = {
     "retrieval": ("r@1",),
 }
 """The metric that stands for a protocol in tables: the first of these that there is."""
+EXAMPLES = {
+    "views": "standardised views, a video by its views' mean softmax,",
+    "videos": "standardised video means",
+}
+"""What ``evaluation.examples`` fits a layer to, in words."""
 
 
 def evaluate_many(
@@ -86,7 +92,7 @@ def evaluate_many(
 
 
 def take_features(
-    networks: Sequence[tuple[ResNet3D, Card]],
+    networks: Sequence[tuple[nn.Module, Card]],
     dataset: Dataset,
     *,
     settings: Evaluation,
@@ -172,10 +178,12 @@ class Judge:
         one: Callable[..., tuple[dict[str, Any], Ints | None]] = getattr(self, f"_{protocol}")
         seeds = seeds[:1] if protocol == "retrieval" else seeds
         turns = [(seed, fold) for seed in seeds for fold in self._folds(protocol)]
+        by_views = protocol == "linear" and self.settings.examples == "views"
+        width = self.features.shape[1] * (self.videos.views.shape[1] if by_views else 1)
         rows = []
         for number, (seed, fold) in enumerate(turns, start=1):
             train, test = self.videos.of(fold.train), self.videos.of(fold.test)
-            with one_thread(largest_product=len(train) * self.features.shape[1] * len(classes)):
+            with one_thread(largest_product=len(train) * width * len(classes)):
                 metrics, predicted = one(train, test, seed)
             sizes = {"train": len(train), "test": len(test)}
             rows.append({"fold": fold.name, "seed": seed, **sizes, **metrics})
@@ -244,31 +252,52 @@ class Judge:
         return metrics, None
 
     def _linear(self, train: Ints, test: Ints, seed: int) -> tuple[dict[str, Any], Ints]:
-        labels, s = self.videos.label[train], self.settings
-        every = self.videos.features.numpy()
-        on_gpu = self.device.startswith("cuda")
-        how: dict[str, Any] = {"num_classes": len(self.dataset.classes), "gpu": on_gpu}
+        s, on_gpu = self.settings, self.device.startswith("cuda")
+        x, row = self._examples(train)
+        # a clip counts the same however many views it is seen by
+        weight = 1.0 if s.examples == "videos" else 1 / self.videos.views.shape[1]
+        classes = len(self.dataset.classes)
+        how: dict[str, Any] = {"num_classes": classes, "weight": weight, "gpu": on_gpu}
         strength = linear.choose_strength(
             linear.layers_predict(**how),
-            every[train],
-            labels,
-            self.videos.group[train],
+            x,
+            self.videos.label[row],
+            self.videos.group[row],
             strengths=sorted(s.strengths),
             parts=s.holdout_parts,
             turns=s.holdout_turns,
             seed=seed,
         )
-        (layer,) = linear.fit(every[train], labels, strengths=[strength], **how)
-        clips = np.flatnonzero(np.isin(self.videos.clip_video, test))
-        views = self.videos.views.numpy()[clips]
-        each = layer.scores(views.reshape(-1, views.shape[-1]))
-        each_label = np.repeat(self.videos.label[self.videos.clip_video[clips]], views.shape[1])
-        of_videos, of_train = layer.scores(every[test]), layer.scores(every[train])
-        metrics = scores.accuracies(
-            torch.from_numpy(each), torch.from_numpy(of_videos), each_label, self.videos.label[test]
-        )
-        metrics["train_video_top1"] = scores.top_k(torch.from_numpy(of_train), labels, 1)
-        return {**metrics, "C": strength}, of_videos.argmax(1)
+        (layer,) = linear.fit(x, self.videos.label[row], strengths=[strength], **how)
+        clips = self._clips(test)
+        views = layer.scores(self.videos.views.numpy()[clips])
+        view_label = np.repeat(self.videos.label[self.videos.clip_video[clips]], views.shape[1])
+        of_views = torch.from_numpy(views.reshape(-1, views.shape[-1]))
+        of_train, of_test = self._video_scores(layer, train), self._video_scores(layer, test)
+        metrics = scores.accuracies(of_views, of_test, view_label, self.videos.label[test])
+        metrics["train_video_top1"] = scores.top_k(of_train, self.videos.label[train], 1)
+        return {**metrics, "C": strength}, of_test.numpy().argmax(1)
+
+    def _clips(self, rows: Ints) -> Ints:
+        """The clips of videos, by their places in ``views``."""
+        return np.flatnonzero(np.isin(self.videos.clip_video, rows))
+
+    def _examples(self, rows: Ints) -> tuple[linear.Floats, Ints]:
+        """What a layer is fitted to: features (examples, D), and the video (examples,) that each is of."""
+        if self.settings.examples == "videos":
+            return self.videos.features.numpy()[rows], rows
+        clips = self._clips(rows)
+        views = self.videos.views[torch.from_numpy(clips)].double()
+        of_clips = self.videos.clip_video[clips]
+        return views.flatten(0, 1).numpy(), np.repeat(of_clips, views.shape[1])
+
+    def _video_scores(self, layer: linear.Layer, rows: Ints) -> Tensor:
+        """Scores (N, K) of videos: of their mean features, or the mean of their views' softmax."""
+        if self.settings.examples == "videos":
+            return torch.from_numpy(layer.scores(self.videos.features.numpy()[rows]))
+        clips = self._clips(rows)
+        each = torch.from_numpy(layer.scores(self.videos.views.numpy()[clips])).softmax(-1)
+        return scores.video_means(each, self.videos.clip_video[clips])[0]
 
     def _retrieval(self, train: Ints, test: Ints, seed: int) -> tuple[dict[str, Any], None]:
         queries, gallery = ((self._rows(rows), self.videos.label[rows]) for rows in (test, train))
@@ -285,7 +314,7 @@ class Judge:
                 f" mean of {s.kmeans_seeds} runs, on video means, {NAMES[s.readout]}"
             ),
             "linear": (
-                "one layer on standardised video means by logistic regression, C chosen on held-out train groups"
+                f"one layer on {EXAMPLES[s.examples]} by logistic regression, C chosen on held-out train groups"
                 f" ({min(s.holdout_turns, s.holdout_parts)} of {s.holdout_parts} parts, stratified)"
             ),
             "retrieval": "cosine of video means, gallery train, queries test",

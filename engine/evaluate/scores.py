@@ -165,12 +165,14 @@ def spreads(rows: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
     return {name: Spread.of(finite) for name, finite in values.items() if finite}
 
 
-def append_rows(path: Path, results: Sequence[Evaluated], baselines: Mapping[str, Spread]) -> None:
-    """Append a row a protocol to a JSON Lines file, and write the confusion matrices beside it."""
-    trivial = {name: asdict(spread) for name, spread in baselines.items()}
+def append_rows(
+    path: Path, results: Sequence[Evaluated], baselines: Mapping[str, Mapping[str, Spread]]
+) -> None:
+    """Append a row a protocol to a JSON Lines file, with its baselines, and write the confusion matrices beside it."""
     first = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
     with path.open("a", encoding="utf-8") as file:
         for result in results:
+            trivial = {k: asdict(v) for k, v in baselines.get(result.protocol, {}).items()}
             row = result.row() | ({"baselines": trivial} if trivial else {})
             file.write(json.dumps(row) + "\n")
     for number, result in enumerate(results, start=first):

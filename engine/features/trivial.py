@@ -21,20 +21,30 @@ STRETCHES = 4
 
 
 class MeanFrame(nn.Module):
-    """A clip's mean frame: (N, 3, T, H, W) to (N, 3 SIZE^2)."""
+    """A clip's mean frame: (N, 3, T, H, W) to (N, 3 size^2)."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        super().__init__()
+        self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
         """How a clip looks, and nothing of how it moves."""
-        return functional.adaptive_avg_pool2d(x.float().mean(2), SIZE).flatten(1)
+        return functional.adaptive_avg_pool2d(x.float().mean(2), self.size).flatten(1)
 
 
 class FrameDifferences(nn.Module):
-    """Mean absolute difference of neighbouring frames: (N, 3, T, H, W) to (N, SIZE^2)."""
+    """Mean absolute difference of neighbouring frames: (N, 3, T, H, W) to (N, size^2), or 3 size^2 in ``colour``."""
+
+    def __init__(self, size: int = SIZE, *, colour: bool = False) -> None:
+        super().__init__()
+        self.size, self.colour = size, colour
 
     def forward(self, x: Tensor) -> Tensor:
         """Where a clip moves and how much, and nothing of which way."""
-        change = x.float().diff(dim=2).abs().mean((1, 2))
-        return functional.adaptive_avg_pool2d(change[:, None], SIZE).flatten(1)
+        change = x.float().diff(dim=2).abs().mean(2)
+        if not self.colour:
+            change = change.mean(1, keepdim=True)
+        return functional.adaptive_avg_pool2d(change, self.size).flatten(1)
 
 
 class FlowDirections(nn.Module):

@@ -78,7 +78,7 @@ def test_evaluate_from_the_folder_as_it_unpacks(colours: Path, net: Path, user: 
         assert name in out
     rows = [json.loads(line) for line in out_path.read_text().splitlines()]
     assert [row["protocol"] for row in rows] == ["kmeans", "linear", "retrieval"]
-    assert all(len(row["baselines"]) == 4 for row in rows)
+    assert [len(row["baselines"]) for row in rows] == [2, 6, 2]
     (path,) = user.glob("rows-*-confusion.csv")
     table = list(csv.reader(path.open()))
     assert table[0] == ["class", *rows[1]["classes"]] and sum(map(int, table[1][1:])) == 24
@@ -127,7 +127,7 @@ def test_both_commands_take_a_data_set_or_class_folders_alike(
     assert "ridge on the mean 16x16 frame" in out
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["protocol"] for row in found] == ["linear", "finetune"]
-    assert all(len(row["baselines"]) == 4 for row in found)
+    assert all(len(row["baselines"]) == 6 for row in found)
     assert "--checkpoint is missing" in refused("evaluate", "ucf101", "--root", colours)
 
 
@@ -175,7 +175,7 @@ def test_finetune_with_the_layer_alone_and_from_scratch(
 ) -> None:
     args = on(colours, net, *STEPS, "--set", "finetune.protocol=linear", "--run", user / "layer")
     code, out, err = call("finetune", TINY, *args)
-    assert (code, err) == (0, "") and "one layer on standardised video means" in out
+    assert (code, err) == (0, "") and "one layer on standardised views" in out
     assert json.loads((user / "layer" / "results.json").read_text())["protocol"] == "linear"
     scratch = ("--dataset", "ucf101", "--root", colours, "--set", "finetune.init=scratch", *STEPS)
     code, out, err = call("finetune", TINY, *scratch, "--run", user / "none", "--device", "cpu")

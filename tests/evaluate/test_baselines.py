@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
+from engine.core.recipe import Evaluation
 from engine.core.runtime import choose_runtime
 from engine.data.media.encode import write_video
 from engine.evaluate.baselines import baselines
 from engine.evaluate.datasets import Dataset, open_dataset
+from engine.evaluate.protocols import evaluate_many
+from engine.features.trivial import FrameDifferences, MeanFrame
+from engine.model.network_file import Card, ClipInput
 
 RUNTIME = choose_runtime("cpu")
+SETTINGS = Evaluation(views=2, kmeans_init=2, kmeans_seeds=3, strengths=(1e-2, 0.1))
+HOW: dict[str, Any] = {"shape": ClipInput(4, 2, 32), "settings": SETTINGS, "runtime": RUNTIME}
 
 
 def test_colours_are_found_by_the_mean_frame_alone(colour_set: Dataset) -> None:
-    found = baselines(colour_set, runtime=RUNTIME)
+    by_protocol = baselines(colour_set, protocols=["kmeans", "finetune"], **HOW)
+    assert list(by_protocol) == ["kmeans", "finetune"]
+    found = by_protocol["finetune"]
     assert found["ridge on the mean 16x16 frame"].mean == 1.0
+    assert found["mean frame"].mean == 1.0
     assert found["5 nearest neighbours by file facts"].mean < 0.5  # all files are alike
     assert all(spread.n == 3 for spread in found.values())
+    clustered = by_protocol["kmeans"]
+    assert list(clustered) == ["mean frame", "frame differences"]
+    assert clustered["mean frame"].mean > 0.9 > clustered["frame differences"].mean
+
+
+def test_pictures_are_judged_as_networks_are(colour_set: Dataset) -> None:
+    names = ["kmeans", "linear", "retrieval"]
+    found = baselines(colour_set, protocols=names, **HOW)
+    pictures = {"mean frame": MeanFrame(16), "frame differences": FrameDifferences(16, colour=True)}
+    for name, picture in pictures.items():
+        how: dict[str, Any] = {"protocols": names, "settings": SETTINGS, "runtime": RUNTIME}
+        network: Any = picture, Card(input=ClipInput(4, 2, 32))
+        (judged,) = evaluate_many([network], colour_set, **how)
+        assert all(found[each][name] == judged[each].value for each in names)
 
 
 def test_ways_are_found_by_flow_alone(tmp_path: Path) -> None:
@@ -44,7 +68,8 @@ def test_ways_are_found_by_flow_alone(tmp_path: Path) -> None:
         short_side=64,
         workers=1,
     )
-    found = baselines(dataset, runtime=RUNTIME)
+    found = baselines(dataset, protocols=["linear"], **HOW)["linear"]
+    assert found["frame differences"].mean < 0.8
     assert found["ridge on flow's directions over time"].mean == 1.0
     assert found["ridge on mean absolute frame differences"].mean < 0.8
 
@@ -61,5 +86,6 @@ def test_on_weizmann_they_are_where_they_were_measured(real_data: Path, tmp_path
         report=lambda *_: None,
     )
     assert len(dataset.folds) == 9 and len(dataset.classes) == 10
-    mean, change, _, facts = (s.mean for s in baselines(dataset, runtime=RUNTIME).values())
+    found = baselines(dataset, protocols=["linear"], **HOW)["linear"]
+    *_, mean, change, _, facts = (spread.mean for spread in found.values())
     assert abs(mean - 0.433) < 0.08 and abs(change - 0.556) < 0.08 and facts < 0.3

@@ -14,6 +14,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -80,10 +81,31 @@ def test_colours_are_told_apart_and_shuffled_labels_are_not(colour_set: Dataset)
     assert abs(np.mean(values) - 0.2) < 0.064
 
 
-def test_linear_is_what_scikit_learn_finds_on_the_same_features(colour_set: Dataset) -> None:
+def test_linear_is_what_scikit_learn_finds_on_the_same_views(colour_set: Dataset) -> None:
     net, card = network()
     dataset = shuffled(colour_set, 9)  # hard enough that not all is right
     found = evaluate(net, card, dataset, protocol="linear", **SHARED)
+    (views,) = take_features([(net, card)], dataset, **SHARED)
+    for fold, row in zip(dataset.folds, found.folds, strict=True):
+        x, each = (views[part].double().numpy() for part in (fold.train, fold.test))
+        model = make_pipeline(
+            StandardScaler(), LogisticRegression(C=row["C"] / 2, tol=1e-8, max_iter=10000)
+        )
+        model.fit(x.reshape(-1, x.shape[2]), np.repeat(dataset.label[fold.train], 2))
+        chances = model.predict_proba(each.reshape(-1, x.shape[2]))
+        truth = dataset.label[fold.test]
+        right = (chances.argmax(1) == np.repeat(truth, 2)).mean()
+        assert row["clip_top1"] == pytest.approx(right, abs=0.026)  # a tie at most
+        of_videos = chances.reshape(len(truth), 2, -1).mean(1)
+        right = (of_videos.argmax(1) == truth).mean()
+        assert row["video_top1"] == pytest.approx(right, abs=0.051)
+
+
+def test_a_layer_on_video_means_is_what_scikit_learn_finds(colour_set: Dataset) -> None:
+    net, card = network()
+    dataset = shuffled(colour_set, 9)
+    means = {**SHARED, "settings": msgspec.structs.replace(SETTINGS, examples="videos")}
+    found = evaluate(net, card, dataset, protocol="linear", **means)
     (views,) = take_features([(net, card)], dataset, **SHARED)
     x = views.double().mean(1).numpy()
     for fold, row in zip(dataset.folds, found.folds, strict=True):
@@ -95,6 +117,7 @@ def test_linear_is_what_scikit_learn_finds_on_the_same_features(colour_set: Data
         each = views[fold.test].double().flatten(0, 1).numpy()
         right = model.score(scaler.transform(each), np.repeat(dataset.label[fold.test], 2))
         assert row["clip_top1"] == pytest.approx(right, abs=0.051)
+    assert "standardised video means" in found.protocol_string
 
 
 def test_retrieval_is_what_scikit_learn_finds(colour_set: Dataset) -> None:

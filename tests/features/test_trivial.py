@@ -30,6 +30,9 @@ def test_pictures_and_changes_are_cell_means() -> None:
     change = np.abs(np.diff(x.double().numpy(), axis=2)).mean((1, 2))
     expected = change.reshape(2, 6, 2, 6, 2).mean((2, 4)).reshape(2, -1)
     np.testing.assert_allclose(FrameDifferences()(x), expected, atol=1e-6)
+    change = np.abs(np.diff(x.double().numpy(), axis=2)).mean(2)
+    expected = change.reshape(2, 3, 4, 3, 4, 3).mean((3, 5)).reshape(2, -1)
+    np.testing.assert_allclose(FrameDifferences(4, colour=True)(x), expected, atol=1e-6)
 
 
 def test_a_still_clip_has_no_differences_and_one_that_moves_has_no_other_mean() -> None:

@@ -23,6 +23,7 @@ from engine.evaluate.paper.judging import Judging, dataset_for, seen_clips
 from engine.evaluate.paper.rows import Inputs, columns_of, rows_of
 from engine.evaluate.paper.scale import Scale
 from engine.evaluate.paper.training import Seeded, Training
+from engine.model.network_file import card_of
 from engine.objective.lossfile import load_loss
 
 
@@ -187,11 +188,12 @@ class Reproduction:
     def _find_baselines(self) -> None:
         """Baselines of each column's folds, kept in baselines.json."""
         shares: dict[str, dict[str, float]] = {}
+        pretrain = self.scale.pretrain
+        how: dict[str, Any] = {"shape": card_of(pretrain).input, "settings": pretrain.evaluation}
         for column in self.columns:
-            if column.protocol == "kmeans":
-                continue  # they are trained with labels
             dataset = dataset_for(column, self.datasets[column.dataset], self.scale)
-            for name, value in baselines(dataset, runtime=self.runtime).items():
+            found = baselines(dataset, protocols=[column.protocol], runtime=self.runtime, **how)
+            for name, value in found[column.protocol].items():
                 shares.setdefault(name, {})[column.name] = 100 * value.mean
         self.run.write_json("baselines.json", shares)
 
