@@ -6,7 +6,7 @@ import errno
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from engine.core.run import RunFolder
     from engine.data.ingest.sources import Reject
     from engine.data.library import Library
+    from engine.data.shards.index import ClipIndex
     from engine.evaluate.datasets import Dataset
 
 Command = Callable[..., None]
@@ -31,6 +32,8 @@ DEMO = ["demo"]
 """A run's note for the built-in videos."""
 SHOWN = 20
 """Rejects that are shown; all are in a file."""
+SHOWN_NAMES = 6
+"""Classes or groups that are shown by name."""
 
 PATH = click.Path(path_type=Path)
 COUNT, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
@@ -253,7 +256,30 @@ def open_labelled(
     say_rejects(display, [r for r in dataset.rejects if not r.reason.startswith(MISSING)])
     if dataset.incomplete:
         display.say(f"{name}: {dataset.incomplete}; every number below says so")
+    say_classes(display, dataset.index)
+    if dataset.folds_by.startswith("leave one group out"):
+        names = [fold.name for fold in dataset.folds]
+        display.say(f"groups: {len(names)}: {_some(names)}")
     return dataset
+
+
+def say_classes(display: Display, index: ClipIndex) -> None:
+    """Shows the classes of labelled clips, and how many clips they have: a wrong folder shows at once."""
+    if counts := clips_by_class(index):
+        few, many = min(counts.values()), max(counts.values())
+        each = f"{many} each" if few == many else f"{few} to {many} each"
+        words = f"{counts.total()} clips of {len(counts)} classes, {each}: {_some(sorted(counts))}"
+        display.say(f"labels: {words}")
+
+
+def clips_by_class(index: ClipIndex) -> Counter[str]:
+    """How many clips there are of each class that has some."""
+    return Counter(index.classes[label] for label in index.label.tolist() if label >= 0)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of some names."""
+    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
 def say_library(display: Display, library: Library) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from engine.core.run import RunFolder
     from engine.core.runtime import Runtime
     from engine.search.evolve import Data, Workers
+
+UNEQUAL = 3
+"""A class with so many times as many clips as the mean class is said to be large."""
 
 
 def members(text: str) -> int | None:
@@ -170,9 +174,22 @@ def _data(
 
     if videos:
         unlabelled, judging = common.open_videos(display, videos, labelled)
+        if recipe.fitness.uses_labels:
+            common.say_classes(display, judging.index)
+            _say_if_unequal(display, recipe, common.clips_by_class(judging.index))
         return Data(unlabelled, judging, (common.names_of(videos), common.names_of(labelled)))
     unlabelled, judging = common.open_videos(display, *demo_folders(display.prepare))
     return Data(unlabelled, judging, (common.DEMO, common.DEMO), levels(recipe))
+
+
+def _say_if_unequal(display: Display, recipe: Recipe, counts: Counter[str]) -> None:
+    """Says what a network may have that tells nothing apart, where one class is much of the clips."""
+    largest = max(counts.values(), default=0) / max(counts.total(), 1)
+    if recipe.fitness.metric == "hungarian" and largest * len(counts) > UNEQUAL:
+        display.say(
+            f"one class has {largest:.0%} of the labelled clips: features that tell nothing apart may reach as high a"
+            " fitness; give about as many clips of each class, or judge by --set fitness.metric=nmi"
+        )
 
 
 def _evolve(recipe: Any, data: Data, *, run: RunFolder, display: Display, **how: Any) -> None:

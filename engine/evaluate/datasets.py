@@ -303,9 +303,11 @@ def _videos(index: ClipIndex, clips: Sequence[tuple[str, int]]) -> tuple[Ints, t
 
 def _group_of(source: str, pattern: re.Pattern[str] | None, label: str | None) -> str | None:
     match = pattern.search(source.rsplit("/", 1)[-1]) if pattern else None
-    if pattern is None or match is None:
+    if match is None:
         return None
-    return (match[1 if pattern.groups else 0] or "").removesuffix(f"_{label}")
+    # the first bracket that took part: there may be one for each way to write a name
+    text = next((found for found in match.groups() if found), "" if match.re.groups else match[0])
+    return text.removesuffix(f"_{label}") or None
 
 
 def _numbered(names: Sequence[str]) -> tuple[Ints, tuple[str, ...]]:

@@ -101,8 +101,9 @@ def test_shards_are_taken_as_they_are(colours: Path, tmp_path: Path, colour_set:
         assert sources(dataset, own.test) == sources(colour_set, other.test)
 
 
-def test_leave_one_group_out(colours: Path, tmp_path: Path) -> None:
-    settings = {"name": "folders", "group_pattern": r"_g(\d+)_"}
+@pytest.mark.parametrize("pattern", [r"_g(\d+)_", r"(?<=_g)\d+", r"actor(\w+)|_g(\d+)_"])
+def test_leave_one_group_out(colours: Path, tmp_path: Path, pattern: str) -> None:
+    settings = {"name": "folders", "group_pattern": pattern}
     dataset = opened(colours / "UCF-101", tmp_path, **settings)
     assert [fold.name for fold in dataset.folds] == [f"{g:02d}" for g in range(1, 7)]
     assert "leave one group out, 6 folds" in dataset.folds_by
@@ -227,6 +228,7 @@ def test_what_can_not_be_used_is_one_line(colours: Path, tmp_path: Path) -> None
         "is left out once: say by --group-pattern": {"name": "folders"},
         "no regular expression": {"name": "folders", "group_pattern": "("},
         "finds nothing in 60 of 60 names": {"name": "folders", "group_pattern": "actor"},
+        "'x\\*' finds nothing in 60": {"name": "folders", "group_pattern": "x*"},
         "without it nothing is left": {"name": "folders", "group_pattern": "^v"},
         "no official split": {"name": "folders", "folds": "official", "group_pattern": "x"},
         "holds no HMDB51 lists|its lists": {"name": "hmdb51"},
