@@ -121,14 +121,23 @@ class Plan:
 
 
 def plan_of(
-    recipe: Recipe, *, losses: int, repeats: int, looks: Sequence[int], presets: bool
+    recipe: Recipe,
+    *,
+    losses: int,
+    repeats: int,
+    looks: Sequence[int],
+    presets: bool,
+    sound: bool = True,
 ) -> Plan:
-    """A search's first ``losses`` and the presets, under two disjoint sets of ``repeats`` seeds. Raises ValueError."""
+    """A search's first ``losses`` and the presets, under two disjoint sets of ``repeats`` seeds.
+
+    ``sound``: whether the videos have any. Raises ValueError.
+    """
     steps = recipe.optim.steps
     wrong = [step for step in looks if not 0 < step <= steps]
     if wrong:
         raise ValueError(f"--looks {wrong[0]}: a member is trained for {steps} steps (optim.steps)")
-    first = first_losses(recipe.search, seed=recipe.seed, count=losses)
+    first = first_losses(recipe.search, seed=recipe.seed, count=losses, sound=sound)
     drawn = {f"drawn:{recipe.seed}:{number}": loss for number, loss in enumerate(first)}
     named = {name: load_loss(name) for name in preset_names("losses")} if presets else {}
     seeds = tuple(recipe.seed + i for i in range(2 * repeats))

@@ -106,10 +106,12 @@ def _signal(
 
     if bool(videos) != bool(labelled):
         raise ValueError("give --videos to train on and --labelled to judge by, or neither")
-    plan = plan_of(recipe, losses=losses, repeats=repeats, looks=looks, presets=presets)
+    how: dict[str, Any] = {"losses": losses, "repeats": repeats, "looks": looks, "presets": presets}
+    plan_of(recipe, **how)  # before videos are read
     with Display() as display:
         folders = (videos, labelled) if videos else demo_folders(display.prepare)
         train, judging = common.open_videos(display, *folders)
+        plan = plan_of(recipe, sound=bool(train.index.has_audio.any()), **how)
         files = {"rows": json, "features": features}
         bench = Signal(recipe, train, judging, runtime=runtime, warn=display.say, **files)
         measure(bench, plan, say=display.say, show=wide_console().print)

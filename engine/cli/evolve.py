@@ -136,8 +136,9 @@ def evolve(
 def _signal(recipe: Recipe, data: Data, losses: int, *, runtime: Runtime, display: Display) -> None:
     from engine.bench.signal import Signal, measure, plan_of
 
-    plan = plan_of(recipe, losses=losses, repeats=1, looks=(), presets=False)
     libraries = data.videos, data.labelled
+    heard = bool(data.videos.index.has_audio.any())
+    plan = plan_of(recipe, losses=losses, repeats=1, looks=(), presets=False, sound=heard)
     bench = Signal(recipe, *libraries, runtime=runtime, rows=None, warn=display.say)
     measure(bench, plan, say=display.say, show=display.console.print)
 

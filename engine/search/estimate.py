@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
+from typing import Any
 
 import torch
 
@@ -63,7 +64,8 @@ def dry_run(
         torch.set_num_threads(1)
     trainer = Trainer(recipe, data.videos.index, runtime, warn=display.say)
     labelled = LabelledClips(data.labelled.index, recipe, runtime=runtime)
-    study = SearchStudy(recipe.search, storage=None, name="", seed=recipe.seed, recipe_hash="")
+    facts: dict[str, Any] = {"seed": recipe.seed, "recipe_hash": "", "sound": trainer.sound}
+    study = SearchStudy(recipe.search, storage=None, name="", **facts)
     display.say(_terms(trainer))
     display.say(_members(recipe, study, labelled))
     cost = _measure(trainer, labelled, study)

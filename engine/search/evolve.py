@@ -112,7 +112,8 @@ def evolve(
     events = Events(run.path)
     if resumed:
         events.add("resumed", f"{workers.count or 'no'} workers")
-    study = _open_study(recipe, run, display, events, clock)
+    sound = bool(videos.has_audio.any())
+    study = _open_study(recipe, run, display, events, clock, sound=sound)
     _check_recipe(recipe, run, study)
     said, levels = [note or ""], data.levels
     records = Records(recipe, run, study, display, events, clock, said=said, levels=levels)
@@ -273,7 +274,13 @@ def _all_failed(cohort: Cohort, lost: Lost) -> CohortResult:
 
 
 def _open_study(
-    recipe: Recipe, run: RunFolder, display: Display, events: Events, clock: Clock
+    recipe: Recipe,
+    run: RunFolder,
+    display: Display,
+    events: Events,
+    clock: Clock,
+    *,
+    sound: bool,
 ) -> SearchStudy:
     def on_wait(reason: str) -> None:
         display.say(f"the study's storage is away, waiting for it: {reason}")
@@ -286,6 +293,7 @@ def _open_study(
             name=run.study_name,
             seed=recipe.seed,
             recipe_hash=recipe_hash(recipe),
+            sound=sound,
             on_wait=on_wait,
         )
 

@@ -36,7 +36,7 @@ class SearchStudy:
     follow from the seed and the members done, so whoever opens the study after a kill proposes them again (but where
     ``settings.synchronous`` is false, from all that is done by then). Only one process at a time may ask and tell; a
     second one gets an error when it writes. While the database is away, every call waits up to ``patience`` seconds
-    for it, and calls ``on_wait`` with the reason once.
+    for it, and calls ``on_wait`` with the reason once. ``sound``: whether the videos have any.
 
     Raises ValueError for settings that the method can't work with, a URL that can't be used, and a study that belongs
     to another recipe; and, as every method that writes, OSError where the storage can't be read or written.
@@ -50,11 +50,12 @@ class SearchStudy:
         name: str,
         seed: int,
         recipe_hash: str,
+        sound: bool = True,
         patience: float = 120.0,
         on_wait: Callable[[str], None] | None = None,
     ) -> None:
         self.settings = settings
-        self._sampler = SAMPLERS[settings.method](settings, seed=seed)
+        self._sampler = SAMPLERS[settings.method](settings, seed=seed, sound=sound)
         self._storage: StudyStorage | None = None
         self._where = "memory"
         self._done: dict[int, Trial] = {}

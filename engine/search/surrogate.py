@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -89,6 +89,11 @@ ROLES = np.select([*TIES, *TASKS], [*range(2 * len(TEACHERS))], 2 * len(TEACHERS
 """(J,) what terms do, as a number: tie RGB to one teacher, train that teacher, or train the RGB network alone."""
 OF_RGB: NDArray[np.bool_] = TRAINS_RGB & ~TIES.any(0)
 """(J,) those that train the RGB network alone."""
+ANY_TERM: NDArray[np.bool_] = np.ones(len(TERMS), np.bool_)
+SILENT: NDArray[np.bool_] = np.array(["audio" not in term.networks for term in TERMS])
+"""(J,) those that videos without sound suffice for."""
+NEVER = -1e6
+"""Stands for the effect of a term that no loss may have."""
 
 
 def shares(weights: Array) -> Array:
@@ -141,27 +146,36 @@ class Surrogate:
     offset: float
     noise: float
     """Standard deviation of one evaluation around the model."""
+    usable: NDArray[np.bool_] = field(default_factory=lambda: ANY_TERM)
+    """(J,) the terms that a loss may have."""
     bent: Surrogate | None = None
     """The likeliest model in which fitness bends in the weights, where its kind has odds of BENDS or more."""
 
     @classmethod
-    def fit(cls, weights: Array, fitness: Array) -> Surrogate:
+    def fit(
+        cls, weights: Array, fitness: Array, *, usable: NDArray[np.bool_] = ANY_TERM
+    ) -> Surrogate:
         """Learn from N >= 2 members' weights (N, J) and fitness (N,)."""
         offset, fits = float(fitness.mean()), list(_fits(weights, fitness))
         odds = _odds(fits)
         bending = [k for k, (name, kinds, *_) in enumerate(fits) if _bends(name, kinds)]
         bent = None
         if odds[bending].sum() >= BENDS:
-            bent = cls._of(fits[max(bending, key=lambda k: odds[k])], offset)
+            bent = cls._of(fits[max(bending, key=lambda k: odds[k])], offset, usable)
         likeliest = max(fits, key=lambda each: each[-1].evidence)
-        return replace(cls._of(likeliest, offset), bent=bent)
+        return replace(cls._of(likeliest, offset, usable), bent=bent)
 
     @classmethod
-    def _of(cls, choice: tuple[str, tuple[float, ...], Array, _Fit], offset: float) -> Surrogate:
+    def _of(
+        cls,
+        choice: tuple[str, tuple[float, ...], Array, _Fit],
+        offset: float,
+        usable: NDArray[np.bool_],
+    ) -> Surrogate:
         name, _, centre, fit = choice
         values, axes = np.linalg.eigh((fit.covariance + fit.covariance.T) / 2)
         root = axes * np.sqrt(np.maximum(values, 0))
-        return cls(name, fit.mean, root, centre, offset, fit.noise)
+        return cls(name, fit.mean, root, centre, offset, fit.noise, usable)
 
     def predict(self, weights: Array) -> Array:
         """(N,) expected fitness."""
@@ -228,7 +242,9 @@ class Surrogate:
         return losses[int((x @ coefficients).argmax())]
 
     def best_weights(self, coefficients: Array, *, most: int) -> Array:
-        """(J,) the weights of highest f under given coefficients, with at most ``most`` terms above 0."""
+        """(J,) the weights of highest f under given coefficients, with at most ``most`` of the usable terms above 0."""
+        usable = np.tile(self.usable, len(coefficients) // len(self.usable))
+        coefficients = np.where(usable, coefficients, NEVER)
         if self.basis == "shares":
             return _best_shares(coefficients, most)
         return _best_levels(coefficients, most)

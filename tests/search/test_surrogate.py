@@ -12,7 +12,7 @@ from sklearn.gaussian_process.kernels import DotProduct, WhiteKernel
 
 from engine.core.recipe import Search
 from engine.objective.lossfile import draw_weights
-from engine.objective.terms import TERM_NAMES, present, reaching
+from engine.objective.terms import TERM_NAMES, TERMS, present, reaching
 from engine.search import surrogate
 from engine.search.members import Trial
 from engine.search.samplers import thompson
@@ -231,6 +231,25 @@ def test_a_teachers_task_and_what_ties_rgb_to_it_are_found_together():
         last = shares(vectors([member.weights for member in study.members()[-4:]]))
         found.append(last[:, 0, task].max() > 0.6)
     assert sum(found) >= 6
+
+
+@pytest.mark.parametrize("sparsity", [0.925, 0.8, 0.0])
+def test_of_silent_videos_no_loss_has_a_term_that_needs_sound(sparsity):
+    """All else is tried as often, and what helps is found."""
+    needs = np.array(["audio" in term.networks for term in TERMS])
+    settings = Search(method="surrogate", population=10, rounds=12, generation=2, sparsity=sparsity)
+    for seed in range(4):
+        facts = {"seed": seed, "recipe_hash": "abc", "sound": False}
+        study = SearchStudy(settings, storage=None, name="search", **facts)
+        while not study.finished:
+            for proposal in study.ask():
+                seen = float(truth(vectors([proposal.weights])[0]))
+                seen += 0.01 * np.random.default_rng([seed, proposal.number]).normal()
+                study.tell(proposal.number, fitness=seen, attributes={})
+        weights = vectors([member.weights for member in study.members()])
+        assert not weights[:, needs].any()
+        assert (weights[:10, ~needs & ~DISTILLS.any(0)] > 0).any(0).all()
+        assert (weights @ surrogate.TRAINS_RGB > 0).all()
 
 
 @pytest.mark.parametrize(

@@ -57,15 +57,15 @@ def dataset_for(column: Column, dataset: Dataset, scale: Scale) -> Dataset:
     known = dataset.label >= 0
     inside = np.isin(dataset.group, seen)
     others = len(np.unique(dataset.group[known])) - len(seen)
+    names = sorted(dataset.groups[number] for number in seen)
+    which = f"{len(seen)} of the groups ({names[0]} to {names[-1]})"
     if not column.unseen:
-        words = (
-            f"{dataset.folds_by}; clips of {len(seen)} of the groups were trained on without labels"
-        )
+        words = f"{dataset.folds_by}; clips of {which} were trained on without labels"
         return replace(dataset, folds_by=words)
     fold = Fold("unseen", np.flatnonzero(known & inside), np.flatnonzero(known & ~inside))
     words = (
-        f"train on {len(seen)} groups, whose clips were also trained on without labels, test on {others} groups that"
-        " no training saw"
+        f"train on {which}, whose clips were also trained on without labels, test on {others} groups that no training"
+        " saw"
     )
     return replace(dataset, folds=(fold,), folds_by=words)
 

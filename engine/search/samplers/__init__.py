@@ -26,7 +26,12 @@ SAMPLERS: dict[str, type[RandomSampler]] = {
 """By ``search.method``."""
 
 
-def first_losses(settings: Search, *, seed: int, count: int) -> list[LossWeights]:
-    """The losses that a search begins with; where they are more than its population, those of further populations."""
-    sampler = SAMPLERS[settings.method](settings, seed=seed)
+def first_losses(
+    settings: Search, *, seed: int, count: int, sound: bool = True
+) -> list[LossWeights]:
+    """The losses that a search begins with; where they are more than its population, those of further populations.
+
+    ``sound``: whether the videos have any.
+    """
+    sampler = SAMPLERS[settings.method](settings, seed=seed, sound=sound)
     return [sampler.first(number) for number in range(count)]

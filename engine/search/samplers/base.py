@@ -32,11 +32,16 @@ def by_fitness(member: Trial) -> tuple[float, int]:
 
 
 class RandomSampler:
-    """Weights by ``draw_weights``, from a random stream keyed by (seed, number)."""
+    """Weights by ``draw_weights``, from a random stream keyed by (seed, number).
 
-    def __init__(self, settings: Search, *, seed: int) -> None:
+    ``sound``: whether the videos have any. Only the surrogate cares: of the weights that others propose, those of terms
+    which need sound then count for nothing.
+    """
+
+    def __init__(self, settings: Search, *, seed: int, sound: bool = True) -> None:
         self.settings = settings
         self.seed = seed
+        self.sound = sound
 
     def stream(self, number: int) -> np.random.Generator:
         """The random numbers of one member: the same in any process, whatever was drawn before."""

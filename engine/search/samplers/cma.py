@@ -27,8 +27,8 @@ class CmaSampler(RandomSampler):
     Raises ValueError for a generation below 4, too small for the library's weights.
     """
 
-    def __init__(self, settings: Search, *, seed: int) -> None:
-        super().__init__(settings, seed=seed)
+    def __init__(self, settings: Search, *, seed: int, sound: bool = True) -> None:
+        super().__init__(settings, seed=seed, sound=sound)
         if 0 < settings.cmaes_population < 4:
             raise ValueError("search.cmaes_population: 0 (for 14), or 4 and more")
         n = len(TERM_NAMES)

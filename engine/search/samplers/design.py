@@ -6,21 +6,24 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.objective.terms import TERM_NAMES
-from engine.search.surrogate import DISTILLS, OF_RGB, ROLES, TASKS, TIES, computed
+from engine.search.surrogate import ANY_TERM, DISTILLS, OF_RGB, ROLES, TASKS, TIES, computed
 
 LAYERS_EACH = 3
 """Least layers distilled of each network that teaches, in a design's members: of five, one of the last two at least."""
 Array = npt.NDArray[np.float64]
+Terms = npt.NDArray[np.bool_]
 
 
-def design(size: int, density: float, rng: np.random.Generator) -> Array:
+def design(
+    size: int, density: float, rng: np.random.Generator, *, usable: Terms = ANY_TERM
+) -> Array:
     """(size, terms) weights of a design in which every task can show what it is worth.
 
     Tasks are dealt out, each as often as the others, in hands of one teacher's, between which the RGB network's own
     stand: two teachers in one loss get into each other's way. A member with a teacher's tasks then distils LAYERS_EACH
     of its layers or more, early and late ones, since not every layer carries what a teacher learns. Joint embedding,
     which holds back what distillation carries, and alignment are dealt out as tasks are. Weights are spread evenly,
-    those of sparse losses over the upper half, so that none drowns the others.
+    those of sparse losses over the upper half, so that none drowns the others. ``usable`` (terms,): those to have.
     """
     members, span = np.zeros((size, len(TERM_NAMES))), max(density, 0.5)
 
@@ -28,15 +31,16 @@ def design(size: int, density: float, rng: np.random.Generator) -> Array:
         places: Array = (rng.permutation(count) + rng.random(count)) / count
         return 1 - span * places
 
-    cards = int(np.count_nonzero(~DISTILLS.any(0)))
+    cards = int(np.count_nonzero(~DISTILLS.any(0) & usable))
     copies = max(round(density * size), -(-size // cards))
-    own = rng.permutation(np.flatnonzero(OF_RGB))
+    own = rng.permutation(np.flatnonzero(OF_RGB & usable))
     deck: list[int] = []
     for _ in range(copies):
         # the shortest part first: later ones keep what joins RGB to a teacher from the tasks of the one before
         parts = reversed(np.array_split(own, len(TASKS)))
         for teacher, part in zip(rng.permutation(len(TASKS)), parts, strict=True):
-            joined, tasks = TIES[teacher] & ~DISTILLS[teacher], TASKS[teacher]
+            joined = TIES[teacher] & ~DISTILLS[teacher] & usable
+            tasks = TASKS[teacher] & usable
             deck += [*part, *rng.permutation(np.flatnonzero(joined))]
             deck += [*rng.permutation(np.flatnonzero(tasks))]
     seats = rng.permutation(size)
@@ -46,7 +50,9 @@ def design(size: int, density: float, rng: np.random.Generator) -> Array:
         holders = np.flatnonzero(members[:, task])
         members[holders, task] = weights(len(holders))
     for ties, tasks in zip(DISTILLS, TASKS, strict=True):
-        deep, taught = np.flatnonzero(ties), np.flatnonzero(members[:, tasks].any(1))
+        deep, taught = np.flatnonzero(ties & usable), np.flatnonzero(members[:, tasks].any(1))
+        if not len(deep):
+            continue
         each = max(round(density * len(deep)), LAYERS_EACH)
         apart = np.arange(each) * len(deep) // each
         for turn, member in enumerate(taught, start=int(rng.integers(len(deep)))):
@@ -72,14 +78,16 @@ def halves(weights: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     return both[0], both[1]
 
 
-def neighbour(weights: Array, *, most: int, rng: np.random.Generator) -> Array:
+def neighbour(
+    weights: Array, *, most: int, rng: np.random.Generator, usable: Terms = ANY_TERM
+) -> Array:
     """(terms,) weights with one term weighed anew, left out, exchanged for one of the same role, or added.
 
     A role is to tie the RGB network to one teacher, to train that teacher, or to train the RGB network alone. At most
-    ``most`` terms, or as many as there are. A loss may become one that a member has already.
+    ``most`` terms, all of them ``usable`` (terms,). A loss may become one that a member has already.
     """
     near, held = weights.copy(), np.flatnonzero(weights)
-    absent, term = np.flatnonzero(weights == 0), int(rng.choice(held))
+    absent, term = np.flatnonzero((weights == 0) & usable), int(rng.choice(held))
     moves = {
         "weigh": np.array([term]),
         "leave out": held if len(held) > 1 else absent[:0],

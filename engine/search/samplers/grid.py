@@ -22,8 +22,8 @@ class GridSampler(RandomSampler):
     Raises ValueError where the search has more members than the grid.
     """
 
-    def __init__(self, settings: Search, *, seed: int) -> None:
-        super().__init__(settings, seed=seed)
+    def __init__(self, settings: Search, *, seed: int, sound: bool = True) -> None:
+        super().__init__(settings, seed=seed, sound=sound)
         n, levels, total = len(TERM_NAMES), settings.levels, settings.population + settings.rounds
         size = n * levels + n * (n - 1) // 2 * levels**2
         if total > size:

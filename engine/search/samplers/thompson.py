@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,11 @@ from engine.search.members import Proposal, Trial
 from engine.search.samplers.base import RandomSampler, generation_of
 from engine.search.samplers.design import design, halves, neighbour
 from engine.search.surrogate import (
+    ANY_TERM,
     FEWEST,
     OF_RGB,
     OWN,
+    SILENT,
     TRAINS_RGB,
     Surrogate,
     computed,
@@ -52,11 +55,13 @@ class SurrogateSampler(RandomSampler):
     one of the fittest members instead, since few terms are more than the sum of their effects. No loss is proposed
     twice, but by the last members where ``search.seeds`` is "generation", a third of ``search.rounds`` in whole
     generations, RACE or one of these at most: with other seeds, these train the model's bet and, again, the fittest. No
-    sparse proposal distils a network that it has no task for. Generations are waited for as in evolution.
+    sparse proposal distils a network that it has no task for, and without ``sound`` none has a term that needs it.
+    Generations are waited for as in evolution.
     """
 
-    def __init__(self, settings: Search, *, seed: int) -> None:
-        super().__init__(settings, seed=seed)
+    def __init__(self, settings: Search, *, seed: int, sound: bool = True) -> None:
+        super().__init__(settings, seed=seed, sound=sound)
+        self.usable = ANY_TERM if sound else SILENT
         self._known: tuple[int, tuple[Surrogate, Array, Array]] | None = None
         self._proposed: dict[tuple[int, int], Array] = {}
         """What was proposed, by number and the number of complete members."""
@@ -107,7 +112,8 @@ class SurrogateSampler(RandomSampler):
         for tried in range(TRIES):
             if near:
                 parent = known[rng.choice(np.argsort(-fitness, kind="stable")[:PARENTS])]
-                drawn = [neighbour(parent, most=self._most, rng=rng) for _ in range(NEIGHBOURS)]
+                how: dict[str, Any] = {"most": self._most, "rng": rng, "usable": self.usable}
+                drawn = [neighbour(parent, **how) for _ in range(NEIGHBOURS)]
                 nearby = [each for each in drawn if not untaught(each > 0).any()] or drawn
                 values = computed(model.best_of(nearby, model.draw(rng, width=1 + tried)))
             elif surest and not tried:
@@ -119,10 +125,12 @@ class SurrogateSampler(RandomSampler):
                 values = np.where(untaught(values > 0), 0.0, values)
             if not values.any():
                 expected = [model.effect(j)[0] for j in range(len(values))]
-                values[int(np.where(OF_RGB, expected, -np.inf).argmax())] = 1.0
+                values[int(np.where(OF_RGB & self.usable, expected, -np.inf).argmax())] = 1.0
             if not _alike(others, values).any():
                 return values
         last = np.asarray(vectors([draw_weights(rng, sparsity=self.settings.sparsity)])[0])
+        if (heard := np.where(self.usable, last, 0.0)) @ TRAINS_RGB:
+            last = heard
         kept = np.where(sparse & untaught(last > 0), 0.0, last)
         return kept if kept @ TRAINS_RGB else last
 
@@ -203,14 +211,17 @@ class SurrogateSampler(RandomSampler):
             latest = complete[-MOST:]
             fitness = np.array([member.fitness for member in latest], np.float64)
             weights = computed_vectors([member.weights for member in latest])
-            self._known = len(complete), (Surrogate.fit(weights, fitness), weights, fitness)
+            self._known = (
+                len(complete),
+                (Surrogate.fit(weights, fitness, usable=self.usable), weights, fitness),
+            )
         return self._known[1]
 
     def _designed(self, number: int) -> Proposal:
         size = self.settings.population
         key = np.random.SeedSequence(self.seed, spawn_key=(0xDE516, number // size))
         rng = np.random.Generator(np.random.Philox(key))
-        planned = design(size, 1 - self.settings.sparsity, rng)
+        planned = design(size, 1 - self.settings.sparsity, rng, usable=self.usable)
         weights = dict(zip(TERM_NAMES, planned[number % size].tolist(), strict=True))
         return Proposal(number, weights, round=self.round_of(number))
 
