@@ -130,7 +130,6 @@ def finetune(
     from engine.core.runtime import check_kernels_package, choose_runtime
     from engine.evaluate.finetune_run import inputs_of, run_finetuning
     from engine.evaluate.scores import append_rows
-    from engine.model.network_file import card_of
 
     check_kernels_package()
     labelled = {key: options.pop(key) for key in LABELLED}
@@ -154,7 +153,7 @@ def finetune(
         more: dict[str, Any] = {"checkpoint_every": checkpoint_every, "say": display.say}
         result = run_finetuning(run, recipe, dataset, inputs=inputs, **more, **how)
         chosen = (result.protocol,) if with_baselines else ()
-        trivial = _trivial(dataset, chosen, recipe, card_of(recipe).input, runtime, display)
+        trivial = _trivial(dataset, chosen, recipe, None, runtime, display)
     print_evaluated(result, name=inputs["checkpoint"] or "from scratch")
     print_baselines(trivial)
     if json_path is not None:
@@ -166,16 +165,18 @@ def _trivial(
     dataset: Dataset,
     protocols: tuple[str, ...],
     recipe: Recipe,
-    shape: ClipInput,
+    shape: ClipInput | None,
     runtime: Runtime,
     display: Display,
 ) -> dict[str, dict[str, Spread]]:
-    """Trivial baselines of the protocols, on clips of ``shape``; none where no protocol is given."""
+    """Trivial baselines of the protocols, on clips of ``shape`` or the recipe's; none where no protocol is given."""
     from engine.evaluate.baselines import baselines
+    from engine.model.network_file import card_of
 
     if not protocols:
         return {}
-    how: dict[str, Any] = {"settings": recipe.evaluation, "seed": recipe.seed, "shape": shape}
+    how: dict[str, Any] = {"settings": recipe.evaluation, "seed": recipe.seed}
+    how["shape"] = shape or card_of(recipe).input
     return baselines(
         dataset, protocols=protocols, runtime=runtime, on_progress=display.prepare, **how
     )

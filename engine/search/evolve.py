@@ -112,8 +112,7 @@ def evolve(
     events = Events(run.path)
     if resumed:
         events.add("resumed", f"{workers.count or 'no'} workers")
-    sound = bool(videos.has_audio.any())
-    study = _open_study(recipe, run, display, events, clock, sound=sound)
+    study = _open_study(recipe, run, display, events, clock, sound=bool(videos.has_audio.any()))
     _check_recipe(recipe, run, study)
     said, levels = [note or ""], data.levels
     records = Records(recipe, run, study, display, events, clock, said=said, levels=levels)

@@ -153,6 +153,9 @@ class CohortEvaluator:
             fittest = max(ranked, key=lambda row: row[:2], default=None)
             ranked = [fittest] if fittest is not None and fittest[0] >= cohort.keep_from else []
         recipe = self.trainer.recipe
+        bank = (
+            None if cohort.confirm else self._memory.bank
+        )  # of some clips, confirmations use none
         for fitness, _, member, network in ranked:
             card = card_of(
                 recipe,
@@ -160,7 +163,7 @@ class CohortEvaluator:
                 loss=member.weights,
                 recipe_hash=recipe_hash(recipe),
                 seed=recipe.seed,
-                num_clips=len(self.trainer.index),
+                num_clips=len(self.trainer.index if bank is None else bank),
             )
             videos, runtime = self.trainer.index, self.trainer.runtime
             card = with_statistics(card, network, videos, runtime=runtime)

@@ -137,6 +137,11 @@ class Trainer:
                 threads=self.runtime.threads,
                 sound=self.sound,
             )
+        if isinstance(size, str) and len(bank) < len(self.index):
+            self.warn(
+                f"search.clip_bank: members train on {len(bank)} of {len(self.index)} clips, as many as {size} of"
+                " memory hold; a larger bank holds more, and --clip-bank 0 trains on all"
+            )
         if self.sound and not self.sounds(bank):
             self.warn(
                 f"search.clip_bank: none of its {len(bank)} clips has sound, though the videos have: terms that need"

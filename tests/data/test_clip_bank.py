@@ -235,6 +235,18 @@ def test_a_cohort_trains_on_the_bank(tiny_shards: Path, monkeypatch: pytest.Monk
     assert len(seen) > 5 and memory.bank is made
 
 
+def test_a_bank_too_small_for_the_videos_says_so(tiny_shards: Path) -> None:
+    index = ClipIndex([tiny_shards / "unlabelled"])
+    said: list[str] = []
+    trainer = Trainer(load_recipe(TINY), index, choose_runtime("cpu"), warn=said.append)
+    whole = trainer.open_bank("1GiB")
+    assert len(whole) == len(index) and not said
+    small = trainer.open_bank(f"{whole.nbytes / 2000:.0f}KB")
+    assert 0 < len(small) < len(index)
+    (line,) = said
+    assert f"members train on {len(small)} of {len(index)} clips" in line
+
+
 def test_a_bank_without_sound_leaves_out_what_needs_it_and_says_so(tiny_shards: Path) -> None:
     index = ClipIndex([tiny_shards / "unlabelled"])
     assert 0 < index.has_audio.sum() < len(index)
