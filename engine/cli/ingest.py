@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     "--codec",
     type=click.Choice(["jpeg", "vp9", "h264", "copy"]),
     default="jpeg",
-    help="jpeg: any frame at once; vp9: a fifth of the room; h264: for GPUs; copy: the source's own stream, for GPUs.",
+    help="jpeg: any frame at once; vp9: a sixth of the room; h264: for GPUs; copy: the source's own stream, for GPUs.",
 )
 @click.option("--seed", type=NATURAL, default=0)
 @WORKERS
