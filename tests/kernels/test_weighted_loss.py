@@ -227,14 +227,14 @@ def test_weight_zero_is_valued_but_teaches_nothing(function, device, poison):
 
 def test_same_bits_twice(device):
     def run():
-        inputs = make([(4, 3000), (4, 77), (4, 8, 4)], MIXED, device=device)
+        inputs = make([(4, 500 if INTERPRETED else 3000), (4, 77), (4, 8, 4)], MIXED, device=device)
         total, values = kernels.weighted_loss(*inputs)
         return [total, values, *torch.autograd.grad(total, inputs[0])]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("pairs", [0, 1, 9, 39])
+@pytest.mark.parametrize("pairs", [0, 1, 9] if INTERPRETED else [0, 1, 9, 39])
 def test_one_launch_over_the_activations(pairs, device, launches):
     if not (INTERPRETED or device == "cuda"):
         pytest.skip("no kernel on a CPU")
