@@ -90,6 +90,9 @@ def evaluate(
         how: dict[str, Any] = {"settings": recipe.evaluation, "seeds": seeds, "training": training}
         results = evaluate_many(networks, dataset, protocols=protocols, **how, **shared)
         chosen = protocols if with_baselines else ()
+        shapes = {card.input for card in cards}
+        if chosen and len(shapes) > 1:
+            display.say(f"baselines: on the clips of {checkpoints[0]}; others take other clips")
         trivial = _trivial(dataset, chosen, recipe, cards[0].input, runtime, display)
     for path, result in zip(checkpoints, results, strict=True):
         for evaluated in result.values():
@@ -143,9 +146,7 @@ def finetune(
     name = name or (None if options["resume"] else recipe.finetune.dataset or folders)
     inputs = inputs_of(run, recipe, checkpoint=checkpoint, name=name, seeds=seeds, data=labelled)
     runtime = choose_runtime(device, amp=recipe.optim.amp)
-    if not options["resume"] and recipe.finetune.protocol == "linear" and inputs["checkpoint"]:
-        # frozen networks see clips as they were trained on
-        inputs["size"] = _input_of(Path(inputs["checkpoint"])).size
+    shape = _noted_input(inputs, recipe, resume=options["resume"])
     size = inputs.get("size", recipe.clip.size)
     with Display(log=run.path) as display:
         dataset = common.open_labelled(display, inputs["name"], size, **inputs["data"])
@@ -153,12 +154,24 @@ def finetune(
         more: dict[str, Any] = {"checkpoint_every": checkpoint_every, "say": display.say}
         result = run_finetuning(run, recipe, dataset, inputs=inputs, **more, **how)
         chosen = (result.protocol,) if with_baselines else ()
-        trivial = _trivial(dataset, chosen, recipe, None, runtime, display)
+        trivial = _trivial(
+            dataset, chosen, recipe, _input_of(inputs["checkpoint"]), runtime, display
+        )
     print_evaluated(result, name=inputs["checkpoint"] or "from scratch")
     print_baselines(trivial)
     if json_path is not None:
         append_rows(json_path, [result], trivial)
     click.echo(f"results: {run.path / 'results.json'}")
+
+
+def _noted_input(inputs: dict[str, Any], recipe: Recipe, *, resume: bool) -> ClipInput | None:
+    """The input of the network that is to be tuned, and its size among the run's inputs; None from scratch."""
+    if not inputs["checkpoint"]:
+        return None
+    shape = _input_of(Path(inputs["checkpoint"]))
+    if not resume and recipe.finetune.protocol == "linear":
+        inputs["size"] = shape.size  # frozen networks see clips as they were trained on
+    return shape
 
 
 def _trivial(
@@ -169,17 +182,13 @@ def _trivial(
     runtime: Runtime,
     display: Display,
 ) -> dict[str, dict[str, Spread]]:
-    """Trivial baselines of the protocols, on clips of ``shape`` or the recipe's; none where no protocol is given."""
+    """Trivial baselines of the protocols, for networks of input ``shape``; none where no protocol is given."""
     from engine.evaluate.baselines import baselines
-    from engine.model.network_file import card_of
 
     if not protocols:
         return {}
-    how: dict[str, Any] = {"settings": recipe.evaluation, "seed": recipe.seed}
-    how["shape"] = shape or card_of(recipe).input
-    return baselines(
-        dataset, protocols=protocols, runtime=runtime, on_progress=display.prepare, **how
-    )
+    how: dict[str, Any] = {"recipe": recipe, "shape": shape, "runtime": runtime}
+    return baselines(dataset, protocols=protocols, on_progress=display.prepare, **how)
 
 
 def _folders(root: tuple[Path, ...]) -> str | None:

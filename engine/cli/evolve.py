@@ -185,8 +185,12 @@ def _data(
 
 def _say_if_unequal(display: Display, recipe: Recipe, counts: Counter[str]) -> None:
     """Says what a network may have that tells nothing apart, where one class is much of the clips."""
-    largest = max(counts.values(), default=0) / max(counts.total(), 1)
-    if recipe.fitness.metric == "hungarian" and largest * len(counts) > UNEQUAL:
+    largest, equal = (
+        max(counts.values(), default=0) / max(counts.total(), 1),
+        1 / max(len(counts), 1),
+    )
+    # three times as large as others, or where there are few, half of what they would have
+    if recipe.fitness.metric == "hungarian" and largest > min(UNEQUAL * equal, (1 + equal) / 2):
         display.say(
             f"one class has {largest:.0%} of the labelled clips: features that tell nothing apart may reach as high a"
             " fitness; give about as many clips of each class, or judge by --set fitness.metric=nmi"

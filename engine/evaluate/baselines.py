@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from sklearn.neighbors import KNeighborsClassifier  # type: ignore[import-untyped]
@@ -18,7 +20,7 @@ from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 from torch import Tensor
 
-from engine.core.recipe import Clip, Evaluation
+from engine.core.recipe import Clip, Evaluation, Recipe
 from engine.core.runtime import Runtime, one_thread
 from engine.data.flow import dis_flow
 from engine.data.library import Report
@@ -30,7 +32,7 @@ from engine.evaluate.protocols import Judge, take_features, used_clips, videos_o
 from engine.evaluate.scores import Spread
 from engine.features.extract import decoded
 from engine.features.trivial import FrameDifferences, MeanFrame, direction_histograms
-from engine.model.network_file import Card, ClipInput
+from engine.model.network_file import Card, ClipInput, card_of
 
 SIZE = 16
 FLOW_SIZE = 48
@@ -48,32 +50,43 @@ def baselines(
     dataset: Dataset,
     *,
     protocols: Sequence[str],
-    shape: ClipInput,
-    settings: Evaluation,
+    recipe: Recipe,
+    shape: ClipInput | None = None,
     runtime: Runtime,
-    seed: int = 0,
     on_progress: Report | None = None,
 ) -> dict[str, dict[str, Spread]]:
     """What each baseline reaches over the folds, in [0, 1], by protocol and name.
 
-    Pictures are judged as a network's features are, of the same views (of ``shape``); beside the linear layer and
-    fine-tuning there are ridge and neighbours, too.
+    Pictures are judged as a network's features are, of the views that it is judged by: clips of ``shape``, by default
+    the recipe's, or those that fine-tuning tests on. Beside the linear layer and fine-tuning there are ridge and
+    neighbours, too.
     """
     found: dict[str, dict[str, Spread]] = {}
-    by_layer = ["linear" if protocol == "finetune" else protocol for protocol in protocols]
-    for name, judge in _judges(dataset, shape, settings, runtime).items():
-        for protocol, frozen in zip(protocols, by_layer, strict=True):
-            value = judge.judged(frozen, [seed], {}, on_progress).value
-            found.setdefault(protocol, {})[name] = value
-    if "linear" in by_layer:
-        fitted = _by_ridge(dataset, runtime, seed, on_progress)
-        for protocol in {"linear", "finetune"}.intersection(protocols):
+    own, tuned = card_of(recipe).input, recipe.finetune
+    more: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
+    for protocol in protocols:
+        settings, clip, judged = recipe.evaluation, shape or own, protocol
+        if protocol == "finetune":
+            settings = msgspec.structs.replace(settings, views=tuned.views, crops=tuned.crops)
+            clip, judged = own, "linear"
+        found[protocol] = {
+            name: judge.judged(judged, [recipe.seed], {}, on_progress).value
+            for name, judge in _judges(dataset, clip, settings, **more).items()
+        }
+    if with_labels := {"linear", "finetune"}.intersection(protocols):
+        fitted = _by_ridge(dataset, runtime, recipe.seed, on_progress)
+        for protocol in with_labels:
             found[protocol] |= fitted
     return found
 
 
 def _judges(
-    dataset: Dataset, shape: ClipInput, settings: Evaluation, runtime: Runtime
+    dataset: Dataset,
+    shape: ClipInput,
+    settings: Evaluation,
+    *,
+    runtime: Runtime,
+    on_progress: Report | None,
 ) -> dict[str, Judge]:
     """What judges a network's features, with those of pictures of the views instead."""
     pictures = {
@@ -82,7 +95,8 @@ def _judges(
     }
     card = Card(input=shape)
     pairs = [(network, card) for network in pictures.values()]
-    views = take_features(pairs, dataset, settings=settings, runtime=runtime)
+    how: dict[str, Any] = {"settings": settings, "runtime": runtime, "on_progress": on_progress}
+    views = take_features(pairs, dataset, **how)
     return {
         name: Judge(dataset, videos_of(dataset, each), settings, runtime, card)
         for name, each in zip(pictures, views, strict=True)

@@ -106,9 +106,9 @@ def open_dataset(
     ``name`` is one of NAMES. ``root`` is the folder of a download as it unpacks, class folders, or shards that
     ``engine ingest`` made with the data set's lists. ``splits`` holds the lists, which are otherwise looked for in
     and beside ``root``. ``folds``: "official" (the lists'; the default but for folders) or "group": each group is
-    held out once. A clip's group is the first match of ``group_pattern`` in its file's name, or the match's first
-    bracket. Raises IncompleteDataset where listed videos are missing, unless ``allow_missing``, and ValueError for
-    what can't be used.
+    held out once. A clip's group is the first match of ``group_pattern`` in its file's name, or of that the first
+    bracket that holds something. Raises IncompleteDataset where listed videos are missing, unless ``allow_missing``,
+    and ValueError for what can't be used.
     """
     if name not in NAMES:
         raise ValueError(f"unknown data set {name!r}: {', '.join(NAMES)}")

@@ -120,18 +120,17 @@ def choose_strength(
     """The strength with the best accuracy on held-out parts of train, the first of equals.
 
     Groups are dealt out to ``parts`` parts (``deal_groups``); the first ``turns`` of them are held out, one after the
-    other. Where nothing can be held out, the middle strength is taken.
+    other. Where nothing can be held out, or nothing held out is right, the middle strength is taken.
     """
     part = deal_groups(groups, labels, parts=parts, seed=seed)
-    right, count = np.zeros(len(strengths)), 0
+    right = np.zeros(len(strengths))
     for held in range(min(turns, int(part.max()) + 1)):
         test = part == held
         if test.all() or len(np.unique(labels[~test])) < 2:
             continue
         classes = predict(features[~test], labels[~test], features[test], strengths)
         right += (classes == labels[test]).sum(1)
-        count += int(test.sum())
-    return strengths[int(right.argmax())] if count else strengths[len(strengths) // 2]
+    return strengths[int(right.argmax())] if right.any() else strengths[len(strengths) // 2]
 
 
 def deal_groups(groups: Ints, labels: Ints, *, parts: int, seed: int) -> Ints:

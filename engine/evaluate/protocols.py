@@ -42,6 +42,8 @@ HEADLINES = {
     "retrieval": ("r@1",),
 }
 """The metric that stands for a protocol in tables: the first of these that there is."""
+MOST_BYTES = 8 * 2**30
+"""Of the views that a layer may be fitted to, as float64."""
 EXAMPLES = {
     "views": "standardised views, a video by its views' mean softmax,",
     "videos": "standardised video means",
@@ -72,6 +74,8 @@ def evaluate_many(
     if "finetune" in protocols and training is None:
         raise ValueError("fine-tuning needs a recipe to train by")
     frozen = [protocol for protocol in protocols if protocol in FROZEN]
+    if "linear" in frozen and settings.examples == "views":
+        _check_room(len(used_clips(dataset)), settings, networks)
     shared: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
     views = take_features(networks, dataset, settings=settings, **shared) if frozen else []
     every, origin, results = range(seed, seed + seeds), provenance(runtime), []
@@ -326,6 +330,19 @@ class Judge:
             cuts=Cuts(self.card.input, s.views, s.crops, s.batch_size),
             batch_norm=s.batch_norm,
             seeds=seeds,
+        )
+
+
+def _check_room(
+    clips: int, settings: Evaluation, networks: Sequence[tuple[ResNet3D, Card]]
+) -> None:
+    """Raises ValueError, before anything is decoded, where a layer's examples would not fit into memory."""
+    widest = max(network.feature_dim for network, _ in networks)
+    size = clips * settings.views * settings.crops * widest * 8
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"linear: the views of {clips} clips are {size / 2**30:.0f} GiB of examples, and a fit takes several times"
+            " as much: fit the layer to video means by --set evaluation.examples=videos"
         )
 
 

@@ -140,7 +140,7 @@ class Trainer:
         if isinstance(size, str) and len(bank) < len(self.index):
             self.warn(
                 f"search.clip_bank: members train on {len(bank)} of {len(self.index)} clips, as many as {size} of"
-                " memory hold; a larger bank holds more, and --clip-bank 0 trains on all"
+                " memory hold; a larger bank holds more, and --set search.clip_bank=0 trains on all"
             )
         if self.sound and not self.sounds(bank):
             self.warn(

@@ -6,21 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 
-from engine.core.recipe import Evaluation
+from engine.core.recipe import Evaluation, Recipe, override
 from engine.core.runtime import choose_runtime
 from engine.data.media.encode import write_video
+from engine.evaluate import baselines as module
 from engine.evaluate.baselines import baselines
 from engine.evaluate.datasets import Dataset, open_dataset
-from engine.evaluate.protocols import evaluate_many
+from engine.evaluate.protocols import Judge, take_features, videos_of
+from engine.features.extract import Cuts
 from engine.features.trivial import FrameDifferences, MeanFrame
 from engine.model.network_file import Card, ClipInput
 
 RUNTIME = choose_runtime("cpu")
 SETTINGS = Evaluation(views=2, kmeans_init=2, kmeans_seeds=3, strengths=(1e-2, 0.1))
-HOW: dict[str, Any] = {"shape": ClipInput(4, 2, 32), "settings": SETTINGS, "runtime": RUNTIME}
+RECIPE = msgspec.structs.replace(
+    override(Recipe(), ["clip.num_frames=4", "clip.size=32"]), evaluation=SETTINGS
+)
+HOW: dict[str, Any] = {"shape": ClipInput(4, 2, 32), "recipe": RECIPE, "runtime": RUNTIME}
 
 
 def test_colours_are_found_by_the_mean_frame_alone(colour_set: Dataset) -> None:
@@ -39,12 +45,29 @@ def test_colours_are_found_by_the_mean_frame_alone(colour_set: Dataset) -> None:
 def test_pictures_are_judged_as_networks_are(colour_set: Dataset) -> None:
     names = ["kmeans", "linear", "retrieval"]
     found = baselines(colour_set, protocols=names, **HOW)
+    card = Card(input=ClipInput(4, 2, 32))
     pictures = {"mean frame": MeanFrame(16), "frame differences": FrameDifferences(16, colour=True)}
     for name, picture in pictures.items():
-        how: dict[str, Any] = {"protocols": names, "settings": SETTINGS, "runtime": RUNTIME}
-        network: Any = picture, Card(input=ClipInput(4, 2, 32))
-        (judged,) = evaluate_many([network], colour_set, **how)
-        assert all(found[each][name] == judged[each].value for each in names)
+        how: dict[str, Any] = {"settings": SETTINGS, "runtime": RUNTIME}
+        (views,) = take_features([(picture, card)], colour_set, **how)
+        judge = Judge(colour_set, videos_of(colour_set, views), SETTINGS, RUNTIME, card)
+        assert all(found[each][name] == judge.judged(each, [0], {}).value for each in names)
+
+
+def test_each_protocol_has_the_views_of_its_networks(
+    colour_set: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen networks are judged by views of their own input, tuned ones by what fine-tuning tests on."""
+    seen: list[str] = []
+
+    def noted(pairs: Any, dataset: Dataset, *, settings: Evaluation, **how: Any) -> Any:
+        seen.append(str(Cuts(pairs[0][1].input, settings.views, settings.crops)))
+        return take_features(pairs, dataset, settings=settings, **how)
+
+    monkeypatch.setattr(module, "take_features", noted)
+    recipe = override(HOW["recipe"], ["clip.size=24", "finetune.views=1", "finetune.crops=3"])
+    baselines(colour_set, protocols=["linear", "finetune"], **{**HOW, "recipe": recipe})
+    assert seen == ["2 views of 4x32x32 stride 2", "1 view x 3 crops of 4x24x24 stride 2"]
 
 
 def test_ways_are_found_by_flow_alone(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from engine.core.recipe import Evaluation
 from engine.core.runtime import choose_runtime
-from engine.evaluate import linear
+from engine.evaluate import linear, protocols
 from engine.evaluate.datasets import Dataset, Fold
 from engine.evaluate.protocols import (
     Judge,
@@ -287,6 +287,48 @@ def test_test_labels_decide_nothing_but_the_scores(colour_set: Dataset) -> None:
         row, predicted = judge._linear(*rows, 0)
         chosen.append((row["C"], row["train_video_top1"], predicted.tolist()))
     assert chosen[0] == chosen[1]
+
+
+def test_a_layer_is_fitted_to_all_views_of_a_videos_clips(colour_set: Dataset) -> None:
+    """A video of two clips counts as two, and has one score: the mean softmax of its four views."""
+    net, card = network()
+    pairs = np.arange(60) // 2
+    dataset = replace(shuffled(colour_set, 9), video=pairs)
+    dataset = replace(dataset, label=dataset.label[2 * pairs])  # those of a video's first clip
+    (views,) = take_features([(net, card)], dataset, **SHARED)
+    judge = Judge(dataset, videos_of(dataset, views), SETTINGS, RUNTIME, card)
+    (fold, *_), (row, *_) = dataset.folds, judge.judged("linear", [0], {}).folds
+    x, each = (
+        views[part].double().numpy().reshape(-1, views.shape[-1])
+        for part in (fold.train, fold.test)
+    )
+    layer = LogisticRegression(C=row["C"] / 2, tol=1e-8, max_iter=10000)
+    model = make_pipeline(StandardScaler(), layer)
+    model.fit(x, np.repeat(dataset.label[fold.train], 2))
+    guess = model.predict_proba(each).reshape(len(fold.test) // 2, 4, -1).mean(1).argmax(1)
+    right = (guess == dataset.label[fold.test][::2]).mean()
+    assert row["test"] == 10 and row["video_top1"] == pytest.approx(
+        right, abs=0.11
+    )  # a tie at most
+
+
+def test_one_video_a_class_leaves_the_strength_alone(colour_set: Dataset) -> None:
+    """Nothing held out can be right then: C is the middle one, and not the smallest."""
+    net, card = network()
+    first = np.array([np.flatnonzero(colour_set.label == c)[2 * c] for c in range(5)])
+    dataset = replace(colour_set, folds=(Fold("few", np.sort(first), np.arange(60)),))
+    settings = msgspec.structs.replace(SETTINGS, views=5, strengths=(1e-3, 0.1, 1.0))
+    found = evaluate(net, card, dataset, protocol="linear", settings=settings, runtime=RUNTIME)
+    assert found.folds[0]["C"] == 0.1
+
+
+def test_more_views_than_memory_holds_are_refused_before_they_are_decoded(
+    colour_set: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocols, "MOST_BYTES", 1000)
+    monkeypatch.setattr(protocols, "take_features", None)
+    with pytest.raises(ValueError, match=r"--set evaluation\.examples=videos"):
+        evaluate(*network(), colour_set, protocol="linear", **SHARED)
 
 
 def test_videos_of_several_clips_are_judged_as_one(colour_set: Dataset) -> None:

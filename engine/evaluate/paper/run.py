@@ -23,7 +23,6 @@ from engine.evaluate.paper.judging import Judging, dataset_for, seen_clips
 from engine.evaluate.paper.rows import Inputs, columns_of, rows_of
 from engine.evaluate.paper.scale import Scale
 from engine.evaluate.paper.training import Seeded, Training
-from engine.model.network_file import card_of
 from engine.objective.lossfile import load_loss
 
 
@@ -188,11 +187,15 @@ class Reproduction:
     def _find_baselines(self) -> None:
         """Baselines of each column's folds, kept in baselines.json."""
         shares: dict[str, dict[str, float]] = {}
-        pretrain = self.scale.pretrain
-        how: dict[str, Any] = {"shape": card_of(pretrain).input, "settings": pretrain.evaluation}
         for column in self.columns:
             dataset = dataset_for(column, self.datasets[column.dataset], self.scale)
-            found = baselines(dataset, protocols=[column.protocol], runtime=self.runtime, **how)
+            recipe = self.scale.pretrain if column.protocol != "finetune" else self.scale.finetune
+            how: dict[str, Any] = {"protocols": [column.protocol], "recipe": recipe}
+            try:
+                found = baselines(dataset, runtime=self.runtime, **how)
+            except ValueError as error:  # clusters of too few videos, say
+                self.display.say(f"baselines of {column.title}: {error}")
+                continue
             for name, value in found[column.protocol].items():
                 shares.setdefault(name, {})[column.name] = 100 * value.mean
         self.run.write_json("baselines.json", shares)

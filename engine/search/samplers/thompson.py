@@ -128,9 +128,10 @@ class SurrogateSampler(RandomSampler):
                 values[int(np.where(OF_RGB & self.usable, expected, -np.inf).argmax())] = 1.0
             if not _alike(others, values).any():
                 return values
-        last = np.asarray(vectors([draw_weights(rng, sparsity=self.settings.sparsity)])[0])
-        if (heard := np.where(self.usable, last, 0.0)) @ TRAINS_RGB:
-            last = heard
+        last = np.zeros(len(TERM_NAMES))
+        while not last @ TRAINS_RGB:
+            drawn_anew = draw_weights(rng, sparsity=self.settings.sparsity)
+            last = np.where(self.usable, vectors([drawn_anew])[0], 0.0)
         kept = np.where(sparse & untaught(last > 0), 0.0, last)
         return kept if kept @ TRAINS_RGB else last
 
