@@ -154,9 +154,7 @@ def finetune(
         more: dict[str, Any] = {"checkpoint_every": checkpoint_every, "say": display.say}
         result = run_finetuning(run, recipe, dataset, inputs=inputs, **more, **how)
         chosen = (result.protocol,) if with_baselines else ()
-        trivial = _trivial(
-            dataset, chosen, recipe, _input_of(inputs["checkpoint"]), runtime, display
-        )
+        trivial = _trivial(dataset, chosen, recipe, shape, runtime, display)
     print_evaluated(result, name=inputs["checkpoint"] or "from scratch")
     print_baselines(trivial)
     if json_path is not None:
