@@ -92,6 +92,8 @@ def test_evaluate_several_networks_with_folders(colours: Path, net: Path, user: 
     code, out, err = call("evaluate", *args, *where, "--device", "cpu")
     assert (code, err) == (0, "")
     assert out.count("leave one group out, 6 folds") == 2
+    assert "labels: 60 clips of 5 classes, 12 each: " in out
+    assert "groups: 6: 01, 02, 03, 04, 05, 06\n" in out
     assert f"checkpoint: {net}" in out and f"checkpoint: {other}" in out
 
 

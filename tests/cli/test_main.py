@@ -9,8 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tomli_w
@@ -20,9 +23,10 @@ from safetensors import SafetensorError
 
 import engine
 import kernels
+from engine.cli.evolve import _say_if_unequal
 from engine.cli.main import main
 from engine.core import tensors
-from engine.core.recipe import load_recipe, preset_names
+from engine.core.recipe import Recipe, load_recipe, override, preset_names
 from engine.model.network_file import load_network
 from engine.report.run import read_run
 
@@ -324,3 +328,24 @@ def test_ingest_and_report(user: Path, tiny_demo: Path) -> None:
 def test_every_recipe_that_comes_along_loads() -> None:
     for name in preset_names():
         assert load_recipe(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((95, 5), True),
+        ((60, 40), False),
+        ((70, 20, 10), True),
+        ((50, 30, 20), False),
+        ((31, *[8] * 9), True),
+        ((25, *[8] * 9), False),
+    ],
+)
+def test_a_class_with_much_of_the_clips_is_told(counts: tuple[int, ...], said: bool) -> None:
+    """Features that tell nothing apart may then be as fit as those that do, but by mutual information."""
+    lines: list[str] = []
+    display: Any = SimpleNamespace(say=lines.append)
+    by_class = Counter({str(number): count for number, count in enumerate(counts)})
+    _say_if_unequal(display, Recipe(), by_class)
+    _say_if_unequal(display, override(Recipe(), ["fitness.metric=nmi"]), by_class)
+    assert len(lines) == said
