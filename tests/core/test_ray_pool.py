@@ -108,7 +108,7 @@ class Run:
 
 
 def test_every_job_is_done_once_by_workers_that_stay() -> None:
-    works = [("sleep", 0.02, i) for i in range(12)]
+    works = [("sleep", 0.25, i) for i in range(12)]
     run = Run(works, size=2)
     assert sorted(work for work, *_ in run.results()) == works
     assert len({pid for _, pid, *_ in run.results()}) == 2 and not run.lost
