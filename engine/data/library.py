@@ -26,7 +26,7 @@ class Library:
     rejects: tuple[Reject, ...]
     """Sources that could not be used; only of folders that were ingested now or before by this engine."""
     warnings: tuple[str, ...] = ()
-    """Shards that were left out, and why."""
+    """Shards or folders that were left out, and why."""
 
 
 def demo_folders(report: Report) -> tuple[list[Path], list[Path]]:
@@ -44,21 +44,26 @@ def open_library(
 ) -> Library:
     """Open shard folders as they are, and raw videos by way of shards that ``cache`` keeps.
 
-    Raises ValueError for a path that is absent or holds no videos.
+    Videos in a folder inside another one that is read count once. Raises ValueError for a path that is absent or holds
+    no videos.
     """
     shards: list[Path] = []
     rejects: list[Reject] = []
-    for path in dict.fromkeys(p.expanduser().resolve() for p in paths):
+    warnings: list[str] = []
+    every = list(dict.fromkeys(p.expanduser().resolve() for p in paths))
+    for path in every:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
         if is_shards(path):
             shards.append(path)
             continue
+        if around := [other for other in every if other in path.parents and not is_shards(other)]:
+            warnings.append(f"{path}: read with {around[0]}, which it is in: its clips count once")
+            continue
         out = cache / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:10]}"
         result = ingest([path], out, workers=workers, progress=reported(path.name, report))
         rejects += result.rejects
         shards.append(out)
-    warnings: list[str] = []
     index = ClipIndex(shards, warn=warnings.append)
     return Library(index, tuple(shards), tuple(rejects), tuple(warnings))
 
