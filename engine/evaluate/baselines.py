@@ -8,7 +8,7 @@ height, sound). A representation is interesting above these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,7 +28,7 @@ from engine.data.plan import ClipPlan, central_plan
 from engine.data.shards.index import ClipIndex
 from engine.evaluate.datasets import Dataset
 from engine.evaluate.linear import Floats, Ints, choose_strength, ridge_predict
-from engine.evaluate.protocols import Judge, take_features, used_clips, videos_of
+from engine.evaluate.protocols import FROZEN, Judge, take_features, used_clips, videos_of
 from engine.evaluate.scores import Spread
 from engine.features.extract import decoded
 from engine.features.trivial import FrameDifferences, MeanFrame, direction_histograms
@@ -64,20 +64,30 @@ def baselines(
     found: dict[str, dict[str, Spread]] = {}
     own, tuned = card_of(recipe).input, recipe.finetune
     more: dict[str, Any] = {"runtime": runtime, "on_progress": on_progress}
-    for protocol in protocols:
-        settings, clip, judged = recipe.evaluation, shape or own, protocol
-        if protocol == "finetune":
-            settings = msgspec.structs.replace(settings, views=tuned.views, crops=tuned.crops)
-            clip, judged = own, "linear"
-        found[protocol] = {
-            name: judge.judged(judged, [recipe.seed], {}, on_progress).value
-            for name, judge in _judges(dataset, clip, settings, **more).items()
+    frozen = [protocol for protocol in protocols if protocol in FROZEN]
+    if frozen:
+        judges = _judges(dataset, shape or own, recipe.evaluation, **more)
+        found |= {
+            protocol: _values(judges, protocol, recipe.seed, on_progress) for protocol in frozen
         }
+    if "finetune" in protocols:
+        views = {"views": tuned.views, "crops": tuned.crops}
+        judges = _judges(dataset, own, msgspec.structs.replace(recipe.evaluation, **views), **more)
+        found["finetune"] = _values(judges, "linear", recipe.seed, on_progress)
     if with_labels := {"linear", "finetune"}.intersection(protocols):
         fitted = _by_ridge(dataset, runtime, recipe.seed, on_progress)
         for protocol in with_labels:
             found[protocol] |= fitted
     return found
+
+
+def _values(
+    judges: Mapping[str, Judge], protocol: str, seed: int, on_progress: Report | None
+) -> dict[str, Spread]:
+    return {
+        name: judge.judged(protocol, [seed], {}, on_progress).value
+        for name, judge in judges.items()
+    }
 
 
 def _judges(

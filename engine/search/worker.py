@@ -153,9 +153,8 @@ class CohortEvaluator:
             fittest = max(ranked, key=lambda row: row[:2], default=None)
             ranked = [fittest] if fittest is not None and fittest[0] >= cohort.keep_from else []
         recipe = self.trainer.recipe
-        bank = (
-            None if cohort.confirm else self._memory.bank
-        )  # of some clips, confirmations use none
+        # a confirmation uses no bank that holds some of the clips
+        bank = None if cohort.confirm else self._memory.bank
         for fitness, _, member, network in ranked:
             card = card_of(
                 recipe,
